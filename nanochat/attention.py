@@ -1,0 +1,56 @@
+"""Causal softmax attention with rotary positions and normalised queries and keys; fewer key/value heads than query heads may be used."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.layers import Linear, norm
+from nanochat.state import KeysValues
+
+ROPE_BASE = 10_000.0
+
+
+def rope_table(length: int, head_width: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (length, D/2) of the rotary angles, float32 rounded to bfloat16: the published weights were trained so."""
+    channels = torch.arange(0, head_width, 2, dtype=torch.float32, device=device)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), ROPE_BASE ** -(channels / head_width))
+    return angles.cos().bfloat16().float(), angles.sin().bfloat16().float()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x[d], x[d + D/2]) of x (B, T, H, D) by its position's angle; rope is cos, sin (T, D/2) or (B, T, D/2).
+
+    The result is float32: what follows (a norm) wants it.
+    """
+    cos, sin = (table.unsqueeze(-2) for table in rope)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Softmax attention over everything before and at each position."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D = config.n_embd, config.n_embd // config.n_head
+        self.head_width = D
+        self.grouped = config.n_kv_head != config.n_head
+        self.c_q = Linear(E, config.n_head * D)
+        self.c_k = Linear(E, config.n_kv_head * D)
+        self.c_v = Linear(E, config.n_kv_head * D)
+        self.c_proj = Linear(E, E)
+
+    def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], state: KeysValues | None = None) -> Tensor:
+        """Mix h (B, T, E) along time; returns (B, T, E). With a state, h goes on where the state ends, and the state takes it in."""
+        D = self.head_width
+        q, k, v = (projection(h).unflatten(-1, (-1, D)) for projection in (self.c_q, self.c_k, self.c_v))
+        q, k = norm(rotate(q, rope)).to(v.dtype), norm(rotate(k, rope)).to(v.dtype)
+        mask = None
+        if state is not None:
+            mask = state.state.mask(h.shape[1])
+            k, v = (t.to(q.dtype) for t in state.append(k, v))
+        # one query against all keys needs no mask; a first chunk (or no state) is plainly causal
+        causal = mask is None and k.shape[1] == q.shape[1]
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal,
+                                           enable_gqa=self.grouped)
+        return self.c_proj(y.transpose(1, 2).flatten(2))

@@ -1,0 +1,136 @@
+"""What decoding remembers of each sequence: keys and values of the attention layers, the last K−1 gated inputs of the SLC2 layers.
+
+A state belongs to a request, never to the model. Rows (sequences) may be of different lengths; they can be forked, selected, joined.
+
+    state = State(model.config, batch=1, capacity=2048, device=device, dtype=torch.bfloat16)
+    logits = model(prompt, state=state)          # prefill, any length, in any number of chunks
+    logits = model(next_ids, state=state)        # one token a row
+"""
+
+import torch
+from torch import Tensor
+
+
+class KeysValues:
+    """Keys and values of one attention layer: k, v (B, S, Hkv, D); what lies behind a row's length is unused."""
+
+    def __init__(self, state: "State", k: Tensor, v: Tensor):
+        self.state, self.k, self.v = state, k, v
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, T, Hkv, D) behind what each row has; return all keys and values (B, S', Hkv, D) up to the longest row."""
+        lengths, T = self.state.lengths, k.shape[1]
+        if self.state.uniform:
+            here = slice(lengths[0], lengths[0] + T)
+            self.k[:, here], self.v[:, here] = k, v
+        else:
+            where = torch.tensor(lengths, device=k.device)[:, None] + torch.arange(T, device=k.device)
+            row = torch.arange(k.shape[0], device=k.device)[:, None]
+            self.k[row, where], self.v[row, where] = k.to(self.k.dtype), v.to(self.v.dtype)
+        end = max(lengths) + T
+        return self.k[:, :end], self.v[:, :end]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.k, self.v]
+
+
+class Taps:
+    """The last K−1 gated inputs of one SLC2 layer, oldest first: past (B, K−1, E); zeros before the start."""
+
+    def __init__(self, past: Tensor):
+        self.past = past
+
+    def append(self, u: Tensor) -> None:
+        """Take u (B, T, E) in: the last K−1 rows of what was and u together stay."""
+        self.past.copy_(torch.cat([self.past, u.to(self.past.dtype)], dim=1)[:, u.shape[1]:])
+
+    def tensors(self) -> list[Tensor]:
+        return [self.past]
+
+
+class State:
+    """The memory of B sequences through one model.
+
+    lengths: tokens each row has seen (host integers). capacity: tokens a row has room for; it grows on demand.
+    """
+
+    def __init__(self, config, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype):
+        self.config, self.capacity, self.device, self.dtype = config, capacity, torch.device(device), dtype
+        self.lengths = [0] * batch
+        D = config.n_embd // config.n_head
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch, *shape, device=device, dtype=dtype)
+
+        self.layers: list[KeysValues | Taps] = [
+            KeysValues(self, zeros(capacity, config.n_kv_head, D), zeros(capacity, config.n_kv_head, D)) if kind == "A"
+            else Taps(zeros(config.n_kernel - 1, config.n_embd)) for kind in config.pattern()]
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """Are all rows of one length?"""
+        return min(self.lengths) == max(self.lengths)
+
+    def nbytes(self) -> int:
+        """Bytes held, unused capacity included."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors())
+
+    def reserve(self, T: int) -> None:
+        """Make room for T more tokens on every row; grows to at least twice the capacity when it has to."""
+        need = max(self.lengths) + T
+        if need > self.capacity:
+            self._grow(max(need, 2 * self.capacity))
+
+    def _grow(self, capacity: int) -> None:
+        for layer in self.layers:
+            if isinstance(layer, KeysValues):
+                more = torch.zeros(self.batch, capacity - self.capacity, *layer.k.shape[2:], device=self.device, dtype=self.dtype)
+                layer.k, layer.v = torch.cat([layer.k, more], dim=1), torch.cat([layer.v, more], dim=1)
+        self.capacity = capacity
+
+    def advance(self, T: int) -> None:
+        """Count T tokens more on every row: the model calls it when all layers have taken them in."""
+        self.lengths = [length + T for length in self.lengths]
+
+    def positions(self, T: int) -> Tensor:
+        """Return the positions (B, T) of the next T tokens of each row; (1, T) where all rows stand at one place."""
+        starts = self.lengths[:1] if self.uniform else self.lengths
+        return torch.tensor(starts, device=self.device)[:, None] + torch.arange(T, device=self.device)
+
+    def mask(self, T: int) -> Tensor | None:
+        """Return which keys the next T tokens may see: bool (B or 1, 1, T, S'); None where plain causal attention says the same."""
+        if self.uniform and self.lengths[0] == 0 or self.uniform and T == 1:
+            return None
+        keys = torch.arange(max(self.lengths) + T, device=self.device)
+        return (keys <= self.positions(T).unsqueeze(-1)).unsqueeze(1)
+
+    def select(self, rows: list[int]) -> "State":
+        """Return a new state holding these rows, in this order; a row may be named more than once (a fork)."""
+        index = torch.tensor(rows, device=self.device)
+        return self._remake([self.lengths[i] for i in rows], lambda parts: parts[0].index_select(0, index), [self])
+
+    def fork(self, n: int) -> "State":
+        """Return a new state with each row n times: row 0 n times, then row 1, …"""
+        return self.select([row for row in range(self.batch) for _ in range(n)])
+
+    @staticmethod
+    def join(states: list["State"]) -> "State":
+        """Return one state with the rows of all of them, in order. All must come from one model."""
+        capacity = max(state.capacity for state in states)
+        for state in states:
+            if state.capacity < capacity:
+                state._grow(capacity)
+        return states[0]._remake([n for state in states for n in state.lengths], torch.cat, states)
+
+    def _remake(self, lengths: list[int], combine, states: list["State"]) -> "State":
+        new = object.__new__(State)
+        new.config, new.capacity, new.device, new.dtype, new.lengths = self.config, self.capacity, self.device, self.dtype, lengths
+        new.layers = []
+        for layers in zip(*(state.layers for state in states)):
+            tensors = [combine(list(parts)) for parts in zip(*(layer.tensors() for layer in layers))]
+            new.layers.append(KeysValues(new, *tensors) if isinstance(layers[0], KeysValues) else Taps(*tensors))
+        return new
