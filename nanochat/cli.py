@@ -3,8 +3,9 @@
     @dataclass
     class Config:
         depth: int = flag(20, "layers; sets width, heads and horizon")
+        num_files: int = flag(1, "shards", short="n")
 
-    config = parse(Config, argv)     # --depth=20, --depth 20; --a_b and --a-b are the same flag
+    config = parse(Config, argv)     # --depth=20, --depth 20, -n 8; --num_files and --num-files are the same flag
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
 from nanochat.files import UserError
@@ -20,9 +22,9 @@ from nanochat.files import UserError
 C = TypeVar("C")
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field with a default and a help text (say the unit)."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def flag(default: Any, help: str, short: str = "") -> Any:
+    """A dataclass field with a default and a help text (say the unit). `short` is a letter: -n beside --num-files."""
+    return dataclasses.field(default=default, metadata={"help": help, "short": short})
 
 
 def _boolean(text: str) -> bool:
@@ -36,42 +38,66 @@ def _boolean(text: str) -> bool:
 def _count(text: str) -> int:
     """An integer; 524288, 524_288 and 5e5 are all fine."""
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.5
-    if number != int(number):
+        number = Decimal(text)  # a float would round 123456789e12
+    except InvalidOperation:
+        number = Decimal("NaN")
+    if not number.is_finite() or abs(number) >= Decimal("1e30") or number != int(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(number)
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _program() -> str | None:
+    """`python -m scripts.x` where that is how we were called; else argparse's own choice."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+
+
 def parser_of(config_class: type, description: str = "") -> argparse.ArgumentParser:
-    """Return the argparse parser of a dataclass of flags."""
-    parser = argparse.ArgumentParser(prog=config_class.__module__ if config_class.__module__ != "__main__" else None, description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """Return the argparse parser of a dataclass of flags: bool, int, float, str, Literal, or one of them `| None`."""
+    parser = argparse.ArgumentParser(prog=_program(), description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
         if typing.get_origin(hint) in (typing.Union, types.UnionType):  # `int | None`: the flag is the int
             hint = next(part for part in typing.get_args(hint) if part is not type(None))
-        kind = {bool: _boolean, int: _count}.get(hint, hint)
         names = [f"--{field.name.replace('_', '-')}"]
         if "_" in field.name:
             names.append(f"--{field.name}")
-        if len(field.name) == 1:
-            names.append(f"-{field.name}")
-        shown = "unset" if field.default in (None, "") else field.default
-        text = f"{field.metadata.get('help', '')} (default: {shown})".replace("%", "%%")
-        extra = {"nargs": "?", "const": True} if hint is bool else {}
-        parser.add_argument(*names, dest=field.name, type=kind, default=field.default, help=text, metavar=hint.__name__.upper(), **extra)
+        short = field.metadata.get("short") or (field.name if len(field.name) == 1 else "")
+        if short:
+            names.append(f"-{short}")
+
+        how: dict[str, Any] = {"dest": field.name}
+        if typing.get_origin(hint) is typing.Literal:
+            how["choices"] = typing.get_args(hint)
+        else:
+            how["type"] = {bool: _boolean, int: _count, float: _number}.get(hint, hint)
+            how["metavar"] = hint.__name__.upper()
+        if hint is bool:
+            how |= {"nargs": "?", "const": True}
+        if field.default is not dataclasses.MISSING:
+            how["default"] = field.default
+            shown = f"default: {'unset' if field.default in (None, '') else field.default}"
+        elif field.default_factory is not dataclasses.MISSING:
+            how["default"] = field.default_factory()
+            shown = f"default: {how['default']}"
+        else:
+            how["required"] = True
+            shown = "must be given"
+        parser.add_argument(*names, help=f"{field.metadata.get('help', '')} ({shown})".strip().replace("%", "%%"), **how)
     return parser
 
 
 def parse(config_class: type[C], argv: Sequence[str] | None = None, description: str = "") -> C:
-    """Turn a command line into an instance of `config_class`. Exits with a usage line where the command line is wrong.
+    """Turn a command line into an instance of `config_class`. Exits with a usage line, code 2, where it is wrong.
 
     A leading `--` is skipped: torchrun hands on the one that separates its own flags from ours.
     """
