@@ -1,0 +1,244 @@
+"""Who we are among the ranks, which device is ours, in which precision it computes, and how fast it could be at best.
+
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train      # sets RANK, LOCAL_RANK, WORLD_SIZE; nothing else is read
+    NANOCHAT_DTYPE=float32 python -m scripts.base_train                 # computes in float32 whatever the device does best
+
+One process makes no process group: every function here then hands back what it was given.
+"""
+
+import functools
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat.files import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `world_size`, `local_rank` on its machine, and the device that is its own."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one rank that prints and writes files."""
+        return self.rank == 0
+
+
+def _ranks_of_environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) where WORLD_SIZE is not set."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 0, 1
+    numbers = []
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        text = os.environ.get(name)
+        if text is None or not text.isdecimal():
+            raise UserError(f"WORLD_SIZE is set but {name} is {text!r}, not a number. "
+                            "Start several processes with torchrun, or unset WORLD_SIZE.")
+        numbers.append(int(text))
+    rank, local_rank, world_size = numbers
+    if rank >= world_size:
+        raise UserError(f"RANK is {rank} but WORLD_SIZE is {world_size}: ranks count from 0 to WORLD_SIZE - 1.")
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(f"WORLD_SIZE is {world_size} but {name} is not set, so the ranks cannot find each other. "
+                                "Start them with torchrun, or unset WORLD_SIZE to run one process.")
+    return rank, local_rank, world_size
+
+
+def _device_of(device_type: str, local_rank: int, world_size: int) -> torch.device:
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size == 1, "cpu": True}
+    if device_type == "":
+        device_type = next(name for name in ("cuda", "mps", "cpu") if has[name])
+    if device_type not in has:
+        raise UserError(f"device type {device_type!r} is unknown: use cuda, mps or cpu, or leave it out for the best one.")
+    if device_type == "mps" and world_size > 1:
+        raise UserError(f"mps is one device and cannot serve {world_size} ranks: start one process, or use --device_type=cpu.")
+    if not has[device_type]:
+        raise UserError(f"device type {device_type} was asked for, but torch {torch.__version__} finds none on this machine. "
+                        f"Use --device_type={next(name for name in has if has[name])}, or leave it out.")
+    if device_type != "cuda":
+        return torch.device(device_type)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"LOCAL_RANK is {local_rank} but this machine shows {torch.cuda.device_count()} GPUs: "
+                        f"use --nproc_per_node={torch.cuda.device_count()}, and check CUDA_VISIBLE_DEVICES.")
+    return torch.device("cuda", local_rank)
+
+
+def init_ranks(device_type: str = "") -> Ranks:
+    """Find this process's rank and device, and join the others where there are any (nccl on cuda, gloo on cpu).
+
+    device_type: "cuda", "mps" or "cpu"; "" takes the first of these that is there. Reads RANK, LOCAL_RANK and WORLD_SIZE
+    (and, through torch, MASTER_ADDR and MASTER_PORT). Called again in the same process, it keeps the group it has.
+    Raises UserError for a device that is not there and for variables that do not fit together.
+    """
+    rank, local_rank, world_size = _ranks_of_environment()
+    device = _device_of(device_type, local_rank, world_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        on_gpu = device.type == "cuda"
+        try:
+            dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world_size,
+                                    device_id=device if on_gpu else None)
+        except dist.DistError as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"rank {rank} of {world_size} could not join the others at {address} ({error}). "
+                            "Check that all ranks run and can reach that address.") from error
+    return Ranks(rank, local_rank, world_size, device)
+
+
+def close_ranks() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(x: Tensor, ranks: Ranks) -> Tensor:
+    """Return the sum of `x` over all ranks; `x` itself is left as it is. One process: returns `x`."""
+    if ranks.world_size == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait until every rank has come here."""
+    if ranks.world_size > 1:
+        dist.barrier(device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
+
+
+def broadcast_object(obj: Any, ranks: Ranks) -> Any:
+    """Return rank 0's `obj` on every rank (pickled on its way between our own processes)."""
+    if ranks.world_size == 1:
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=0, device=ranks.device)
+    return box[0]
+
+
+# --- precision ---------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=1)
+def _cpu_has_bfloat16() -> bool:
+    """True where the CPU multiplies bfloat16 matrices in hardware and torch's library for it (oneDNN) is built in.
+
+    x86: AMX bf16 or AVX512_BF16; ARM: the BF16 extension. Asked of torch, whose functions for it are private and may go,
+    and of /proc/cpuinfo. Apple's CPUs stay with float32: torch's float32 runs on their matrix units, its bfloat16 does not.
+    """
+    if sys.platform == "darwin" or not torch.backends.mkldnn.is_available():
+        return False
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    if any(probe() for probe in probes if callable(probe)):
+        return True
+    try:
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return flags is not None and not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(flags[1].split())
+
+
+def compute_dtype(device: torch.device | str) -> torch.dtype:
+    """Return the precision of matrix products on `device`: bfloat16 where the hardware does it well, else float32.
+
+    NANOCHAT_DTYPE=float32 or bfloat16 overrides. cuda: bfloat16 from compute capability 8.0 (Ampere) on; cpu: where it is
+    native; mps: float32. Raises UserError for any other value of NANOCHAT_DTYPE.
+    """
+    device = torch.device(device)
+    wish = os.environ.get("NANOCHAT_DTYPE", "")
+    if wish:
+        if wish not in ("float32", "bfloat16"):
+            raise UserError(f"NANOCHAT_DTYPE is {wish!r}: use float32 or bfloat16, or unset it to have the device's best.")
+        return torch.float32 if wish == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+
+
+# --- speed at best -----------------------------------------------------------------------------------------------------
+
+# Dense TFLOP/s of one device: (bfloat16 matrix product with float32 sums, float32 without TF32). Vendors' data sheets and
+# architecture papers; where a sheet gives the figure with 2:4 sparsity, half of it. None: the device has no such unit.
+# Device names as the driver gives them, without the vendor; the first pattern that fits the whole name counts.
+_DATA_CENTRE = (
+    (r"GB[23]00.*", 2500, 80), (r"B[23]00.*", 2250, 75),                             # Blackwell and Blackwell Ultra data sheets
+    (r"GH200.*", 989.4, 67), (r"H200 NVL", 835.5, 60), (r"H200", 989.4, 67),         # Hopper data sheets
+    (r"H[18]00 PCIe", 756, 51), (r"H100 NVL", 835.5, 60), (r"H100.*(HBM3|SXM).*|H800", 989.4, 67), (r"H20(-3e)?", 148, 44),
+    (r"A[18]00[- ].*", 312, 19.5), (r"A30", 165, 10.3), (r"A40", 149.7, 37.4),       # Ampere data sheets
+    (r"A10", 125, 31.2), (r"A10G", 70, 35), (r"RTX A6000", 154.8, 38.7),
+    (r"L4", 121, 30.3), (r"L40", 181, 90.5), (r"L40S", 362, 91.6),                   # Ada data sheets
+    (r"RTX 6000 Ada Generation", 364.2, 91.1),
+    (r"V100-SXM.*", None, 15.7), (r"V100-PCIE.*", None, 14), (r"T4", None, 8.1),     # before Ampere: no bfloat16
+    (r"Instinct MI3(00|25)X.*", 1307.4, 163.4),                                      # CDNA 3 data sheets
+)
+# GeForce cards do bfloat16 with float32 sums at twice their float32 rate (Ampere GA102, Ada and RTX Blackwell papers).
+# By exact name: laptop parts and the variants for export share a name's beginning and are slower.
+_GEFORCE_FLOAT32 = {
+    "RTX 3060": 12.7, "RTX 3060 Ti": 16.2, "RTX 3070": 20.3, "RTX 3070 Ti": 21.7, "RTX 3080": 29.8, "RTX 3080 Ti": 34.1,
+    "RTX 3090": 35.6, "RTX 3090 Ti": 40.0, "RTX 4060": 15.1, "RTX 4060 Ti": 22.1, "RTX 4070": 29.1, "RTX 4070 SUPER": 35.5,
+    "RTX 4070 Ti": 40.1, "RTX 4070 Ti SUPER": 44.1, "RTX 4080": 48.7, "RTX 4080 SUPER": 52.2, "RTX 4090": 82.6,
+    "RTX 5060": 19.2, "RTX 5060 Ti": 23.7, "RTX 5070": 30.9, "RTX 5070 Ti": 43.9, "RTX 5080": 56.3, "RTX 5090": 104.8,
+}
+
+
+def _gpu_peak(name: str, dtype: torch.dtype, tf32: bool) -> float | None:
+    """Dense FLOP/s of the GPU called `name`; None for one that is not in the table, or a slice (MIG) of one that is."""
+    name = re.sub(r"^(NVIDIA |AMD )?(Tesla )?", "", name.strip())
+    if " MIG " in name:
+        return None
+    if name.startswith("GeForce "):
+        single = _GEFORCE_FLOAT32.get(name.removeprefix("GeForce "))
+        half = 2 * single if single else None
+    else:
+        found = (row for row in _DATA_CENTRE if re.fullmatch(row[0], name))
+        _, half, single = next(found, (None, None, None))
+    if dtype == torch.float32:
+        peak = half / 2 if tf32 and half else single  # TF32 runs at half of bfloat16 on all of these
+    else:
+        peak = half if dtype in (torch.bfloat16, torch.float16) else None
+    return None if peak is None else peak * 1e12
+
+
+@functools.lru_cache
+def _measured_peak(dtype: torch.dtype, threads: int) -> float:
+    """FLOP/s of a square matrix product on this CPU, best of five, of a size that takes some 20 ms: under half a second."""
+    size, best = 256, float("inf")
+    while True:
+        a, b = torch.randn(2, size, size).to(dtype)
+        a @ b
+        start = time.perf_counter()
+        a @ b
+        if time.perf_counter() - start > 0.02 or size >= 8192:
+            break
+        size *= 2
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
+def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float | None:
+    """Return the dense FLOP/s that `device` reaches at best in `dtype`, or None where that is not known.
+
+    GPUs by name from the vendor's data sheet (float32: TF32 where torch's float32 matmul precision allows it). A CPU is
+    measured once for each dtype and number of threads. The denominator of MFU: never a guess.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _gpu_peak(torch.cuda.get_device_name(device), dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
+    return _measured_peak(dtype, torch.get_num_threads()) if device.type == "cpu" else None

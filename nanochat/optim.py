@@ -1,0 +1,270 @@
+"""Muon for the matrices inside the blocks, AdamW for everything else, with their state sharded over the ranks.
+
+    optimizer = MuonAdamW(parameter_groups(model), ranks)
+    ...backward, as often as wanted: p.grad holds the SUM over this rank's tokens...
+    norm = optimizer.step(lr_scale=1.0, momentum=0.95, grad_scale=1 / tokens_of_all_ranks, clip=1.0)
+    optimizer.zero_grad()
+
+Every parameter lies in one bucket: for Muon all matrices of one shape, for AdamW all parameters of one rate. A bucket is a flat
+row of numbers, cut into equal slices, one for each rank (Muon: whole matrices; the last slices may be padding). A step sums the
+gradients into each rank's own slice (reduce-scatter), clips by the norm of the whole, updates the slice, and gathers the weights.
+So a rank holds 1/world_size of the state and does 1/world_size of the work; the weights stay whole everywhere. One process does
+the same arithmetic without communication or padding. On a GPU nothing waits for the host.
+
+Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nanochat.distributed import Ranks, all_reduce_sum, compute_dtype
+from nanochat.files import UserError
+
+BETA1, BETA2, EPS = 0.8, 0.95, 1e-10  # AdamW's, of the published recipe
+STATE = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
+
+
+def parameter_groups(model: nn.Module, *, matrix_lr: float = 0.02, embedding_lr: float = 0.2, unembedding_lr: float = 0.004,
+                     conv_lr: float = 0.02, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Sort a GPT's parameters into groups for MuonAdamW; each one is in exactly one group.
+
+    2-D matrices inside the blocks go to Muon at `matrix_lr`. wte, lm_head and the convolutions' taps (E, 1, K) go to AdamW at
+    their rate x (E/768)^-0.5, with decoupled `weight_decay`. Names are those of the model without `_orig_mod.`.
+    Raises ValueError for a parameter that is none of these.
+    """
+    rules = (("matrices", r"transformer\.h\.\d+\..+\.weight", 2), ("wte", r"transformer\.wte\.weight", 2),
+             ("lm_head", r"lm_head\.weight", 2), ("taps", r"transformer\.h\.\d+\..+\.conv1d\.weight", 3))
+    found: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind, _, _ in rules}
+    for name, parameter in model.named_parameters():
+        name = name.replace("_orig_mod.", "")
+        kind = next((kind for kind, pattern, ndim in rules if re.fullmatch(pattern, name) and parameter.ndim == ndim), None)
+        if kind is None:
+            raise ValueError(f"no rule says how to train {name} of shape {tuple(parameter.shape)}: "
+                             "add one to parameter_groups in nanochat/optim.py")
+        found[kind].append((name, parameter))
+    width_scale = (model.config.n_embd / 768) ** -0.5
+    rates = {"matrices": matrix_lr, "wte": embedding_lr * width_scale, "lm_head": unembedding_lr * width_scale,
+             "taps": conv_lr * width_scale}
+    groups = []
+    for kind, members in found.items():
+        if members:
+            group = {"kind": "muon" if kind == "matrices" else "adamw", "names": [name for name, _ in members],
+                     "params": [parameter for _, parameter in members], "lr": rates[kind]}
+            groups.append(group if kind == "matrices" else {**group, "weight_decay": weight_decay})
+    return groups
+
+
+def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
+    """Bring the singular values of each matrix of `x` (N, rows, columns) near 1 (0.7 to 1.2); a zero matrix stays zero.
+
+    Muon's quintic iteration X <- (a + b G + c G^2) X with G = X X^T, in `dtype`, lying with fewer rows. A CPU in float32 does
+    long matrices in their Gram matrix alone: all factors commute with G, so their product meets X once, at the end. A half of
+    the arithmetic at 4:1, and within 1e-3 of the plain iteration for any spectrum; bfloat16 has not the digits for it.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.size(-2) > x.size(-1)
+    x = (x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    x = x.mT if tall else x
+    if x.device.type == "cpu" and dtype == torch.float32 and x.size(-1) >= 2 * x.size(-2):
+        gram, product = x @ x.mT, None
+        for i in range(steps):
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = factor if product is None else factor @ product
+            gram = factor @ (factor @ gram) if i < steps - 1 else gram
+        x = product @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class _Bucket:
+    """Parameters that are updated as one: a flat row of `world_size` slices, of which this rank owns numbers [start, stop)."""
+
+    def __init__(self, group: dict[str, Any], names: list[str], params: list[nn.Parameter], ranks: Ranks):
+        self.group, self.names, self.params, self.ranks = group, names, params, ranks
+        self.sizes = [p.numel() for p in params]
+        total = sum(self.sizes)
+        unit = self.sizes[0] if group["kind"] == "muon" else 1  # a matrix is orthogonalised whole, so it is never cut
+        self.slice_size = math.ceil(total / unit / ranks.world_size) * unit
+        self.padding = self.slice_size * ranks.world_size - total
+        self.start = min(ranks.rank * self.slice_size, total)
+        self.stop = min(self.start + self.slice_size, total)
+        self.state = {key: params[0].new_zeros(self.stop - self.start) for key in STATE[group["kind"]]}
+
+    def own(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of contiguous tensors shaped like the parameters, return flat views of what this rank owns, in its slice's order."""
+        views, at = [], 0
+        for tensor in tensors:
+            first, last = max(self.start - at, 0), min(self.stop - at, tensor.numel())
+            if first < last:
+                views.append(tensor.view(-1)[first:last])
+            at += tensor.numel()
+        return views
+
+    def reduce_gradients(self) -> Callable[[], Tensor]:
+        """Begin to sum the gradients over the ranks; the function returned gives the sum on this rank's slice."""
+        pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.params]
+        if self.padding:
+            pieces.append(pieces[0].new_zeros(self.padding))
+        row = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if self.ranks.world_size == 1:
+            return lambda: row
+        part = row.new_empty(self.slice_size)
+        work = dist.reduce_scatter_tensor(part, row, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return part[:self.stop - self.start]
+        return finish
+
+    def gather(self, parts: list[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin to gather all slices, this rank's from `parts`; the function returned gives all, shaped like the parameters."""
+        row = self.params[0].new_empty(self.slice_size * self.ranks.world_size)
+        mine = row[self.ranks.rank * self.slice_size:][:self.slice_size]
+        if parts:
+            torch.cat(parts, out=mine[:self.stop - self.start])
+        work = dist.all_gather_into_tensor(row, mine, async_op=True) if self.ranks.world_size > 1 else None
+
+        def finish() -> list[Tensor]:
+            if work is not None:
+                work.wait()
+            pieces = row[:row.numel() - self.padding].split(self.sizes)
+            return [piece.view(p.shape) for piece, p in zip(pieces, self.params)]
+        return finish
+
+    def direction(self, gradient: Tensor, momentum: float, step: int, dtype: torch.dtype) -> Tensor:
+        """Take this rank's slice of the gradient (overwritten) into the state; return the change of its weights at rate 1."""
+        if self.group["kind"] == "muon":
+            rows, columns = self.params[0].shape
+            buffer = self.state["momentum"].lerp_(gradient, 1 - momentum)
+            ahead = gradient.lerp_(buffer, momentum).view(-1, rows, columns)  # Nesterov's
+            return newton_schulz(ahead, dtype).to(gradient.dtype).mul(max(1, rows / columns) ** 0.5).reshape(-1)
+        mean = self.state["exp_avg"].lerp_(gradient, 1 - BETA1)
+        square = self.state["exp_avg_sq"].mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+        root = torch.sqrt(square, out=gradient).mul_((1 - BETA2 ** step) ** -0.5).add_(EPS)
+        return torch.div(mean, root, out=root).mul_(1 / (1 - BETA1 ** step))
+
+
+class MuonAdamW:
+    """The optimizer of a whole model, for any number of ranks. The top of this file says how to use it and how it works."""
+
+    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks):
+        """groups: from parameter_groups, or alike: {"kind": "muon" or "adamw", "names", "params", "lr"}, adamw "weight_decay".
+
+        Every rank hands in the same. Raises ValueError for a parameter given twice, or one that is not contiguous float32 on
+        the ranks' kind of device: the weights trained are float32, whatever the precision of the matrix products.
+        """
+        self.ranks, self.steps, self.dtype = ranks, 0, compute_dtype(ranks.device)
+        self.buckets: list[_Bucket] = []
+        seen: set[int | str] = set()
+        for group in groups:
+            if group["kind"] not in STATE:
+                raise ValueError(f"a parameter group is of kind {group['kind']!r}: it must be one of {', '.join(STATE)}")
+            stacks: dict[Any, list[tuple[str, nn.Parameter]]] = {}
+            for name, p in zip(group["names"], group["params"], strict=True):
+                if name in seen or id(p) in seen:
+                    raise ValueError(f"the optimizer was given {name} twice")
+                seen |= {name, id(p)}
+                if p.dtype != torch.float32 or not p.is_contiguous() or p.device.type != ranks.device.type:
+                    raise ValueError(f"{name} is {'' if p.is_contiguous() else 'not contiguous, '}{p.dtype} on {p.device}: "
+                                     f"the optimizer trains contiguous float32 on {ranks.device}; make the model so before")
+                stacks.setdefault(p.shape if group["kind"] == "muon" else None, []).append((name, p))
+            self.buckets += [_Bucket(group, *map(list, zip(*members)), ranks) for members in stacks.values()]
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for bucket in self.buckets:
+            for p in bucket.params:
+                p.grad = None
+
+    @torch.no_grad()
+    def step(self, *, lr_scale: float = 1.0, momentum: float = 0.95, grad_scale: float | Tensor = 1.0,
+             clip: float | None = None) -> Tensor:
+        """Update all weights; return the norm of the whole gradient before clipping: 0-d, on the device, not waited for.
+
+        The gradient is grad_scale x (sum of p.grad over the ranks); where p.grad is None on a rank it counts as zeros there.
+        p.grad stays as it is. clip: the largest norm let through. lr_scale: on every group's rate. momentum: Muon's.
+        Where the norm is not finite it is returned so, the weights stay, and the state moves as under a zero gradient.
+        """
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip is {clip}: it must be above 0, or None for no clipping")
+        self.steps += 1
+        gradients = [finish() for finish in [bucket.reduce_gradients() for bucket in self.buckets]]
+        squares = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).square().sum()
+        norm = all_reduce_sum(squares, self.ranks).sqrt() * grad_scale
+        finite = norm.isfinite()
+        scale = torch.where(finite, grad_scale * (1 if clip is None else (clip / (norm + 1e-6)).clamp(max=1)), 0)
+        gathers = []
+        for bucket in self.buckets:
+            gradient = gradients.pop(0)  # freed bucket by bucket
+            weights = bucket.own([p.detach() for p in bucket.params])
+            if weights:
+                rate = finite * (bucket.group["lr"] * lr_scale)
+                gradient = torch.where(finite, gradient, 0).mul_(scale)
+                change = bucket.direction(gradient, momentum, self.steps, self.dtype).mul_(rate)
+                if decay := bucket.group.get("weight_decay", 0):
+                    torch._foreach_mul_(weights, 1 - rate * decay)
+                torch._foreach_sub_(weights, change.split([view.numel() for view in weights]))
+            if self.ranks.world_size > 1:
+                gathers.append(bucket.gather(weights))
+        for bucket, finish in zip(self.buckets, gathers):
+            torch._foreach_copy_([p.detach() for p in bucket.params], finish())
+        return norm
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, dict[str, Tensor]] | None:
+        """Gather the whole state to rank 0, for any number of ranks to load; all ranks must call it, the others get None.
+
+        {name: {"momentum"}} for Muon, {name: {"exp_avg", "exp_avg_sq", "step"}} for AdamW; CPU tensors shaped like the
+        parameter, "step" 0-d int64. Gathers bucket by bucket: the memory needed on the device is that of the largest.
+        """
+        whole: dict[str, dict[str, Tensor]] = {}
+        for bucket in self.buckets:
+            for key, part in bucket.state.items():
+                gathered = bucket.gather([part])()
+                if self.ranks.is_main:
+                    for name, tensor in zip(bucket.names, gathered):
+                        whole.setdefault(name, {})[key] = tensor.to("cpu", copy=True)
+            if self.ranks.is_main and bucket.group["kind"] == "adamw":
+                for name in bucket.names:
+                    whole[name]["step"] = torch.tensor(self.steps)
+        return whole if self.ranks.is_main else None
+
+    @torch.no_grad()
+    def load_state_dict(self, whole: dict[str, dict[str, Tensor]]) -> None:
+        """Take this rank's part of what state_dict gave, saved with any number of ranks; every rank is given the full dict.
+
+        Raises UserError, before anything is changed, naming all parameters that are missing, extra or of another kind or shape.
+        """
+        wrong, expected = [], {name: (bucket, p) for bucket in self.buckets for name, p in zip(bucket.names, bucket.params)}
+        wrong += [f"{name} is missing" for name in expected if name not in whole]
+        wrong += [f"{name} is not in this model" for name in whole if name not in expected]
+        steps = set()
+        for name in expected.keys() & whole.keys():
+            bucket, p = expected[name]
+            keys = {*bucket.state, *(("step",) if bucket.group["kind"] == "adamw" else ())}
+            if whole[name].keys() != keys:
+                wrong.append(f"{name} has {', '.join(sorted(whole[name]))} instead of {', '.join(sorted(keys))}")
+                continue
+            wrong += [f"{name} {key} has shape {tuple(whole[name][key].shape)} instead of {tuple(p.shape)}"
+                      for key in bucket.state if whole[name][key].shape != p.shape]
+            steps |= {int(whole[name]["step"])} if "step" in keys else set()
+        if len(steps) > 1:
+            wrong.append(f"the parameters were saved at different steps: {', '.join(map(str, sorted(steps)))}")
+        if wrong:
+            raise UserError("the optimizer state is not of this model, so it was not loaded: " + "; ".join(sorted(wrong))
+                            + ". Resume with the flags the run began with, or start without optimizer state.")
+        self.steps = max(steps, default=self.steps)
+        for bucket in self.buckets:
+            for key, part in bucket.state.items():
+                if views := bucket.own([whole[name][key].contiguous() for name in bucket.names]):
+                    torch.cat([view.to(part) for view in views], out=part)
