@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Set-up, then all checks: ruff, the crate's own tests, pytest. Arguments go to pytest:
+#
+#     bash test.sh
+#     bash test.sh -k tokenizer
+#     bash test.sh --slow
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+bash dev/setup.sh || exit 1
+# shellcheck source=/dev/null
+. .venv/.nanochat-rust
+
+cores=$(.venv/bin/python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+threads=$((cores / 2))
+[ "$threads" -ge 1 ] || threads=1
+[ "$threads" -le 8 ] || threads=8
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}" # small tensors, and tests that start several ranks: more threads are slower
+export PYO3_PYTHON="$PWD/.venv/bin/python"
+failed=""
+log=.cache/setup/pytest.log
+
+echo "== ruff"
+.venv/bin/python -m ruff check . || failed="$failed ruff,"
+
+echo "== cargo test"
+(cd rustbpe && cargo test -q) || failed="$failed cargo test,"
+
+echo "== pytest"
+color=no
+[ ! -t 1 ] || color=yes
+.venv/bin/python -m pytest -q --color=$color "$@" 2>&1 | tee "$log" || failed="$failed pytest,"
+
+if [ -n "$failed" ]; then
+    echo "test.sh: failed:${failed%,}"
+    tail -n 1 "$log"
+    exit 1
+fi
