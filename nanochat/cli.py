@@ -41,7 +41,7 @@ def _count(text: str) -> int:
         number = Decimal(text)  # a float would round 123456789e12
     except InvalidOperation:
         number = Decimal("NaN")
-    if not number.is_finite() or abs(number) >= Decimal("1e30") or number != int(number):
+    if not number.is_finite() or abs(number.adjusted()) > 30 or number != int(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(number)
 
