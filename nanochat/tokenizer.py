@@ -18,7 +18,15 @@ import tiktoken
 
 from nanochat.conversation import Turn, turns_of
 from nanochat.files import UserError, base_dir
-from nanochat.tokenizer_files import SPECIAL_TOKENS, build_encoding, fingerprint_of, load_encoding, save_encoding, tokens_of
+from nanochat.tokenizer_files import (
+    PROBE,
+    SPECIAL_TOKENS,
+    build_encoding,
+    fingerprint_of,
+    load_encoding,
+    save_encoding,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -163,6 +171,14 @@ class RustBPETokenizer:
         except (KeyError, OverflowError):
             wrong = next(id for id in ids if not 0 <= id < self.get_vocab_size())
             raise UserError(f"id {wrong} is not in this tokenizer's vocabulary of {self.get_vocab_size()}") from None
+
+    def check_round_trip(self, texts: Sequence[str]) -> None:
+        """Raise UserError unless every text comes back from its ids unchanged, and all ids are those of `.enc`."""
+        texts = [PROBE, *texts]
+        for text, ids, reference in zip(texts, self.encode(texts), _without_panic(self.enc.encode_ordinary_batch, texts)):
+            if self.decode(ids) != text or ids != reference:
+                what = "does not come back from its ids" if self.decode(ids) != text else "has other ids in tiktoken"
+                raise UserError(f"this tokenizer is broken: {text[:60]!r} {what}. Train one again: python -m scripts.tok_train")
 
     def _id_of(self, token: str | int) -> int:
         if isinstance(token, str):

@@ -1,0 +1,125 @@
+"""Train the tokenizer on the pretraining text and save it in $NANOCHAT_BASE_DIR/tokenizer.
+
+    python -m scripts.tok_train                                   # 65,536 tokens from 2 billion characters
+    python -m scripts.tok_train --vocab_size=8192 --max_chars=5e7
+
+A tokenizer that stood there before and is another one is copied aside first: models trained with it still need it.
+"""
+
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat.cli import flag, parse, run_main
+from nanochat.dataset import data_dir, iter_documents
+from nanochat.files import UserError, atomic_write
+from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
+
+SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the round trip
+
+
+@dataclass
+class Config:
+    max_chars: int = flag(2_000_000_000, "characters to train on at most")
+    doc_cap: int = flag(10_000, "characters of a document that count, 0 for all of it")
+    vocab_size: int = flag(65536, "tokens, the 9 special ones among them; at least 265")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(Config, argv, __doc__)
+    if config.max_chars < 1 or config.doc_cap < 0:
+        raise UserError(f"max_chars is {config.max_chars}, doc_cap {config.doc_cap}; the first must be 1 or more, the second 0 or more")
+    seen: dict[str, Any] = {"chars": 0, "docs": 0, "sample": []}
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the text has too few")  # the summary says it
+        tokenizer = RustBPETokenizer.train_from_iterator(_documents(config, seen), config.vocab_size)
+    seconds = time.perf_counter() - start
+    if not seen["chars"]:
+        raise UserError(f"there is no text in {data_dir()}: nothing to train a tokenizer on")
+
+    folder = tokenizer_dir()
+    trial = folder.with_name("tokenizer.trial")  # what was saved, not what was meant, is what has to work
+    try:
+        tokenizer.save(trial)
+        saved = RustBPETokenizer.from_directory(trial)
+        saved.check_round_trip(seen["sample"])
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    kept = _keep_previous(folder, tokenizer.fingerprint())
+    tokenizer.save(folder)
+
+    meta = {"vocab_size": tokenizer.get_vocab_size(), "vocab_size_asked": config.vocab_size,
+            "chars": seen["chars"], "docs": seen["docs"], "max_chars": config.max_chars, "doc_cap": config.doc_cap, "seconds": round(seconds, 2),
+            "fingerprint": tokenizer.fingerprint(), "source": _source()}
+    with atomic_write(folder / "meta.json", "w") as file:
+        json.dump(meta, file, indent=1)
+    _summary(tokenizer, meta, seen["sample"], folder, kept)
+
+
+def _documents(config: Config, seen: dict[str, Any]) -> Iterator[str]:
+    """The training documents, cut, up to `max_chars`; counts them in `seen` and keeps some for the round trip."""
+    from tqdm import tqdm
+    with tqdm(total=config.max_chars, unit=" chars", unit_scale=True, desc="reading", disable=None) as bar:
+        for document in iter_documents("train"):
+            document = document[:min(config.doc_cap or len(document), config.max_chars - seen["chars"])]
+            seen["chars"] += len(document)
+            seen["docs"] += 1
+            if len(seen["sample"]) < SAMPLE_DOCUMENTS:
+                seen["sample"].append(document[:SAMPLE_CHARS])
+            bar.update(len(document))
+            yield document
+            if seen["chars"] >= config.max_chars:
+                return
+
+
+def _keep_previous(folder: Path, fingerprint: str) -> Path | None:
+    """Copy another tokenizer that stands in `folder` aside; return where it went."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.pkl")):
+        return None
+    try:
+        previous = RustBPETokenizer.from_directory(folder).fingerprint()
+    except UserError:
+        previous = f"unread_{time.strftime('%Y%m%d_%H%M%S')}"
+    if previous == fingerprint:
+        return None
+    aside = folder.with_name(f"tokenizer_{previous[:8] if len(previous) == 64 else previous}")
+    if not aside.exists():
+        partial = folder.with_name(f"{aside.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder, partial)
+        partial.rename(aside)
+    (folder / "eval.json").unlink(missing_ok=True)  # it speaks of the other tokenizer
+    return aside
+
+
+def _source() -> Any:
+    """What the text is, as the import or the download noted it; None where nothing was noted."""
+    try:
+        return json.loads((data_dir() / "source.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _summary(tokenizer: RustBPETokenizer, meta: dict[str, Any], sample: list[str], folder: Path, kept: Path | None) -> None:
+    _, offsets = tokenizer.encode_flat(sample)
+    size = sum(len(text.encode()) for text in sample)
+    longest = int(tokenizer.token_bytes().argmax())
+    print(f"tokenizer: {meta['vocab_size']:,} tokens = 256 bytes + {meta['vocab_size'] - 265:,} merges + 9 special")
+    if meta["vocab_size"] < meta["vocab_size_asked"]:
+        print(f"    smaller than the {meta['vocab_size_asked']:,} asked for: the text has no more pairs to merge")
+    print(f"    trained on {meta['chars']:,} characters of {meta['docs']:,} documents in {meta['seconds']:.1f} s")
+    print(f"    {size / int(offsets[-1]):.2f} bytes a token on {len(sample)} documents, all of which come back unchanged")
+    print(f"    longest token: {tokenizer.id_to_token(longest)!r}")
+    print(f"    saved in {folder}, fingerprint {meta['fingerprint'][:8]}")
+    if kept is not None:
+        print(f"    the tokenizer that stood there before is kept in {kept}")
+
+
+if __name__ == "__main__":
+    run_main(main)
