@@ -1,0 +1,62 @@
+"""Bits per byte: the loss of a model in a unit that does not depend on its tokenizer."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from nanochat.distributed import Ranks, all_reduce_sum
+from nanochat.files import UserError
+
+
+@torch.no_grad()
+def evaluate_bpb(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor, ranks: Ranks | None = None) -> float:
+    """Return Σ nats of the targets / (ln 2 · Σ bytes of the targets) over all batches of all ranks; collective.
+
+    batches: (inputs, targets), both (B, T). token_bytes: (V,) bytes of each token; targets that are −1 or have 0 bytes (specials) count
+    for neither sum. Raises UserError if no target counts.
+    """
+    device = token_bytes.device
+    totals = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    for inputs, targets in batches:
+        nats = model(inputs, targets, loss_reduction="none")
+        flat = targets.flatten()
+        size = torch.where(flat >= 0, token_bytes[flat.clamp_min(0)], 0)
+        totals[0] += (nats * (size > 0)).sum(dtype=totals.dtype)
+        totals[1] += size.sum()
+    if ranks is not None:
+        totals = all_reduce_sum(totals, ranks)
+    nats, size = totals.tolist()
+    if size == 0:
+        raise UserError("no text to evaluate on: the validation shard holds fewer tokens than one batch. "
+                        "Use a smaller --device-batch-size or --max-seq-len, or more text.")
+    return nats / (math.log(2) * size)
+
+
+class EvalRows:
+    """The first `tokens` tokens of a split as packed rows, made once and kept on the host: rank r takes every world_size-th batch.
+
+    The rows do not depend on the number of ranks, so neither does the bpb. Where the split holds fewer, all of it is taken, once.
+    """
+
+    def __init__(self, tokenizer, split: str, batch_size: int, sequence_len: int, tokens: int, *, ranks: Ranks, folder=None):
+        from nanochat.dataloader import PackedLoader  # here, so that a model can be evaluated where there is no text
+
+        alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+        loader = PackedLoader(tokenizer, split, batch_size, sequence_len, ranks=alone, folder=folder, loop=False)
+        self.device, self.batches = ranks.device, []
+        try:
+            for number in range(max(1, tokens // (batch_size * sequence_len))):
+                try:
+                    inputs, targets = next(loader)
+                except StopIteration:
+                    break
+                if number % ranks.world_size == ranks.rank:
+                    self.batches.append((inputs.to(torch.int32), targets.to(torch.int32)))
+        finally:
+            loader.close()
+
+    def __iter__(self):
+        for inputs, targets in self.batches:
+            yield inputs.to(self.device).long(), targets.to(self.device).long()

@@ -1,0 +1,16 @@
+"""Small models for tests, with every weight away from zero so that nothing is silent."""
+
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+
+
+def small_model(seed: int = 0, **given) -> GPT:
+    """A GPT of a few thousand weights, all random and strong; fields of its config as given."""
+    torch.manual_seed(seed)
+    config = GPTConfig(**{"sequence_len": 32, "vocab_size": 97, "n_layer": 4, "n_head": 2, "n_kv_head": 2, "n_embd": 32, **given})
+    model = GPT(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(std=1.0 if "wte" in name or "conv1d" in name else 1.5 * p.shape[-1] ** -0.5)
+    return model.eval()

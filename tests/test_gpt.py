@@ -1,0 +1,228 @@
+"""The model against the published numbers, against a second implementation, and against itself through a state."""
+
+import glob
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.twin import TwinGPT
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import evaluate_bpb
+from tests.helpers import small_model
+
+GOLDEN = ["hybrid_a", "orig_mod_b"]
+
+
+def golden(shared, name):
+    folder = shared / "golden" / name
+    meta = json.loads(open(glob.glob(f"{folder}/meta_*.json")[0]).read())
+    model = GPT(GPTConfig(**meta["model_config"]))
+    state = torch.load(glob.glob(f"{folder}/model_*.pt")[0], weights_only=True)
+    model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in state.items()}, strict=True)
+    return model.eval(), np.load(folder / "expected.npz"), json.loads((folder / "expected.json").read_text()), folder
+
+
+def test_d20_has_the_published_shape():
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_depth(20, vocab_size=65536, sequence_len=2048))
+    assert sum(p.numel() for p in model.parameters()) == 542_035_200
+    assert [i for i, letter in enumerate(model.config.pattern()) if letter == "A"] == [1, 4, 7, 10, 13, 16, 19]
+    assert model.flops_per_token() == pytest.approx(2.8587e9, rel=1e-4)
+    assert model.flops_per_token() - 6 * 7 * 1280 * 2048 == pytest.approx(2.7486e9, rel=1e-4)
+
+
+def test_old_meta_files_lack_fields_and_new_ones_add_none():
+    config = GPTConfig(sequence_len=128, vocab_size=1024, n_layer=5, n_head=2, n_kv_head=2, n_embd=64)
+    assert (config.n_kernel, config.slc_rate) == (3, 3)
+    assert "layer_pattern" not in config.to_dict() and GPTConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_logits_loss_and_gradients(shared, name):
+    model, expected, more, _ = golden(shared, name)
+    ids, targets = torch.from_numpy(expected["ids"]), torch.from_numpy(expected["targets"])
+    assert sum(p.numel() for p in model.parameters()) == more["parameters"]
+    assert [i for i, letter in enumerate(model.config.pattern()) if letter == "A"] == more["attention_layers"]
+    with torch.no_grad():
+        assert np.abs(model(ids).numpy() - expected["logits"]).max() < 1e-4
+    loss = model(ids, targets)
+    assert abs(loss.item() - float(expected["loss"])) < 1e-4
+    loss.backward()
+    for key, p in model.named_parameters():
+        assert float(p.grad.double().norm()) == pytest.approx(more["grad_norms"][key], rel=1e-3, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_bits_per_byte(shared, name):
+    model, expected, _, folder = golden(shared, name)
+    token_bytes = torch.load(folder / "token_bytes.pt", weights_only=True)
+    batch = (torch.from_numpy(expected["ids"]), torch.from_numpy(expected["targets"]))
+    assert evaluate_bpb(model, [batch], token_bytes) == pytest.approx(float(expected["bpb"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_greedy_decoding(shared, name):
+    model, expected, _, _ = golden(shared, name)
+    for row in expected["greedy"].tolist():
+        assert list(model.generate(torch.tensor([row[:16]]), 40, temperature=0, top_k=0, top_p=1, repetition_penalty=1)) == row[16:]
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_kv_head": 1}, {"n_kernel": 2}, {"n_kernel": 4}, {"layer_pattern": "AAAA"},
+                                   {"layer_pattern": "SSSS"}, {"n_head": 4, "n_kv_head": 2, "n_layer": 7}])
+def test_model_equals_plain_twin(shape):
+    model = small_model(**shape)
+    twin = TwinGPT(model.config)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    ids, targets = torch.randint(97, (3, 17)), torch.randint(-1, 97, (3, 17))
+    torch.testing.assert_close(model(ids), twin(ids), rtol=1e-4, atol=1e-4)
+    loss, twin_loss = model(ids, targets), twin(ids, targets)
+    torch.testing.assert_close(loss, twin_loss, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    twin_loss.backward()
+    twins = dict(twin.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, twins[name].grad, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_every_parameter_gets_a_gradient_within_two_steps():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=32, vocab_size=97, n_layer=4, n_head=2, n_kv_head=2, n_embd=32))
+    moved = set()
+    for _ in range(3):  # zero head, then zero c_proj: the gradient works its way down in two steps
+        ids = torch.randint(97, (4, 32))
+        model(ids, ids.roll(-1, 1)).backward()
+        moved |= {name for name, p in model.named_parameters() if p.grad.abs().sum() > 0}
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+                p.grad = None
+    assert moved == {name for name, _ in model.named_parameters()}
+
+
+def test_initialisation_is_the_published_one_and_the_taps_are_defined():
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=2, n_embd=256, n_head=2, n_kv_head=2, vocab_size=500))
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(float("nan"))  # memory that held anything
+    model.init_weights()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    assert not any(p.isnan().any() for p in weights.values())
+    assert weights["lm_head.weight"].abs().max() == 0 and weights["transformer.h.0.attn.c_proj.weight"].abs().max() == 0
+    assert weights["transformer.wte.weight"].std() == pytest.approx(1, rel=0.02)
+    assert weights["transformer.h.0.mlp.c_fc.weight"].std() == pytest.approx(1 / 16, rel=0.02)
+    assert weights["transformer.h.0.attn.A_proj.weight"].std() == pytest.approx((128 / 256) ** 0.5 / 16, rel=0.03)
+    taps = weights["transformer.h.0.attn.conv1d.weight"]
+    assert taps.shape == (256, 1, 3) and taps.abs().max() <= 3 ** -0.5 and taps.std() == pytest.approx(1 / 3, rel=0.05)
+
+
+shapes = st.fixed_dictionaries({"n_kernel": st.integers(2, 4), "n_head": st.sampled_from([2, 4]), "n_kv_head": st.sampled_from([1, 2]),
+                                "n_layer": st.integers(1, 5), "slc_rate": st.integers(1, 4)})
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 9))
+def test_any_split_through_a_state_equals_one_full_forward(shape, B, chunks, seed):
+    model = small_model(seed, **shape)
+    ids = torch.randint(97, (B, sum(chunks)))
+    with torch.no_grad():
+        full = model(ids)
+        state = model.new_state(B, capacity=4)  # too small: it has to grow
+        parts = torch.cat([model(part, state=state) for part in ids.split(chunks, dim=1)], dim=1)
+    # float32 sums in another order: logits of ±15 agree to a few units in the fifth digit
+    torch.testing.assert_close(parts, full, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.lists(st.integers(1, 12), min_size=2, max_size=4), st.integers(0, 9))
+def test_rows_of_different_lengths_decode_as_if_alone(shape, lengths, seed):
+    from nanochat.state import State
+    model = small_model(seed, **shape)
+    rows = [torch.randint(97, (1, n + 3)) for n in lengths]
+    with torch.no_grad():
+        states = []
+        for row in rows:
+            state = model.new_state(1, capacity=row.shape[1])
+            model(row[:, :-3], state=state)
+            states.append(state)
+        joined = State.join(states)
+        steps = [model(torch.cat([row[:, [i - 3]] for row in rows]), state=joined) for i in range(1)]
+        steps.append(model(torch.cat([row[:, -2:] for row in rows]), state=joined))  # a ragged chunk of two
+        got = torch.cat(steps, dim=1)
+        for row, own in zip(rows, got):
+            torch.testing.assert_close(own, model(row)[0, -3:], rtol=1e-4, atol=1e-4)
+
+
+def test_forked_and_selected_rows_go_on_by_themselves():
+    model = small_model()
+    ids = torch.randint(97, (2, 9))
+    with torch.no_grad():
+        state = model.new_state(2)
+        model(ids, state=state)
+        forked = state.fork(2)  # rows 0, 0, 1, 1
+        more = torch.randint(97, (4, 5))
+        model(more, state=forked)
+        kept = forked.select([3, 0])
+        last = torch.randint(97, (2, 2))
+        got = model(last, state=kept)
+        whole = torch.cat([ids[[1, 0]], more[[3, 0]], last], dim=1)
+        torch.testing.assert_close(got, model(whole)[:, -2:], rtol=1e-4, atol=1e-4)
+        assert state.lengths == [9, 9] and kept.lengths == [16, 16]  # the first state is as it was
+        torch.testing.assert_close(model(last, state=state), model(torch.cat([ids, last], 1))[:, -2:], rtol=1e-4, atol=1e-4)
+
+
+def test_state_holds_the_bytes_it_should():
+    from nanochat.state import State
+    config = GPTConfig.from_depth(20, vocab_size=65536, sequence_len=2048)
+    state = State(config, 1, 2048, device="meta", dtype=torch.bfloat16)
+    assert state.nbytes() == 73_400_320 + 66_560
+
+
+def test_the_future_does_not_reach_the_past():
+    model = small_model()
+    ids = torch.randint(97, (1, 20))
+    other = ids.clone()
+    other[0, 12:] = (other[0, 12:] + 1) % 97
+    with torch.no_grad():
+        assert torch.equal(model(ids)[:, :12], model(other)[:, :12])
+        assert not torch.equal(model(ids)[:, 12:], model(other)[:, 12:])
+
+
+def test_bfloat16_compute_stays_near_float32_and_weights_stay_float32():
+    model = small_model()
+    ids = torch.randint(97, (2, 24))
+    with torch.no_grad():
+        exact = model(ids)
+        model.compute_dtype = torch.bfloat16
+        rounded = model(ids)
+    assert rounded.dtype == torch.float32 and model.lm_head.weight.dtype == torch.float32
+    assert (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("wrong", [{"n_layer": 0}, {"n_embd": 30, "n_head": 4}, {"n_head": 3, "n_kv_head": 2, "n_embd": 48},
+                                   {"layer_pattern": "SX"}, {"layer_pattern": "SA", "n_layer": 3}, {"vocab_size": 0}])
+def test_impossible_shapes_are_refused_in_words(wrong):
+    with pytest.raises(ValueError, match="n_|layer_pattern|vocab_size"):
+        GPTConfig(**wrong)
+
+
+@pytest.mark.parametrize("depth", range(1, 33))
+def test_every_depth_makes_a_model_of_its_width(depth):
+    config = GPTConfig.from_depth(depth)
+    assert config.n_embd == 64 * depth and config.n_embd // config.n_head <= 128
+    if depth % 2 == 0:
+        assert config.n_head == -(-config.n_embd // 128)
+
+
+def test_generate_takes_one_row_and_stops_before_the_closing_token():
+    model = small_model()
+    with pytest.raises(ValueError, match="Engine"):
+        next(model.generate(torch.zeros(2, 3, dtype=torch.long)))
+    plain = list(model.generate(torch.tensor([[1, 2]]), 12, temperature=0))
+    stopped = list(model.generate(torch.tensor([[1, 2]]), 12, temperature=0, eos_token_id=plain[5]))
+    assert stopped == plain[:plain.index(plain[5])]
