@@ -21,7 +21,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -165,10 +164,10 @@ def _finish(folder: Path) -> None:
                 os.replace(folder / f"{name}.new", folder / name)
         if not old:
             _set_aside(path)
-        sync_folder(folder)
-        os.replace(new, path)
         for name in old - files:  # the old one's optimizer state
             (folder / name).unlink(missing_ok=True)
+        sync_folder(folder)
+        os.replace(new, path)
     for new in [*folder.glob("model_*.pt.new"), *folder.glob("optim_*.pt.new")]:  # never committed
         new.unlink()
     sync_folder(folder)
@@ -296,10 +295,13 @@ def _read_tensors(folder: Path, name: str, meta: dict, device: str | torch.devic
                     raise Corrupt(f"{path} is damaged: its sha256 is not the one written in its meta file.")
                 file.seek(0)
             part = torch.load(file, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        if isinstance(error, UserError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "CUDA" in str(error)):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # on damaged or hostile files PyTorch raises a dozen kinds
+        if isinstance(error, RuntimeError) and "CUDA" in str(error):
             raise
-        raise Corrupt(f"{path} cannot be read, it is damaged or no file of weights: {str(error).splitlines()[0][:200]}") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise Corrupt(f"{path} cannot be read, it is damaged or no file of weights: {why}") from error
     if not isinstance(part, dict):
         raise Corrupt(f"{path} holds a {type(part).__name__}, where weights by name were expected.")
     return part

@@ -1,0 +1,524 @@
+"""nanochat/checkpoint.py: a checkpoint is whole or not there, whatever happens, and readers are told what they cannot have."""
+
+import errno
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import checkpoint, files
+from nanochat.checkpoint import checkpoint_dir, latest_step, load_checkpoint, load_model, save_checkpoint
+from nanochat.files import UserError
+
+CONFIG = {"sequence_len": 8, "vocab_size": 16, "n_layer": 1, "layer_pattern": None}
+META = {"model_config": CONFIG, "val_bpb": 1.5, "user_config": {"depth": 1}, "device_batch_size": 4, "max_seq_len": 8}
+
+
+def weights(value=0.0, size=300):
+    return {"a.weight": torch.full((size,), float(value)), "b.weight": torch.full((2, 3), float(value))}
+
+
+def momenta(value=0.0, size=300):
+    return {"step": int(value), "state": {"a.weight": {"momentum": torch.full((size,), float(value))}}}
+
+
+def save(folder, step, value=None, optimizer=True, **more):
+    value = step if value is None else value
+    save_checkpoint(folder, step, weights(value), META | {"value": value}, momenta(value) if optimizer else None, **more)
+
+
+def inside(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def names(*steps):
+    return sorted(name for n in steps for name in (f"meta_{n:06d}.json", f"model_{n:06d}.pt", f"optim_{n:06d}.pt"))
+
+
+def is_whole(loaded, value):
+    return (loaded.meta["value"] == value and all((tensor == value).all() for tensor in loaded.model_state.values())
+            and (loaded.optimizer_state is None or (loaded.optimizer_state["step"] == value
+                 and (loaded.optimizer_state["state"]["a.weight"]["momentum"] == value).all())))
+
+
+@pytest.fixture
+def three(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    return tmp_path
+
+
+# ---- what is written
+
+def test_what_is_saved_comes_back(tmp_path):
+    save(tmp_path, 500)
+    assert inside(tmp_path) == names(500)
+    meta = json.loads((tmp_path / "meta_000500.json").read_text())
+    assert meta["step"] == 500 and meta["val_bpb"] == 1.5 and meta["user_config"] == {"depth": 1}
+    assert meta["model_config"] == {"sequence_len": 8, "vocab_size": 16, "n_layer": 1}  # published code knows no layer_pattern
+    assert {name: said["sha256"] for name, said in meta["files"].items()} == {
+        name: files.sha256_of(tmp_path / name) for name in ("model_000500.pt", "optim_000500.pt")}
+    loaded = load_checkpoint(tmp_path, optimizer=True)
+    assert (loaded.step, loaded.no_optimizer, loaded.folder) == (500, "", tmp_path) and is_whole(loaded, 500)
+    assert load_checkpoint(tmp_path, 500).optimizer_state is None
+    assert latest_step(tmp_path) == 500
+
+
+def test_weights_are_filed_in_float32_by_plain_names_and_without_what_they_are_views_of(tmp_path):
+    big = torch.arange(100000.0)
+    state = {"_orig_mod.wte.weight": torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), "_orig_mod.view": big[10:14],
+             "_orig_mod.turned": big[:6].view(2, 3).T}
+    save_checkpoint(tmp_path, 1, state, META)
+    filed = torch.load(tmp_path / "model_000001.pt", weights_only=True)
+    assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in filed.items()} == {
+        "wte.weight": (torch.float32, [1] * 4), "view": (torch.float32, [10, 11, 12, 13]),
+        "turned": (torch.float32, [[0, 3], [1, 4], [2, 5]])}
+    assert (tmp_path / "model_000001.pt").stat().st_size < 10000
+
+
+def test_a_pattern_that_is_set_and_a_loss_that_is_not_finite_are_kept_in_valid_json(tmp_path):
+    save_checkpoint(tmp_path, 1, weights(), META | {"model_config": CONFIG | {"layer_pattern": "S"}, "val_bpb": float("nan")})
+    meta = json.loads((tmp_path / "meta_000001.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert meta["model_config"]["layer_pattern"] == "S" and meta["val_bpb"] == "NaN"
+
+
+def test_steps_beyond_a_million_are_found(tmp_path):
+    save(tmp_path, 999999)
+    save(tmp_path, 1234567)
+    assert latest_step(tmp_path) == 1234567 and is_whole(load_checkpoint(tmp_path, 999999), 999999)
+
+
+# ---- kills
+
+def write_for_ever(folder, first, kind, said, largest=None):
+    """Save one checkpoint after the other, in a process of its own; say each when it is done."""
+    torch.set_num_threads(1)
+    if largest:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    try:
+        for value in itertools.count(first):
+            step = value if kind == "new" else 7
+            save_checkpoint(folder, step, weights(value, 100000), META | {"value": value}, momenta(value, 100000), keep=2)
+            said.send(value)
+    except UserError as error:
+        said.send(str(error))
+
+
+def start(*args):
+    """Start write_for_ever; returns the process and what it says. PyTorch is imported once, not in every process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "nanochat.checkpoint"])
+    hears, says = context.Pipe(duplex=False)
+    process = context.Process(target=write_for_ever, args=(*args[:3], says, *args[3:]))
+    process.start()
+    says.close()
+    return process, hears
+
+
+@pytest.mark.parametrize("kind", ["new", "same"])
+def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_valid(tmp_path, kind, caplog):
+    chance, value = random.Random(0), 0
+    for _ in range(8):
+        writer, said = start(tmp_path, value + 1, kind)
+        for _ in range(chance.randint(1, 6)):
+            value = said.recv()
+        time.sleep(chance.uniform(0, 0.03))
+        writer.kill()
+        with suppress(EOFError):
+            while True:
+                value = said.recv()
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
+        loaded = load_checkpoint(tmp_path, optimizer=True)
+        assert loaded.meta["value"] in (value, value + 1) and is_whole(loaded, loaded.meta["value"])  # +1: saved, not yet said
+        assert latest_step(tmp_path) == loaded.step == (loaded.meta["value"] if kind == "new" else 7)
+        assert not caplog.records
+        value = loaded.meta["value"]
+        for rest in tmp_path.glob(".*.tmp"):
+            os.utime(rest, (1, 1))
+    step = value + 1 if kind == "new" else 7
+    save(tmp_path, step, value + 1, keep=2)
+    assert inside(tmp_path) == names(*([value, value + 1] if kind == "new" else [7]))  # nothing that the kills left
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(monkeypatch, count):
+    """Let the writer die, as by a kill, before its (count+1)th change of a name: nothing runs any more."""
+    done = []
+
+    def counted(real):
+        def change(*args, **more):
+            if len(done) >= count:
+                raise Killed
+            done.append(1)
+            return real(*args, **more)
+        return change
+
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+
+
+@pytest.mark.parametrize("step, keep", [(20, 1), (10, None), (10, 1)])
+def test_death_between_any_two_changes_of_names_leaves_the_old_checkpoint_or_the_new(tmp_path, step, keep):
+    """Goes through every point in turn, for a new step, one saved again, and one after which older ones are deleted."""
+    for count in range(100):
+        folder = tmp_path / str(count)
+        save(folder, 10, 1, keep=keep)
+        with pytest.MonkeyPatch.context() as patch:
+            killed_after(patch, count)
+            try:
+                save(folder, step, 2, optimizer=step == 20, keep=keep)
+                died = False
+            except Killed:
+                died = True
+        loaded = load_checkpoint(folder)
+        assert is_whole(loaded, loaded.meta["value"]) and latest_step(folder) == loaded.step
+        assert loaded.meta["value"] in (1, 2) if died else loaded.meta["value"] == 2
+        for rest in folder.glob(".*.tmp"):
+            os.utime(rest, (1, 1))
+        save(folder, 20, 3, keep=1)  # and the next save tidies up
+        older = [] if keep else ["meta_000010.json", *json.loads((folder / "meta_000010.json").read_text())["files"]]
+        assert inside(folder) == sorted(names(20) + older)
+        assert is_whole(load_checkpoint(folder, 20, optimizer=True), 3)
+        if not died:
+            break
+    assert not died and count > 5
+
+
+# ---- damage
+
+def test_a_changed_byte_is_noticed_and_the_one_before_is_taken(three, caplog):
+    path = three / "model_000030.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert load_checkpoint(three).step == 20
+    assert [("step 30" in text, "model_000030.pt is damaged" in text, "\n" in text) for text in caplog.messages] == [(True, True, False)]
+    with pytest.raises(UserError, match="model_000030.pt is damaged"):
+        load_checkpoint(three, 30)
+
+
+def test_a_damaged_optimizer_state_counts_where_it_is_needed(three):
+    path = three / "optim_000030.pt"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    assert load_checkpoint(three).step == 30
+    assert load_checkpoint(three, optimizer=True).step == 20
+    path.unlink()
+    assert load_checkpoint(three).step == 30  # a model is often carried elsewhere without it
+    assert load_checkpoint(three, optimizer=True).step == 20 and latest_step(three) == 20
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("model_000030.pt", lambda path: path.write_bytes(path.read_bytes()[:-1])), ("model_000030.pt", Path.unlink),
+    ("model_000030.pt", lambda path: path.write_bytes(b"")), ("meta_000030.json", lambda path: path.write_text('{"step": 30, "mod')),
+    ("meta_000030.json", lambda path: path.write_text("[]")), ("meta_000030.json", lambda path: path.write_bytes(b"\xff\x00")),
+    ("meta_000030.json", lambda path: path.write_text("{}")), ("optim_000030.pt", lambda path: path.write_bytes(bytes(9)))])
+def test_a_torn_or_missing_file_makes_the_one_before_the_newest(three, name, damage, caplog):
+    damage(three / name)
+    assert latest_step(three) == 20 and "skipping the checkpoint of step 30" in caplog.text
+    assert load_checkpoint(three, optimizer=True).step == 20
+    with pytest.raises(UserError, match=name):
+        load_checkpoint(three, 30, optimizer=True)
+
+
+def test_files_without_meta_are_no_checkpoint(three):
+    (three / "meta_000030.json").unlink()
+    (three / "meta_x.json").write_text("{}")
+    (three / "meta_40.json").write_text("{}")
+    assert latest_step(three) == 20
+    with pytest.raises(UserError, match="no checkpoint of step 30 in .*there are those of 10, 20"):
+        load_checkpoint(three, 30)
+
+
+def test_nothing_to_load_says_what_was_looked_for_and_how_to_train(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert latest_step(folder) is None
+        with pytest.raises(UserError, match=r"no usable checkpoint in .*looked for meta_NNNNNN.json.*scripts.base_train"):
+            load_checkpoint(folder)
+        with pytest.raises(UserError, match="there is none of any step"):
+            load_checkpoint(folder, 5)
+    with pytest.raises(UserError, match="scripts.chat_sft"):
+        load_model("sft", "cpu")
+
+
+def test_only_tensors_are_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "evil"),))
+
+    (tmp_path / "meta_000001.json").write_text(json.dumps(META))
+    for content in (pickle.dumps(Evil(), 2), pickle.dumps({"a": Evil()}, 2), b"text", b"\x80"):
+        (tmp_path / "model_000001.pt").write_bytes(content)
+        with pytest.raises(UserError, match="model_000001.pt cannot be read"):
+            load_checkpoint(tmp_path, 1)
+    torch.save({"a": Evil()}, tmp_path / "model_000001.pt")
+    with pytest.raises(UserError, match="model_000001.pt cannot be read"):
+        load_checkpoint(tmp_path, 1)
+    for content in ([torch.ones(1)], {"a": 1}, {1: torch.ones(1)}):
+        torch.save(content, tmp_path / "model_000001.pt")
+        with pytest.raises(UserError, match="weights by name"):
+            load_checkpoint(tmp_path, 1)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_meta_file_cannot_name_files_of_others(tmp_path):
+    (tmp_path / "precious").write_text("")
+    folder = tmp_path / "folder"
+    save(folder, 10, keep=1)
+    path = folder / "meta_000010.json"
+    meta = json.loads(path.read_text())
+    meta["files"]["../precious"] = {"size": 0, "sha256": ""}
+    path.write_text(json.dumps(meta))
+    (folder / "meta_000005.json.gone").write_text(json.dumps(meta))
+    save(folder, 20, keep=1)
+    assert (tmp_path / "precious").exists() and latest_step(folder) == 20
+
+
+# ---- a full disk
+
+def test_a_disk_too_small_is_said_before_anything_is_written(three, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10000, 9000, 1000))
+    before = inside(three)
+    with pytest.raises(UserError, match="the checkpoint of step 40 needs 2.4 kB on the disk"):
+        save(three, 40)
+    assert inside(three) == before
+
+
+@pytest.mark.parametrize("step", [30, 40])
+@pytest.mark.parametrize("name", ["model", "optim", "meta"])
+def test_a_disk_that_fills_up_leaves_all_as_it_was(three, monkeypatch, name, step):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, part):
+            return getattr(self.file, part)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in three.iterdir()}
+    monkeypatch.setattr(files, "open", lambda path, mode="r", **more: Full(open(path, mode, **more))
+                        if Path(path).name.startswith(f".{name}_") else open(path, mode, **more), raising=False)
+    with pytest.raises(UserError, match=f"the disk is full: .*{name}_0000{step}.*untouched"):
+        save(three, step, 99)
+    assert {path.name: path.read_bytes() for path in three.iterdir()} == before
+    monkeypatch.undo()
+    save(three, step, 99)
+    assert is_whole(load_checkpoint(three, optimizer=True), 99)
+
+
+def test_a_real_limit_on_writing_is_a_clear_error(three):
+    writer, said = start(three, 40, "new", 150000)
+    assert "the disk is full" in said.recv()
+    writer.join()
+    assert writer.exitcode == 0 and inside(three) == names(10, 20, 30)
+
+
+# ---- deleting
+
+def test_keep_deletes_the_oldest_periodical_saves_and_nothing_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model_000002.pt").write_text("mine")
+    torch.save(weights(), tmp_path / "model_000001.pt")
+    (tmp_path / "meta_000001.json").write_text(json.dumps(META))
+    save(tmp_path, 5)  # no periodical one
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, keep=2)
+    foreign = ["meta_000001.json", "model_000001.pt", "model_000002.pt", "notes.txt"]
+    assert inside(tmp_path) == sorted([*foreign, *names(5, 30, 40)])
+    save(tmp_path, 50, keep=1)
+    assert inside(tmp_path) == sorted([*foreign, *names(5, 50)])
+    with pytest.raises(ValueError, match="keep"):
+        save(tmp_path, 60, keep=0)
+
+
+def test_keep_counts_only_checkpoints_that_are_valid_and_not_those_of_later_steps(tmp_path):
+    for step in (10, 20, 30, 90):
+        save(tmp_path, step, keep=9)
+    (tmp_path / "model_000030.pt").write_bytes(b"torn")
+    save(tmp_path, 40, keep=2)
+    assert inside(tmp_path) == names(20, 30, 40, 90)
+
+
+def test_a_published_checkpoint_in_the_way_is_kept_under_another_name(tmp_path):
+    torch.save(weights(5), tmp_path / "model_000010.pt")
+    torch.save({}, tmp_path / "optim_000010.pt")
+    (tmp_path / "meta_000010.json").write_text(json.dumps(META))
+    save(tmp_path, 10)
+    save(tmp_path, 10, 11)
+    assert inside(tmp_path) == sorted(names(10) + [f"{name}.kept" for name in names(10)])
+    assert (torch.load(tmp_path / "model_000010.pt.kept", weights_only=True)["a.weight"] == 5).all()
+    assert is_whole(load_checkpoint(tmp_path, optimizer=True), 11)
+
+
+# ---- reading while writing
+
+def test_readers_see_whole_checkpoints_while_a_writer_saves_and_deletes(tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL)
+    save(tmp_path, 1, keep=1)
+    stop, seen, wrong = threading.Event(), [], []
+
+    def read():
+        while not stop.is_set():
+            try:
+                loaded = load_checkpoint(tmp_path, optimizer=True)
+                seen.append(loaded.meta["value"])
+                if not is_whole(loaded, loaded.meta["value"]) or latest_step(tmp_path) is None:
+                    wrong.append(loaded.meta)
+            except Exception as error:
+                wrong.append(repr(error))
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for value in range(2, 60):
+        save(tmp_path, value // 2, value, keep=1)  # each step twice
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong and len(set(seen)) > 5
+
+
+# ---- from a name to a model
+
+def test_a_stage_without_a_tag_takes_the_only_the_deepest_or_the_last_written(tmp_path):
+    root = tmp_path / "base" / "base_checkpoints"
+    with pytest.raises(UserError, match="no usable checkpoint in .*base_checkpoints"):
+        checkpoint_dir("base")
+    save(root / "small", 1)
+    (root / "d99").mkdir()  # holds none
+    assert checkpoint_dir("base") == root / "small"
+    save(root / "large", 1)
+    os.utime(root / "small" / "meta_000001.json", (1, 1))
+    assert checkpoint_dir("base") == root / "large"
+    save(root / "d4", 1)
+    save(root / "d12", 1)
+    os.utime(root / "d12" / "meta_000001.json", (1, 1))
+    assert checkpoint_dir("base") == root / "d12" and checkpoint_dir("base", "new") == root / "new"
+    assert checkpoint._choose("base", None)[1] == "the deepest of 4 there"
+    assert [checkpoint_dir(stage, "d4").parent.name for stage in ("mid", "sft", "rl")] == [
+        "mid_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints"]
+    with pytest.raises(UserError, match="not a model tag"):
+        checkpoint_dir("base", "../d4")
+    with pytest.raises(UserError, match="a source is one of base, mid, sft, rl, or a folder"):
+        load_model("bass", "cpu")
+
+
+@pytest.fixture(params=["hybrid_a", "orig_mod_b", "core_f"])
+def published(request, shared):
+    pytest.importorskip("nanochat.gpt")
+    pytest.importorskip("nanochat.tokenizer")
+    return shared / "golden" / request.param
+
+
+def test_published_checkpoints_load_and_say_why_their_optimizer_does_not(published, tmp_path):
+    model, tokenizer, meta = load_model(published, "cpu")
+    assert not model.training and {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in model.parameters()) and model.get_device() == torch.device("cpu")
+    assert model.config.vocab_size == tokenizer.get_vocab_size() and meta["folder"] == str(published)
+    assert meta["loaded"] == f"step {meta['step']} of {published} (as asked)"
+    ids = torch.tensor([tokenizer.encode("Hello there", prepend="<|bos|>")])
+    assert model(ids).isfinite().all()
+    loaded = load_checkpoint(published, optimizer=True)
+    assert loaded.optimizer_state is None and "published" in loaded.no_optimizer
+    assert not any(name.startswith("_orig_mod.") for name in loaded.model_state)
+
+    # the same in a stage's folder, with the tokenizer of the base folder; and saved again by us
+    folder = tmp_path / "base" / "base_checkpoints" / "d5"
+    save_checkpoint(folder, 3, model.state_dict(), {"model_config": model.config, "tokenizer": tokenizer.fingerprint()})
+    with pytest.raises(UserError, match="okenizer"):
+        load_model("base", "cpu")
+    tokenizer.save(tmp_path / "base" / "tokenizer")
+    again, _, meta = load_model("base", "cpu")
+    assert torch.equal(model(ids), again(ids)) and meta["loaded"] == f"step 3 of {folder} (the only one there)"
+    assert load_checkpoint(folder, optimizer=True).no_optimizer == "the checkpoint was saved without"
+
+
+def test_a_published_model_that_is_damaged_or_missing_is_said(published, tmp_path):
+    for path in published.glob("m*"):
+        shutil.copyfile(path, tmp_path / path.name)
+    model = next(tmp_path.glob("model_*"))
+    model.write_bytes(model.read_bytes()[:100000])
+    with pytest.raises(UserError, match="looked for"):
+        load_checkpoint(tmp_path)
+    model.unlink()
+    assert latest_step(tmp_path) is None
+
+
+@pytest.fixture
+def small(tmp_path):
+    gpt = pytest.importorskip("nanochat.gpt")
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(sequence_len=8, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=16))
+    return tmp_path / "d2", model
+
+
+def test_a_checkpoint_of_another_shape_names_what_differs(small):
+    folder, model = small
+    state = model.state_dict()
+    state["lm_head.weight"] = state["lm_head.weight"][:100]
+    del state["transformer.h.0.mlp.c_fc.weight"]
+    state["extra"] = torch.ones(1)
+    save_checkpoint(folder, 1, state, {"model_config": model.config})
+    with pytest.raises(UserError) as error:
+        load_model(folder, "cpu")
+    for part in (str(folder), "another shape", "missing: transformer.h.0.mlp.c_fc.weight", "not expected: extra",
+                 "lm_head.weight (100, 16), not (265, 16)"):
+        assert part in str(error.value)
+
+
+def test_a_config_that_is_unknown_or_wrong_is_said(small):
+    folder, model = small
+    save_checkpoint(folder, 1, model.state_dict(), {"model_config": model.config.to_dict() | {"rope_base": 3, "mixer": "S"}})
+    with pytest.raises(UserError, match="model_config has mixer, rope_base, which this version does not know"):
+        load_model(folder, "cpu")
+    save_checkpoint(folder, 2, model.state_dict(), {"model_config": model.config.to_dict() | {"n_head": 3}})
+    with pytest.raises(UserError, match="its model_config makes no model: .*n_head"):
+        load_model(folder, "cpu")
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(small, monkeypatch):
+    tokenizers = pytest.importorskip("nanochat.tokenizer")
+
+    class Tokenizer:
+        def fingerprint(self):
+            return "abc"
+
+        def get_vocab_size(self):
+            return 265
+
+    monkeypatch.setattr(tokenizers, "get_tokenizer", Tokenizer)
+    folder, model = small
+    save_checkpoint(folder, 1, model.state_dict(), {"model_config": model.config, "tokenizer": "abc"})
+    assert load_model(folder, "cpu")[2]["tokenizer"] == "abc"
+    save_checkpoint(folder, 2, model.state_dict(), {"model_config": model.config, "tokenizer": "def"})
+    with pytest.raises(UserError, match="not the one that the model in .* was trained with"):
+        load_model(folder, "cpu")
+    monkeypatch.setattr(Tokenizer, "get_vocab_size", lambda self: 266)
+    with pytest.raises(UserError, match="vocabulary of 265, the tokenizer in .* one of 266"):
+        load_model(folder, "cpu", step=1)
