@@ -28,7 +28,7 @@ echo "== cargo test"
 echo "== pytest"
 color=no
 [ ! -t 1 ] || color=yes
-.venv/bin/python -m pytest -q --color=$color "$@" 2>&1 | tee "$log" || failed="$failed pytest,"
+.venv/bin/python -m pytest -q --color=$color ${1+"$@"} 2>&1 | tee "$log" || failed="$failed pytest,"
 
 if [ -n "$failed" ]; then
     echo "test.sh: failed:${failed%,}"

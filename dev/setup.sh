@@ -158,6 +158,7 @@ check_compiler() { # a linker that links: rustc calls `cc`, and headers or the C
         have $name || continue
         printf 'int main(void) { return 0; }\n' >"$TOOLS/link.c"
         if $name "$TOOLS/link.c" -o "$TOOLS/link.out" >"$TOOLS/failed.log" 2>&1; then
+            rm -f "$TOOLS"/link.*
             [ $name = cc ] || export RUSTFLAGS="${RUSTFLAGS:-} -Clinker=$name"
             return
         fi
@@ -250,7 +251,7 @@ install_packages() {
     key=$(packages_key)
     rm -f "$PACKAGES_STAMP" "$RUSTBPE_STAMP" # until the end, what stands is half done
     if [ "$(need_gb)" = 7 ]; then
-        say "installing the packages of requirements.lock: 5.6 GB, most of it the CUDA libraries that torch for Linux brings along, GPU or not"
+        say "installing the packages of requirements.lock: 3 GB to fetch, 5.6 GB on disk (torch for Linux brings CUDA along, GPU or not)"
     else
         say "installing the packages of requirements.lock"
     fi
