@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from nanochat.importing import import_files
         parser = parser_of(ImportFlags, "Make shards of your own text files. Folders are walked in sorted order, hidden files left out.")
         parser.prog += " import"
-        parser.add_argument("paths", nargs="+", metavar="PATH", help="a file (.txt, .md, .jsonl, .json, .parquet; plain or .gz) or a folder")
+        parser.add_argument("paths", nargs="+", metavar="PATH", help="folder, or .txt, .md, .jsonl, .json or .parquet file, plain or .gz")
         flags = vars(parser.parse_args(argv[1:]))
         import_files(flags.pop("paths"), _folder(flags.pop("to")), **flags)
     elif argv[:1] == ["small-world"]:
