@@ -131,6 +131,15 @@ def broadcast_object(obj: Any, ranks: Ranks) -> Any:
     return box[0]
 
 
+def gather_objects(obj: Any, ranks: Ranks) -> list[Any]:
+    """Return every rank's `obj`, in the order of ranks, on every rank."""
+    if ranks.world_size == 1:
+        return [obj]
+    box: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(box, obj)
+    return box
+
+
 # --- precision ---------------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=1)
