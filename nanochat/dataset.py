@@ -210,7 +210,7 @@ class ImportFlags:
 
 @dataclass
 class SmallWorldFlags:
-    docs: int = flag(100_000, "training documents, about 600 characters each")
+    docs: int = flag(100_000, "training documents, about 400 characters each")
     seed: int = flag(0, "which small world")
     to: str = flag("", "folder to write the shards to; unset is base_data")
     replace: bool = flag(False, "put the new shards in place of others that were imported or made before")

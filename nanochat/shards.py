@@ -149,8 +149,9 @@ def missing_shards(folder: Path, source: dict) -> list[str]:
     return [name for name, facts in source.get("shards", {}).items() if size(name) != facts["bytes"]]
 
 
-def check_free(folder: Path, kind: str, replace: bool) -> None:
-    """Raise UserError where made shards must not go: on other files, on downloaded shards, or on made ones without `replace`."""
+def check_free(folder: Path, kind: str, fingerprint: str, replace: bool) -> None:
+    """Raise UserError where made shards must not go: on other files, on downloaded shards, or without `replace` on made ones
+    (but what is left of the same shards, known by their fingerprint, may be made again)."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -163,14 +164,14 @@ def check_free(folder: Path, kind: str, replace: bool) -> None:
     if not source and shards_in(folder):
         raise UserError(f"{folder} holds shards of unknown origin (no source.json): two sources never mix in one folder. Name another with "
                         "--to FOLDER, set NANOCHAT_BASE_DIR to another place, or move those shards away.")
-    if not source:
+    if not source or source.get("fingerprint") == fingerprint:
         return
     where = "name another folder with --to FOLDER or set NANOCHAT_BASE_DIR to another place"
     if source["source"] == "fineweb-edu":
         raise UserError(f"{folder} holds FineWeb-Edu shards, which a {kind} never mixes with or replaces: {where}.")
     if not replace:
-        raise UserError(f"{folder} already holds {'an' if source['source'] == 'import' else 'a'} {source['source']} made otherwise "
-                        f"({source.get('summary', 'see its source.json')}): {where}, or give --replace to have the new one instead.")
+        raise UserError(f"{folder} already holds other text ({source['source']}: {source.get('summary', 'see source.json')})"
+                        f": {where}, or give --replace to have the new one instead.")
 
 
 @contextmanager
