@@ -59,10 +59,10 @@ class RustBPETokenizer:
         if isinstance(texts, str):
             raise UserError("train_from_iterator takes an iterable of texts, and was given one text; put it in a list.")
         try:
-            import rustbpe
+            from rustbpe import Tokenizer
         except ImportError:
             raise UserError("training a tokenizer needs rustbpe, which is not built; build it with: bash dev/setup.sh") from None
-        trainer = rustbpe.Tokenizer()
+        trainer = Tokenizer()
         trainer.train_from_iterator(_checked(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         pairs = [(bytes(token), rank) for token, rank in trainer.get_mergeable_ranks()]
         specials = {name: len(pairs) + i for i, name in enumerate(SPECIAL_TOKENS)}

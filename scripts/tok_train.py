@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.cli import flag, parse, run_main
-from nanochat.dataset import data_dir, iter_documents
+from nanochat.dataset import iter_documents
 from nanochat.files import UserError, atomic_write
+from nanochat.shards import data_dir, read_source
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the round trip
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     if config.max_chars < 1 or config.doc_cap < 0:
         raise UserError(f"max_chars is {config.max_chars}, doc_cap {config.doc_cap}; the first must be 1 or more, the second 0 or more")
-    seen: dict[str, Any] = {"chars": 0, "docs": 0, "sample": []}
+    seen: dict[str, Any] = {"chars": 0, "whole": 0, "docs": 0, "sample": []}
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the text has too few")  # the summary says it
@@ -54,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = _keep_previous(folder, tokenizer.fingerprint())
     tokenizer.save(folder)
 
-    meta = {"vocab_size": tokenizer.get_vocab_size(), "vocab_size_asked": config.vocab_size,
-            "chars": seen["chars"], "docs": seen["docs"], "max_chars": config.max_chars, "doc_cap": config.doc_cap, "seconds": round(seconds, 2),
-            "fingerprint": tokenizer.fingerprint(), "source": _source()}
+    meta = {"vocab_size": tokenizer.get_vocab_size(), "vocab_size_asked": config.vocab_size, "chars": seen["chars"],
+            "chars_uncut": seen["whole"], "docs": seen["docs"], "max_chars": config.max_chars, "doc_cap": config.doc_cap,
+            "seconds": round(seconds, 2), "fingerprint": tokenizer.fingerprint(), "source": read_source(data_dir()) or None}
     with atomic_write(folder / "meta.json", "w") as file:
         json.dump(meta, file, indent=1)
     _summary(tokenizer, meta, seen["sample"], folder, kept)
@@ -67,6 +68,7 @@ def _documents(config: Config, seen: dict[str, Any]) -> Iterator[str]:
     from tqdm import tqdm
     with tqdm(total=config.max_chars, unit=" chars", unit_scale=True, desc="reading", disable=None) as bar:
         for document in iter_documents("train"):
+            seen["whole"] += len(document)
             document = document[:min(config.doc_cap or len(document), config.max_chars - seen["chars"])]
             seen["chars"] += len(document)
             seen["docs"] += 1
@@ -98,14 +100,6 @@ def _keep_previous(folder: Path, fingerprint: str) -> Path | None:
     return aside
 
 
-def _source() -> Any:
-    """What the text is, as the import or the download noted it; None where nothing was noted."""
-    try:
-        return json.loads((data_dir() / "source.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def _summary(tokenizer: RustBPETokenizer, meta: dict[str, Any], sample: list[str], folder: Path, kept: Path | None) -> None:
     _, offsets = tokenizer.encode_flat(sample)
     size = sum(len(text.encode()) for text in sample)
@@ -114,6 +108,9 @@ def _summary(tokenizer: RustBPETokenizer, meta: dict[str, Any], sample: list[str
     if meta["vocab_size"] < meta["vocab_size_asked"]:
         print(f"    smaller than the {meta['vocab_size_asked']:,} asked for: the text has no more pairs to merge")
     print(f"    trained on {meta['chars']:,} characters of {meta['docs']:,} documents in {meta['seconds']:.1f} s")
+    if meta["chars"] < 0.5 * meta["chars_uncut"]:
+        print(f"    cutting documents at {meta['doc_cap']:,} characters left {meta['chars'] / meta['chars_uncut']:.1%} of their text; "
+              "--doc_cap=0 counts it all")
     print(f"    {size / int(offsets[-1]):.2f} bytes a token on {len(sample)} documents, all of which come back unchanged")
     print(f"    longest token: {tokenizer.id_to_token(longest)!r}")
     print(f"    saved in {folder}, fingerprint {meta['fingerprint'][:8]}")

@@ -73,7 +73,7 @@ def attacks(flag: str) -> dict[str, bytes]:
         "Encoding alone": ENCODING + b".",
         "Encoding without state": b"\x80\x02" + ENCODING + b")\x81.",
         "class filled": ENCODING + b"}S'encode'\nK\x01sb.",
-        "made twice": with_state(STATE)[:-1] + b"}b.",
+        "filled twice": with_state(STATE)[:-1] + pickle.dumps(STATE, protocol=4)[2:-1] + b"b.",
         "item of an Encoding": b"\x80\x02" + ENCODING + b")\x81K\x01K\x01s.",
         "item of a name": ENCODING + b"S'a'\nK\x01s.",
         "reconstructor of another class": b"ccopy_reg\n_reconstructor\n(c__builtin__\nobject\nc__builtin__\nobject\nNtR}b.",
