@@ -117,6 +117,7 @@ class GPT(nn.Module):
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self._rope: tuple[Tensor, Tensor] | None = None
+        self._compiled_for: tuple[int, int] | None = None
         self.init_weights()
 
     @torch.no_grad()
@@ -152,6 +153,12 @@ class GPT(nn.Module):
         """The device of the weights (the published name)."""
         return self.device
 
+    def compile_blocks(self, B: int, T: int) -> None:
+        """Compile the blocks for batches of just (B, T) without a state; all other shapes run as they are. Names do not change."""
+        for block in self.transformer.h:
+            block.compile(dynamic=False)
+        self._compiled_for = (B, T)
+
     def new_state(self, batch: int = 1, capacity: int | None = None) -> State:
         """An empty memory for `batch` sequences, with room for `capacity` tokens each (sequence_len where it is None)."""
         return State(self.config, batch, capacity or self.config.sequence_len, device=self.device, dtype=self.dtype)
@@ -179,8 +186,10 @@ class GPT(nn.Module):
             at = state.positions(T)
             rope = (cos[at], sin[at])
         x = norm(F.embedding(ids, self.transformer.wte.weight).to(self.dtype))
+        compiled = state is None and tuple(ids.shape) == self._compiled_for
         for i, block in enumerate(self.transformer.h):
-            x = block(x, rope, None if state is None else state.layers[i])
+            run = block if compiled else block.forward
+            x = run(x, rope, None if state is None else state.layers[i])
         if state is not None:
             state.advance(T)
         if last_only:

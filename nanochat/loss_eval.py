@@ -11,7 +11,8 @@ from nanochat.files import UserError
 
 
 @torch.no_grad()
-def evaluate_bpb(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor, ranks: Ranks | None = None) -> float:
+def evaluate_bpb(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor,
+                 ranks: Ranks | None = None) -> float:
     """Return Σ nats of the targets / (ln 2 · Σ bytes of the targets) over all batches of all ranks; collective.
 
     batches: (inputs, targets), both (B, T). token_bytes: (V,) bytes of each token; targets that are −1 or have 0 bytes (specials) count
@@ -60,3 +61,39 @@ class EvalRows:
     def __iter__(self):
         for inputs, targets in self.batches:
             yield inputs.to(self.device).long(), targets.to(self.device).long()
+
+
+@torch.no_grad()
+def log_likelihoods(model: torch.nn.Module, tokenizer, prompts: list[str], choices: list[list[str]], tokens_per_batch: int = 8192
+                    ) -> list[list[float]]:
+    """Return, for each prompt, the log-likelihood in nats of each of its choices behind it (summed over the choice's tokens).
+
+    Text is tokenised as a whole, bos first; the choice is what differs from the prompt's own tokens on. Padding stands behind the text,
+    where nothing causal sees it.
+    """
+    rows = []
+    for number, (prompt, options) in enumerate(zip(prompts, choices)):
+        head = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
+        for choice, option in enumerate(options):
+            ids = tokenizer.encode(prompt + option, prepend=tokenizer.get_bos_token_id())
+            start = next((i for i, (a, b) in enumerate(zip(head, ids)) if a != b), min(len(head), len(ids)))
+            rows.append((len(ids), number, choice, ids, start))
+    rows.sort(key=lambda row: row[0])
+    result = [[0.0] * len(options) for options in choices]
+    at = 0
+    while at < len(rows):
+        count = 1
+        while at + count < len(rows) and rows[at + count][0] * (count + 1) <= tokens_per_batch:
+            count += 1
+        part, at = rows[at:at + count], at + count
+        T = part[-1][0] - 1
+        inputs = torch.zeros(count, T, dtype=torch.long)
+        targets = torch.full((count, T), -1)
+        for i, (length, _, _, ids, start) in enumerate(part):
+            line = torch.tensor(ids)
+            inputs[i, :length - 1] = line[:-1]
+            targets[i, start - 1:length - 1] = line[start:]
+        losses = model(inputs.to(model.device), targets.to(model.device), loss_reduction="none").view(count, T).sum(1)
+        for (_, number, choice, _, _), loss in zip(part, losses.tolist()):
+            result[number][choice] = -loss
+    return result

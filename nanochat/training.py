@@ -67,7 +67,8 @@ def share_of_micro_batches(total_batch_size: int, device_batch_size: int, T: int
     if total_batch_size % micro:
         near = max(1, round(total_batch_size / micro)) * micro
         raise UserError(f"total_batch_size {total_batch_size:,} is no multiple of a micro-batch, device_batch_size {device_batch_size} × "
-                        f"{T} tokens = {micro:,}. Try --total-batch-size={near} or a device batch size that divides {total_batch_size // T}.")
+                        f"{T} tokens = {micro:,}. Try --total-batch-size={near}, or a --device-batch-size that divides "
+                        f"{total_batch_size // T}.")
     count = total_batch_size // micro
     if count < ranks.world_size:
         raise UserError(f"total_batch_size {total_batch_size:,} makes {count} micro-batches of {micro:,} tokens, fewer than the "

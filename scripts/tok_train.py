@@ -8,9 +8,10 @@ A tokenizer that stood there before and is another one is copied aside first: mo
 
 import json
 import shutil
+import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the text has too few")  # the summary says it
-        tokenizer = RustBPETokenizer.train_from_iterator(_documents(config, seen), config.vocab_size)
+        tokenizer = RustBPETokenizer.train_from_iterator(_documents(config, seen), config.vocab_size, _progress(config, seen))
     seconds = time.perf_counter() - start
     if not seen["chars"]:
         raise UserError(f"there is no text in {data_dir()}: nothing to train a tokenizer on")
@@ -65,19 +66,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _documents(config: Config, seen: dict[str, Any]) -> Iterator[str]:
     """The training documents, cut, up to `max_chars`; counts them in `seen` and keeps some for the round trip."""
-    from tqdm import tqdm
-    with tqdm(total=config.max_chars, unit=" chars", unit_scale=True, desc="reading", disable=None) as bar:
-        for document in iter_documents("train"):
-            seen["whole"] += len(document)
-            document = document[:min(config.doc_cap or len(document), config.max_chars - seen["chars"])]
-            seen["chars"] += len(document)
-            seen["docs"] += 1
-            if len(seen["sample"]) < SAMPLE_DOCUMENTS:
-                seen["sample"].append(document[:SAMPLE_CHARS])
-            bar.update(len(document))
-            yield document
-            if seen["chars"] >= config.max_chars:
-                return
+    for document in iter_documents("train"):
+        seen["whole"] += len(document)
+        document = document[:min(config.doc_cap or len(document), config.max_chars - seen["chars"])]
+        seen["chars"] += len(document)
+        seen["docs"] += 1
+        if len(seen["sample"]) < SAMPLE_DOCUMENTS:
+            seen["sample"].append(document[:SAMPLE_CHARS])
+        yield document
+        if seen["chars"] >= config.max_chars:
+            return
+
+
+def _progress(config: Config, seen: dict[str, Any]) -> Callable[[str, int, int], None]:
+    """Show how far training is: every second in place on a terminal, every ten seconds on a line of its own in a log."""
+    terminal, shown = sys.stderr.isatty(), time.monotonic()
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal shown
+        line = f"merging: {done:,} of {total:,}" if stage == "merge" else \
+            f"reading: {seen['chars']:,} characters of at most {config.max_chars:,}, {seen['docs']:,} documents"
+        if terminal:
+            print(f"\r{line:<100}", end="\n" if stage == "merge" and done == total else "", file=sys.stderr, flush=True)
+        elif time.monotonic() - shown >= 10:
+            print(line, file=sys.stderr, flush=True)
+            shown = time.monotonic()
+    return show
 
 
 def _keep_previous(folder: Path, fingerprint: str) -> Path | None:

@@ -1,0 +1,83 @@
+"""Evaluate a base model: bits per byte on training and validation text, and how it continues the beginnings of documents.
+
+    python -m scripts.base_loss
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_loss -- --model-tag=d20
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from nanochat.checkpoint import load_model
+from nanochat.cli import flag, parse, run_main
+from nanochat.dataset import data_dir, iter_documents
+from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
+from nanochat.engine import Engine
+from nanochat.logs import RunLog
+from nanochat.loss_eval import EvalRows, evaluate_bpb
+
+
+@dataclass
+class Config:
+    """Flags of base_loss."""
+
+    device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+    device_batch_size: int = flag(32, "rows a device takes at a time")
+    split_tokens: int = flag(20 * 524288, "tokens of each split to evaluate on")
+    model_tag: str = flag("", "which model under base_checkpoints; unset takes the only or the deepest one")
+    model_step: int = flag(-1, "which of its checkpoints; -1 is the last")
+    data_dir: str = flag("", "folder of shards; unset is base_data")
+
+
+def beginnings(tokenizer, folder: Path, count: int = 4, words: int = 6) -> list[str]:
+    """Return the first words of some validation documents: prompts that fit whatever text the model was trained on."""
+    texts = (" ".join(text.split()[:words]) for text in islice(iter_documents("val", folder), 10 * count))
+    return [text for text in texts if text][:count]
+
+
+def samples(model, tokenizer, prompts: list[str], max_tokens: int = 48) -> list[str]:
+    """Return each prompt with the model's likeliest continuation, on one line."""
+    engine = Engine(model, tokenizer)
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
+        rows, _ = engine.generate_batch(ids, max_tokens=max_tokens, temperature=0)
+        texts.append(f"{prompt} >>> {tokenizer.decode(rows[0][len(ids):]).strip()}".replace("\n", " ⏎ "))
+    return texts
+
+
+def evaluate(model, tokenizer, config: Config, ranks: Ranks, log: RunLog) -> dict[str, float]:
+    """Print and record bpb of both splits and samples; returns the bpb by split. Collective."""
+    folder = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
+    model.compute_dtype = compute_dtype(ranks.device)
+    token_bytes = tokenizer.token_bytes().to(ranks.device)
+    bpb = {}
+    for split in ("train", "val"):
+        rows = EvalRows(tokenizer, split, config.device_batch_size, model.config.sequence_len, config.split_tokens, ranks=ranks,
+                        folder=folder)
+        bpb[split] = evaluate_bpb(model, rows, token_bytes, ranks)
+        log.say(f"{split} bpb {bpb[split]:.4f}")
+    texts = samples(model, tokenizer, beginnings(tokenizer, folder)) if ranks.is_main else []
+    for text in texts:
+        log.say(f"  {text}")
+    log.record("loss", **{f"{split}_bpb": value for split, value in bpb.items()}, samples=texts)
+    return bpb
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as the flags say. Raises UserError for what the user can mend."""
+    config = parse(Config, argv, __doc__)
+    ranks = init_ranks(config.device_type)
+    try:
+        model, tokenizer, meta = load_model("base", ranks.device, model_tag=config.model_tag or None,
+                                            step=None if config.model_step < 0 else config.model_step)
+        with RunLog("base_loss", Path(meta["folder"]).name, asdict(config), enabled=ranks.is_main) as log:
+            log.say(meta["loaded"])
+            evaluate(model, tokenizer, config, ranks, log)
+    finally:
+        close_ranks()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,60 @@
+"""Let a base model go on writing from a prompt.
+
+    python -m scripts.complete -p "The capital of France is"
+    python -m scripts.complete -p "Once upon a time" --temperature=0.8 --max-tokens=200 --num-samples=3
+"""
+
+import codecs
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanochat.checkpoint import load_model
+from nanochat.cli import flag, parse, run_main
+from nanochat.distributed import compute_dtype, init_ranks
+from nanochat.engine import Engine
+
+
+@dataclass
+class Config:
+    """Flags of complete."""
+
+    prompt: str = flag("", "text to go on from; unset starts a new document", short="p")
+    max_tokens: int = flag(128, "tokens to write at most")
+    num_samples: int = flag(1, "how many continuations")
+    temperature: float = flag(0.0, "0 takes the likeliest token each time; higher is more varied")
+    top_k: int = flag(50, "draw from this many of the likeliest tokens; 0 = all")
+    top_p: float = flag(1.0, "draw from the likeliest tokens that together have this much of the probability")
+    repetition_penalty: float = flag(1.0, "above 1 makes tokens seen before less likely")
+    seed: int = flag(42, "of the draws")
+    source: str = flag("base", "which model: base, mid, sft, rl, or a folder")
+    model_tag: str = flag("", "which of its models; unset takes the only or the deepest one")
+    device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write to stdout as the tokens come, whole characters only. Raises UserError for what the user can mend."""
+    config = parse(Config, argv, __doc__)
+    device = init_ranks(config.device_type).device
+    model, tokenizer, _ = load_model(config.source, device, model_tag=config.model_tag or None)
+    model.compute_dtype = compute_dtype(device)
+    ids = tokenizer.encode(config.prompt, prepend=tokenizer.get_bos_token_id())
+    engine = Engine(model, tokenizer)
+    options = dict(max_tokens=config.max_tokens, temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p,
+                   repetition_penalty=config.repetition_penalty, seed=config.seed)
+    if config.num_samples != 1:
+        for row in engine.generate_batch(ids, config.num_samples, **options)[0]:
+            print(f"{config.prompt}{tokenizer.decode(row[len(ids):])}\n---")
+        return
+    whole = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    sys.stdout.write(config.prompt)
+    for (token,), _ in engine.generate(ids, **options):
+        if token in engine.stops:
+            break
+        sys.stdout.write(whole.decode(tokenizer.decode_bytes([token])))
+        sys.stdout.flush()
+    print(whole.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,344 @@
+"""All stages in order: text, tokenizer, base model, evaluation. `bash speedrun.sh` sets up and runs this.
+
+    python -m scripts.speedrun
+
+It looks at the machine, says what it will do, how long it takes and how much disk, and does it. A stage that is done is skipped, so that
+the same command goes on after an interruption. Settings, all optional, from the environment:
+
+    SPEEDRUN_PROFILE=small|d20|d26|d32    what to train: small is a model for a CPU on the built-in small world; the others are the
+                                          published recipe at three sizes, for GPUs. Left out: d20 with a GPU, else small.
+    SPEEDRUN_TEXT="PATH ..."              your own .txt, .md, .jsonl, .parquet files or folders to train on
+    SPEEDRUN_GPUS=N                       GPUs to use; left out: all
+    SPEEDRUN_DEVICE_BATCH=N               rows a GPU takes at a time; left out: what fits its memory
+    SPEEDRUN_STEPS=N                      optimizer steps of the base model; left out: the profile's
+    SPEEDRUN_SHARDS=N                     FineWeb-Edu shards to fetch; left out: what the steps need
+    WANDB_RUN=NAME                        log to wandb under this name
+    NANOCHAT_BASE_DIR=FOLDER              where everything is kept; ~/.cache/nanochat
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nanochat.checkpoint import latest_step
+from nanochat.cli import flag, parse, run_main
+from nanochat.dataset import shard_paths
+from nanochat.distributed import compute_dtype, peak_flops
+from nanochat.files import UserError, atomic_write, base_dir, need_disk
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.logs import read_log
+from nanochat.shards import data_dir, read_source
+from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
+from nanochat.training import clock
+
+CHARS_PER_TOKEN = 4.8        # of FineWeb-Edu with 65,536 tokens
+SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
+EXPECTED_MFU = 0.5
+MEMORY_OF_32_ROWS = {20: 70e9, 26: 130e9, 32: 210e9}  # bytes on a GPU at 32 rows of 2048, by depth
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What to train. vocab_size, max_seq_len and total_batch_size in tokens; steps None means 20 tokens a parameter."""
+
+    name: str
+    depth: int
+    vocab_size: int
+    max_seq_len: int
+    total_batch_size: int
+    steps: int | None = None
+    docs: int = 0                     # of the small world, where that is the text
+    flags: tuple[str, ...] = ()       # of base_train, beyond those above
+
+
+PROFILES = {profile.name: profile for profile in (
+    Profile("small", 4, 2048, 256, 8192, steps=200, docs=40_000,
+            flags=("--eval-every=100", "--eval-tokens=65536", "--sample-every=-1", "--save-every=100")),
+    Profile("d20", 20, 65536, 2048, 524288),
+    Profile("d26", 26, 65536, 2048, 524288),
+    Profile("d32", 32, 65536, 2048, 524288),
+)}
+
+
+@dataclass
+class Flags:
+    """Flags of speedrun; the settings come from the environment."""
+
+    setup_seconds: float = flag(0.0, "seconds the set-up took, for the total that is printed")
+    dry_run: bool = flag(False, "say what would be done, and do nothing")
+
+
+@dataclass
+class Machine:
+    """What there is to train on."""
+
+    gpus: list[str]
+    gpu_memory: int                   # bytes of the smallest
+    cores: int
+    name: str = field(default_factory=platform.machine)
+
+    def describe(self) -> str:
+        if self.gpus:
+            kinds = ", ".join(f"{self.gpus.count(kind)} × {kind}" for kind in sorted(set(self.gpus)))
+            return f"{kinds} with {self.gpu_memory / 1e9:.0f} GB each, {self.cores} CPU cores"
+        return f"no GPU, {self.cores} CPU cores ({self.name})"
+
+
+def find_machine() -> Machine:
+    """Look at this machine; SPEEDRUN_GPUS limits the GPUs."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = _number("SPEEDRUN_GPUS", count)
+    if wanted > count:
+        raise UserError(f"SPEEDRUN_GPUS is {wanted}, but this machine shows {count} GPU{'s' if count != 1 else ''}.")
+    devices = [torch.cuda.get_device_properties(i) for i in range(wanted)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine([d.name for d in devices], min((d.total_memory for d in devices), default=0), cores)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1 and name != "SPEEDRUN_GPUS":
+        raise UserError(f"{name} is {text!r}: it must be a whole number above 0.")
+    return int(text)
+
+
+def hub_reachable() -> bool:
+    """Does the Hugging Face hub (or HF_ENDPOINT) answer within a few seconds?"""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@dataclass
+class Plan:
+    """What will be done: the profile, the text, and what follows from them."""
+
+    profile: Profile
+    machine: Machine
+    source: str                       # "small-world", "import" or "fineweb-edu"
+    text: list[str]
+    steps: int
+    device_batch: int
+    shards: int
+    seconds: float | None             # of base training; None where it cannot be told
+    disk: float                       # bytes
+
+    @property
+    def tag(self) -> str:
+        return f"d{self.profile.depth}"
+
+
+def make_plan(machine: Machine) -> Plan:
+    """Choose profile, text, batch and shards for this machine and the environment. Raises UserError where no choice is left."""
+    name = os.environ.get("SPEEDRUN_PROFILE") or ("d20" if machine.gpus else "small")
+    if name not in PROFILES:
+        raise UserError(f"SPEEDRUN_PROFILE is {name!r}: it must be one of {', '.join(PROFILES)}.")
+    profile = PROFILES[name]
+    text = shlex.split(os.environ.get("SPEEDRUN_TEXT", ""))
+    there = read_source(data_dir()).get("source") if data_dir().is_dir() else None
+    source = "import" if text else "small-world" if name == "small" else "fineweb-edu"
+    if source == "fineweb-edu" and there != "fineweb-edu" and not hub_reachable():
+        raise UserError(
+            f"the Hugging Face hub cannot be reached, so FineWeb-Edu cannot be fetched for {name}. Train on your own text instead: "
+            "SPEEDRUN_TEXT=\"PATH ...\" bash speedrun.sh; or on the built-in small world: SPEEDRUN_PROFILE=small bash speedrun.sh")
+    if there and there != source:
+        raise UserError(f"{data_dir()} holds text of another kind ({there}) than this run would train on ({source}). Keep both: "
+                        f"NANOCHAT_BASE_DIR={base_dir()}-{name} bash speedrun.sh")
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_depth(profile.depth, vocab_size=profile.vocab_size, sequence_len=profile.max_seq_len))
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = _number("SPEEDRUN_STEPS", profile.steps or 20 * parameters // profile.total_batch_size)
+    tokens = steps * profile.total_batch_size
+    shards = _number("SPEEDRUN_SHARDS", math.ceil(1.03 * tokens * CHARS_PER_TOKEN / SHARD_CHARS))
+    device_batch = _number("SPEEDRUN_DEVICE_BATCH", batch_for(profile, machine))
+    device = "cuda" if machine.gpus else "cpu"
+    peak = peak_flops(device, compute_dtype(device))
+    seconds = None
+    if peak is not None:
+        seconds = tokens * model.flops_per_token() / (peak * EXPECTED_MFU * max(1, len(machine.gpus)))
+    disk = 16 * parameters * 3 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6)
+    return Plan(profile, machine, source, text, steps, device_batch, shards, seconds, disk)
+
+
+def batch_for(profile: Profile, machine: Machine) -> int:
+    """Rows a device takes at a time: on GPUs the largest power of two, up to 32, that fits the memory."""
+    if profile.depth not in MEMORY_OF_32_ROWS or not machine.gpus:
+        return 32 if profile.name == "small" else 1
+    rows = 32 * machine.gpu_memory / MEMORY_OF_32_ROWS[profile.depth]
+    return max(1, min(32, 1 << int(math.log2(max(rows, 1)))))
+
+
+def announce(plan: Plan) -> None:
+    """Say what will be done."""
+    profile, tokens = plan.profile, plan.steps * plan.profile.total_batch_size
+    text = {"small-world": "the built-in small world: made here, no network",
+            "import": "your own text: " + " ".join(plan.text),
+            "fineweb-edu": f"FineWeb-Edu from the Hugging Face hub, {plan.shards} shards"}[plan.source]
+    took = "unknown for this device" if plan.seconds is None else f"about {clock(plan.seconds)}"
+    print(f"machine   {plan.machine.describe()}\n"
+          f"profile   {profile.name}: a hybrid of depth {profile.depth}, vocabulary {profile.vocab_size:,}, rows of {profile.max_seq_len}\n"
+          f"text      {text}\n"
+          f"training  {plan.steps:,} steps of {profile.total_batch_size:,} tokens = {tokens / 1e6:,.1f}M tokens\n"
+          f"time      {took} for training, beside fetching and evaluation\n"
+          f"disk      {plan.disk / 1e9:.1f} GB in {base_dir()}\n", flush=True)
+
+
+def stage(name: str) -> None:
+    print(f"\n== {name} ({time.strftime('%H:%M:%S')})", flush=True)
+
+
+def python(*command: str, gpus: int = 0) -> None:
+    """Run a module in a process of its own, under torchrun where there are several GPUs. Ends this run where that fails."""
+    start = [sys.executable, "-m"]
+    if gpus > 1:
+        command = ("torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "-m", command[0], "--", *command[1:])
+    done = subprocess.run([*start, *command])
+    if done.returncode:
+        mend = "" if done.returncode in (130, 143) else "mend what it says, then "
+        raise UserError(f"{command[0]} ended with exit code {done.returncode}; {mend}`bash speedrun.sh` goes on from here.")
+
+
+def have_text(plan: Plan) -> bool:
+    """Is the text there, all of it?"""
+    try:
+        return len(shard_paths("train")) >= (plan.shards if plan.source == "fineweb-edu" else 1)
+    except UserError:
+        return False
+
+
+def get_text(plan: Plan) -> subprocess.Popen | None:
+    """Make or fetch what is needed to begin; the rest of FineWeb-Edu comes in the background, in the process that is returned."""
+    if plan.source == "import":
+        python("nanochat.dataset", "import", *plan.text)
+    elif plan.source == "small-world":
+        python("nanochat.dataset", "small-world", f"--docs={plan.profile.docs}")
+    elif not have_text(plan):
+        first = min(plan.shards, 8)  # the tokenizer's 2 billion characters
+        python("nanochat.dataset", "-n", str(first))
+        if plan.shards > first:
+            return subprocess.Popen([sys.executable, "-m", "nanochat.dataset", "-n", str(plan.shards)])
+    return None
+
+
+def have_tokenizer(plan: Plan) -> bool:
+    """Is the tokenizer there, trained on this text and of this size? Raises UserError where another one stands there."""
+    meta_path = tokenizer_dir() / "meta.json"
+    if not meta_path.exists():
+        return False
+    meta = json.loads(meta_path.read_text(encoding="utf-8"))
+    try:
+        whole = RustBPETokenizer.from_directory(tokenizer_dir()).fingerprint() == meta.get("fingerprint")
+    except UserError:
+        return False
+    if not whole:
+        return False
+    made_from = (meta.get("source") or {}).get("source")
+    if meta.get("vocab_size_asked") != plan.profile.vocab_size or made_from != plan.source:
+        raise UserError(f"{tokenizer_dir()} holds a tokenizer of {meta.get('vocab_size_asked')} tokens from {made_from}, this run needs "
+                        f"{plan.profile.vocab_size} from {plan.source}. Keep both: NANOCHAT_BASE_DIR={base_dir()}-{plan.profile.name} "
+                        "bash speedrun.sh")
+    return True
+
+
+def train_base(plan: Plan) -> None:
+    """Train the base model, or go on with it, or find it done: base_train knows."""
+    profile = plan.profile
+    flags = [f"--depth={profile.depth}", f"--max-seq-len={profile.max_seq_len}", f"--total-batch-size={profile.total_batch_size}",
+             f"--num-iterations={plan.steps}", f"--run={os.environ.get('WANDB_RUN') or 'dummy'}", *profile.flags,
+             f"--device-batch-size={plan.device_batch}"]
+    python("scripts.base_train", *flags, gpus=len(plan.machine.gpus))
+
+
+def evaluate_base(plan: Plan) -> None:
+    """Evaluate the base model, unless the log says that this checkpoint was."""
+    marker = base_dir() / "speedrun.json"
+    step = latest_step(base_dir() / "base_checkpoints" / plan.tag)
+    fingerprint = RustBPETokenizer.from_directory(tokenizer_dir()).fingerprint()
+    checkpoint = base_dir() / "base_checkpoints" / plan.tag / f"meta_{step:06d}.json"
+    now = {"base_eval": [plan.tag, step, fingerprint, checkpoint.stat().st_mtime_ns]}
+    if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == now:
+        print("done before")
+        return
+    tokens = 65536 if plan.profile.name == "small" else 20 * 524288
+    python("scripts.base_eval", f"--model-tag={plan.tag}", f"--device-batch-size={plan.device_batch}", f"--split-tokens={tokens}",
+           gpus=len(plan.machine.gpus))
+    with atomic_write(marker, "w") as file:
+        json.dump(now, file)
+
+
+def conclude(plan: Plan, seconds: float) -> None:
+    """Say what was made, where, how good it is, and what to type next."""
+    rows = read_log(base_dir() / "logs" / f"base_eval_{plan.tag}.jsonl")
+    loss = next((row for row in reversed(rows) if row["kind"] == "loss"), {})
+    world = next((row for row in reversed(rows) if row["kind"] == "small_world"), None)
+    size = sum(path.stat().st_size for path in base_dir().rglob("*") if path.is_file())
+    print(f"\n== done in {clock(seconds)}\n"
+          f"made      a base model, {base_dir() / 'base_checkpoints' / plan.tag}; {size / 1e9:.2f} GB in {base_dir()}")
+    if loss:
+        print(f"quality   {loss['val_bpb']:.4f} bits per byte on validation text, {loss['train_bpb']:.4f} on training text")
+    if world and plan.source == "small-world":
+        print(f"          {world['world']:.0%} of the small world's facts, asked in phrasings it never saw them in "
+              f"(untrained {world['untrained']:.0%}, chance {world['chance']:.0%})")
+    prompt = "Every evening Phoebe goes home to" if plan.source == "small-world" else "Once upon a time"
+    next_up = {"small": "train on your own text: NANOCHAT_BASE_DIR=~/mine SPEEDRUN_TEXT=\"PATH ...\" bash speedrun.sh"}
+    print(f"next      .venv/bin/python -m scripts.complete -p {shlex.quote(prompt)}\n"
+          f"          {next_up.get(plan.profile.name, '.venv/bin/python -m scripts.base_loss')}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do all stages that are not done. Raises UserError for what the user can mend."""
+    flags = parse(Flags, argv, __doc__)
+    began = time.time() - flags.setup_seconds
+    plan = make_plan(find_machine())
+    announce(plan)
+    used = sum(path.stat().st_size for path in base_dir().rglob("*") if path.is_file())
+    need_disk(base_dir(), max(0, int(plan.disk - used)), f"the {plan.profile.name} run")
+    if plan.source != "small-world" and not plan.machine.gpus and plan.profile.name != "small":
+        print(f"note: {plan.profile.name} is made for GPUs; on this machine it takes far too long\n")
+    if flags.dry_run:
+        return
+    stage("text")
+    fetching = get_text(plan)
+    try:
+        stage("tokenizer")
+        if have_tokenizer(plan):
+            print("done before")
+        else:
+            python("scripts.tok_train", f"--vocab-size={plan.profile.vocab_size}")
+        if fetching is not None:
+            stage("rest of the text")
+            if fetching.wait():
+                raise UserError("not all text could be fetched; `bash speedrun.sh` goes on from here.")
+    finally:
+        if fetching is not None and fetching.poll() is None:
+            fetching.terminate()
+            fetching.wait()
+    stage("base model")
+    train_base(plan)
+    stage("evaluation of the base model")
+    evaluate_base(plan)
+    conclude(plan, time.time() - began)
+
+
+if __name__ == "__main__":
+    run_main(main)
