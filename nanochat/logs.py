@@ -101,7 +101,7 @@ class RunLog:
             except ImportError:
                 self._bar_wanted = False
                 return
-            self._bar = tqdm(initial=done, total=total, dynamic_ncols=True, file=sys.stderr, leave=False)
+            self._bar = tqdm(initial=done, total=total, dynamic_ncols=True, miniters=1, file=sys.stderr, leave=False)
         self._bar.total = total
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(done - self._bar.n)
