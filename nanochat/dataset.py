@@ -17,16 +17,15 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
 from nanochat.cli import flag, parse, parser_of, run_main
 from nanochat.files import UserError
-from nanochat.shards import COLUMN, GET_TEXT, _beside, data_dir, missing_shards, read_source, shard_name, shards_in, writing
+from nanochat.shards import COLUMN, GET_TEXT, LAST_SHARD, data_dir, missing_shards, read_source, recover, shard_name, shards_in
 
-LAST_SHARD = 1822                                # FineWeb-Edu has 1823 shards; the last is for validation
 PIECE_DOCUMENTS, PIECE_CHARS = 128, 1 << 19      # `Documents.walk` hands out pieces of about this size
 
 
@@ -40,9 +39,7 @@ def shard_paths(split: Literal["train", "val"], folder: str | Path | None = None
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}; it is 'train' or 'val'")
     folder = Path(folder) if folder is not None else data_dir()
-    if not folder.exists() and _beside(folder)[1].exists():
-        with suppress(UserError), writing(folder):  # mends a replacement that was killed between its two renames
-            pass
+    recover(folder)
     found = shards_in(folder)
     if not found:
         raise UserError(f"there is no text in {folder}: {GET_TEXT}.")
@@ -193,7 +190,7 @@ def iter_documents(split: Literal["train", "val"], folder: str | Path | None = N
 
 @dataclass
 class FetchFlags:
-    num_files: int = flag(-1, "training shards to fetch, about 100 MB each; -1 is all 1822", short="n")
+    num_files: int = flag(MISSING, "training shards to fetch, about 100 MB each; -1 is all 1822", short="n")
     num_workers: int = flag(4, "downloads at once", short="w")
     revision: str = flag("main", "branch, tag or commit of the data set; resolved to a commit at the first fetch, and kept from then on")
 

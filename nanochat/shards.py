@@ -16,6 +16,7 @@ from pathlib import Path
 from nanochat.files import FULL, UserError, atomic_write, base_dir, sync_folder, to_json
 
 COLUMN = "text"
+LAST_SHARD = 1822               # FineWeb-Edu has 1823 shards; the last is for validation
 GROUP_ROWS = 1024               # documents in a row group, as the published shards have it
 GROUP_CHARS = 1 << 24           # a row group of longer documents ends earlier, so that reading one stays small
 SHARD_CHARS = 250_000_000       # characters in a training shard: about 100 MB on disk
@@ -156,7 +157,8 @@ def check_free(folder: Path, kind: str, fingerprint: str, replace: bool) -> None
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; shards need a folder: name another with --to FOLDER.")
-    strange = sorted(path.name for path in folder.iterdir() if not SHARD_NAME.fullmatch(path.name) and path.name != "source.json")
+    ours = re.compile(rf"{SHARD_NAME.pattern}|source\.json|\..*\.part|\.DS_Store")
+    strange = sorted(path.name for path in folder.iterdir() if not ours.fullmatch(path.name))
     if strange:
         raise UserError(f"{folder} holds other things than shards ({', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}): "
                         "name a new or empty folder with --to FOLDER, or set NANOCHAT_BASE_DIR to another place.")
@@ -199,9 +201,9 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 def recover(folder: Path) -> None:
     """If a kill came between the two renames of `staged`, do the second one; else nothing is changed."""
     new, old = _beside(folder)
-    if folder.exists() or not old.exists():
-        return
-    os.rename(new if (new / "source.json").exists() else old, folder)
+    if not folder.exists() and old.exists():
+        with suppress(FileNotFoundError):  # another process was quicker
+            os.rename(new if (new / "source.json").exists() else old, folder)
 
 
 @contextmanager
@@ -220,7 +222,9 @@ def staged(folder: Path) -> Iterator[Path]:
         sync_folder(new)
         if folder.exists():
             os.rename(folder, old)
-        os.rename(new, folder)
+            recover(folder)  # unless a reader, finding it gone, has just done so
+        else:
+            os.rename(new, folder)
         sync_folder(folder.parent)
     except OSError as error:
         if error.errno in FULL:

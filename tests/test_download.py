@@ -1,0 +1,327 @@
+"""Fetching, against a server on this machine that speaks as the hub does and misbehaves as networks do."""
+
+import hashlib
+import json
+import os
+import random
+import threading
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from huggingface_hub import close_session, constants
+
+from nanochat import download
+from nanochat.dataset import iter_documents, main, shard_paths
+from nanochat.download import REPO, fetch
+from nanochat.files import UserError
+from nanochat.shards import ShardWriter, data_dir, shard_name, shards_in, write_source
+
+COMMIT, NEWER = "a" * 40, "b" * 40
+LAST = shard_name(1822)
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `files` at `commit`; `faults` {name: [what to do at the first GET, at the second, ...]}."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.faults, self.asked, self.commit, self.api_faults = {}, {}, [], COMMIT, []
+        dice = random.Random(0)
+        for name in [*map(shard_name, range(4)), LAST]:
+            self.files[name] = dice.randbytes(200_000 + dice.randrange(1000))
+
+    def gets(self, name):
+        return [headers.get("Range") for path, headers in self.asked if path == name]
+
+    def handle_error(self, request, client_address):
+        pass  # clients that go away are part of the tests
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, code, body=b"", **headers):
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        hub = self.server
+        fields = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        assert self.path == f"/api/datasets/{REPO}/paths-info/{COMMIT}"
+        hub.asked.append(("paths-info", self.headers))
+        self.answer(200, json.dumps([
+            {"type": "file", "path": name, "size": len(hub.files[name]), "oid": "0" * 40,
+             "lfs": {"oid": hashlib.sha256(hub.files[name]).hexdigest(), "size": len(hub.files[name]), "pointerSize": 134}}
+            for name in fields["paths"] if name in hub.files]).encode(), Content_Type="application/json")
+
+    def do_GET(self):
+        hub, path = self.server, self.path
+        if path.startswith(f"/api/datasets/{REPO}"):
+            hub.asked.append(("info", self.headers))
+            if hub.api_faults:
+                return self.answer(hub.api_faults.pop(0))
+            revision = path.partition("/revision/")[2] or "main"
+            if revision not in ("main", COMMIT, NEWER):
+                return self.answer(404, X_Error_Code="RevisionNotFound")
+            return self.answer(200, json.dumps({"id": REPO, "sha": hub.commit, "siblings": [], "private": False, "disabled": False,
+                                                "downloads": 0, "likes": 0, "tags": []}).encode(), Content_Type="application/json")
+        name = path.rsplit("/", 1)[-1]
+        if path.startswith(f"/datasets/{REPO}/resolve/{COMMIT}/"):  # the hub sends on to its store
+            if name not in hub.files:
+                return self.answer(404, X_Error_Code="EntryNotFound")
+            return self.answer(302, Location=f"/store/{name}", X_Repo_Commit=COMMIT, X_Linked_Size=len(hub.files[name]),
+                               X_Linked_Etag=f'"{hashlib.sha256(hub.files[name]).hexdigest()}"')
+        assert path.startswith("/store/"), path
+        hub.asked.append((name, self.headers))
+        data, fault = hub.files[name], (hub.faults.get(name) or [None]).pop(0)
+        start = 0
+        if fault in (503, 429, 403, 404):
+            return self.answer(fault)
+        if fault == "wrong byte":
+            data = bytes([data[0] ^ 1]) + data[1:]
+        if (asked := self.headers.get("Range")) and fault != "whole":
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.end_headers()
+        if fault == "cut":
+            self.wfile.write(data[start:start + 70_000])
+            self.wfile.flush()
+            self.close_connection = True
+            return self.connection.shutdown(2)
+        self.wfile.write(data[start:])
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(download, "BACK_OFF", 0.001)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()  # the next one reads the settings above
+    yield server
+    close_session()
+    server.shutdown()
+    server.server_close()
+
+
+def there(folder, hub, *numbers):
+    """The shards in `folder` are these, and whole."""
+    names = [*map(shard_name, numbers), LAST]
+    return [path.name for path in shards_in(folder)] == names and all((folder / name).read_bytes() == hub.files[name] for name in names)
+
+
+def leftovers(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def run(count, folder, **options):
+    said = []
+    fetch(count, folder, say=said.append, **options)
+    return said
+
+
+def test_fetch_brings_the_first_shards_and_always_the_validation_shard(hub, tmp_path):
+    for count in (0, 1, 3):
+        run(count, tmp_path)
+        assert there(tmp_path, hub, *range(count)) and leftovers(tmp_path) == []
+    assert shard_paths("val", tmp_path) == [tmp_path / LAST]
+    assert [path.name for path in shard_paths("train", tmp_path)] == [shard_name(i) for i in range(3)]
+    assert all(len(hub.gets(name)) == 1 for name in hub.files if name != shard_name(3))  # what was there was not fetched again
+
+
+def test_complete_folder_needs_no_network(hub, tmp_path, monkeypatch):
+    run(2, tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert "all verified" in run(2, tmp_path)[-1]
+    assert "all verified" in run(1, tmp_path)[-1]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_download_that_breaks_off_goes_on_where_it_stopped(hub, tmp_path, workers):
+    hub.faults = {shard_name(1): ["cut", "cut"], LAST: ["cut"]}
+    run(2, tmp_path, workers=workers)
+    assert there(tmp_path, hub, 0, 1)
+    assert hub.gets(shard_name(1)) == [None, "bytes=70000-", "bytes=140000-"]
+
+
+def test_next_run_goes_on_where_the_last_one_was_killed(hub, tmp_path):
+    hub.faults = {shard_name(0): ["cut", *[503] * 20]}
+    with pytest.raises(UserError, match="1 of 2 shards could not be fetched.*shard_00000"):
+        run(1, tmp_path)
+    assert there(tmp_path, hub) and len(leftovers(tmp_path)) == 1
+    hub.faults, hub.asked = {}, []
+    run(1, tmp_path)
+    assert there(tmp_path, hub, 0) and hub.gets(shard_name(0)) == ["bytes=70000-"] and leftovers(tmp_path) == []
+
+
+def test_server_without_ranges_starts_over(hub, tmp_path):
+    hub.faults = {shard_name(0): ["cut", "whole"]}
+    run(1, tmp_path)
+    assert there(tmp_path, hub, 0)
+
+
+def test_wrong_byte_is_noticed_and_fetched_again(hub, tmp_path):
+    hub.faults = {shard_name(0): ["wrong byte"]}
+    run(1, tmp_path)
+    assert there(tmp_path, hub, 0) and hub.gets(shard_name(0)) == [None, None]
+
+
+def test_bytes_that_stay_wrong_are_an_error_and_never_in_place(hub, tmp_path):
+    hub.faults = {shard_name(0): ["wrong byte"] * 9}
+    with pytest.raises(UserError, match="SHA-256"):
+        run(1, tmp_path)
+    assert there(tmp_path, hub)
+
+
+def test_busy_server_is_asked_again(hub, tmp_path):
+    hub.faults = {shard_name(0): [503, 429, 503], LAST: [503]}
+    hub.api_faults = [503, 503]
+    run(1, tmp_path)
+    assert there(tmp_path, hub, 0)
+
+
+def test_refusal_is_not_asked_again(hub, tmp_path):
+    hub.faults = {shard_name(0): [403] * 5}
+    with pytest.raises(UserError, match="answers 403"):
+        run(1, tmp_path)
+    assert len(hub.gets(shard_name(0))) == 1
+
+
+def test_shard_that_the_hub_lacks_is_named_and_the_others_come(hub, tmp_path):
+    del hub.files[shard_name(1)]
+    with pytest.raises(UserError, match="1 of 4 shards.*shard_00001.*no such file"):
+        run(3, tmp_path)
+    assert there(tmp_path, hub, 0, 2)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
+def test_corrupt_shard_on_disk_is_fetched_again(hub, tmp_path, harm):
+    run(2, tmp_path)
+    path, data = tmp_path / shard_name(1), hub.files[shard_name(1)]
+    path.write_bytes({"flip": data[:-1] + bytes([data[-1] ^ 1]), "cut": data[:1000], "empty": b""}[harm])
+    hub.asked = []
+    assert any(shard_name(1) in line for line in run(2, tmp_path))
+    assert there(tmp_path, hub, 0, 1) and [path for path, _ in hub.asked] == [shard_name(1)]
+
+
+def test_revision_stays_the_one_of_the_first_fetch(hub, tmp_path):
+    run(1, tmp_path)
+    assert json.loads((tmp_path / "source.json").read_text())["revision"] == COMMIT
+    hub.commit = NEWER  # main moves on; the server knows no file of the new commit
+    run(2, tmp_path)
+    assert there(tmp_path, hub, 0, 1)
+    run(2, tmp_path, revision=COMMIT)
+    with pytest.raises(UserError, match="revisions never mix"):
+        run(2, tmp_path, revision=NEWER)
+
+
+def test_unknown_revision_is_a_clear_error(hub, tmp_path):
+    with pytest.raises(UserError, match="answers 404.*--revision"):
+        run(1, tmp_path, revision="nonsense")
+
+
+def test_shards_of_the_published_program_are_taken_over(hub, tmp_path):
+    (tmp_path / shard_name(0)).write_bytes(hub.files[shard_name(0)])
+    (tmp_path / shard_name(2)).write_bytes(hub.files[shard_name(2)][:500])
+    run(3, tmp_path)
+    assert there(tmp_path, hub, 0, 1, 2) and not hub.gets(shard_name(0))
+
+
+def test_shards_of_unknown_origin_stay_untouched(hub, tmp_path):
+    (tmp_path / shard_name(0)).write_bytes(b"my own")
+    with pytest.raises(UserError, match="no source.json"):
+        run(1, tmp_path)
+    assert (tmp_path / shard_name(0)).read_bytes() == b"my own" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_sources_never_mix(hub, tmp_path):
+    write_source(tmp_path, {"source": "import", "shards": {}})
+    with pytest.raises(UserError, match="two sources never mix"):
+        run(1, tmp_path)
+
+
+def test_no_network_says_so_and_offers_other_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(download, "BACK_OFF", 0.001)
+    with pytest.raises(UserError, match="127.0.0.1:1 cannot be reached.*import PATH.*small-world") as error:
+        run(1, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_server_that_is_no_hub_is_a_clear_error(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(200, b"<html>log in to the hotel network</html>"))
+    with pytest.raises(UserError, match="cannot be reached"):
+        run(1, tmp_path)
+
+
+def test_network_that_goes_away_ends_the_run(hub, tmp_path, monkeypatch):
+    hub.faults = {name: ["cut"] * 2 + [None] * 9 for name in hub.files}
+    ask = Handler.do_GET
+
+    def away(self):
+        if self.path.startswith("/store/") and len(hub.asked) > 4:
+            return self.connection.shutdown(2)
+        ask(self)
+    monkeypatch.setattr(Handler, "do_GET", away)
+    with pytest.raises(UserError, match="could not be fetched"):
+        run(4, tmp_path, workers=2)
+    monkeypatch.setattr(Handler, "do_GET", ask)
+    hub.faults = {}
+    run(4, tmp_path)
+    assert there(tmp_path, hub, 0, 1, 2, 3)
+
+
+def test_too_little_disk_is_said_before_the_start(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match="fetching 2 shards needs .* free"):
+        run(1, tmp_path)
+    assert not hub.gets(shard_name(0))
+
+
+def test_a_second_writer_is_told_to_wait(hub, tmp_path):
+    from nanochat.shards import writing
+    with writing(tmp_path), pytest.raises(UserError, match="another process"):
+        run(1, tmp_path)
+
+
+@pytest.mark.parametrize("count, workers", [(-2, 4), (3, 0)])
+def test_bad_counts_are_refused(tmp_path, count, workers):
+    with pytest.raises(UserError, match="-n"):
+        run(count, tmp_path, workers=workers)
+
+
+def test_published_command_line_fetches_text_that_can_be_read(hub, tmp_path, capsys):
+    made = tmp_path / "made"
+    made.mkdir()
+    writer = ShardWriter(made)
+    for i in range(2000):
+        writer.add(f"document {i}")
+    writer.add_validation("the last")
+    writer.close()
+    hub.files = {shard_name(0): (made / shard_name(0)).read_bytes(), LAST: (made / shard_name(1)).read_bytes()}
+    main(["-n", "1"])
+    assert list(iter_documents("train")) == [f"document {i}" for i in range(2000)]
+    assert list(iter_documents("val")) == ["the last"]
+    out = capsys.readouterr()
+    assert str(data_dir()) in out.out
+    os.remove(data_dir() / LAST)
+    with pytest.raises(UserError, match="validation shard.*missing.*-n N"):
+        shard_paths("train")
+    main(["--num-files=1", "-w", "2"])
+    assert list(iter_documents("val")) == ["the last"]
