@@ -25,7 +25,7 @@ PACKAGES_STAMP=.venv/.nanochat-packages
 RUSTBPE_STAMP=.venv/.nanochat-rustbpe
 TORCH_CHOICE=.venv/.nanochat-torch
 UV_OLDEST=0.8
-NETWORK_ERRORS='dns error|resolve host|name resolution|connection (refused|reset|failed)|connect error|error sending request|timed out|unreachable|failed to fetch|failed to download|could not connect|tunnel'
+NETWORK_ERRORS='dns error|resolve host|name resolution|connection (refused|reset|failed)|connect error|error sending request|timed out|network is unreachable|no route to host|failed to fetch|failed to download|could not connect|tunnel'
 
 say() { printf 'set-up: %s\n' "$*"; }
 die() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
@@ -45,12 +45,10 @@ no_network() {
     die "no network: $1 could not be fetched. Check the connection (behind a proxy: HTTPS_PROXY) and run this again; what is fetched is kept."
 }
 
-# attempt WHAT COMMAND...: run it; where it fails, once more (networks hiccup) with its output kept, and say why in one line.
+# attempt WHAT COMMAND...: run it, and where it fails say why in one line. (uv and cargo try again by themselves.)
 attempt() {
     local what=$1 log=$TOOLS/failed.log
     shift
-    "$@" && return
-    say "$what failed; one more try"
     "$@" 2>&1 | tee "$log" && return
     if grep -qiE 'no space left|disk quota' "$log"; then
         die "the disk ran full while $what. Make room (about $(need_gb) GB) and run this again; it goes on where it stopped."

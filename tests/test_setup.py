@@ -154,6 +154,19 @@ def test_interrupted_installation_is_finished_by_the_next_run(project):
     assert "maturin" in calls and not any("pip sync" in c for c in calls)  # the packages were done
 
 
+def test_half_done_update_is_not_taken_for_the_state_before_it(project):
+    project.succeeds()
+    before = (project.root / "requirements.lock").read_text()
+    project.write("requirements.lock", "numpy==3 \\\n    --hash=sha256:dd\n")
+    project.write("fail_uv", "killed\n")
+    project.refuses("failed")
+    (project.root / "fail_uv").unlink()
+    project.write("requirements.lock", before)
+    project.calls()
+    project.succeeds()
+    assert any("pip sync" in c for c in project.calls())
+
+
 def test_changed_crate_rebuilds_the_crate_alone(project):
     project.succeeds()
     project.calls()
