@@ -47,10 +47,12 @@ class RustBPETokenizer:
     # ---- making, loading, saving
 
     @classmethod
-    def train_from_iterator(cls, texts: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
+    def train_from_iterator(cls, texts: Iterable[str], vocab_size: int,
+                            progress: Callable[[str, int, int], object] | None = None) -> "RustBPETokenizer":
         """Train merges on `texts` until there are `vocab_size` tokens, the specials among them.
 
         A text with too few distinct pairs gives a smaller vocabulary, with a warning; the specials are the last ids all the same.
+        `progress(stage, done, total)` is called about every second: "count" with bytes of text and 0, then "merge" with merges.
         Raises UserError for a vocabulary below 265 (256 bytes and 9 specials), or where rustbpe is not built.
         """
         if type(vocab_size) is not int or not SMALLEST <= vocab_size <= 1 << 24:
@@ -58,12 +60,11 @@ class RustBPETokenizer:
                             f"{len(SPECIAL_TOKENS)} special tokens) to {1 << 24}.")
         if isinstance(texts, str):
             raise UserError("train_from_iterator takes an iterable of texts, and was given one text; put it in a list.")
-        try:
-            from rustbpe import Tokenizer
-        except ImportError:
-            raise UserError("training a tokenizer needs rustbpe, which is not built; build it with: bash dev/setup.sh") from None
+        Tokenizer = _rustbpe()
+        if Tokenizer is None:
+            raise UserError("training a tokenizer needs the rustbpe of this repository, which is not built; run: bash dev/setup.sh")
         trainer = Tokenizer()
-        trainer.train_from_iterator(_checked(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        trainer.train_from_iterator(_checked(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress)
         pairs = [(bytes(token), rank) for token, rank in trainer.get_mergeable_ranks()]
         specials = {name: len(pairs) + i for i, name in enumerate(SPECIAL_TOKENS)}
         tokenizer = cls(build_encoding("rustbpe", SPLIT_PATTERN, dict(pairs), specials, "the trained tokenizer"))
@@ -125,13 +126,12 @@ class RustBPETokenizer:
     @cached_property
     def _rust(self) -> Any | None:
         """rustbpe's encoder of the same vocabulary, several times as fast as tiktoken with the same ids; None without rustbpe."""
+        Tokenizer = _rustbpe()
         try:
-            from rustbpe import Tokenizer
-        except ImportError:
+            return Tokenizer and Tokenizer.from_ranks(self.enc._mergeable_ranks, self.enc._pat_str)
+        except ValueError as error:
+            warnings.warn(f"rustbpe cannot use this vocabulary ({error}): encoding goes through tiktoken and is slower", stacklevel=3)
             return None
-        if not hasattr(Tokenizer, "from_ranks"):  # the package of the same name elsewhere
-            return None
-        return Tokenizer.from_ranks([(token, rank) for rank, token in enumerate(self._tokens)], self.enc._pat_str)
 
     def encode(self, text: str | Sequence[str], prepend: str | int | None = None, append: str | int | None = None,
                num_threads: int = 8) -> list[int] | list[list[int]]:
@@ -279,6 +279,15 @@ def get_token_bytes(device: "torch.device | str" = "cpu") -> "torch.Tensor":
     return sizes.to(device=device, dtype=torch.int32)
 
 
+def _rustbpe() -> Any | None:
+    """This repository's rustbpe.Tokenizer; None where it is not built, or where the package of that name elsewhere is installed."""
+    try:
+        from rustbpe import Tokenizer
+    except ImportError:
+        return None
+    return Tokenizer if hasattr(Tokenizer, "from_ranks") else None
+
+
 # ---- texts in
 
 
@@ -312,7 +321,9 @@ def _well_formed(encode: Callable, text: str | list[str]) -> Any:
     """Call rustbpe, which takes UTF-8 only; texts that are not are mended first, and only then, since almost none are."""
     try:
         return encode(text)
-    except UnicodeEncodeError:
+    except ValueError as error:
+        if not isinstance(error.__cause__, UnicodeEncodeError):
+            raise UserError(f"rustbpe cannot encode this text: {error}") from error
         return encode(_mended(text) if isinstance(text, str) else [_mended(part) for part in text])
 
 

@@ -149,6 +149,7 @@ def test_every_truncation_is_refused():
             encoding_state(GOOD[:end], "here")
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning", "ignore:invalid escape sequence:SyntaxWarning")
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_a_damaged_pickle_is_refused_or_is_a_whole_tokenizer(tmp_path_factory, changes):

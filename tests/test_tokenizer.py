@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat import tokenizer as tokenizer_module
 from nanochat.files import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_token_bytes, get_tokenizer, tokenizer_dir
 from nanochat.tokenizer_files import build_encoding
@@ -43,9 +45,7 @@ def without_rust(tokenizer: RustBPETokenizer) -> RustBPETokenizer:
 
 
 def needs_rustbpe():
-    try:
-        from rustbpe import Tokenizer  # noqa: F401  (the folder of its source is a module of that name too, an empty one)
-    except ImportError:
+    if tokenizer_module._rustbpe() is None:
         pytest.skip("rustbpe is not built; bash dev/setup.sh builds it")
 
 
@@ -380,6 +380,40 @@ def test_training_without_rustbpe_says_how_to_build_it(monkeypatch):
     with pytest.raises(UserError, match="bash dev/setup.sh"):
         RustBPETokenizer.train_from_iterator(["hello"], 300)
     assert handmade().encode("hello world") == handmade().enc.encode_ordinary("hello world")
+
+
+def test_another_package_named_rustbpe_is_not_used(monkeypatch, tok):
+    monkeypatch.setitem(sys.modules, "rustbpe", types.SimpleNamespace(Tokenizer=object))
+    with pytest.raises(UserError, match="of this repository"):
+        RustBPETokenizer.train_from_iterator(["hello"], 300)
+    assert RustBPETokenizer(tok.enc).encode("hello world") == tok.enc.encode_ordinary("hello world")
+
+
+def test_a_vocabulary_rustbpe_cannot_use_is_said_and_goes_through_tiktoken(monkeypatch, tok):
+    class Refuses:
+        @staticmethod
+        def from_ranks(ranks, pattern):
+            raise ValueError("no")
+    monkeypatch.setitem(sys.modules, "rustbpe", types.SimpleNamespace(Tokenizer=Refuses))
+    with pytest.warns(UserWarning, match=r"cannot use this vocabulary \(no\)"):
+        assert RustBPETokenizer(tok.enc).encode("hello world") == tok.enc.encode_ordinary("hello world")
+
+
+def test_training_tells_how_far_it_is():
+    needs_rustbpe()
+    seen = []
+    RustBPETokenizer.train_from_iterator(["the cat sat on the mat"], 270, progress=lambda *told: seen.append(told))
+    assert seen[-1] == ("merge", 5, 5) and seen[0][0] == "count"
+
+
+def test_an_error_of_the_texts_comes_through():
+    needs_rustbpe()
+
+    def torn():
+        yield "hello"
+        raise UserError("shard_00003.parquet cannot be read")
+    with pytest.raises(UserError, match="shard_00003"):
+        RustBPETokenizer.train_from_iterator(torn(), 300)
 
 
 def test_training_takes_lone_surrogates():
