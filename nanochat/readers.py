@@ -98,10 +98,9 @@ def _reading(path: Path) -> Iterator[None]:
 def _decoded(path: Path, file: IO[bytes], encoding: str) -> Iterator[str]:
     """Yield the text in pieces, with every line end as one newline and without a byte order mark."""
     try:
-        codec = codecs.lookup(encoding)
-        decoder = codecs.getincrementaldecoder("utf-8-sig" if codec.name == "utf-8" else encoding)()
-        decoder.decode(b"")
-    except (LookupError, TypeError) as error:
+        "".encode(encoding)  # knows text encodings from others, such as hex
+        decoder = codecs.getincrementaldecoder("utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)()
+    except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"the encoding {encoding!r} is unknown: name one such as utf-8, cp1252, shift_jis or utf-16.") from error
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
     done, last = 0, False

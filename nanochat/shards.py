@@ -5,6 +5,7 @@ source.json, which says where they come from, so that two sources never mix. Mad
 folder beside it, which takes its place in one rename when all is complete: a kill or a full disk leaves what stood there before.
 """
 
+import errno
 import json
 import os
 import re
@@ -94,7 +95,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close the files after an error; what they hold is thrown away by the caller."""
         for shard in [*self._made, self._val]:
-            with suppress(Exception):
+            shard.writer.is_open = False  # it would else try to write its footer when it is forgotten
+            with suppress(OSError):
                 shard.file.close()
 
 
@@ -155,8 +157,6 @@ def check_free(folder: Path, kind: str, fingerprint: str, replace: bool) -> None
     (but what is left of the same shards, known by their fingerprint, may be made again)."""
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file; shards need a folder: name another with --to FOLDER.")
     ours = re.compile(rf"{SHARD_NAME.pattern}|source\.json|\..*\.part|\.DS_Store")
     strange = sorted(path.name for path in folder.iterdir() if not ours.fullmatch(path.name))
     if strange:
@@ -179,8 +179,14 @@ def check_free(folder: Path, kind: str, fingerprint: str, replace: bool) -> None
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Hold the lock on writing into `folder`; UserError if another process has it. Mends what a kill amid `staged` left."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "ab") as lock:
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.parent / f".{folder.name}.lock", "ab")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}. Name another folder with --to FOLDER or NANOCHAT_BASE_DIR.") from error
+    with lock:
         try:
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
