@@ -38,9 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"max_chars is {config.max_chars}, doc_cap {config.doc_cap}; the first must be 1 or more, the second 0 or more")
     seen: dict[str, Any] = {"chars": 0, "whole": 0, "docs": 0, "sample": []}
     start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the text has too few")  # the summary says it
-        tokenizer = RustBPETokenizer.train_from_iterator(_documents(config, seen), config.vocab_size, _progress(config, seen))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the text has too few")  # the summary says it
+            tokenizer = RustBPETokenizer.train_from_iterator(_documents(config, seen), config.vocab_size, _progress(config, seen))
+    finally:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # ends the line that progress is shown on
     seconds = time.perf_counter() - start
     if not seen["chars"]:
         raise UserError(f"there is no text in {data_dir()}: nothing to train a tokenizer on")
@@ -87,7 +91,7 @@ def _progress(config: Config, seen: dict[str, Any]) -> Callable[[str, int, int],
         line = f"merging: {done:,} of {total:,}" if stage == "merge" else \
             f"reading: {seen['chars']:,} characters of at most {config.max_chars:,}, {seen['docs']:,} documents"
         if terminal:
-            print(f"\r{line:<100}", end="\n" if stage == "merge" and done == total else "", file=sys.stderr, flush=True)
+            print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
         elif time.monotonic() - shown >= 10:
             print(line, file=sys.stderr, flush=True)
             shown = time.monotonic()
