@@ -17,7 +17,7 @@ import torch
 
 from nanochat.checkpoint import Checkpoint, latest_step, load_checkpoint, save_checkpoint
 from nanochat.cli import flag, parse, run_main
-from nanochat.dataloader import PackedLoader
+from nanochat.dataloader import PackedLoader, reshard
 from nanochat.dataset import data_dir, shard_paths
 from nanochat.distributed import Ranks, barrier, broadcast_object, close_ranks, compute_dtype, gather_objects, init_ranks, peak_flops
 from nanochat.files import UserError, base_dir
@@ -145,8 +145,8 @@ def run(config: Config, ranks: Ranks) -> None:
     loader_state = None
     if found is not None:
         optimizer.load_state_dict(found.optimizer_state)
-        loader_state = found.meta["loader"]
-        loader_state = loader_state[ranks.rank] if len(loader_state) == ranks.world_size else loader_state
+        states = found.meta["loader"]
+        loader_state = (states if len(states) == ranks.world_size else reshard(states, ranks.world_size))[ranks.rank]
     loader = PackedLoader(tokenizer, "train", config.device_batch_size, config.max_seq_len, ranks=ranks, folder=folder, state=loader_state)
     plan = Plan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None, warmup_ratio=config.warmup_ratio,
                 warmdown_ratio=config.warmdown_ratio, final_lr_frac=config.final_lr_frac)

@@ -16,6 +16,7 @@ from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.training import Plan, clock, share_of_micro_batches, train, train_step
 from tests.conftest import ROOT
 from tests.helpers import small_model
+from tests.test_distributed import start_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 TINY = ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch-size=384", "--num-iterations=12", "--eval-every=6",
@@ -179,41 +180,27 @@ def test_ranks_train_as_one_process_does(tiny_base, ranks):
     assert code == 0 and "going on from step 4" in out, out  # fewer ranks take the run over
 
 
-STEP = """
-import sys, torch
-from nanochat.distributed import init_ranks, close_ranks
-from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.training import train_step
-from tests.helpers import small_model
-ranks = init_ranks("cpu")
-model = small_model()
-optimizer = MuonAdamW(parameter_groups(model), ranks)
-dice = torch.Generator().manual_seed(1)
-for step in range(6):
-    ids = torch.randint(97, (7, 16), generator=dice)
-    targets = torch.where(torch.rand(7, 16, generator=dice) < 0.3, -1, ids.roll(-1, 1))
-    rows = list(zip(ids.split(1), targets.split(1)))
-    stats = train_step(model, optimizer, rows[ranks.rank::ranks.world_size], ranks, clip=0.5)
-if ranks.is_main:
-    torch.save((stats, model.state_dict()), sys.argv[1])
-close_ranks()
-"""
+def _six_steps(ranks, out):
+    model = small_model()
+    optimizer = MuonAdamW(parameter_groups(model, embedding_lr=0.01), ranks)
+    dice = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        ids = torch.randint(97, (7, 16), generator=dice)
+        targets = torch.where(torch.rand(7, 16, generator=dice) < 0.3, -1, ids.roll(-1, 1))
+        rows = list(zip(ids.split(1), targets.split(1)))
+        stats = train_step(model, optimizer, rows[ranks.rank::ranks.world_size], ranks, clip=0.5)
+    if ranks.is_main:
+        torch.save((stats, model.state_dict()), out)
 
 
 def test_one_two_and_three_ranks_give_the_same_weights(tmp_path):
-    (tmp_path / "step.py").write_text(STEP)
-    results = []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for world in (1, 2, 3):
-        out = tmp_path / f"{world}.pt"
-        start = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        done = subprocess.run([sys.executable, *start, str(tmp_path / "step.py"), str(out)], cwd=ROOT, env=env, capture_output=True,
-                              text=True)
-        assert done.returncode == 0, done.stderr
-        results.append(torch.load(out, weights_only=True))
+    _six_steps(ALONE, tmp_path / "1.pt")
+    for world in (2, 3):
+        start_ranks(world, _six_steps, tmp_path / f"{world}.pt")
+    results = [torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2, 3)]
     for stats, state in results[1:]:
         torch.testing.assert_close(stats[:3], results[0][0][:3], rtol=1e-4, atol=1e-4)
-        # only the order of float32 sums differs; Muon's orthogonalisation widens that to some 1e-5 of a weight after six steps
+        # only the order of float32 sums differs; where a gradient is next to nothing, Adam widens that to a part of its rate (0.05 here)
         assert_same(state, results[0][1], rtol=2e-3, atol=2e-4)
 
 
