@@ -1,0 +1,189 @@
+"""How fast tokens come out: prefill, then greedy decoding through a state, beside full forwards with the plain twin.
+
+    python -m bench.decode --depth=4 --vocab-size=2048 --prompt=128 --new-tokens=64 --batches=1,64
+
+Ours decodes through the engine, with all it does between two tokens. The naive way runs the whole text through the model for every token:
+slow, and right; timed at some lengths between the prompt's and the end's, since it costs more with each. Greedy tokens of both must agree
+before anything is timed. "of the limit": bytes a step has to read (weights, the state in use) over the copy bandwidth measured here.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from bench.measure import (
+    circumstances,
+    command_line,
+    copy_bandwidth,
+    in_a_line,
+    lively,
+    nbytes,
+    seconds_of,
+    si,
+    table,
+    typical,
+    write_json,
+)
+from bench.twin import TwinGPT
+from nanochat.cli import flag, parse, run_main
+from nanochat.distributed import close_ranks, compute_dtype, init_ranks
+from nanochat.engine import Engine
+from nanochat.files import UserError
+from nanochat.gpt import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    """Flags of bench.decode."""
+
+    depth: int = flag(4, "layers; sets width too")
+    vocab_size: int = flag(2048, "tokens the model knows")
+    prompt: int = flag(128, "tokens of the prompt")
+    new_tokens: int = flag(64, "tokens to generate a row")
+    batches: str = flag("1,64", "rows at a time, one measurement each")
+    naive_points: int = flag(3, "lengths at which the naive way is timed")
+    prefills: int = flag(3, "timed prefills; the median counts")
+    threads: int = flag(0, "CPU threads; 0 leaves it to torch")
+    device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+    json: str = flag("", "file to write all numbers to")
+
+
+class Endless:
+    """A tokenizer's place in the engine: no token ends a row."""
+
+    def encode_special(self, name: str) -> int:
+        return -1
+
+    def get_bos_token_id(self) -> int:
+        return -1
+
+
+@torch.inference_mode()
+def prefill_seconds(model: GPT, B: int, T: int, times: int = 3) -> list[float]:
+    """Seconds to take in B prompts of T random tokens, into fresh states, up to the logits of the last token."""
+    ids = torch.randint(model.config.vocab_size, (B, T), device=model.device)
+
+    def once() -> None:
+        model(ids, state=model.new_state(B, T), last_only=True)
+    once()
+    return [seconds_of(once, model.device) for _ in range(times)]
+
+
+def decode_seconds(model: GPT, B: int, prompt: int, new: int) -> list[float]:
+    """Seconds of each decoding step of B rows through the engine, behind a prompt: from one column of tokens on the host to the next.
+
+    The first steps, in which memory grows and kernels are loaded, are left out.
+    """
+    ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
+    stamps = []
+    for _ in Engine(model, Endless()).generate(ids, num_samples=B, max_tokens=new + 4, temperature=0):
+        stamps.append(time.perf_counter())
+    return [b - a for a, b in zip(stamps[3:], stamps[4:])]
+
+
+@torch.inference_mode()
+def naive_seconds(twin: TwinGPT, B: int, prompt: int, new: int, points: int) -> list[float]:
+    """Seconds of a full forward with the twin and its next tokens, at `points` lengths spread evenly over the generation."""
+    device, seconds = twin.lm_head.weight.device, []
+    for i in range(points):
+        length = prompt + round((i + 0.5) * (new - 1) / points)
+        ids = torch.randint(twin.config.vocab_size, (B, length), device=device)
+        twin(ids)
+        seconds.append(seconds_of(lambda ids=ids: twin(ids)[:, -1].argmax(-1).tolist(), device))
+    return seconds
+
+
+def agreement(model: GPT, twin: TwinGPT, prompt: int, new: int) -> int:
+    """How many greedy tokens through the engine, from the first on, are the twin's by full forwards too; ties within 1e-3 count."""
+    ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
+    ours = Engine(model, Endless()).generate_batch(ids, max_tokens=new, temperature=0)[0][0][prompt:]
+    with torch.inference_mode():
+        for i, token in enumerate(ours):
+            logits = twin(torch.tensor([ids + ours[:i]], device=model.device))[0, -1]
+            if logits[token] < logits.max() - 1e-3:
+                return i
+    return new
+
+
+def step_bytes(model: GPT, B: int, context: int) -> int:
+    """Bytes a decoding step reads at least: every weight but the embedding (B rows of it), and the state of B rows of `context` tokens."""
+    weights = nbytes(model.parameters()) - nbytes([model.transformer.wte.weight])
+    return weights + B * model.config.n_embd * model.transformer.wte.weight.element_size() + state_bytes(model, B, context)
+
+
+def state_bytes(model: GPT, B: int, context: int) -> int:
+    """Bytes of the state of B rows of `context` tokens."""
+    from nanochat.state import State
+    return State(model.config, B, context, device="meta", dtype=model.dtype).nbytes()
+
+
+def in_dtype(shape: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
+    """A model to decode with: weights, activations and state all in dtype."""
+    return lively(shape, device).to(dtype).eval()
+
+
+def measure(model: GPT, name: str, config: Config, B: int, bandwidth: float) -> dict[str, Any]:
+    """The row of one of our models at batch B."""
+    seconds = typical(decode_seconds(model, B, config.prompt, config.new_tokens))
+    prefill = typical(prefill_seconds(model, B, config.prompt, config.prefills))
+    middle = config.prompt + config.new_tokens // 2
+    return {"case": name, "batch": B, "tokens_per_second": B / seconds, "prefill_tokens_per_second": B * config.prompt / prefill,
+            "state_bytes": state_bytes(model, B, config.prompt + config.new_tokens),
+            "of_the_limit": step_bytes(model, B, middle) / bandwidth / seconds}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare as the flags say. Raises UserError for what the user can mend."""
+    config = parse(Config, argv, __doc__)
+    try:
+        batches = [int(part) for part in config.batches.split(",")]
+    except ValueError:
+        raise UserError(f"--batches is numbers with commas between, such as 1,64; not {config.batches!r}") from None
+    if min(batches) < 1 or min(config.prompt, config.new_tokens, config.naive_points, config.prefills) < 1:
+        raise UserError("--batches, --prompt, --new-tokens, --naive-points and --prefills must be at least 1")
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    shape = GPTConfig.from_depth(config.depth, sequence_len=config.prompt + config.new_tokens + 8, vocab_size=config.vocab_size)
+    ranks = init_ranks(config.device)
+    device, dtype = ranks.device, compute_dtype(ranks.device)
+    try:
+        about = circumstances(command_line("bench.decode", argv))
+        exact = in_dtype(shape, device, torch.float32)
+        twin = TwinGPT(shape).to(device).eval()
+        twin.load_state_dict(exact.state_dict())
+        agreed = agreement(exact, twin, config.prompt, min(16, config.new_tokens))
+        bandwidth = copy_bandwidth(device)
+        models = {"ours, float32": exact}
+        if dtype != torch.float32:
+            models = {"ours, bfloat16": in_dtype(shape, device, dtype), **models}
+        attention = GPTConfig(**{**shape.to_dict(), "layer_pattern": "A" * shape.n_layer})
+        models[f"ours all-attention, {str(dtype).removeprefix('torch.')}"] = in_dtype(attention, device, dtype)
+        rows = []
+        for B in batches:
+            naive = naive_seconds(twin, B, config.prompt, config.new_tokens, config.naive_points)
+            naive_speed = B / (sum(naive) / len(naive))
+            for name, model in models.items():
+                row = measure(model, name, config, B, bandwidth)
+                rows.append({**row, "vs_naive": row["tokens_per_second"] / naive_speed})
+            rows.append({"case": "twin, float32, full forwards", "batch": B, "tokens_per_second": naive_speed, "vs_naive": 1.0})
+    finally:
+        close_ranks()
+    lines = [[row["case"], row["batch"], si(row["tokens_per_second"]), f"{row['vs_naive']:.1f}×", si(row.get("prefill_tokens_per_second")),
+              si(row["state_bytes"]) + "B" if "state_bytes" in row else "none", f"{100 * row['of_the_limit']:.0f}%"
+              if "of_the_limit" in row else "-"] for row in rows]
+    print(f"{in_a_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {config.vocab_size:,}, prompt {config.prompt}, "
+          f"{config.new_tokens} new tokens, on {device}; copy bandwidth {bandwidth / 1e9:,.1f} GB/s\n\n"
+          + table(["greedy decoding", "batch", "tok/s", "vs naive", "prefill tok/s", "state", "of the limit"], lines)
+          + f"\n\ngreedy tokens equal to the twin's full forwards (float32): {agreed} of {min(16, config.new_tokens)}", flush=True)
+    if config.json:
+        write_json(config.json, {"about": about, "config": asdict(config), "rows": rows, "copy_bandwidth": bandwidth,
+                                 "agreed": agreed, "compared": min(16, config.new_tokens)})
+    if agreed < min(16, config.new_tokens):
+        raise UserError("decoding through the state and full forwards gave different tokens: the speeds above are worth nothing")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,129 @@
+"""Train a hybrid and an all-attention model on your own text with the same budget, and set them side by side.
+
+    python -m bench.real_text --text books/ --minutes=15
+    python -m bench.real_text --text books/ --match=time --depth=6 --vocab-size=8192
+
+Imports the text, trains a tokenizer, times a few steps of each model, then trains both through scripts.base_train. All files go to a base
+folder of its own, so that nothing of yours is touched. --match=tokens gives both the steps that the hybrid does in the time; --match=time
+gives each as many as it does itself. Prints a markdown block.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.measure import circumstances, command_line, in_a_line, si, table, typical, write_json
+from nanochat.cli import flag, parser_of, run_main
+from nanochat.files import UserError, base_dir
+from nanochat.gpt import GPTConfig
+from nanochat.logs import read_log
+from nanochat.training import clock
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMING_STEPS, TIMING_SKIPPED = 8, 3
+MODELS = {"hybrid": "", "attention": "A"}
+
+
+@dataclass
+class Config:
+    """Flags of bench.real_text."""
+
+    minutes: float = flag(15.0, "training time of the hybrid, in minutes")
+    match: Literal["tokens", "time"] = flag("tokens", "what both models get the same of")
+    depth: int = flag(4, "layers; sets width too")
+    vocab_size: int = flag(8192, "tokens of the tokenizer")
+    max_seq_len: int = flag(256, "tokens in a row")
+    device_batch_size: int = flag(16, "rows a device takes at a time")
+    total_batch_size: int = flag(8192, "tokens in an optimizer step")
+    eval_tokens: int = flag(500_000, "tokens to validate on at the end")
+    steps: int = flag(0, "optimizer steps of both, instead of --minutes; 0 = unset")
+    doc_separator: str = flag("<|doc|>", "line that ends a document in .txt files")
+    base_dir: str = flag("", "base folder to work in; unset is bench_real_text in the usual one")
+    device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+    json: str = flag("", "file to write all numbers to")
+
+
+def run(base: Path, module: str, *args: str) -> None:
+    """Run a module of ours on the base folder, its words going to ours. Raises UserError where it fails."""
+    print(f"+ python -m {module} {' '.join(args)}", flush=True)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-m", module, *args], cwd=ROOT, env=env)
+    if done.returncode:
+        raise UserError(f"{module} ended with exit code {done.returncode}; what it said is above")
+
+
+def train(base: Path, name: str, steps: int, config: Config, timing: bool = False) -> list[dict[str, Any]]:
+    """Train one of MODELS for `steps` from new weights; returns the log of that run."""
+    tag = f"{name}_d{config.depth}" + ("_timing" if timing else "")
+    run(base, "scripts.base_train", f"--depth={config.depth}", f"--max-seq-len={config.max_seq_len}", f"--model-tag={tag}", "--fresh",
+        f"--device-batch-size={config.device_batch_size}", f"--total-batch-size={config.total_batch_size}", f"--num-iterations={steps}",
+        f"--eval-tokens={1 if timing else config.eval_tokens}", "--eval-every=-1", "--sample-every=-1", "--save-every=-1",
+        f"--layer-pattern={MODELS[name]}", f"--device-type={config.device_type}")
+    rows = read_log(base / "logs" / f"base_{tag}.jsonl")
+    start = max(i for i, row in enumerate(rows) if row["kind"] == "start")  # earlier runs stand before it
+    return rows[start:]
+
+
+def step_seconds(base: Path, name: str, config: Config) -> float:
+    """Seconds of a step of one model: a short run, its first steps left out."""
+    rows = train(base, name, TIMING_STEPS, config, timing=True)
+    shutil.rmtree(base / "base_checkpoints" / f"{name}_d{config.depth}_timing")
+    return typical([row["seconds"] for row in rows if row["kind"] == "train"][TIMING_SKIPPED:])
+
+
+def outcome(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run's log says of it."""
+    last = {row["kind"]: row for row in rows}
+    steps = [row for row in rows if row["kind"] == "train"]
+    seconds, tokens, model = sum(row["seconds"] for row in steps), steps[-1]["tokens"], last["model"]
+    return {"model": name, "layers": GPTConfig(**model["model_config"]).pattern(), "parameters": model["parameters"], "dtype": model["dtype"],
+            "steps": len(steps), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
+            "loss": steps[-1]["smooth_loss"], "bpb": last["val"]["bpb"], "samples": last["samples"]["texts"]}
+
+
+def block(config: Config, about: dict[str, Any], found: list[dict[str, Any]]) -> str:
+    """The markdown of both runs."""
+    rows = [[f"{row['model']} {row['layers']}", f"{row['parameters']:,}", f"{row['steps']:,}", si(row["tokens"]), clock(row["seconds"]),
+             si(row["tokens_per_second"]), f"{row['loss']:.4f}", f"{row['bpb']:.4f}"] for row in found]
+    text = (f"Real text, d{config.depth}, vocabulary {config.vocab_size:,}, rows of {config.max_seq_len}, {config.total_batch_size:,} "
+            f"tokens a step, {found[0]['dtype'].removeprefix('torch.')}, same {'tokens' if config.steps else config.match}.\n"
+            f"{in_a_line(about)}\n\n"
+            + table(["model", "parameters", "steps", "tokens", "time", "tok/s", "train loss", "val bpb"], rows))
+    for row in found:
+        text += f"\n\n{row['model']} goes on:\n\n" + "\n".join(f"> {sample}  " for sample in row["samples"])
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train both models as the flags say. Raises UserError for what the user can mend."""
+    parser = parser_of(Config, __doc__ or "")
+    parser.add_argument("--text", nargs="+", required=True, metavar="PATH",
+                        help="folders or files of text, as `nanochat.dataset import` takes them")
+    flags = vars(parser.parse_args(sys.argv[1:] if argv is None else list(argv)))
+    text = [str(Path(path).expanduser().resolve()) for path in flags.pop("text")]
+    config = Config(**flags)
+    if config.steps < 1 and config.minutes <= 0:
+        raise UserError(f"--minutes must be above 0, not {config.minutes}")
+    base = Path(config.base_dir).expanduser().resolve() if config.base_dir else base_dir() / "bench_real_text"
+    base.mkdir(parents=True, exist_ok=True)
+    about = circumstances(command_line("bench.real_text", argv))
+    run(base, "nanochat.dataset", "import", *text, f"--doc-separator={config.doc_separator}")
+    run(base, "scripts.tok_train", f"--vocab-size={config.vocab_size}", "--doc-cap=0")
+    steps = dict.fromkeys(MODELS, config.steps)
+    if config.steps < 1:
+        seconds = {name: step_seconds(base, name, config) for name in (MODELS if config.match == "time" else ["hybrid"])}
+        steps = {name: max(1, round(60 * config.minutes / seconds.get(name, seconds["hybrid"]))) for name in MODELS}
+    found = [outcome(name, train(base, name, steps[name], config)) for name in MODELS]
+    print("\n" + block(config, about, found), flush=True)
+    if config.json:
+        write_json(config.json, {"about": about, "config": asdict(config), "text": text, "rows": found})
+
+
+if __name__ == "__main__":
+    run_main(main)

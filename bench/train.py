@@ -1,0 +1,286 @@
+"""How fast a training step is, beside the plain twin of the published model and beside all-attention, in one run.
+
+    python -m bench.train --depth=4 --max-seq-len=256 --device-batch-size=16 --vocab-size=2048 --threads=2
+    python -m bench.train --peer=../another-checkout       # times the nanochat.gpt of that checkout too
+    python -m bench.train --loss-curve=100                 # is the loss in bfloat16 that in float32?
+
+The twin (bench/twin.py) runs in float32, eagerly, with the optimizers as published: Muon one matrix after another (its iteration in the
+device's best precision, as ours), torch's AdamW for the rest. Forward and backward are timed without the optimizer too. Cases take turns.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import (
+    circumstances,
+    command_line,
+    in_a_line,
+    interleaved,
+    lively,
+    nbytes,
+    peak_growth,
+    si,
+    table,
+    text_batches,
+    typical,
+    write_json,
+)
+from bench.twin import TwinGPT
+from nanochat.cli import flag, parse, run_main
+from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks, peak_flops
+from nanochat.files import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.training import train_step
+
+CLIP = 1.0
+
+
+@dataclass
+class Config:
+    """Flags of bench.train."""
+
+    depth: int = flag(4, "layers; sets width too")
+    max_seq_len: int = flag(256, "tokens in a row")
+    device_batch_size: int = flag(16, "rows in a step")
+    vocab_size: int = flag(2048, "tokens the model knows")
+    steps: int = flag(7, "timed steps of each case; the median counts")
+    warmup: int = flag(2, "steps of each case before that")
+    threads: int = flag(0, "CPU threads; 0 leaves it to torch")
+    device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+    compile: str = flag("auto", "compile the blocks of ours: yes, no, or auto (on GPUs), as base_train")
+    peer: str = flag("", "a checkout that offers nanochat.gpt, to time its forward and backward too")
+    loss_curve: int = flag(0, "do not time: train this many steps in bfloat16 and in float32 on the same text, and compare the losses")
+    json: str = flag("", "file to write all numbers to")
+
+
+class PlainOptimizers:
+    """Muon one matrix at a time and torch's AdamW, as the published recipe runs on one device."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
+        groups = parameter_groups(model)
+        self.dtype, self.muon = dtype, next((g for g in groups if g["kind"] == "muon"), {"params": []})
+        self.adamw = torch.optim.AdamW([{"params": g["params"], "lr": g["lr"]} for g in groups if g["kind"] == "adamw"],
+                                       betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
+        self.buffers = [torch.zeros_like(p) for p in self.muon["params"]]
+        self.params = list(model.parameters())
+
+    @torch.no_grad()
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.params, CLIP)
+        self.adamw.step()
+        for p, buffer in zip(self.muon["params"], self.buffers):
+            buffer.lerp_(p.grad, 0.05)
+            x = p.grad.lerp(buffer, 0.95).to(self.dtype)
+            x = x.mT if x.size(0) > x.size(1) else x
+            x = x / (x.norm() + 1e-7)
+            for _ in range(5):
+                gram = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            x = x.mT if p.size(0) > p.size(1) else x
+            p.sub_(x.to(p.dtype), alpha=self.muon["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+    def state(self) -> list[Tensor]:
+        return self.buffers + [t for state in self.adamw.state.values() for t in state.values()]
+
+
+@dataclass
+class Case:
+    """One way to train: its model, and the two things that are timed."""
+
+    name: str
+    model: torch.nn.Module
+    dtype: torch.dtype
+    flops_per_token: float
+    forward_backward: Callable[[], None]
+    step: Callable[[], object]
+    state: Callable[[], list[Tensor]]
+
+
+def drop_gradients(model: torch.nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = None
+
+
+def our_case(name: str, shape: GPTConfig, batch: tuple[Tensor, Tensor], ranks: Ranks, dtype: torch.dtype, compiled: bool) -> Case:
+    """Ours as base_train runs it: float32 weights, activations in dtype, the blocks compiled or not."""
+    model = lively(shape, ranks.device)
+    model.compute_dtype = dtype
+    if compiled:
+        model.compile_blocks(*batch[0].shape)
+    optimizer = MuonAdamW(parameter_groups(model), ranks)
+
+    def forward_backward() -> None:
+        drop_gradients(model)
+        model(*batch, "sum").backward()
+
+    def state() -> list[Tensor]:
+        return [t for bucket in optimizer.buckets for t in bucket.state.values()]
+    return Case(name, model, dtype, model.flops_per_token(batch[0].shape[1]), forward_backward,
+                lambda: train_step(model, optimizer, [batch], ranks, clip=CLIP), state)
+
+
+def twin_case(shape: GPTConfig, batch: tuple[Tensor, Tensor], ranks: Ranks) -> Case:
+    """The twin in float32, eager, with the plain optimizers."""
+    ours = lively(shape, ranks.device)
+    model = TwinGPT(shape).to(ranks.device)
+    model.load_state_dict(ours.state_dict())
+    optimizer = PlainOptimizers(model, compute_dtype(ranks.device))
+
+    def forward_backward() -> None:
+        drop_gradients(model)
+        model(*batch).backward()
+
+    def step() -> None:
+        forward_backward()
+        optimizer.step()
+    flops = ours.flops_per_token(batch[0].shape[1])
+    return Case("twin, float32 eager", model, torch.float32, flops, forward_backward, step, optimizer.state)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def compare(config: Config, shape: GPTConfig, ranks: Ranks) -> list[dict[str, Any]]:
+    """Time all cases in turn; returns a row of numbers each. "vs_twin" is a ratio of speeds."""
+    device, dtype = ranks.device, compute_dtype(ranks.device)
+    compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
+    how = "compiled" if compiled else "eager"
+    batch = tuple(t.contiguous() for t in next(text_batches(config.device_batch_size, config.max_seq_len, device)))
+    attention = GPTConfig(**{**shape.to_dict(), "layer_pattern": "A" * shape.n_layer})
+    cases = [our_case(f"ours, {short(dtype)} {how}", shape, batch, ranks, dtype, compiled)]
+    if dtype != torch.float32:
+        cases.append(our_case(f"ours, float32 {how}", shape, batch, ranks, torch.float32, compiled))
+    cases += [twin_case(shape, batch, ranks),
+              our_case(f"ours all-attention, {short(dtype)} {how}", attention, batch, ranks, dtype, compiled)]
+    steps = interleaved({case.name: case.step for case in cases}, device, config.steps, config.warmup)
+    passes = interleaved({case.name: case.forward_backward for case in cases}, device, config.steps, 1)
+    tokens, rows = batch[0].numel(), []
+    for case in cases:
+        drop_gradients(case.model)
+        growth = None if compiled and case.name.startswith("ours") and device.type == "cpu" else peak_growth(case.step, device)
+        peak = peak_flops(device, case.dtype)
+        speed = tokens / typical(steps[case.name])
+        rows.append({"case": case.name, "parameters": sum(p.numel() for p in case.model.parameters()), "step_seconds": steps[case.name],
+                     "pass_seconds": passes[case.name], "tokens_per_second": speed,
+                     "pass_tokens_per_second": tokens / typical(passes[case.name]), "flops_per_token": case.flops_per_token,
+                     "peak_flops": peak, "mfu": None if peak is None else speed * case.flops_per_token / peak,
+                     "memory": None if growth is None else growth + nbytes(case.model.parameters()) + nbytes(case.state())})
+        drop_gradients(case.model)
+    twin = next(row for row in rows if row["case"].startswith("twin"))
+    for row in rows:
+        row["vs_twin"] = row["tokens_per_second"] / twin["tokens_per_second"]
+        row["pass_vs_twin"] = row["pass_tokens_per_second"] / twin["pass_tokens_per_second"]
+    return rows
+
+
+def peer_rows(config: Config, shape: GPTConfig, device: torch.device, twin: dict[str, Any]) -> list[dict[str, Any]]:
+    """Time the forward and backward of another checkout's nanochat.gpt, in a process of its own. Raises UserError where it has none."""
+    folder = Path(config.peer).expanduser().resolve()
+    if not (folder / "nanochat" / "gpt.py").is_file():
+        raise UserError(f"--peer={config.peer}: there is no nanochat/gpt.py in {folder}; name the top folder of a checkout.")
+    job = {"shape": asdict(shape), "B": config.device_batch_size, "T": config.max_seq_len, "steps": config.steps, "warmup": config.warmup,
+           "threads": torch.get_num_threads(), "device": device.type}
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("peer.py")), json.dumps(job)], cwd=folder, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(folder)})
+    if done.returncode:
+        raise UserError(f"the peer in {folder} did not run: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no word'}")
+    rows = []
+    for found in json.loads(done.stdout.strip().splitlines()[-1]):
+        row = {"case": f"peer {folder.name}, {found['how']}", **found}
+        if "pass_seconds" in found:
+            row["pass_tokens_per_second"] = config.device_batch_size * config.max_seq_len / typical(found["pass_seconds"])
+            row["pass_vs_twin"] = row["pass_tokens_per_second"] / twin["pass_tokens_per_second"]
+        rows.append(row)
+    return rows
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    """The table of `compare`."""
+    def ratio(row: dict[str, Any], key: str) -> str:
+        return f"{row[key]:.2f}×" if key in row else "-"
+    headers = ["training", "step tok/s", "vs twin", "fwd+bwd tok/s", "vs twin", "MFU", "memory"]
+    lines = [[row["case"], si(row.get("tokens_per_second")), ratio(row, "vs_twin"), si(row.get("pass_tokens_per_second")),
+              ratio(row, "pass_vs_twin"), "-" if row.get("mfu") is None else f"{100 * row['mfu']:.1f}%",
+              "-" if row.get("memory") is None else si(row["memory"]) + "B"] for row in rows]
+    return table(headers, lines)
+
+
+def loss_curves(config: Config, shape: GPTConfig, ranks: Ranks) -> dict[str, list[float]]:
+    """Train from the same weights on the same text in each precision; returns the loss of every step in nats, by dtype."""
+    curves = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = GPT(shape).to(ranks.device)
+        model.compute_dtype = dtype
+        optimizer = MuonAdamW(parameter_groups(model), ranks)
+        optimizer.dtype = dtype if ranks.device.type == "cpu" else optimizer.dtype
+        text = text_batches(config.device_batch_size, config.max_seq_len, ranks.device)
+        curves[short(dtype)] = [train_step(model, optimizer, [next(text)], ranks, clip=CLIP)[0] for _ in range(config.loss_curve)]
+    return {name: torch.stack(losses).tolist() for name, losses in curves.items()}
+
+
+def compare_losses(curves: dict[str, list[float]]) -> tuple[str, dict[str, Any]]:
+    """A table of the two curves at some steps, and the numbers behind it."""
+    full, half = curves["float32"], curves["bfloat16"]
+    apart = [abs(a - b) for a, b in zip(full, half)]
+    at = sorted({round(i * (len(full) - 1) / 9) for i in range(10)})
+    text = table(["step", "float32", "bfloat16", "difference"],
+                 [[i + 1, f"{full[i]:.4f}", f"{half[i]:.4f}", f"{half[i] - full[i]:+.4f}"] for i in at])
+    quarter = max(1, len(full) // 4)
+    last = sum(half[-quarter:]) / quarter - sum(full[-quarter:]) / quarter
+    text += (f"\n\nlargest difference {max(apart):.4f} nats, at step {apart.index(max(apart)) + 1}; "
+             f"mean of the last {quarter} steps: bfloat16 {last:+.4f} nats against float32")
+    return text, {"curves": curves, "largest_difference": max(apart), "difference_at_the_end": last}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare as the flags say. Raises UserError for what the user can mend."""
+    config = parse(Config, argv, __doc__)
+    if config.compile not in ("auto", "yes", "no"):
+        raise UserError(f"--compile is yes, no or auto, not {config.compile!r}")
+    for name in ("device_batch_size", "max_seq_len", "steps"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    if config.vocab_size < 256:
+        raise UserError(f"--vocab-size must be at least 256, since the text is bytes; not {config.vocab_size}")
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    shape = GPTConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size)
+    ranks = init_ranks(config.device)
+    try:
+        about = circumstances(command_line("bench.train", argv))
+        if config.loss_curve > 0:
+            text, found = compare_losses(loss_curves(config, shape, ranks))
+        else:
+            rows = compare(config, shape, ranks)
+            if config.peer:
+                rows += peer_rows(config, shape, ranks.device, next(row for row in rows if row["case"].startswith("twin")))
+            text, found = shown(rows), {"rows": rows}
+    finally:
+        close_ranks()
+    print(f"{in_a_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {config.vocab_size:,}, {config.device_batch_size} rows of "
+          f"{config.max_seq_len} tokens on {ranks.device}\n\n{text}", flush=True)
+    if "rows" in found:
+        print("\nMedians. The twin's optimizers: Muon one matrix at a time, torch's AdamW. Memory: weights, optimizer state and, at the "
+              "peak of a step,\ngradients and activations. MFU: causal attention counted where there is some, against "
+              f"{'the data sheet' if ranks.device.type == 'cuda' else 'a matrix product measured here'}.")
+        for row in found["rows"]:
+            if "error" in row:
+                print(f"{row['case']}: {row['error']}")
+    if config.json:
+        write_json(config.json, {"about": about, "config": asdict(config), **found})
+
+
+if __name__ == "__main__":
+    run_main(main)
