@@ -1,8 +1,8 @@
 """Text to train on: where it lies, how it is read, and the three ways to get it.
 
-    python -m nanochat.dataset -n 240                 # the first 240 training shards of FineWeb-Edu, and the validation shard
-    python -m nanochat.dataset import notes/ log.gz   # shards of your own .txt, .md, .jsonl, .json, .parquet files, .gz or plain
-    python -m nanochat.dataset small-world            # shards of the built-in generator: no network, no files
+    python -m nanochat.dataset -n 240                    # the first 240 training shards of FineWeb-Edu, and the validation shard
+    python -m nanochat.dataset import notes/ log.txt.gz  # shards of your own .txt, .md, .jsonl, .json, .parquet files, .gz or plain
+    python -m nanochat.dataset small-world               # shards of the built-in generator: no network, no files
 
 Each takes --help. All write into $NANOCHAT_BASE_DIR/base_data; made shards may go elsewhere with --to FOLDER.
 

@@ -173,7 +173,7 @@ def test_next_run_goes_on_where_the_last_one_was_killed(hub, tmp_path):
 def test_server_without_ranges_starts_over(hub, tmp_path):
     hub.faults = {shard_name(0): ["cut", "whole"]}
     run(1, tmp_path)
-    assert there(tmp_path, hub, 0)
+    assert there(tmp_path, hub, 0) and len(hub.gets(shard_name(0))) == 2
 
 
 def test_wrong_byte_is_noticed_and_fetched_again(hub, tmp_path):
