@@ -1,0 +1,90 @@
+"""Every command in the README is run here, made small; speedrun.sh and test.sh themselves are not (they run these)."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from scripts import speedrun
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = {  # flags put behind those of the README: the last one counts
+    "nanochat.dataset": ["--docs=600"],
+    "scripts.tok_train": ["--vocab-size=400"],
+    "scripts.base_train": ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch-size=128", "--num-iterations=2",
+                           "--eval-tokens=1000", "--device-type=cpu"],
+    "scripts.base_loss": ["--split-tokens=1000", "--device-batch-size=4"],
+    "scripts.base_eval": ["--split-tokens=1000", "--device-batch-size=4"],
+    "scripts.complete": ["--max-tokens=4"],
+}
+
+
+def commands() -> list[str]:
+    """The indented lines of the README that are commands."""
+    lines = re.findall(r"^ {4}(\S.*)$", README, flags=re.M)
+    starts = ("bash ", "python ", ".venv/bin/python ", "torchrun ", "source ", "NANOCHAT_", "SPEEDRUN_", "WANDB_")
+    return [line.split("  #")[0].strip() for line in lines if line.startswith(starts)]
+
+
+def python_blocks() -> list[str]:
+    blocks = re.findall(r"(?:^ {4}.*\n)+", README, flags=re.M)
+    return [re.sub(r"^ {4}", "", block, flags=re.M) for block in blocks if "import " in block and "python -m" not in block]
+
+
+def test_readme_has_its_commands_and_nothing_unknown():
+    found = commands()
+    assert len(found) >= 15
+    for command in found:
+        words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+        known = words[:2] in (["bash", "speedrun.sh"], ["bash", "test.sh"], ["source", ".venv/bin/activate"]) or "-m" in words
+        assert known, command
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    ran = set()
+    for command in commands():
+        words = shlex.split(command)
+        if words[0] not in ("python", ".venv/bin/python"):
+            continue
+        module, flags = words[words.index("-m") + 1], words[words.index("-m") + 2:]
+        if module == "scripts.speedrun":
+            continue  # below
+        ran.add(module)
+        importlib.import_module(module).main([*flags, *SMALL.get(module, [])])
+    assert ran >= set(SMALL) | {"scripts.tok_eval"}
+    for block in python_blocks():
+        exec(compile(block, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "tokens" in out and "val bpb" in out and "small world, held-out phrasings" in out
+
+    torchrun = next(command for command in commands() if command.startswith("torchrun"))
+    words = shlex.split(torchrun.replace("nproc_per_node=8", "nproc_per_node=2")) + SMALL["scripts.base_train"] + ["--model-tag=two"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "speedrun.sh" in c and "=" in c])
+def test_every_setting_of_speedrun_is_understood(command, monkeypatch, tmp_path, capsys):
+    settings = dict(word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z_]+=", word))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(speedrun, "hub_reachable", lambda: True)
+    monkeypatch.setattr(speedrun, "find_machine", lambda: speedrun.Machine([], 0, 4))
+    monkeypatch.setattr(speedrun, "need_disk", lambda *_: None)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere") if name == "NANOCHAT_BASE_DIR" else value)
+    speedrun.main(["--dry-run"])
+    assert "profile" in capsys.readouterr().out
+
+
+def test_the_japanese_readme_has_the_same_commands():
+    japanese = ROOT / "README.ja.md"
+    lines = [line.split("  #")[0].strip() for line in re.findall(r"^ {4}(\S.*)$", japanese.read_text(encoding="utf-8"), flags=re.M)]
+    assert not [command for command in commands() if command not in lines]

@@ -1,0 +1,103 @@
+"""speedrun chooses what fits the machine, and says what it cannot do before doing anything."""
+
+import json
+
+import pytest
+import torch
+
+from nanochat.files import UserError
+from scripts import speedrun
+from scripts.speedrun import Machine, make_plan
+
+H100 = Machine(["NVIDIA H100 80GB HBM3"] * 8, 80 * 10**9, 64)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    for name in ("SPEEDRUN_PROFILE", "SPEEDRUN_TEXT", "SPEEDRUN_STEPS", "SPEEDRUN_SHARDS", "SPEEDRUN_DEVICE_BATCH", "SPEEDRUN_GPUS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(speedrun, "hub_reachable", lambda: True)
+    monkeypatch.setattr(speedrun, "compute_dtype", lambda device: torch.bfloat16 if device == "cuda" else torch.float32)
+    monkeypatch.setattr(speedrun, "peak_flops", lambda device, dtype: 989e12 if device == "cuda" else 100e9)
+
+
+def test_without_a_gpu_the_small_profile_on_the_small_world():
+    plan = make_plan(Machine([], 0, 2))
+    assert (plan.profile.name, plan.source, plan.tag) == ("small", "small-world", "d4")
+
+
+def test_eight_gpus_get_the_published_recipe():
+    plan = make_plan(H100)
+    assert (plan.profile.name, plan.source, plan.device_batch) == ("d20", "fineweb-edu", 32)
+    assert plan.steps * 524288 == pytest.approx(10.84e9, rel=0.001)
+    assert 200 <= plan.shards <= 240  # the publication fetched 240
+    assert 1.5 < plan.seconds / 3600 < 3
+    assert make_plan(Machine(H100.gpus[:1], 80 * 10**9, 16)).seconds == pytest.approx(8 * plan.seconds)
+
+
+def test_a_small_gpu_gets_a_smaller_device_batch():
+    assert [make_plan(Machine(["x"], int(size * 1e9), 8)).device_batch for size in (140, 80, 40, 24)] == [32, 32, 16, 8]
+
+
+def test_larger_tiers_by_name(monkeypatch):
+    steps = []
+    for name in ("d20", "d26", "d32"):
+        monkeypatch.setenv("SPEEDRUN_PROFILE", name)
+        plan = make_plan(H100)
+        steps.append(plan.steps)
+        assert plan.profile.depth == int(name[1:]) and plan.shards < 1822
+    assert steps == sorted(steps)
+
+
+def test_a_gpu_without_network_is_told_what_else_there_is(monkeypatch):
+    monkeypatch.setattr(speedrun, "hub_reachable", lambda: False)
+    with pytest.raises(UserError, match="SPEEDRUN_TEXT=.*SPEEDRUN_PROFILE=small"):
+        make_plan(H100)
+    monkeypatch.setenv("SPEEDRUN_TEXT", "notes 'my books/'")
+    assert make_plan(H100).text == ["notes", "my books/"]
+    monkeypatch.setenv("SPEEDRUN_PROFILE", "small")
+    assert make_plan(H100).source == "import"
+
+
+@pytest.mark.parametrize("name, value", [("SPEEDRUN_PROFILE", "d21"), ("SPEEDRUN_STEPS", "many"), ("SPEEDRUN_STEPS", "0")])
+def test_wrong_settings_are_named(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=name):
+        make_plan(Machine([], 0, 2))
+
+
+def test_more_gpus_than_there_are_is_refused(monkeypatch):
+    monkeypatch.setenv("SPEEDRUN_GPUS", "99")
+    with pytest.raises(UserError, match="SPEEDRUN_GPUS is 99"):
+        speedrun.find_machine()
+
+
+def test_text_and_tokenizer_of_another_run_are_never_mixed_in():
+    from nanochat.files import base_dir
+    (base_dir() / "base_data").mkdir(parents=True)
+    (base_dir() / "base_data" / "source.json").write_text(json.dumps({"source": "fineweb-edu"}))
+    with pytest.raises(UserError, match="NANOCHAT_BASE_DIR="):
+        make_plan(Machine([], 0, 2))
+
+
+def test_an_unreachable_hub_is_seen(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert not speedrun.hub_reachable()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert not speedrun.hub_reachable()
+
+
+def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd):
+    tiny = speedrun.Profile("small", 2, 300, 32, 256, steps=3, docs=600, flags=("--eval-tokens=1000", "--sample-every=-1"))
+    monkeypatch.setitem(speedrun.PROFILES, "small", tiny)
+    monkeypatch.setattr(speedrun, "find_machine", lambda: Machine([], 0, 1))
+    monkeypatch.setenv("SPEEDRUN_DEVICE_BATCH", "4")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    speedrun.main([])
+    first = capfd.readouterr().out
+    for said in ("machine ", "== text", "== tokenizer", "== base model", "== evaluation", "bits per byte", "small world's facts", "next "):
+        assert said in first, first
+    speedrun.main([])
+    second = capfd.readouterr().out
+    assert second.count("done before") == 2 and "Nothing to do" in second, second
