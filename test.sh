@@ -23,7 +23,8 @@ echo "== ruff"
 .venv/bin/python -m ruff check . || failed="$failed ruff,"
 
 echo "== cargo test"
-(cd rustbpe && cargo test -q) || failed="$failed cargo test,"
+# in release mode it shares what the set-up has built
+(cd rustbpe && cargo test -q --release --locked) || failed="$failed cargo test,"
 
 echo "== pytest"
 color=no
