@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nanochat.attention import Attention, rope_table
 from nanochat.kernels.cross_entropy import head_loss, softcap
+from nanochat.kernels.relu2 import relu_squared
 from nanochat.layers import Linear, norm
 from nanochat.sampling import Sampler
 from nanochat.slc2 import SLC2
@@ -85,7 +86,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(relu_squared(self.c_fc(x)))
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from nanochat.kernels import cross_entropy
 from nanochat.kernels.cross_entropy import head_loss, head_loss_twin
+from nanochat.kernels.relu2 import relu_squared, relu_squared_twin
 from nanochat.kernels.slc2 import _Core, slc2_core_twin
 
 
@@ -24,6 +25,14 @@ def test_slc2_core_backward_is_that_of_the_twin(B, T, H, D, K, seed):
     for got, wanted in zip(torch.autograd.grad(fused, inputs, dy), torch.autograd.grad(twin, inputs, dy)):
         # the taps' gradient is summed in float32
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-5 if wanted.shape == (E, K) else 1e-9)
+
+
+def test_relu_squared_is_its_twin_forward_and_backward():
+    x = torch.randn(7, 5, requires_grad=True)
+    dy = torch.randn(7, 5)
+    assert torch.equal(relu_squared(x), relu_squared_twin(x))
+    (got,), (wanted,) = torch.autograd.grad(relu_squared(x), x, dy), torch.autograd.grad(relu_squared_twin(x), x, dy)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_slc2_core_is_the_formula_written_out():
