@@ -112,8 +112,12 @@ def nbytes(tensors: Iterable[Any]) -> int:
 
 # --- ceilings ----------------------------------------------------------------------------------------------------------
 
-def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
-    """Bytes a second of a copy within the device's memory, bytes read and bytes written counted; median of 7."""
+def copy_bandwidth(device: torch.device, size: int = 0) -> float:
+    """Bytes a second of a copy within the device's memory, bytes read and bytes written counted; median of 7.
+
+    size: bytes of the copy, beyond any cache where left out.
+    """
+    size = size or (1 << 26 if device.type == "cpu" else 1 << 30)
     source = torch.randint(-99, 99, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -134,8 +138,8 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 8192) -> 
 def lively(config: GPTConfig, device: torch.device | str, seed: int = 0) -> GPT:
     """A GPT with every weight away from zero: fresh ones have zero matrices, on which hardware can be faster than in earnest."""
     torch.manual_seed(seed)
-    model = GPT(config).to(device)
-    with torch.no_grad():
+    with torch.device(device), torch.no_grad():
+        model = GPT(config)
         for p in model.parameters():
             if not p.any():
                 p.normal_(std=0.5 * p.shape[-1] ** -0.5)
@@ -156,14 +160,14 @@ def text_batches(B: int, T: int, device: torch.device | str, seed: int = 0) -> I
 
 # --- what is said ------------------------------------------------------------------------------------------------------
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A markdown table with aligned columns: the first to the left, the others to the right."""
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[int] = (0,)) -> str:
+    """A markdown table with aligned columns: those numbered in `left` to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in (headers, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
 
     def line(row: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
-    rule = "|" + "|".join(("-" * (w + 1) + ":") if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"
+        return "| " + " | ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i in left else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 

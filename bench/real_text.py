@@ -25,7 +25,7 @@ from nanochat.logs import read_log
 from nanochat.training import clock
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMING_STEPS, TIMING_SKIPPED = 8, 3
+TIMING_STEPS, TIMING_SKIPPED = 12, 4
 MODELS = {"hybrid": "", "attention": "A"}
 
 
@@ -77,14 +77,15 @@ def step_seconds(base: Path, name: str, config: Config) -> float:
     return typical([row["seconds"] for row in rows if row["kind"] == "train"][TIMING_SKIPPED:])
 
 
-def outcome(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def outcome(name: str, config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What a run's log says of it."""
     last = {row["kind"]: row for row in rows}
     steps = [row for row in rows if row["kind"] == "train"]
-    seconds, tokens, model = sum(row["seconds"] for row in steps), steps[-1]["tokens"], last["model"]
-    return {"model": name, "layers": GPTConfig(**model["model_config"]).pattern(), "parameters": model["parameters"], "dtype": model["dtype"],
-            "steps": len(steps), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
-            "loss": steps[-1]["smooth_loss"], "bpb": last["val"]["bpb"], "samples": last["samples"]["texts"]}
+    model, warm = last["model"], steps[1:] or steps  # the first step warms up
+    speed = config.total_batch_size * len(warm) / sum(row["seconds"] for row in warm)
+    return {"model": name, "layers": GPTConfig(**model["model_config"]).pattern(), "parameters": model["parameters"],
+            "dtype": model["dtype"], "steps": len(steps), "tokens": steps[-1]["tokens"], "seconds": sum(row["seconds"] for row in steps),
+            "tokens_per_second": speed, "loss": steps[-1]["smooth_loss"], "bpb": last["val"]["bpb"], "samples": last["samples"]["texts"]}
 
 
 def block(config: Config, about: dict[str, Any], found: list[dict[str, Any]]) -> str:
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.steps < 1:
         seconds = {name: step_seconds(base, name, config) for name in (MODELS if config.match == "time" else ["hybrid"])}
         steps = {name: max(1, round(60 * config.minutes / seconds.get(name, seconds["hybrid"]))) for name in MODELS}
-    found = [outcome(name, train(base, name, steps[name], config)) for name in MODELS]
+    found = [outcome(name, config, train(base, name, steps[name], config)) for name in MODELS]
     print("\n" + block(config, about, found), flush=True)
     if config.json:
         write_json(config.json, {"about": about, "config": asdict(config), "text": text, "rows": found})

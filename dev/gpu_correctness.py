@@ -1,0 +1,407 @@
+"""The checks of dev/gpu_check.py that can fail: is what this device computes right? Each works on a CPU too.
+
+A section is a function of (Run, Report): it puts numbers into the report and says with `expect` what they must be.
+"""
+
+import glob
+import json
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import lively, table, text_batches
+from bench.twin import TwinGPT
+from nanochat.distributed import Ranks, compute_dtype
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import cross_entropy
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.state import State
+from nanochat.training import train_step
+
+
+@dataclass
+class Run:
+    """What all sections share."""
+
+    device: torch.device
+    tiny: bool                 # shapes a CPU does in a second
+    compiled: bool             # whether to compile at all
+    golden: Path | None        # folder of golden values
+    deadline: float            # in time.monotonic()
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(0, 0, 1, self.device)
+
+    def left(self) -> float:
+        """Seconds until the time is up."""
+        return self.deadline - time.monotonic()
+
+
+class Skipped(Exception):
+    """There is no sense in this section here; the message says why."""
+
+
+@dataclass
+class Report:
+    """What one section found: numbers by name, checks with their limits, tables in markdown."""
+
+    numbers: dict[str, Any] = field(default_factory=dict)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+
+    def expect(self, name: str, value: float | int | bool | None, *, at_most: float | None = None, at_least: float | None = None) -> None:
+        """Hold a value against its limits (a bool must be True); NaN fails. A failure is kept, the section goes on."""
+        if isinstance(value, bool) or value is None:
+            ok = bool(value)
+        else:
+            ok = (at_most is None or value <= at_most) and (at_least is None or value >= at_least) and value == value
+        limit = f"≤ {at_most:g}" if at_most is not None else f"≥ {at_least:g}" if at_least is not None else "true"
+        self.checks.append({"name": name, "value": value, "limit": limit, "ok": ok})
+
+    def table(self, headers: list[str], rows: list[list[object]], left: tuple[int, ...] = (0,)) -> None:
+        self.tables.append(table(headers, rows, left))
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖ in float64, wherever the two lie."""
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest; NaN if any of them is NaN (Python's max may pass over one)."""
+    values = list(values)
+    return max(values) if all(value == value for value in values) else float("nan")
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The gradients by name, taken off the model."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for p in model.parameters():
+        p.grad = None
+    return found
+
+
+def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest `off` of any parameter; infinite where one has no gradient on one side."""
+    if ours.keys() != theirs.keys():
+        return float("inf")
+    return largest(off(ours[name], theirs[name]) for name in theirs)
+
+
+@contextmanager
+def setting(name: str, value: str) -> Iterator[None]:
+    """An environment variable within the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+# --- golden values -----------------------------------------------------------------------------------------------------
+
+def golden(run: Run, out: Report) -> None:
+    """The published model's numbers: float32 to 1e-4 (gradient norms to 1e-3 of each); bfloat16 within what its rounding does."""
+    folders = sorted(path.parent for path in run.golden.glob("*/expected.npz")) if run.golden else []
+    if not folders:
+        raise Skipped("no golden values found; name their folder with --golden")
+    for folder in folders:
+        _golden_folder(run, out, folder)
+
+
+def _golden_folder(run: Run, out: Report, folder: Path) -> None:
+    import numpy as np
+    name, expected, more = folder.name, np.load(folder / "expected.npz"), json.loads((folder / "expected.json").read_text())
+    model = GPT(GPTConfig(**json.loads(Path(glob.glob(f"{folder}/meta_*.json")[0]).read_text())["model_config"]))
+    weights = torch.load(glob.glob(f"{folder}/model_*.pt")[0], weights_only=True)
+    model.load_state_dict({key.removeprefix("_orig_mod."): value for key, value in weights.items()}, strict=True)
+    model.to(run.device).eval()
+    ids, targets, logits = (torch.from_numpy(expected[key]).to(run.device) for key in ("ids", "targets", "logits"))
+    out.expect(f"{name}: parameters", sum(p.numel() for p in model.parameters()) == more["parameters"])
+    for dtype, limits in ((torch.float32, (1e-4, 1e-4, 1e-3)), (torch.bfloat16, (None, 0.02, 0.15))):
+        model.compute_dtype = dtype
+        short = str(dtype).removeprefix("torch.")
+        with torch.no_grad():
+            got = model(ids)
+        loss = model(ids, targets)
+        loss.backward()
+        norms = {key: float(grad.double().norm()) for key, grad in gradients(model).items()}
+        if limits[0] is not None:
+            out.expect(f"{name} {short}: logits, largest difference", float((got - logits).abs().max()), at_most=limits[0])
+        else:
+            out.expect(f"{name} {short}: logits, relative error", off(got, logits), at_most=0.06)
+        out.expect(f"{name} {short}: loss, difference", abs(loss.item() - float(expected["loss"])), at_most=limits[1])
+        out.expect(f"{name} {short}: gradient norms, largest relative difference",
+                   largest(abs(norms.get(key, 0.0) - norm) / max(norm, 1e-3) for key, norm in more["grad_norms"].items()),
+                   at_most=limits[2])
+    model.compute_dtype = torch.float32
+    token_bytes = torch.load(folder / "token_bytes.pt", weights_only=True).to(run.device)
+    out.expect(f"{name}: bits per byte, difference", abs(evaluate_bpb(model, [(ids, targets)], token_bytes) - float(expected["bpb"])),
+               at_most=1e-4)
+    same = 0
+    for row in expected["greedy"].tolist():
+        made = list(model.generate(torch.tensor([row[:16]]), len(row) - 16, temperature=0, top_k=0, top_p=1, repetition_penalty=1))
+        same += made == row[16:]
+    out.expect(f"{name}: greedy rows that are the published ones", same, at_least=len(expected["greedy"]))
+
+
+# --- against the twin, and against itself ------------------------------------------------------------------------------
+
+SHAPES = ({}, {"n_kernel": 2, "n_kv_head": 1}, {"n_kernel": 4, "n_layer": 5, "slc_rate": 2}, {"layer_pattern": "AAAA"},
+          {"layer_pattern": "SSSS", "n_head": 4, "n_kv_head": 2}, {"n_embd": 192, "n_head": 6, "n_kv_head": 3})
+
+
+def small(run: Run, seed: int = 0, **given: Any) -> GPT:
+    """A small model of strong random weights on the device."""
+    E = 32 if run.tiny else 128
+    config = GPTConfig(**{"sequence_len": 64, "vocab_size": 331, "n_layer": 4, "n_head": 2, "n_kv_head": 2, "n_embd": E, **given})
+    model = lively(config, run.device, seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "conv1d" in name:
+                p.normal_()
+            elif "wte" not in name:
+                p.normal_(std=1.5 * p.shape[-1] ** -0.5)
+    return model
+
+
+def ids_for(run: Run, *shape: int) -> Tensor:
+    return torch.randint(331, shape, device=run.device)
+
+
+def twin(run: Run, out: Report) -> None:
+    """Random shapes in float32: our forward, loss and gradients are the plain twin's; fresh inputs each time."""
+    conv = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False  # the twin's convolution would else be rounded to TF32
+    try:
+        logits, losses, grads = [], [], []
+        for seed, shape in enumerate(SHAPES):
+            model = small(run, seed, **shape)
+            plain = TwinGPT(model.config).to(run.device)
+            plain.load_state_dict(model.state_dict(), strict=True)
+            for B, T in ((3, 37), (2, 1), (1, 64)):
+                ids, targets = ids_for(run, B, T), ids_for(run, B, T)
+                targets[:, T // 2 + 1:T // 2 + 3] = -1
+                with torch.no_grad():
+                    logits.append(off(model(ids), plain(ids)))
+                ours, theirs = model(ids, targets), plain(ids, targets)
+                ours.backward()
+                theirs.backward()
+                losses.append(abs(ours.item() - theirs.item()))
+                a, b = gradients(model), gradients(plain)
+                scale = float(torch.stack([g.norm() for g in b.values()]).max())
+                grads.append(largest(float((a.get(name, torch.zeros_like(g)) - g).norm()) / max(float(g.norm()), 1e-3 * scale)
+                                     for name, g in b.items()))
+    finally:
+        torch.backends.cudnn.enabled = conv
+    out.expect("logits, relative error", largest(logits), at_most=1e-4)
+    out.expect("loss, difference in nats", largest(losses), at_most=1e-4)
+    out.expect("gradients, relative error of the worst parameter", largest(grads), at_most=1e-3)
+
+
+def head_loss(run: Run, out: Report) -> None:
+    """The chunked head and loss: value and gradients against float64, at chunk sizes that do not divide the tokens, over poison."""
+    N, E, V = (37, 16, 331) if run.tiny else (1000, 128, 5003)
+    before = cross_entropy.CHUNK_ELEMENTS
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        x, weight = torch.randn(N, E, device=run.device), torch.randn(V, E, device=run.device) * E ** -0.5 * 4
+        targets = torch.randint(V, (N,), device=run.device)
+        targets[::7] = -1
+        exact_x, exact_w = x.double().requires_grad_(), weight.double().requires_grad_()
+        logits = cross_entropy.softcap(exact_x @ exact_w.T)
+        exact = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        exact.backward()
+        for rows in (1, 13, N):
+            cross_entropy.CHUNK_ELEMENTS = rows * V
+            a, b = x.clone().to(dtype).requires_grad_(), weight.clone().requires_grad_()
+            try:
+                with _poisoned():
+                    loss = cross_entropy.head_loss(a, b, targets, "sum")
+                    loss.backward()
+            finally:
+                cross_entropy.CHUNK_ELEMENTS = before
+            short = str(dtype).removeprefix("torch.")
+            out.expect(f"{short}, {rows} tokens a chunk: relative error of loss and gradients",
+                       largest([off(loss, exact), off(a.grad, exact_x.grad), off(b.grad, exact_w.grad)]), at_most=limit)
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """Memory that nobody has written yet is NaN within the block."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+@torch.no_grad()
+def state(run: Run, out: Report) -> None:
+    """Decoding: any split through a state, rows of different lengths, forks and selections give the full forward's logits."""
+    splits, ragged, forked = [], [], []
+    for seed, shape in enumerate(SHAPES):
+        model = small(run, seed, **shape)
+        ids = ids_for(run, 2, 29)
+        full = model(ids)
+        for parts in ((29,), (1,) * 29, (3, 1, 1, 17, 2, 5)):
+            memory = model.new_state(2, capacity=4)
+            splits.append(off(torch.cat([model(part, state=memory) for part in ids.split(parts, dim=1)], dim=1), full))
+        rows, states = [ids_for(run, 1, n) for n in (5, 11, 8)], []
+        for row in rows:
+            states.append(model.new_state(1))
+            model(row[:, :-3], state=states[-1])
+        joined = State.join(states)
+        got = torch.cat([model(torch.cat([row[:, -3:-2] for row in rows]), state=joined),
+                         model(torch.cat([row[:, -2:] for row in rows]), state=joined)], dim=1)
+        ragged.append(largest(off(mine, model(row)[0, -3:]) for mine, row in zip(got, rows)))
+        memory = model.new_state(2)
+        model(ids[:, :9], state=memory)
+        branch = memory.fork(2)
+        more = ids_for(run, 4, 3)
+        model(more, state=branch)
+        kept, last = branch.select([3, 0]), ids_for(run, 2, 2)
+        forked.append(off(model(last, state=kept), model(torch.cat([ids[[1, 0], :9], more[[3, 0]], last], dim=1))[:, -2:]))
+    out.expect("any split, relative error", largest(splits), at_most=1e-4)
+    out.expect("rows of different lengths, relative error", largest(ragged), at_most=1e-4)
+    out.expect("forks and selections, relative error", largest(forked), at_most=1e-4)
+
+
+# --- compiled, optimizer, no waiting -----------------------------------------------------------------------------------
+
+def compiled(run: Run, out: Report) -> None:
+    """Compiled blocks: loss and gradients as eager in float32; in bfloat16 no further from float32 than eager; few graphs."""
+    if not run.compiled:
+        raise Skipped("nothing is compiled here; --compile does it")
+    model = small(run, n_layer=6)
+    ids, targets = ids_for(run, 2, 64), ids_for(run, 2, 64)
+
+    def now(dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+        model.compute_dtype = dtype
+        loss = model(ids, targets)
+        loss.backward()
+        return loss.item(), gradients(model)
+    full, full_grads = now(torch.float32)
+    half, half_grads = now(torch.bfloat16)
+    torch._dynamo.reset()  # what other sections compiled counts against the limit of recompilations
+    torch._dynamo.utils.counters.clear()
+    model.compile_blocks(2, 64)
+    start = time.monotonic()
+    loss, grads = now(torch.float32)
+    out.numbers["compile_seconds"] = time.monotonic() - start
+    out.expect("float32: loss, difference", abs(loss - full), at_most=1e-4)
+    out.expect("float32: gradients, relative error of the worst parameter", worst(grads, full_grads), at_most=1e-3)
+    graphs = out.numbers["graphs"] = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    out.expect("graphs for 6 layers of 2 kinds", graphs, at_most=2)
+    loss, grads = now(torch.bfloat16)
+    eager = worst(half_grads, full_grads)
+    out.numbers["bfloat16_eager_error"] = eager
+    out.expect("bfloat16: gradients' worst error over that of eager", worst(grads, full_grads) / eager, at_most=1.5)
+    out.expect("bfloat16: loss, difference to float32", abs(loss - full), at_most=max(0.02, 2 * abs(half - full)))
+
+
+def optimizer(run: Run, out: Report) -> None:
+    """Three steps from the same weights and gradients: the device's weights are the CPU's (float32); bfloat16 goes the same way."""
+    start = {name: p.detach().cpu().clone() for name, p in small(run, n_layer=3).named_parameters()}
+
+    def after(device: torch.device, wish: str) -> dict[str, Tensor]:
+        here = Run(device, run.tiny, False, None, run.deadline)
+        model = small(here, n_layer=3)
+        model.load_state_dict(start)
+        with setting("NANOCHAT_DTYPE", wish):
+            optimizer = MuonAdamW(parameter_groups(model), here.ranks)
+        dice = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=dice).to(device)
+            optimizer.step(grad_scale=0.1, clip=1.0)
+        return {name: p.detach().cpu() - start[name] for name, p in model.named_parameters()}
+    there, here = after(torch.device("cpu"), "float32"), after(run.device, "float32")
+    rounded = after(run.device, "bfloat16")
+    out.expect("float32: change of the weights, relative error of the worst parameter", worst(here, there), at_most=2e-3)
+    out.expect("bfloat16 Newton-Schulz: change of the weights, relative error of the worst parameter", worst(rounded, there), at_most=0.1)
+
+
+def syncs(fn: Callable[[], object]) -> list[str]:
+    """Where `fn` made the host wait for the GPU: file:line, once for each time."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            fn()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
+
+
+def no_waiting(run: Run, out: Report) -> None:
+    """A training step never makes the host wait, eager or compiled, with one micro-batch or two; where decoding does is listed."""
+    if run.device.type != "cuda":
+        raise Skipped("only a GPU can be waited for")
+    for how in ("eager", "compiled") if run.compiled else ("eager",):
+        model = lively(GPTConfig.from_depth(4, sequence_len=256, vocab_size=2048), run.device)
+        model.compute_dtype = compute_dtype(run.device)
+        if how == "compiled":
+            torch._dynamo.reset()
+            model.compile_blocks(4, 256)
+        optimizer = MuonAdamW(parameter_groups(model), run.ranks)
+        text = text_batches(4, 256, run.device)
+        batches = [next(text), next(text)]
+
+        def step(model=model, optimizer=optimizer, batches=batches) -> None:
+            train_step(model, optimizer, batches, run.ranks, lr_scale=0.5, momentum=0.9, clip=1.0)
+        for _ in range(3):
+            step()
+        found = syncs(step)
+        out.numbers[f"{how}_syncs"] = found
+        out.expect(f"{how} step: times the host waits", len(found), at_most=0)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+            clean = True
+        except RuntimeError as error:
+            clean = False
+            frames = traceback.extract_tb(error.__traceback__)
+            out.numbers[f"{how}_first_sync"] = [str(error)[:200], *(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        out.expect(f"{how} step runs where waiting is an error", clean)
+    with torch.inference_mode():
+        state, one = model.new_state(1), torch.zeros(1, 1, dtype=torch.long, device=run.device)
+        model(one, state=state)
+        out.numbers["decode_syncs"] = syncs(lambda: model(one, state=state))
+
+
+def learning(run: Run, out: Report) -> None:
+    """20 steps on text: the loss falls, in bfloat16 as in float32."""
+    depth, B, T = (2, 4, 64) if run.tiny else (6, 16, 512)
+    curves = {}
+    for dtype in (torch.float32, compute_dtype(run.device)):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig.from_depth(depth, sequence_len=T, vocab_size=512)).to(run.device)
+        model.compute_dtype = dtype
+        optimizer = MuonAdamW(parameter_groups(model), run.ranks)
+        text = text_batches(B, T, run.device)
+        losses = [train_step(model, optimizer, [next(text)], run.ranks, momentum=0.85, clip=1.0)[0] for _ in range(20)]
+        curves[str(dtype).removeprefix("torch.")] = torch.stack(losses).tolist()
+    out.numbers["curves"] = curves
+    for name, losses in curves.items():
+        out.expect(f"{name}: loss after 20 steps, from {losses[0]:.2f}", losses[-1], at_most=losses[0] - 1.5)
+    if len(curves) > 1:
+        apart = largest(abs(a - b) for a, b in zip(*curves.values()))
+        out.expect("largest difference of the two curves, nats", apart, at_most=0.1)

@@ -1,0 +1,251 @@
+"""The measurements of dev/gpu_check.py: how fast, against what the device can do, hybrid beside all-attention.
+
+Like dev/gpu_correctness.py, a section is a function of (Run, Report). Each looks at the time left before it starts something long.
+"""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import decode
+from bench.measure import copy_bandwidth, interleaved, matmul_flops, seconds_of, si, text_batches, typical
+from bench.train import our_case
+from dev.gpu_correctness import Report, Run, Skipped, setting, syncs
+from nanochat.distributed import compute_dtype, peak_flops
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.logs import machine, versions
+
+STEP_TOKENS = 524_288  # of the published recipe: tokens/s are for one device doing such steps alone
+NVIDIA_SMI = ("name", "driver_version", "memory.total", "memory.used", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem",
+              "clocks.max.mem", "temperature.gpu")
+
+
+def clean(run: Run) -> None:
+    """Give back what the last model held, and what was compiled for it: too many variants of a function, and torch stops compiling it."""
+    gc.collect()
+    if run.compiled:
+        torch._dynamo.reset()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def environment(run: Run, out: Report) -> None:
+    """The machine as it was found."""
+    out.numbers |= {**versions(), **machine(), "cuda": torch.version.cuda,
+                    "compute_dtype": str(compute_dtype(run.device)).removeprefix("torch.")}
+    try:
+        import triton
+        out.numbers["triton"] = triton.__version__
+    except ImportError:
+        out.numbers["triton"] = None
+    if run.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(run.device)
+        out.numbers |= {"memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count,
+                        "capability": f"{properties.major}.{properties.minor}"}
+    if shutil.which("nvidia-smi") and run.device.type == "cuda":
+        ask = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader"]
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=30)
+        out.numbers["nvidia_smi"] = dict(zip(NVIDIA_SMI, map(str.strip, done.stdout.strip().split("\n")[0].split(","))))
+
+
+def ceilings(run: Run, out: Report) -> None:
+    """What the device reaches at best on random data: a copy (bytes read and written), a large matrix product."""
+    size, side = (1 << 22, 256) if run.tiny else (1 << 32, 8192)
+    numbers = out.numbers
+    numbers["copy_bandwidth"] = copy_bandwidth(run.device, size)
+    numbers["matmul_bfloat16"] = matmul_flops(run.device, torch.bfloat16, side)
+    numbers["matmul_float32"] = matmul_flops(run.device, torch.float32, side // 2)
+    numbers["data_sheet"] = peak_flops(run.device, torch.bfloat16) if run.device.type == "cuda" else None
+    names = {"copy_bandwidth": "copy, bytes/s", "matmul_bfloat16": "bfloat16 matmul, FLOP/s", "matmul_float32": "float32 matmul, FLOP/s",
+             "data_sheet": "bfloat16 by the data sheet, FLOP/s"}
+    out.table(["ceiling", "measured"], [[name, si(numbers[key])] for key, name in names.items()])
+    clean(run)
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+def train_once(run: Run, depth: int, kind: str, compiled: bool, batches: tuple[int, ...], rounds: int = 5) -> dict[str, Any]:
+    """Time training of one model at the largest of `batches` that fits; one micro-batch a step, then reckoned for STEP_TOKENS."""
+    T, V = (32, 300) if run.tiny else (2048, 65536)
+    shape = GPTConfig.from_depth(depth, sequence_len=T, vocab_size=V, layer_pattern="A" * depth if kind == "attention" else None)
+    row: dict[str, Any] = {"model": f"d{depth} {kind}", "compiled": compiled, "too_large": []}
+    for B in batches:
+        clean(run)
+        try:
+            return {**row, **_time_training(run, shape, B, compiled, rounds)}
+        except torch.OutOfMemoryError:
+            row["too_large"].append(B)
+    return row
+
+
+def _time_training(run: Run, shape: GPTConfig, B: int, compiled: bool, rounds: int) -> dict[str, Any]:
+    T = shape.sequence_len
+    batch = next(text_batches(B, T, run.device))
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    case = our_case("", shape, batch, run.ranks, compute_dtype(run.device), compiled)
+    first = seconds_of(case.step, run.device)
+    seconds = interleaved({"step": case.step, "pass": case.forward_backward}, run.device, rounds)
+    step, passing = typical(seconds["step"]), typical(seconds["pass"])
+    peak = peak_flops(run.device, case.dtype)
+    whole = max(1, STEP_TOKENS // (B * T)) * passing + max(0.0, step - passing)  # micro-batches, then the optimizer once
+    speed = max(STEP_TOKENS, B * T) / whole
+    return {"batch": B, "first_seconds": first, "pass_seconds": passing, "optimizer_seconds": max(0.0, step - passing), "seconds": seconds,
+            "tokens_per_second": speed, "pass_tokens_per_second": B * T / passing,
+            "mfu": speed * case.flops_per_token / peak if peak else None,
+            "memory": torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None}
+
+
+def _training(run: Run, out: Report, jobs: list[tuple[int, str, bool]]) -> None:
+    """Do the jobs that there is time for, and table them; a ratio compares with all-attention of the same depth, compiled alike."""
+    rows = out.numbers.setdefault("rows", [])
+    longest = 0.0
+    for depth, kind, compiled in jobs:
+        if run.left() < 1.5 * longest + 10:
+            out.numbers.setdefault("left_out", []).append(f"d{depth} {kind} {'compiled' if compiled else 'eager'}")
+            continue
+        began = time.monotonic()
+        rows.append(train_once(run, depth, kind, compiled, (2, 1) if run.tiny else (32, 16, 8)))
+        longest = max(longest, time.monotonic() - began)
+    lines, found = [], {(row["model"], row["compiled"]): row for row in rows}
+    for row in rows:
+        other = found.get((row["model"].replace("hybrid", "attention"), row["compiled"]), {})
+        how = "compiled" if row["compiled"] else "eager"
+        if "batch" not in row:
+            lines.append([row["model"], how, "none fits", *["-"] * 6])
+            continue
+        lines.append([row["model"], how, row["batch"], si(row["tokens_per_second"]),
+                      f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}×" if "batch" in other else "-",
+                      f"{100 * row['mfu']:.1f}%" if row["mfu"] else "-", f"{1000 * row['pass_seconds']:.1f}",
+                      f"{1000 * row['optimizer_seconds']:.1f}", f"{row['memory'] / 1e9:.1f} GB" if row["memory"] else "-"])
+    out.table(["training", "how", "batch", "tok/s", "vs attention", "MFU", "fwd+bwd ms", "optimizer ms", "peak memory"], lines, (0, 1))
+    if "left_out" in out.numbers:
+        out.tables.append(f"No time was left for: {', '.join(out.numbers['left_out'])}.")
+    clean(run)
+
+
+def training(run: Run, out: Report) -> None:
+    """The d20 step, hybrid and all-attention, compiled and eager: rows of 2048, the largest of 32, 16, 8 rows that fits."""
+    depth = 2 if run.tiny else 20
+    hows = [True, False] if run.compiled else [False]
+    _training(run, out, [(depth, kind, how) for how in hows for kind in ("hybrid", "attention")])
+
+
+def training_d12(run: Run, out: Report) -> None:
+    """The d12 step, likewise."""
+    if run.tiny:
+        raise Skipped("the tiny shape was timed above")
+    hows = [True, False] if run.compiled else [False]
+    _training(run, out, [(12, kind, how) for how in hows for kind in ("hybrid", "attention")])
+
+
+def kernels(run: Run, out: Report) -> None:
+    """Where the time of a d20 hybrid step goes: the device's kernels by their total time."""
+    if run.device.type != "cuda":
+        raise Skipped("the kernels of a GPU")
+    T, depth, V = (32, 2, 300) if run.tiny else (2048, 20, 65536)
+    shape, batch = GPTConfig.from_depth(depth, sequence_len=T, vocab_size=V), next(text_batches(2 if run.tiny else 16, T, run.device))
+    case = our_case("", shape, batch, run.ranks, compute_dtype(run.device), run.compiled)
+    for _ in range(3):
+        case.step()
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        whole = seconds_of(case.step, run.device)
+    found = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
+    busy = sum(e.self_device_time_total for e in found) / 1e6
+    out.numbers |= {"step_seconds": whole, "busy_seconds": busy,
+                    "kernels": [{"name": e.key, "calls": e.count, "seconds": e.self_device_time_total / 1e6} for e in found[:60]]}
+    out.table(["kernel", "calls", "ms", "of the step"], [[e.key[:70].replace("|", "/"), e.count, f"{e.self_device_time_total / 1000:.2f}",
+                                                        f"{e.self_device_time_total / 1e4 / whole:.1f}%"] for e in found[:20]])
+    clean(run)
+
+
+# --- decoding ----------------------------------------------------------------------------------------------------------
+
+def decoding(run: Run, out: Report) -> None:
+    """d20 through the engine, greedily: one row and 64, hybrid and all-attention, weights in the compute dtype; prefill of 2048."""
+    depth, V, context, new = (2, 300, 16, 4) if run.tiny else (20, 65536, 2048, 48)
+    many = 4 if run.tiny else 64
+    dtype = compute_dtype(run.device)
+    bandwidth = copy_bandwidth(run.device, 1 << 22 if run.tiny else 1 << 32)
+    rows = out.numbers.setdefault("rows", [])
+    for kind in ("hybrid", "attention"):
+        if run.left() < 30 and rows:
+            out.numbers["left_out"] = kind
+            break
+        clean(run)
+        pattern = "A" * depth if kind == "attention" else None
+        shape = GPTConfig.from_depth(depth, sequence_len=2 * context, vocab_size=V, layer_pattern=pattern)
+        model = decode.in_dtype(shape, run.device, dtype)
+        for B, prompt in ((1, max(1, context // 16)), (1, context), (many, context)):
+            rows.append(_decode_row(model, f"d{depth} {kind}", B, prompt, new, bandwidth))
+        if kind == "hybrid" and dtype != torch.float32:
+            model.to(torch.float32).compute_dtype = dtype  # what a checkpoint loads as: every step casts every weight
+            rows.append(_decode_row(model, f"d{depth} hybrid, float32 weights", 1, context, new, bandwidth))
+        del model
+    out.table(["decoding", "batch", "context", "tok/s", "of the bandwidth", "prefill tok/s", "state"],
+              [[row["model"], row["batch"], row["context"], si(row["tokens_per_second"]), f"{100 * row['of_the_bandwidth']:.0f}%",
+                si(row["prefill_tokens_per_second"]), si(row["state_bytes"]) + "B"] for row in rows])
+    clean(run)
+
+
+def _decode_row(model: GPT, name: str, B: int, prompt: int, new: int, bandwidth: float) -> dict[str, Any]:
+    seconds = typical(decode.decode_seconds(model, B, prompt, new))
+    rows = min(B, 8)  # a prefill of 64 prompts at once is not how anybody serves
+    prefill = typical(decode.prefill_seconds(model, rows, prompt))
+    return {"model": name, "batch": B, "context": prompt, "tokens_per_second": B / seconds, "step_seconds": seconds,
+            "of_the_bandwidth": decode.step_bytes(model, B, prompt + new // 2) / bandwidth / seconds,
+            "prefill_batch": rows, "prefill_tokens_per_second": rows * prompt / prefill,
+            "state_bytes": decode.state_bytes(model, B, prompt + new)}
+
+
+# --- loader ------------------------------------------------------------------------------------------------------------
+
+def loader(run: Run, out: Report) -> None:
+    """Packed rows onto the device: the CPU's rows, fast enough, and without waiting (needs pyarrow and our rustbpe)."""
+    try:
+        import pyarrow  # noqa: F401
+
+        import rustbpe  # noqa: F401
+    except ImportError as error:
+        raise Skipped(f"{error.name} is not here") from error
+    from nanochat.dataloader import PackedLoader
+    from nanochat.distributed import Ranks
+    from nanochat.importing import make_small_world
+    from nanochat.small_world import documents
+    from nanochat.tokenizer import RustBPETokenizer
+    B, T, docs, count = (2, 32, 200, 4) if run.tiny else (32, 2048, 20_000, 12)
+    with tempfile.TemporaryDirectory() as base, setting("NANOCHAT_BASE_DIR", base):
+        folder = Path(base) / "text"
+        make_small_world(folder, docs, say=lambda text: None)
+        stream = documents()
+        tokenizer = RustBPETokenizer.train_from_iterator((next(stream) for _ in range(200)), 300 if run.tiny else 2048)
+        mine = PackedLoader(tokenizer, "train", B, T, ranks=run.ranks, folder=folder)
+        theirs = PackedLoader(tokenizer, "train", B, T, ranks=Ranks(0, 0, 1, torch.device("cpu")), folder=folder)
+        try:
+            same = all(torch.equal(a.cpu(), b) for _ in range(3) for a, b in zip(next(mine), next(theirs)))
+            out.expect("rows on the device are the CPU's", same)
+            seconds = seconds_of(lambda: [next(mine) for _ in range(count)], run.device)
+            if run.device.type == "cuda":
+                out.expect("times the host waits for a batch", len(syncs(lambda: next(mine))), at_most=0)
+        finally:
+            mine.close()
+            theirs.close()
+    out.numbers |= {"tokens_per_second": B * T * count / seconds, "cores": os.cpu_count()}
+    out.table(["loader", "tok/s"], [["packed rows onto the device", si(out.numbers["tokens_per_second"])]])
+
+
+def brief(numbers: dict[str, Any]) -> str:
+    """The plain numbers and words of a section in one line; "" where it has none."""
+    plain = {key: value for key, value in numbers.items() if isinstance(value, str | int | float) or value is None or key.endswith("syncs")
+             or key == "nvidia_smi"}
+    return json.dumps(plain, ensure_ascii=False) if plain else ""

@@ -1,0 +1,251 @@
+"""Every benchmark, and the check for GPUs, runs at a tiny size and says what it promises. No speed is asserted."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from bench import decode, measure, real_text, train
+from bench.twin import TwinGPT
+from dev import gpu_check
+from dev import gpu_correctness as right
+from nanochat.files import UserError
+from nanochat.gpt import GPTConfig
+from nanochat.logs import read_log
+from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
+from tests.conftest import ROOT
+from tests.helpers import small_model
+from tests.test_training import ALONE
+
+CPU = torch.device("cpu")
+
+
+def run(main, capsys, tmp_path, *flags):
+    """Call a benchmark; returns what it printed and the JSON it wrote."""
+    main([*flags, f"--json={tmp_path / 'out.json'}"])
+    return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+
+
+def table_of(text):
+    """The cells of the first markdown table, header first."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for i, line in enumerate(lines) if i != 1]
+
+
+def test_training_is_tabled_beside_the_twin_all_attention_and_a_peer(capsys, tmp_path):
+    text, found = run(train.main, capsys, tmp_path, "--depth=1", "--max-seq-len=8", "--device-batch-size=2", "--vocab-size=256",
+                      "--steps=1", "--warmup=1", "--device=cpu", f"--peer={ROOT}")
+    header, *rows = table_of(text)
+    assert header == ["training", "step tok/s", "vs twin", "fwd+bwd tok/s", "vs twin", "MFU", "memory"]
+    cases = [row[0] for row in rows]
+    assert any(case.startswith("twin, float32") for case in cases) and any("all-attention" in case for case in cases)
+    assert sum(case.startswith("peer ") for case in cases) == 2 and any(case.startswith("ours, float32") for case in cases)
+    assert "python -m bench.train --depth=1" in text and found["about"]["machine"]["cores"] >= 1
+    for row in found["rows"]:
+        assert "error" not in row and row["pass_tokens_per_second"] > 0 and row["pass_vs_twin"] > 0
+        if not row["case"].startswith("peer"):
+            assert {"tokens_per_second", "vs_twin", "mfu", "memory", "parameters", "step_seconds", "flops_per_token"} <= row.keys()
+            assert row["memory"] > 4 * 4 * row["parameters"]  # weights, gradients, and at least half of an AdamW's state
+
+
+def test_the_two_loss_curves_start_together_and_are_compared(capsys, tmp_path):
+    text, found = run(train.main, capsys, tmp_path, "--depth=1", "--max-seq-len=32", "--device-batch-size=2", "--vocab-size=256",
+                      "--loss-curve=6", "--device=cpu")
+    curves = found["curves"]
+    assert set(curves) == {"float32", "bfloat16"} and [len(curve) for curve in curves.values()] == [6, 6]
+    assert curves["float32"] != curves["bfloat16"], "one of the two was not in its precision"
+    assert found["largest_difference"] == max(abs(a - b) for a, b in zip(*curves.values())) < 0.1
+    assert "largest difference" in text and table_of(text)[0] == ["step", "float32", "bfloat16", "difference"]
+
+
+def test_the_plain_optimizers_of_the_twin_do_what_ours_do():
+    ours, plain = small_model(n_layer=3), TwinGPT(small_model(n_layer=3).config)
+    plain.load_state_dict(ours.state_dict())
+    mine, theirs = MuonAdamW(parameter_groups(ours), ALONE), train.PlainOptimizers(plain, torch.float32)
+    pairs = [(p, plain.get_parameter(name)) for name, p in ours.named_parameters()]
+    before = [p.detach().clone() for p, _ in pairs]
+    for _ in range(3):
+        for p, q in pairs:
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        mine.step(clip=train.CLIP)
+        theirs.step()
+    for (p, q), start in zip(pairs, before):
+        assert right.off(q - start, p - start) < 2e-3
+
+
+def test_decoding_is_tabled_beside_full_forwards(capsys, tmp_path):
+    text, found = run(decode.main, capsys, tmp_path, "--depth=1", "--vocab-size=97", "--prompt=6", "--new-tokens=4", "--batches=1,3",
+                      "--naive-points=1", "--prefills=1", "--device=cpu")
+    assert table_of(text)[0] == ["greedy decoding", "batch", "tok/s", "vs naive", "prefill tok/s", "state", "of the limit"]
+    assert found["agreed"] == found["compared"] == 4 and found["copy_bandwidth"] > 0
+    assert {row["batch"] for row in found["rows"]} == {1, 3} and all(row["tokens_per_second"] > 0 for row in found["rows"])
+    for row in found["rows"]:
+        if row["case"].startswith("ours"):
+            assert row["state_bytes"] > 0 and row["prefill_tokens_per_second"] > 0 and row["of_the_limit"] > 0
+
+
+def test_decoding_that_differs_from_full_forwards_is_called_worthless(monkeypatch):
+    model = small_model(vocab_size=97)
+    twin = TwinGPT(model.config)
+    twin.load_state_dict(model.state_dict())
+    assert decode.agreement(model, twin, 6, 5) == 5
+    with torch.no_grad():
+        twin.transformer.h[0].attn.conv1d.weight.zero_()
+    assert decode.agreement(model, twin, 6, 5) < 5
+    monkeypatch.setattr(decode, "agreement", lambda *args: 0)
+    with pytest.raises(UserError, match="different tokens"):
+        decode.main(["--depth=1", "--vocab-size=97", "--prompt=4", "--new-tokens=2", "--batches=1", "--naive-points=1", "--device=cpu"])
+
+
+@pytest.mark.parametrize("main, flags, says", [
+    (train.main, ["--compile=maybe"], "--compile"), (train.main, ["--vocab-size=100"], "--vocab-size"),
+    (train.main, ["--depth=1", "--max-seq-len=4", "--device-batch-size=1", "--vocab-size=256", "--steps=1", "--peer=nowhere"], "nowhere"),
+    (decode.main, ["--batches=1;2"], "--batches"), (decode.main, ["--prompt=0"], "--prompt"),
+    (real_text.main, ["--text", "x", "--minutes=0"], "--minutes"), (gpu_check.main, ["--only=gold"], "golden"),
+    (gpu_check.main, ["--golden=nowhere"], "nowhere")])
+def test_flags_that_make_no_sense_are_refused_in_words(main, flags, says):
+    with pytest.raises(UserError, match=says):
+        main(flags)
+
+
+def test_real_text_trains_both_models_on_the_same_tokens(capfd, tmp_path):
+    from nanochat import tokenizer
+    if tokenizer._rustbpe() is None:
+        pytest.skip("rustbpe is not built; bash dev/setup.sh builds it")
+    dice = random.Random(0)
+    documents = [" ".join(dice.choice("the river runs under a stone and house of light".split()) for _ in range(60)) for _ in range(200)]
+    (tmp_path / "text.txt").write_text("\n<|doc|>\n".join(documents))
+    base = tmp_path / "own"
+    _, found = run(real_text.main, capfd, tmp_path, "--text", str(tmp_path / "text.txt"), f"--base-dir={base}", "--steps=2", "--depth=1",
+                   "--vocab-size=300", "--max-seq-len=16", "--device-batch-size=2", "--total-batch-size=64", "--eval-tokens=200",
+                   "--device-type=cpu")
+    assert [row["model"] for row in found["rows"]] == ["hybrid", "attention"]
+    assert [row["layers"] for row in found["rows"]] == ["A", "A"]  # the last layer is attention, and here the only one
+    for row in found["rows"]:
+        assert row["steps"] == 2 and row["tokens"] == 128 and 0 < row["bpb"] < 20 and row["samples"] and row["tokens_per_second"] > 0
+    assert (base / "base_checkpoints" / "hybrid_d1").is_dir() and read_log(base / "logs" / "base_attention_d1.jsonl")
+    config = real_text.Config(steps=2)
+    text = real_text.block(config, found["about"], found["rows"])
+    assert table_of(text)[0] == ["model", "parameters", "steps", "tokens", "time", "tok/s", "train loss", "val bpb"]
+    assert "hybrid goes on:" in text and "attention goes on:" in text
+
+
+def test_time_sets_the_steps_of_real_text(monkeypatch, tmp_path):
+    """Matched in tokens, both do the hybrid's steps; matched in time, each its own."""
+    seconds, asked = {"hybrid": 2.0, "attention": 3.0}, []
+    monkeypatch.setattr(real_text, "run", lambda *args: None)
+    monkeypatch.setattr(real_text, "step_seconds", lambda base, name, config: seconds[name])
+    monkeypatch.setattr(real_text, "train", lambda base, name, steps, config: asked.append((name, steps)))
+    monkeypatch.setattr(real_text, "outcome", lambda *args: {})
+    monkeypatch.setattr(real_text, "block", lambda *args: "")
+    for match, steps in (("tokens", [30, 30]), ("time", [30, 20])):
+        asked.clear()
+        real_text.main(["--text", "x", "--minutes=1", f"--match={match}", f"--base-dir={tmp_path}"])
+        assert asked == [("hybrid", steps[0]), ("attention", steps[1])]
+
+
+# --- the check for GPUs ------------------------------------------------------------------------------------------------
+
+def test_the_gpu_check_works_on_a_cpu(capsys, tmp_path):
+    assert gpu_check.main(["--tiny", f"--out={tmp_path}", "--device=cpu", "--compile=no"]) == 0
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    page = (tmp_path / "gpu_check.md").read_text()
+    assert found["good"] and found["tiny"] and page in capsys.readouterr().out
+    status = {section["name"]: section["status"] for section in found["sections"]}
+    assert list(status) == [section.name for section in gpu_check.SECTIONS]
+    for name in ("twin", "head_loss", "state", "optimizer", "learning"):
+        assert status[name] == "passed", name
+    assert status["compiled"] == status["no_waiting"] == status["kernels"] == "skipped"
+    numbers = {section["name"]: section["numbers"] for section in found["sections"]}
+    assert numbers["ceilings"]["copy_bandwidth"] > 0 and numbers["environment"]["torch"] == torch.__version__
+    rows = numbers["training"]["rows"]
+    assert {"model", "batch", "tokens_per_second", "mfu", "pass_seconds", "optimizer_seconds", "memory"} <= rows[0].keys()
+    assert {"hybrid", "attention"} == {row["model"].split()[1] for row in rows}
+    assert {"tokens_per_second", "prefill_tokens_per_second", "of_the_bandwidth"} <= numbers["decoding"]["rows"][0].keys()
+    for heading in ("## training", "## decoding", "## ceilings", "## checks"):
+        assert heading in page
+
+
+def test_golden_values_are_checked_where_they_are(shared, tmp_path):
+    assert gpu_check.main(["--tiny", f"--out={tmp_path}", f"--golden={shared / 'golden'}", "--only=golden", "--device=cpu"]) == 0
+    section = json.loads((tmp_path / "gpu_check.json").read_text())["sections"][0]
+    assert section["status"] == "passed" and len(section["checks"]) == 18
+
+
+def small_check(work, counts=True, deadline=1e12):
+    run = right.Run(CPU, True, False, None, deadline)
+    return gpu_check.do(gpu_check.Section("x", work, counts, 0), run)
+
+
+def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_check():
+    def fails(run, out):
+        out.expect("small", 0.5, at_most=0.1)
+        out.expect("nan", float("nan"), at_most=1)
+        out.expect("enough", 3, at_least=3)
+
+    def skips(run, out):
+        raise right.Skipped("no such thing here")
+    failed, broken, skipped = small_check(fails), small_check(lambda run, out: 1 / 0), small_check(skips)
+    assert [check["ok"] for check in failed["checks"]] == [False, False, True] and failed["status"] == "failed"
+    assert broken["status"] == "broken" and "ZeroDivisionError" in broken["why"] and "lambda" in broken["trace"]
+    late = small_check(skips, deadline=0.0)
+    assert late["status"] == "no time"
+    assert not any(gpu_check.good([result]) for result in (failed, broken, late)) and gpu_check.good([skipped])
+    assert gpu_check.good([small_check(lambda run, out: 1 / 0, counts=False)]), "a measurement that broke is no wrong result"
+    page = gpu_check.markdown(measure.circumstances("x"), [failed, broken], False)
+    assert "small: 0.5 (must be ≤ 0.1)" in page and "x broke:" in page and "division by zero" in page
+
+
+@pytest.mark.parametrize("section, where, broken", [
+    (right.twin, "nanochat.slc2.slc2_core", lambda x, B, A, alpha, taps: x * B),
+    (right.state, "nanochat.state.Taps.append", lambda self, u: None),
+    (right.optimizer, "nanochat.optim.newton_schulz",
+     lambda x, dtype, steps=5, whole=newton_schulz: whole(x, dtype, 4 if dtype == torch.bfloat16 else 5)),
+    (right.learning, "nanochat.optim._Bucket.direction", lambda self, gradient, *rest: torch.zeros_like(gradient)),
+])
+def test_a_section_sees_what_it_is_there_to_see(monkeypatch, section, where, broken):
+    monkeypatch.setattr(where, broken)
+    assert small_check(section)["status"] == "failed"
+
+
+def test_memory_that_nobody_wrote_is_seen(monkeypatch):
+    from nanochat.kernels import cross_entropy
+    whole = cross_entropy._chunks
+    assert small_check(right.head_loss)["status"] == "passed"
+    monkeypatch.setattr(cross_entropy, "_chunks", lambda N, V: whole(N, V)[:-1] or whole(N, V))  # the last tokens are forgotten
+    result = small_check(right.head_loss)
+    assert [check["value"] == check["value"] for check in result["checks"]] == [False, False, True, False, False, True]
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------------
+
+def test_peak_growth_counts_what_is_alive_at_once():
+    def fn():
+        a = torch.zeros(1000)
+        b = a + 1  # both alive: 8000
+        del a
+        c = b.view(10, 100)[1:]  # a view is nothing new
+        c.add_(1)
+        return (b * 2).sum()  # b and its double: 8000, and the sum beside them
+    assert measure.peak_growth(fn, CPU) == 8004
+    assert measure.peak_growth(lambda: [torch.zeros(1000) for _ in range(5)], CPU) == 20_000
+
+
+def test_cases_take_turns_and_warm_up_first():
+    calls = []
+    seconds = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, rounds=3, warmup=2)
+    assert "".join(calls) == "aabb" + "ababab" and [len(times) for times in seconds.values()] == [3, 3]
+
+
+def test_text_batches_are_text_moved_on_by_one_and_lively_models_have_no_zeros():
+    (x, y), (x2, _) = (lambda stream: (next(stream), next(stream)))(measure.text_batches(2, 16, CPU))
+    assert x.shape == y.shape == (2, 16) and torch.equal(x[:, 1:], y[:, :-1]) and x.max() < 256 and not torch.equal(x, x2)
+    assert all(p.any() for p in measure.lively(GPTConfig.from_depth(2, vocab_size=300), CPU).parameters())
+
+
+@pytest.mark.parametrize("number, text", [(None, "-"), (0.5, "0.5"), (1234, "1.23K"), (541_000, "541K"), (2.8587e9, "2.86G"),
+                                          (7.88e14, "788T"), (3e18, "3,000,000T")])
+def test_numbers_are_shown_for_people(number, text):
+    assert measure.si(number) == text
