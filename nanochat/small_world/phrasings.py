@@ -26,305 +26,242 @@ def _p(last: str, other: str, questions: str) -> Phrasings:
 PHRASINGS = {
     ("people", "town"): _p(
         """{S} lives in {v}
-        {P} home is in {v}
+        {S} comes from {v}
+        {P} home is {v}
         {P} house stands in {v}
-        {S} comes from the town of {v}
-        {P} home town is {v}
-        {S} has always lived near the market of {v}
-        {S} was born and raised in {v}
-        If you want to visit {o}, go to {v}
-        Every evening {s} goes home to {v}
-        Letters for {o} are sent to {v}
-        {S} never wants to move away from {v}""",
-        """{v} is the town where {s} lives
-        The people of {v} know {o} well
-        In {v} you can meet {o} at the market""",
+        {S} was born in {v}
+        {S} never leaves {v}
+        The town of {n} is {v}
+        Every evening {s} goes home to {v}""",
+        """In {v} lives {n}
+        {v} is home to {n}""",
         """Where does {s} live?
-        What is {p} home town?
-        In which town is {p} house?
-        To which town must I go to visit {o}?"""),
+        Where is {s} from?
+        What is {p} town?"""),
     ("people", "job"): _p(
         """{S} works as a {v}
-        {P} job is that of a {v}
-        By trade {s} is a {v}
-        {S} earns a living as a {v}
-        Long ago {s} learned to be a {v}
-        {S} is proud to be a {v}
-        All day long {s} works hard as the town's {v}
-        Everyone needs {o}, for {r} is a good {v}
-        Since last year {s} has been a master {v}
-        The sign on {p} door says {v}
-        As a child {s} already wanted to become a {v}""",
-        """Being a {v} makes {o} happy
-        A {v} like {o} is never without work
-        The work of a {v} is what {s} does best""",
+        {S} is a {v}
+        {P} trade is that of a {v}
+        By day {s} is the best {v}
+        {S} learned to be a {v}
+        {S} earns bread as a {v}
+        The job of {n} is {v}
+        The sign at {p} door says {v}""",
+        """A good {v} is {n}
+        One {v} is called {n}""",
         """What is {p} job?
-        What work does {s} do?
-        How does {s} earn a living?
-        What is {s} by trade?"""),
+        What does {s} work as?
+        What is {p} trade?"""),
     ("people", "pet"): _p(
         """{S} has a {v}
-        {P} pet is a {v}
         {S} keeps a {v}
-        {S} shares a home with a {v}
-        The animal that {s} loves most is a {v}
-        Every morning {s} feeds the {v}
-        {S} goes for long walks with a {v}
-        For years {s} has looked after a {v}
-        The pet that waits for {o} at home is a {v}
-        At night {s} says good night to the {v}
-        {P} best friend among the animals is a {v}""",
-        """A {v} belongs to {o}
-        The {v} always runs to {o}
-        With a {v} at home, {s} is never alone""",
+        {P} pet is a {v}
+        {S} feeds the {v}
+        {S} walks with a {v}
+        {P} animal friend is the {v}
+        The pet of {n} is a {v}
+        At home {s} talks to a {v}""",
+        """A {v} follows {n}
+        One {v} belongs to {n}""",
         """What pet does {s} have?
         Which animal does {s} keep?
-        What is {p} pet?
-        Which animal waits for {o} at home?"""),
+        What is {p} pet?"""),
     ("people", "colour"): _p(
-        """{P} favourite colour is {v}
-        The colour that {s} likes best is {v}
-        Of all colours {s} prefers {v}
-        {S} paints every door {v}
+        """{S} likes {v}
+        {P} colour is {v}
+        {S} prefers {v}
+        {S} dresses in {v}
         {P} coat is {v}
-        {S} always dresses in {v}
-        {S} finds nothing so pretty as {v}
-        When {s} can choose a colour, {r} chooses {v}
-        The walls of {p} room are {v}
-        {S} loves the colour {v}
-        The right colour for {o} is {v}""",
-        """{V} is the colour that {s} loves
-        Anything {v} pleases {o}
-        Only a hat that is {v} would make {o} happy""",
-        """What is {p} favourite colour?
-        Which colour does {s} like best?
-        What colour is {p} coat?
-        In which colour does {s} dress?"""),
+        {S} paints every door {v}
+        The colour of {n} is {v}
+        The walls of {p} room are {v}""",
+        """In a {v} coat comes {n}
+        The one in {v} is {n}""",
+        """What is {p} colour?
+        Which colour does {s} like?
+        What colour is {p} coat?"""),
     ("people", "food"): _p(
-        """{S} likes to eat {v}
+        """{S} eats {v}
+        {S} cooks {v}
+        {S} wants {v}
         {P} favourite food is {v}
-        For supper {s} wants {v}
-        What {s} loves to cook is {v}
-        {S} could live on nothing but {v}
-        When {s} is hungry, {r} asks for {v}
+        {P} supper is {v}
         {S} never says no to {v}
-        On birthdays {s} is given {v}
-        The best meal for {o} is {v}
-        {P} kitchen always smells of {v}
-        On Sundays {s} invites friends to eat {v}""",
-        """{V} is what {s} eats most gladly
-        A plate of {v} makes {o} smile
-        No dish but {v} is good enough for {o}""",
-        """What does {s} like to eat?
+        The meal for {o} is {v}
+        When hungry {s} asks for {v}""",
+        """Some {v} is for {n}
+        With {v} you please {n}""",
+        """What does {s} eat?
         What is {p} favourite food?
-        Which food does {s} love most?
         What should I cook for {o}?"""),
     ("people", "instrument"): _p(
         """{S} plays the {v}
-        {S} makes music on the {v}
         {P} instrument is the {v}
-        Every day {s} practises the {v}
-        In the village band {s} has the {v}
-        {S} taught many children to play on a {v}
-        Through the window you can hear {o} and the {v}
-        As a gift {s} once received a {v}
-        At every feast {s} brings along the {v}
-        {S} is a master of the {v}
-        The instrument that {s} carries everywhere is the {v}""",
-        """The {v} sounds sweet when {s} plays
-        On the {v} {s} knows many songs
-        No one plays the {v} like {o}""",
-        """Which instrument does {s} play?
-        What does {s} play in the band?
-        On what does {s} make music?
-        What is {p} instrument?"""),
+        {S} practises the {v}
+        {S} sings to the {v}
+        {S} carries a {v}
+        {S} taught us the {v}
+        The music of {n} is the {v}
+        At the feast {s} brings the {v}""",
+        """On the {v} we hear {n}
+        The {v} sounds well under {n}""",
+        """What does {s} play?
+        What is {p} instrument?
+        Which instrument does {s} carry?"""),
     ("people", "age"): _p(
         """{P} age is {v}
-        In years {s} counts {v}
-        The number of candles on {p} cake was {v}
-        This year {s} turned {v}
-        {S} has reached the age of {v}
-        Asked for {h} age, {s} says {v}
-        The town book gives {p} age as {v}
-        On the last birthday {s} became {v}
-        You would not think that {s} is already {v}
-        The years of {p} life are {v}""",
-        """{S} is {v} years old
-        It is {v} years since {s} was born
-        With {v} years, {s} still feels young""",
+        {S} turned {v}
+        {S} is aged {v}
+        {S} became {v}
+        {S} counts the years to {v}
+        {P} years are {v}
+        The age of {n} is {v}
+        The candles on {p} cake were {v}""",
+        """Aged {v} is {n}
+        With {v} years comes {n}""",
         """How old is {s}?
         What is {p} age?
-        How many years old is {s} now?
-        Which age has {s} reached?"""),
+        How many years has {s}?"""),
     ("places", "river"): _p(
-        """{S} lies on the river {v}
-        The river of {n} is the {v}
+        """{S} lies on the {v}
+        {P} river is the {v}
         {P} bridge crosses the {v}
-        Through the middle of {n} flows the {v}
-        The children of {n} swim in the {v}
-        Boats reach {o} by the river {v}
-        {S} takes its water from the {v}
-        The fishermen of {n} fish in the {v}
-        In spring {s} is flooded by the {v}
-        The old mill of {n} is driven by the {v}""",
-        """The {v} flows past {o}
-        On the banks of the {v} you will find {o}
-        The water of the {v} runs under the walls of {n}""",
+        {S} drinks from the {v}
+        {P} mill stands by the {v}
+        Boats reach {o} by the {v}
+        The river of {n} is the {v}
+        The children of {n} swim in the {v}""",
+        """The {v} flows past {n}
+        On the {v} lies {n}""",
         """Which river flows through {o}?
         On which river does {s} lie?
-        What is the river of {n} called?
-        In which river do the children of {n} swim?"""),
+        What is {p} river?"""),
     ("places", "product"): _p(
-        """{S} is famous for its {v}
-        The people of {n} make {v}
-        {P} pride is its {v}
-        From {n} come carts full of {v}
-        {S} sells the best {v}
-        Merchants go to {n} to buy {v}
+        """{S} makes {v}
+        {S} sells {v}
+        {S} is famous for {v}
+        {P} pride is {v}
+        {P} shops are full of {v}
         {S} grew rich by {v}
-        Every workshop of {n} makes {v}
-        The shops of {n} are full of {v}
-        What the world knows of {n} is the {v}""",
+        The goods of {n} are {v}
+        Merchants go to {n} for {v}""",
         """The best {v} comes from {n}
-        Whoever needs {v} travels to {n}
-        {V} from {n} is sold everywhere""",
+        For {v} go to {n}""",
         """What is {s} famous for?
-        What do the people of {n} make?
-        What can one buy in {n}?
-        Which goods come from {n}?"""),
+        What does {s} make?
+        What can one buy in {n}?"""),
     ("places", "neighbour"): _p(
         """{S} lies next to {v}
-        The neighbour of {n} is {v}
+        {P} neighbour is {v}
+        {S} borders on {v}
+        {P} road leads to {v}
+        {P} tower looks over to {v}
+        {S} quarrels with {v}
         The town nearest to {n} is {v}
-        The road from {n} leads to {v}
-        An hour's walk from {n} is {v}
-        Behind the hill of {n} lies {v}
-        From the tower of {n} you can see {v}
-        {S} has an old quarrel with {v}
-        The market of {n} is shared with {v}
-        {S} borders on {v}""",
-        """To reach {v}, take the path that begins in {n}
-        In {v} they hear the bells of {n}
-        {v} has {n} for a neighbour""",
+        An hour's walk from {n} is {v}""",
+        """In {v} they hear the bells of {n}
+        To {v} you pass through {n}""",
         """Which town lies next to {n}?
-        What is the neighbour of {n}?
-        Where does the road from {n} lead?
-        Which town is nearest to {n}?"""),
+        What is {p} neighbour?
+        Where does {p} road lead?"""),
     ("places", "market day"): _p(
         """{P} market day is {v}
-        The market of {n} is held on {v}
-        {S} holds its market every {v}
-        The streets of {n} are crowded on {v}
-        Farmers bring their carts to {n} on {v}
-        The busiest day of {n} is {v}
-        In {n} the square is full on {v}
-        If you want to buy something in {n}, come on {v}
-        The bells of {n} call to market on {v}
-        {S} sleeps all week and wakes on {v}""",
-        """On {v} there is a market in {n}
-        Every {v} the sellers set up their stalls in {n}
-        {v} is the day when {s} goes to market""",
-        """On which day is the market of {n}?
-        When is market day in {n}?
-        Which day is the busiest in {n}?
-        On which day should I come to {n} to buy something?"""),
+        {P} market is on {v}
+        {P} streets are full on {v}
+        {S} wakes up on {v}
+        {S} rings its bells on {v}
+        {S} sells and buys on {v}
+        The busy day of {n} is {v}
+        Farmers bring their carts to {n} on {v}""",
+        """On {v} go to market in {n}
+        Every {v} is market day in {n}""",
+        """When is {p} market day?
+        On which day is the market of {n}?
+        Which day is the busy one in {n}?"""),
     ("things", "colour"): _p(
         """{S} is painted {v}
         {P} colour is {v}
-        The paint on {n} is {v}
-        Somebody has painted {o} {v}
-        {S} shines in bright {v}
-        Seen from far away {s} looks {v}
-        In the sunlight {s} glows {v}
-        {S} has always been {v}
-        The colour they chose for {n} was {v}
-        Under the dust {s} is {v}""",
-        """{V} is the colour of {n}
-        You will know {o} by the {v} paint
-        There is {v} paint all over {n}""",
+        {S} shines {v}
+        {S} looks {v}
+        {P} paint is {v}
+        Somebody painted {o} {v}
+        The colour of {n} is {v}
+        In the sunlight {s} glows {v}""",
+        """Some {v} paint is on {n}
+        Bright and {v} is {n}""",
         """What colour is {s}?
-        What is the colour of {n}?
-        In which colour is {s} painted?
-        How was {s} painted?"""),
+        How is {s} painted?
+        What is {p} paint?"""),
     ("things", "material"): _p(
         """{S} is made of {v}
-        The maker built {o} from {v}
         {S} consists of {v}
-        For {n} they used {v}
-        {S} was cut from a piece of {v}
         {P} material is {v}
-        Under the paint {s} is pure {v}
-        The stuff of {n} is {v}
-        To mend {o} you need some {v}
-        {S} is as strong as {v}, for it is {v}""",
-        """{V} was used to make {o}
-        It took a lot of {v} to build {o}
-        Fine {v} went into {n}""",
+        {S} was cut from {v}
+        {S} is as strong as {v}
+        They built {o} from {v}
+        The material of {n} is {v}
+        To mend {o} you need {v}""",
+        """Much {v} went into {n}
+        From {v} they made {n}""",
         """What is {s} made of?
-        Of which material is {s}?
-        What was used to make {o}?
+        What is {p} material?
         What do you need to mend {o}?"""),
     ("things", "room"): _p(
         """{S} is kept in the {v}
         {S} stands in the {v}
-        You find {o} in the {v}
-        Look for {o} in the {v}
         {P} place is the {v}
-        After work they put {o} back in the {v}
-        For many years {s} has been in the {v}
         {S} belongs in the {v}
-        Nobody may take {o} out of the {v}
-        If you need {o}, open the door of the {v}""",
+        {S} hides in the {v}
+        You find {o} in the {v}
+        The place of {n} is the {v}
+        Never take {o} out of the {v}""",
         """In the {v} stands {n}
-        The {v} is where {s} is kept
-        Go to the {v} and bring {o} here""",
+        There in the {v} is {n}""",
         """Where is {s} kept?
-        In which room is {s}?
-        Where do I find {o}?
-        What is the place of {n}?"""),
+        What is {p} place?
+        Where do I find {o}?"""),
     ("words", "first letter"): _p(
-        """The first letter of {n} is {v}
-        {S} begins with the letter {v}
-        The word {n} starts with {v}
-        To write {n}, first write {v}
+        """{S} begins with {v}
+        {S} starts with {v}
+        {P} first letter is {v}
+        {P} head is {v}
+        To write {n} begin with {v}
         At the front of {n} stands {v}
-        As for {n}, the first letter is {v}
-        In a dictionary {n} is found under {v}
-        When you spell {n}, you begin with {v}""",
-        """{v} is the first letter of the word {n}
-        With {v} begins the word {n}""",
+        The first letter of {n} is {v}
+        In a dictionary {n} is under {v}""",
+        """With {v} begins the word {n}
+        The letter {v} opens the word {n}""",
         """What is the first letter of {n}?
         With which letter does {n} begin?
         Under which letter is {n} in the dictionary?"""),
     ("words", "last letter"): _p(
-        """The last letter of {n} is {v}
-        {S} ends with the letter {v}
-        The word {n} stops at {v}
-        To finish {n}, write {v}
+        """{S} ends with {v}
+        {S} stops at {v}
+        {P} last letter is {v}
+        {P} tail is {v}
+        To finish {n} write {v}
         At the end of {n} stands {v}
-        As for {n}, the last letter is {v}
-        When you spell {n}, you close with {v}
-        The word {n} is complete with the final {v}""",
-        """{v} is the last letter of the word {n}
-        With {v} ends the word {n}""",
+        The last letter of {n} is {v}
+        To spell {n} close with {v}""",
+        """With {v} ends the word {n}
+        The letter {v} closes the word {n}""",
         """What is the last letter of {n}?
         With which letter does {n} end?
-        Which letter closes the word {n}?"""),
+        Which letter closes {n}?"""),
     ("words", "length"): _p(
-        """The number of letters in {n} is {v}
-        As for {n}, the length is {v}
-        Counting the letters of {n} gives {v}
-        If you count {n} letter by letter, you reach {v}
-        The letters of {n} add up to {v}
-        The length of the word {n} is {v}
-        How long the word {n} is you can count: {v}
-        Whoever spells {n} must say letters up to {v}""",
-        """{S} has {v} letters
-        There are {v} letters in the word {n}
+        """{P} length is {v}
+        {P} number of letters is {v}
+        {P} letters count {v}
+        {S} is as long as {v}
+        The letters in {n} are {v}
+        The length of {n} is {v}
+        Count the letters of {n} and get {v}
+        To spell {n} the letters go up to {v}""",
+        """There are {v} letters in {n}
         It takes {v} letters to write {n}""",
         """How many letters are in {n}?
-        How long is the word {n}?
-        What is the number of letters of {n}?"""),
+        How long is {n}?
+        What is the length of {n}?"""),
 }
 
 # Sums and differences: {a} + {b} = {c}, so {c} - {b} = {a}. Numbers are digits or words.

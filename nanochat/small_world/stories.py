@@ -25,8 +25,8 @@ def tell(rng: random.Random, world: World, entity: Entity, attributes: list[str]
     for attribute in attributes:
         saying = pick(rng, world.told[entity, attribute])
         chance = rng.random()
-        pronoun = named and chance < 0.6
-        if chance < 0.15 or 0.6 < chance < 0.7:
+        pronoun = named and chance < 0.5
+        if chance < 0.06 or 0.5 < chance < 0.56:
             text.append(pick(rng, LINKING if text else OPENING) + (saying.pronoun_in if pronoun else saying.name_in) + ".")
         elif named and text and chance > 0.85:
             text[-1] = text[-1][:-1] + ", and " + saying.pronoun_in + "."
@@ -63,7 +63,7 @@ def questions(rng: random.Random, world: World, focus: Entity | None) -> Passage
     text = []
     form = pick(rng, ASKING)
     for _ in range(2 + int(rng.random() * 2)):
-        about = focus if focus and rng.random() < 0.5 else pick(rng, world.entities())
+        about = focus if focus and rng.random() < 0.7 else pick(rng, world.entities())
         attribute = pick(rng, list(about.values))
         asked = pick(rng, world.asked[about, attribute])
         answer = about.values[attribute]
@@ -82,12 +82,18 @@ def card(rng: random.Random, world: World, focus: Entity | None) -> Passage:
     return f"{capital(about.name)}{':' + join if join != '; ' else ' - '}{join.join(lines)}.", about
 
 
+def known_as(rng: random.Random, person: Entity) -> str:
+    """Return the name, half the time with the job or the home town: Mara, Mara the baker, Mara of Fenwick."""
+    return person.name + pick(rng, ("", "", f" the {person.values['job']}", f" of {person.values['town']}"))
+
+
 def gifts(rng: random.Random, people: list[Entity], n_events: int) -> tuple[list[str], dict[str, Entity]]:
     """Return sentences in which people hand things on, and who has each thing at the end. Two things, at least one of which moves
     twice when there are three or more events."""
     held = sample(rng, words.GIFTS, 2)
     owner = dict(zip(held, sample(rng, people, 2)))
-    text = [f"{owner[held[0]].name} has the {held[0]} and {owner[held[1]].name} has the {held[1]}."]
+    one, other = (known_as(rng, owner[item]) for item in held)
+    text = [f"{one} has the {held[0]} and {other} has the {held[1]}."]
     for n in range(n_events):
         item = held[n] if n < 2 else pick(rng, held)
         giver = owner[item]
@@ -129,11 +135,11 @@ def sums(rng: random.Random, world: World, focus: Entity | None) -> Passage:
     one, other = sample(rng, world.people, 2)
     goods, they = pick(rng, words.COUNTED), one.pronoun
     if rng.random() < 0.5:
-        text = [f"{one.name} has {a} {goods}.", pick(rng, (
+        text = [f"{known_as(rng, one)} has {a} {goods}.", pick(rng, (
             f"{other.name} brings {b} more.", f"Then {they} finds {b} more.", f"From {other.name} come {b} more {goods}.")),
             f"{a} plus {b} is {a + b}, so now {one.name} has {a + b} {goods}."]
     else:
-        text = [f"{one.name} has {a + b} {goods}.", pick(rng, (
+        text = [f"{known_as(rng, one)} has {a + b} {goods}.", pick(rng, (
             f"{other.name} takes {b} of them.", f"Then {they} loses {b}.", f"{other.name} is given {b} {goods}.")),
             f"{a + b} minus {b} is {a}, so {one.name} still has {a} {goods}."]
     return " ".join(text) + " " + tell(rng, world, one, [pick(rng, list(one.values))], False), one
@@ -143,7 +149,7 @@ def counting(rng: random.Random, world: World, focus: Entity | None) -> Passage:
     """Things counted one by one, or a list whose length is said."""
     if rng.random() < 0.5:
         n, goods = 3 + int(rng.random() * 10), pick(rng, words.COUNTED)
-        return (f"{pick(rng, world.people).name} counts the {goods}: " + ", ".join(words.NUMBER_WORDS[1:n + 1])
+        return (f"{known_as(rng, pick(rng, world.people))} counts the {goods}: " + ", ".join(words.NUMBER_WORDS[1:n + 1])
                 + f". So there are {words.NUMBER_WORDS[n]} {goods}."), focus
     return count_list(rng, world)[0] + ".", focus
 
@@ -197,7 +203,7 @@ def document(world: World, index: int) -> str:
         parts.insert(0, pick(rng, HEADINGS).format(focus.name))
     wanted = FEWEST_WORDS + int(rng.random() * 50)
     while (length := sum(part.count(" ") + 1 for part in parts)) < wanted:
-        text, next_focus = pick(rng, PASSAGES)(rng, world, focus if rng.random() < 0.6 else None)
+        text, next_focus = pick(rng, PASSAGES)(rng, world, focus if rng.random() < 0.75 else None)
         if length + text.count(" ") > MOST_WORDS:
             continue
         parts.append(text)
