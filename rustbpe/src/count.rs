@@ -4,7 +4,7 @@
 //! tables, chosen by hash, each behind a lock. So memory grows with the number of distinct pieces, whatever the number of threads,
 //! and the sums do not depend on which thread counted what.
 
-use crate::key::{hash_bytes, Key, Map, SHORT};
+use crate::key::{hash_bytes, Block, Key, Map, SHORT};
 use crate::split::Splitter;
 use std::sync::Mutex;
 
@@ -41,7 +41,7 @@ impl Table {
     #[inline(always)]
     fn add(&mut self, key: Key, hash: u64, count: u64) {
         let mask = self.slots.len() - 1;
-        let mut at = ((hash << self.skip) >> (64 - self.bits)) as usize & mask;
+        let mut at = self.home(hash);
         loop {
             let slot = &mut self.slots[at];
             if slot.key == key {
@@ -54,6 +54,18 @@ impl Table {
                 return;
             }
             at = (at + 1) & mask;
+        }
+    }
+
+    #[inline(always)]
+    fn home(&self, hash: u64) -> usize {
+        ((hash << self.skip) >> (64 - self.bits)) as usize
+    }
+
+    #[inline(never)]
+    fn add_block(&mut self, block: &mut Block) {
+        for &(key, hash) in block.take(|hash| self.slots[self.home(hash)].key.word()) {
+            self.add(key, hash, 1);
         }
     }
 
@@ -103,23 +115,26 @@ impl PieceCounter {
         // a splitter of its own, since threads that share a regular expression wait for one another
         let (splitter, mut table) = idle.unwrap_or_else(|| (self.splitter.clone(), Table::new(LOCAL_BITS, 0)));
         let mut outcome = Ok(());
+        let mut block = Block::new();
         for text in texts {
             if outcome.is_err() || !go_on() {
                 break;
             }
             let bytes = text.as_bytes();
             outcome = splitter.pieces(text, |start, end| {
-                if end - start <= SHORT {
-                    let key = Key::of(bytes, start, end);
-                    table.add(key, key.hash(), 1);
-                } else {
+                if end - start > SHORT {
                     table.add_long(&bytes[start..end]);
+                } else if block.push(Key::of(bytes, start, end)) {
+                    table.add_block(&mut block);
+                } else {
+                    return;
                 }
                 if table.is_full() {
                     self.empty(&mut table);
                 }
             });
         }
+        table.add_block(&mut block);
         self.locals.lock().unwrap().push((splitter, table));
         outcome
     }

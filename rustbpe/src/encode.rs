@@ -1,14 +1,14 @@
 //! Text to token ids. A piece that is a token as a whole is that token; else its bytes are merged, the pair with the smallest
 //! id first and the leftmost among equals, as tiktoken does. Pieces met before come out of a small cache.
 
-use crate::key::{Key, SHORT};
+use crate::key::{Block, Key, SHORT};
 use crate::split::Splitter;
 use crate::vocab::{Vocab, NONE};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// The cache has 2^SET_BITS sets of two entries of 32 bytes: 2 MB.
-const SET_BITS: u32 = 15;
+/// The cache has 2^SET_BITS sets of two entries of 32 bytes: 4 MB.
+const SET_BITS: u32 = 16;
 /// Ids an entry holds itself.
 const INLINE: usize = 3;
 /// Pieces up to this many bytes are merged by looking at all pairs again; longer ones with a heap.
@@ -21,7 +21,7 @@ struct Entry {
     ids: [u32; INLINE],
 }
 
-/// Two entries, the newer one first, in one cache line.
+/// Two entries, the one used last first, in one cache line.
 #[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 struct Set([Entry; 2]);
@@ -44,34 +44,53 @@ impl Cache {
 pub fn encode(vocab: &Vocab, cache: &mut Cache, text: &str, out: &mut Vec<u32>) -> Result<(), String> {
     let bytes = text.as_bytes();
     let Cache { sets, splitter, scratch } = cache;
+    let mut block = Block::new();
     splitter.pieces(text, |start, end| {
-        if end - start > SHORT {
-            return encode_piece(vocab, &bytes[start..end], scratch, out);
+        if end - start <= SHORT {
+            if block.push(Key::of(bytes, start, end)) {
+                encode_block(vocab, sets, &mut block, scratch, out);
+            }
+        } else {
+            encode_block(vocab, sets, &mut block, scratch, out);
+            encode_piece(vocab, &bytes[start..end], scratch, out);
         }
-        let key = Key::of(bytes, start, end);
-        let hash = key.hash();
-        let Set(set) = &mut sets[(hash >> (64 - SET_BITS)) as usize];
-        for entry in set.iter() {
-            if entry.key == key {
-                match entry.n {
-                    1 => out.push(entry.ids[0]),
-                    n => out.extend_from_slice(&entry.ids[..n as usize]),
-                }
-                return;
+    })?;
+    encode_block(vocab, sets, &mut block, scratch, out);
+    Ok(())
+}
+
+#[inline(never)]
+fn encode_block(vocab: &Vocab, sets: &mut [Set], block: &mut Block, scratch: &mut Vec<u32>, out: &mut Vec<u32>) {
+    let index = |hash: u64| (hash >> (64 - SET_BITS)) as usize;
+    for &(key, hash) in block.take(|hash| sets[index(hash)].0[0].key.word()) {
+        let Set([newer, older]) = &mut sets[index(hash)];
+        if newer.key != key {
+            std::mem::swap(newer, older);
+            if newer.key != key {
+                encode_new(vocab, key, hash, newer, scratch, out);
+                continue;
             }
         }
-        let before = out.len();
-        match vocab.find_short(key, hash) {
-            NONE => merge_bytes(vocab, &bytes[start..end], scratch, out),
-            id => out.push(id),
-        }
-        let new = &out[before..];
-        if new.len() <= INLINE {
-            set[1] = set[0];
-            set[0] = Entry { key, n: new.len() as u32, ids: [0; INLINE] };
-            set[0].ids[..new.len()].copy_from_slice(new);
-        }
-    })
+        // all ids an entry can hold are written and those it has are kept: no branch on their number, which nobody can foresee
+        let n = out.len();
+        out.extend_from_slice(&newer.ids);
+        out.truncate(n + newer.n as usize);
+    }
+}
+
+/// A short piece that is not in the cache: encoded, and put where the older entry of its set was.
+#[inline(never)]
+fn encode_new(vocab: &Vocab, key: Key, hash: u64, entry: &mut Entry, scratch: &mut Vec<u32>, out: &mut Vec<u32>) {
+    let before = out.len();
+    match vocab.find_short(key, hash) {
+        NONE => merge_bytes(vocab, &key.bytes()[..key.len()], scratch, out),
+        id => out.push(id),
+    }
+    let new = &out[before..];
+    if new.len() <= INLINE {
+        *entry = Entry { key, n: new.len() as u32, ids: [0; INLINE] };
+        entry.ids[..new.len()].copy_from_slice(new);
+    }
 }
 
 #[inline(never)]
@@ -96,7 +115,7 @@ fn merge_scanning(vocab: &Vocab, piece: &[u8], merged: &mut Vec<u32>, out: &mut 
     let first = out.len();
     out.extend(piece.iter().map(|&b| vocab.byte_id(b)));
     merged.clear();
-    merged.extend(out[first..].windows(2).map(|pair| vocab.merged(pair[0], pair[1])));
+    merged.extend(piece.windows(2).map(|pair| vocab.merged_bytes(pair[0], pair[1])));
     while let Some(best) = merged.iter().copied().min().filter(|&best| best != NONE) {
         let i = merged.iter().position(|&id| id == best).unwrap();
         out[first + i] = best;
@@ -133,7 +152,7 @@ fn merge_with_heap(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
         .collect();
     let mut heap = BinaryHeap::new();
     for i in 0..n - 1 {
-        tokens[i].merged = vocab.merged(tokens[i].id, tokens[i + 1].id);
+        tokens[i].merged = vocab.merged_bytes(piece[i], piece[i + 1]);
         if tokens[i].merged != NONE {
             heap.push(Reverse((tokens[i].merged, i)));
         }

@@ -42,6 +42,12 @@ impl Key {
         Key { lo: raw as u64, hi: (raw >> 64) as u64 | (n as u64) << 56 }
     }
 
+    /// The length and some of the bytes, to be read for its own sake.
+    #[inline(always)]
+    pub fn word(self) -> u64 {
+        self.hi
+    }
+
     pub fn is_free(self) -> bool {
         self.hi == 0
     }
@@ -62,6 +68,43 @@ impl Key {
     #[inline(always)]
     pub fn hash(self) -> u64 {
         mix(self.lo, self.hi)
+    }
+}
+
+/// Keys waiting to be looked up. A lookup in a table larger than the nearest cache waits for memory; many in a row, none of which
+/// depends on another, wait together. So pieces are gathered, their places in the table touched, and only then looked up.
+pub struct Block {
+    n: usize,
+    keys: [(Key, u64); Block::SIZE],
+}
+
+impl Block {
+    const SIZE: usize = 32;
+
+    pub fn new() -> Block {
+        Block { n: 0, keys: [(Key::default(), 0); Block::SIZE] }
+    }
+
+    /// Adds a key; true when the block is full and must be taken.
+    #[inline(always)]
+    pub fn push(&mut self, key: Key) -> bool {
+        self.keys[self.n] = (key, key.hash());
+        self.n += 1;
+        self.n == Block::SIZE
+    }
+
+    /// The keys with their hashes, in the order they came, after `touch` has read something at the place of each.
+    #[inline(always)]
+    pub fn take(&mut self, touch: impl Fn(u64) -> u64) -> &[(Key, u64)] {
+        let keys = &self.keys[..std::mem::take(&mut self.n)];
+        std::hint::black_box(keys.iter().fold(0, |sum, &(_, hash)| sum ^ touch(hash)));
+        keys
+    }
+}
+
+impl Default for Block {
+    fn default() -> Block {
+        Block::new()
     }
 }
 

@@ -6,7 +6,7 @@ use crate::encode::{encode, Cache};
 use crate::pool::pool;
 use crate::split::{Splitter, DEFAULT_PATTERN};
 use crate::train::{learn, Corpus};
-use crate::vocab::Vocab;
+use crate::vocab::{Vocab, MAX_ID};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -14,7 +14,7 @@ use pyo3::types::{PyBytes, PyDict, PyList, PyString};
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
 /// Training holds at most two buffers of texts; one ends after so many bytes, whatever `buffer_size` says.
@@ -55,11 +55,23 @@ struct Model {
     splitter: Splitter,
     pattern: String,
     caches: Mutex<Vec<Cache>>,
+    /// the ids as Python ints, made once: lists of ids share them, which takes less time and memory than new ones
+    ints: OnceLock<Vec<Py<PyAny>>>,
 }
 
 impl Model {
     fn new(vocab: Vocab, splitter: Splitter, pattern: String) -> Arc<Model> {
-        Arc::new(Model { vocab, splitter, pattern, caches: Mutex::new(Vec::new()) })
+        Arc::new(Model { vocab, splitter, pattern, caches: Mutex::new(Vec::new()), ints: OnceLock::new() })
+    }
+
+    fn list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
+        let make = |id: usize| Ok(id.into_pyobject(py)?.into_any().unbind());
+        if self.ints.get().is_none() {
+            let made: PyResult<_> = (0..self.vocab.id_limit()).map(make).collect();
+            let _ = self.ints.set(made?); // another thread may have been first
+        }
+        let ints = &self.ints.get().expect("set above")[..];
+        PyList::new(py, ids.iter().map(|&id| ints[id as usize].bind(py)))
     }
 
     fn with_cache<R>(&self, work: impl FnOnce(&mut Cache) -> R) -> R {
@@ -174,6 +186,9 @@ impl Tokenizer {
         if vocab_size < 256 {
             return Err(value_error(format!("vocab_size must be at least 256, one token for each byte; got {vocab_size}")));
         }
+        if vocab_size > i64::from(MAX_ID) + 1 {
+            return Err(value_error(format!("vocab_size can be {} at most; got {vocab_size}", MAX_ID + 1)));
+        }
         if buffer_size == 0 {
             return Err(value_error("buffer_size must be at least 1 text; got 0".into()));
         }
@@ -223,19 +238,21 @@ impl Tokenizer {
     /// Token ids of a text.
     fn encode<'py>(&self, py: Python<'py>, text: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
         let texts = [utf8(text, || "text".into())?];
-        let (parts, _) = self.trained()?.encode_batch(py, &texts)?;
-        PyList::new(py, parts.concat())
+        let model = self.trained()?;
+        let (parts, _) = model.encode_batch(py, &texts)?;
+        model.list(py, &parts.concat())
     }
 
     /// Token ids of each text, the texts shared among all threads.
     fn batch_encode<'py>(&self, py: Python<'py>, texts: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
-        let (parts, lengths) = self.trained()?.encode_batch(py, &batch(texts)?)?;
+        let model = self.trained()?;
+        let (parts, lengths) = model.encode_batch(py, &batch(texts)?)?;
         let all = parts.concat();
         let mut rest = &all[..];
         let lists = PyList::empty(py);
         for n in lengths {
             let (ids, behind) = rest.split_at(n);
-            lists.append(PyList::new(py, ids)?)?;
+            lists.append(model.list(py, ids)?)?;
             rest = behind;
         }
         Ok(lists)

@@ -4,7 +4,7 @@ use crate::key::{Key, Map, SHORT};
 use std::collections::BTreeSet;
 
 /// Ids above this are refused: tables are laid out by id.
-const MAX_ID: u32 = (1 << 24) - 1;
+pub const MAX_ID: u32 = (1 << 24) - 1;
 
 /// Returned by `Vocab::merged` for two tokens that do not merge.
 pub const NONE: u32 = u32::MAX;
@@ -17,6 +17,8 @@ pub struct Vocab {
     byte_ids: [u32; 256],
     short: Flat<Key>,
     long: Map<Box<[u8]>, u32>,
+    /// what two bytes merge into, by first and second byte: the first thing asked about every piece
+    byte_pairs: Vec<u32>,
     pairs: Flat<u64>,
 }
 
@@ -71,6 +73,7 @@ impl Vocab {
             byte_ids: [NONE; 256],
             short: Flat::new(&[], Key::default(), Key::hash),
             long: Map::default(),
+            byte_pairs: Vec::new(),
             pairs: Flat::new(&[], 0, pair_hash),
         };
         let mut short = Vec::new();
@@ -116,6 +119,8 @@ impl Vocab {
             }
         }
         vocab.pairs = Flat::new(&pairs, 0, pair_hash);
+        let id_of = |byte: usize| vocab.byte_ids[byte];
+        vocab.byte_pairs = (0..1 << 16).map(|pair| vocab.merged(id_of(pair >> 8), id_of(pair & 0xff))).collect();
         Ok(vocab)
     }
 
@@ -149,6 +154,12 @@ impl Vocab {
     pub fn merged(&self, left: u32, right: u32) -> u32 {
         let pair = u64::from(left) << 32 | u64::from(right);
         self.pairs.get(pair, pair_hash(pair))
+    }
+
+    /// `merged` of the tokens of two bytes.
+    #[inline(always)]
+    pub fn merged_bytes(&self, left: u8, right: u8) -> u32 {
+        self.byte_pairs[usize::from(left) << 8 | usize::from(right)]
     }
 
     #[inline(always)]
