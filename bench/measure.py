@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat.files import atomic_write, to_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logs import commit, machine, versions
+
+K = TypeVar("K")  # what a case is called
 
 
 def synchronize(device: torch.device) -> None:
@@ -35,7 +37,7 @@ def seconds_of(fn: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(cases: dict[str, Callable[[], object]], device: torch.device, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(cases: dict[K, Callable[[], object]], device: torch.device, rounds: int, warmup: int = 2) -> dict[K, list[float]]:
     """Time each case `rounds` times, in turn, so that what else the machine does falls on all alike; returns seconds by name.
 
     `warmup` calls of each come before: compilation and first allocations stay out.
@@ -43,7 +45,7 @@ def interleaved(cases: dict[str, Callable[[], object]], device: torch.device, ro
     for fn in cases.values():
         for _ in range(warmup):
             fn()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    seconds: dict[K, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, fn in cases.items():
             seconds[name].append(seconds_of(fn, device))
@@ -118,7 +120,7 @@ def copy_bandwidth(device: torch.device, size: int = 0) -> float:
     size: bytes of the copy, beyond any cache where left out.
     """
     size = size or (1 << 26 if device.type == "cpu" else 1 << 30)
-    source = torch.randint(-99, 99, (size,), dtype=torch.int8, device=device)
+    source = torch.randint(1 << 60, (size // 8,), device=device)
     target = torch.empty_like(source)
     target.copy_(source)
     times = [seconds_of(lambda: [target.copy_(source) for _ in range(4)], device) / 4 for _ in range(7)]
@@ -144,6 +146,12 @@ def lively(config: GPTConfig, device: torch.device | str, seed: int = 0) -> GPT:
             if not p.any():
                 p.normal_(std=0.5 * p.shape[-1] ** -0.5)
     return model
+
+
+def random_batch(B: int, T: int, V: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T), int64, drawn evenly from V tokens: to time with, nothing to learn."""
+    rows = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def text_batches(B: int, T: int, device: torch.device | str, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -28,6 +28,7 @@ from bench.measure import (
     lively,
     nbytes,
     peak_growth,
+    random_batch,
     si,
     table,
     text_batches,
@@ -156,15 +157,16 @@ def compare(config: Config, shape: GPTConfig, ranks: Ranks) -> list[dict[str, An
     device, dtype = ranks.device, compute_dtype(ranks.device)
     compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
     how = "compiled" if compiled else "eager"
-    batch = tuple(t.contiguous() for t in next(text_batches(config.device_batch_size, config.max_seq_len, device)))
+    batch = random_batch(config.device_batch_size, config.max_seq_len, config.vocab_size, device)
     attention = GPTConfig(**{**shape.to_dict(), "layer_pattern": "A" * shape.n_layer})
     cases = [our_case(f"ours, {short(dtype)} {how}", shape, batch, ranks, dtype, compiled)]
     if dtype != torch.float32:
         cases.append(our_case(f"ours, float32 {how}", shape, batch, ranks, torch.float32, compiled))
     cases += [twin_case(shape, batch, ranks),
               our_case(f"ours all-attention, {short(dtype)} {how}", attention, batch, ranks, dtype, compiled)]
-    steps = interleaved({case.name: case.step for case in cases}, device, config.steps, config.warmup)
-    passes = interleaved({case.name: case.forward_backward for case in cases}, device, config.steps, 1)
+    work = {(case.name, what): fn for case in cases for what, fn in (("step", case.step), ("pass", case.forward_backward))}
+    seconds = interleaved(work, device, config.steps, config.warmup)
+    steps, passes = ({case.name: seconds[case.name, what] for case in cases} for what in ("step", "pass"))
     tokens, rows = batch[0].numel(), []
     for case in cases:
         drop_gradients(case.model)
@@ -179,8 +181,8 @@ def compare(config: Config, shape: GPTConfig, ranks: Ranks) -> list[dict[str, An
         drop_gradients(case.model)
     twin = next(row for row in rows if row["case"].startswith("twin"))
     for row in rows:
-        row["vs_twin"] = row["tokens_per_second"] / twin["tokens_per_second"]
-        row["pass_vs_twin"] = row["pass_tokens_per_second"] / twin["pass_tokens_per_second"]
+        row["vs_twin"] = typical(b / a for a, b in zip(row["step_seconds"], twin["step_seconds"]))  # of each round: load drifts
+        row["pass_vs_twin"] = typical(b / a for a, b in zip(row["pass_seconds"], twin["pass_seconds"]))
     return rows
 
 
@@ -272,9 +274,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{in_a_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {config.vocab_size:,}, {config.device_batch_size} rows of "
           f"{config.max_seq_len} tokens on {ranks.device}\n\n{text}", flush=True)
     if "rows" in found:
-        print("\nMedians. The twin's optimizers: Muon one matrix at a time, torch's AdamW. Memory: weights, optimizer state and, at the "
-              "peak of a step,\ngradients and activations. MFU: causal attention counted where there is some, against "
-              f"{'the data sheet' if ranks.device.type == 'cuda' else 'a matrix product measured here'}.")
+        against = "the data sheet" if ranks.device.type == "cuda" else "a matrix product measured here"
+        print("\nMedians; ratios are those of each round. The twin's optimizers: Muon one matrix at a time, torch's AdamW.\n"
+              "Memory: weights, optimizer state and, at the peak of a step, gradients and activations.\n"
+              f"MFU: causal attention counted where there is some, against {against}.")
         for row in found["rows"]:
             if "error" in row:
                 print(f"{row['case']}: {row['error']}")

@@ -66,9 +66,9 @@ SECTIONS = (
     Section("learning", right.learning, True, 15),
     Section("training", fast.training, False, 60),
     Section("decoding", fast.decoding, False, 40),
-    Section("training_d12", fast.training_d12, False, 40),
+    Section("loader", fast.loader, True, 20),
     Section("kernels", fast.kernels, False, 40),
-    Section("loader", fast.loader, True, 30),
+    Section("training_more", fast.training_more, False, 30),
 )
 
 
