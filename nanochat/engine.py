@@ -41,7 +41,7 @@ class Engine:
             return
         device = self.model.device
         sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed=seed, device=device)
-        state = self.model.new_state(capacity=len(tokens) + (max_tokens if num_samples == 1 else 0))
+        state = self.model.new_state(capacity=len(tokens) + max_tokens)
         prompt = torch.tensor([tokens], device=device)
         logits = self.model(prompt, state=state, last_only=True)[:, -1].expand(num_samples, -1)
         if num_samples > 1:

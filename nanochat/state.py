@@ -57,6 +57,7 @@ class State:
     def __init__(self, config, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype):
         self.config, self.capacity, self.device, self.dtype = config, capacity, torch.device(device), dtype
         self.lengths = [0] * batch
+        self._mask: tuple[object, Tensor | None] = (None, None)
         D = config.n_embd // config.n_head
 
         def zeros(*shape: int) -> Tensor:
@@ -103,10 +104,12 @@ class State:
 
     def mask(self, T: int) -> Tensor | None:
         """Return which keys the next T tokens may see: bool (B or 1, 1, T, S'); None where plain causal attention says the same."""
-        if self.uniform and self.lengths[0] == 0 or self.uniform and T == 1:
+        if self.uniform and (self.lengths[0] == 0 or T == 1):
             return None
-        keys = torch.arange(max(self.lengths) + T, device=self.device)
-        return (keys <= self.positions(T).unsqueeze(-1)).unsqueeze(1)
+        if self._mask[0] != (self.lengths, T):  # made once, for all attention layers
+            keys = torch.arange(max(self.lengths) + T, device=self.device)
+            self._mask = (self.lengths, T), (keys <= self.positions(T).unsqueeze(-1)).unsqueeze(1)
+        return self._mask[1]
 
     def select(self, rows: list[int]) -> "State":
         """Return a new state holding these rows, in this order; a row may be named more than once (a fork)."""
@@ -129,7 +132,7 @@ class State:
     def _remake(self, lengths: list[int], combine, states: list["State"]) -> "State":
         new = object.__new__(State)
         new.config, new.capacity, new.device, new.dtype, new.lengths = self.config, self.capacity, self.device, self.dtype, lengths
-        new.layers = []
+        new._mask, new.layers = (None, None), []
         for layers in zip(*(state.layers for state in states)):
             tensors = [combine(list(parts)) for parts in zip(*(layer.tensors() for layer in layers))]
             new.layers.append(KeysValues(new, *tensors) if isinstance(layers[0], KeysValues) else Taps(*tensors))
