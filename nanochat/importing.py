@@ -86,11 +86,11 @@ def make_small_world(folder: Path, docs: int = 100_000, seed: int = 0, replace: 
             writer.add_validation(text)
         return _said(docs, chars, SMALL_WORLD_VAL_DOCUMENTS)
 
-    _make(folder, "small-world", fingerprint, f"small-world --docs={docs} --seed={seed}", replace, say, write)
+    _make(folder, "small-world", fingerprint, f"small-world --docs={docs} --seed={seed}", replace, say, write, seed=seed)
 
 
 def _make(folder: Path, kind: str, fingerprint: str, command: str, replace: bool, say: Callable[[str], None],
-          write: Callable[[Path, ShardWriter], str]) -> None:
+          write: Callable[[Path, ShardWriter], str], **about: int) -> None:
     folder = folder.resolve()  # a link to a folder on another disk stays one
     if folder != data_dir().resolve():
         command += f" --to={shlex.quote(str(folder))}"
@@ -107,7 +107,8 @@ def _make(folder: Path, kind: str, fingerprint: str, command: str, replace: bool
             except BaseException:
                 writer.abandon()
                 raise
-            write_source(new, {"source": kind, "summary": summary, "command": command, "fingerprint": fingerprint, "shards": shards})
+            write_source(new, about | {"source": kind, "summary": summary, "command": command, "fingerprint": fingerprint,
+                                       "shards": shards})
     size = sum(facts["bytes"] for facts in shards.values())
     say(f"made {len(shards)} shards in {folder} ({in_words(size)}): {summary}")
 

@@ -39,6 +39,7 @@ from nanochat.files import UserError, atomic_write, base_dir, need_disk
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logs import read_log
 from nanochat.shards import data_dir, read_source
+from nanochat.small_world import facts
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 from nanochat.training import clock
 
@@ -63,8 +64,8 @@ class Profile:
 
 
 PROFILES = {profile.name: profile for profile in (
-    Profile("small", 4, 2048, 256, 8192, steps=200, docs=40_000,
-            flags=("--eval-every=100", "--eval-tokens=65536", "--sample-every=-1", "--save-every=100")),
+    Profile("small", 4, 2048, 256, 2048, steps=500, docs=20_000,  # many small steps: facts are learnt by the step more than by the token
+            flags=("--eval-every=125", "--eval-tokens=32768", "--sample-every=-1", "--save-every=125", "--warmdown-ratio=0.3")),
     Profile("d20", 20, 65536, 2048, 524288),
     Profile("d26", 26, 65536, 2048, 524288),
     Profile("d32", 32, 65536, 2048, 524288),
@@ -183,7 +184,7 @@ def make_plan(machine: Machine) -> Plan:
 def batch_for(profile: Profile, machine: Machine) -> int:
     """Rows a device takes at a time: on GPUs the largest power of two, up to 32, that fits the memory."""
     if profile.depth not in MEMORY_OF_32_ROWS or not machine.gpus:
-        return 32 if profile.name == "small" else 1
+        return 8 if profile.name == "small" else 1
     rows = 32 * machine.gpu_memory / MEMORY_OF_32_ROWS[profile.depth]
     return max(1, min(32, 1 << int(math.log2(max(rows, 1)))))
 
@@ -279,7 +280,7 @@ def evaluate_base(plan: Plan) -> None:
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == now:
         print("done before")
         return
-    tokens = 65536 if plan.profile.name == "small" else 20 * 524288
+    tokens = 131072 if plan.profile.name == "small" else 20 * 524288
     python("scripts.base_eval", f"--model-tag={plan.tag}", f"--device-batch-size={plan.device_batch}", f"--split-tokens={tokens}",
            gpus=len(plan.machine.gpus))
     with atomic_write(marker, "w") as file:
@@ -299,7 +300,7 @@ def conclude(plan: Plan, seconds: float) -> None:
     if world and plan.source == "small-world":
         print(f"          {world['world']:.0%} of the small world's facts, asked in phrasings it never saw them in "
               f"(untrained {world['untrained']:.0%}, chance {world['chance']:.0%})")
-    prompt = "Every evening Phoebe goes home to" if plan.source == "small-world" else "Once upon a time"
+    prompt = facts()[0].prompt if plan.source == "small-world" else "Once upon a time"
     next_up = {"small": "train on your own text: NANOCHAT_BASE_DIR=~/mine SPEEDRUN_TEXT=\"PATH ...\" bash speedrun.sh"}
     print(f"next      .venv/bin/python -m scripts.complete -p {shlex.quote(prompt)}\n"
           f"          {next_up.get(plan.profile.name, '.venv/bin/python -m scripts.base_loss')}")

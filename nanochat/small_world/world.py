@@ -90,7 +90,7 @@ class World:
     held_out[entity, attribute]: the (sentences, questions) never used for that fact in a document, as phrasings.
     told[entity, attribute], asked[entity, attribute]: the sentences and questions that documents may use."""
 
-    def __init__(self, seed: int = 0, n_people: int = 40, n_places: int = 12, n_things: int = 20, n_words: int = 60):
+    def __init__(self, seed: int = 0, n_people: int = 20, n_places: int = 12, n_things: int = 20, n_words: int = 60):
         rng = rng_of(seed, WORLD)
         self.seed = seed
         towns = sample(rng, words.TOWNS, n_places)
