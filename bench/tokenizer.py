@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import circumstances, command_line, in_a_line, si, table, write_json
+from bench.measure import circumstances, command_line, in_a_line, table, write_json
 from nanochat.cli import flag, parser_of, run_main
 from nanochat.files import UserError
 from nanochat.tokenizer import SPLIT_PATTERN
@@ -106,10 +106,8 @@ def block(found: dict[str, Any], config: Config, about: dict[str, Any]) -> str:
             cpu = min(round["cpu"] for round in rounds)
             ours = next(iter(best.values()))
             rows.append([kind, name, f"{best[name]:.2f}", f"{cpu:.2f}", f"{size / best[name] / 1e6:.1f}", f"{best[name] / ours:.2f}"])
-    train = found["rounds"]["train"]["ours"][0]
-    return (f"{found['text']['documents']:,} documents, {size / 1e6:.1f} MB, {train['size']:,} tokens, {config.threads} threads, best of "
-            f"{config.rounds}; merges and ids are the same for all. Training took {si(train['memory'] - found['text']['memory'])}B beyond "
-            f"the text.\n{in_a_line(about)}\n\n"
+    return (f"{found['text']['documents']:,} documents, {size / 1e6:.1f} MB, {found['rounds']['train']['ours'][0]['size']:,} tokens, "
+            f"{config.threads} threads, best of {config.rounds}; merges and ids are the same for all.\n{in_a_line(about)}\n\n"
             + table(["", "engine", "seconds", "CPU seconds", "MB/s", "times ours"], rows, left=(0, 1)))
 
 

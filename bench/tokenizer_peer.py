@@ -8,7 +8,6 @@ hash of the result.
 """
 
 import array
-import contextlib
 import gzip
 import hashlib
 import json
@@ -53,7 +52,7 @@ class Side:
         """Run one command; the hash is taken after the clock has stopped."""
         wall, cpu = time.perf_counter(), time.process_time()
         result = {"train": self.train, "encode": lambda: self.encode_all(), "flat": lambda: self.encode_flat(self.texts)}[word]()
-        answer = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "memory": peak_memory()}
+        answer = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         if word == "train":
             result = [(bytes(token).hex(), rank) for token, rank in result]
             if self.job.get("ranks"):
@@ -66,20 +65,11 @@ class Side:
         return {**answer, "size": sum(map(len, rows)) // 4, "hash": digest.hexdigest()}
 
 
-def peak_memory() -> int | None:
-    """Bytes this process held at most; None on Windows."""
-    with contextlib.suppress(ImportError):
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return None
-
-
 def main(job: dict) -> None:
     """Answer the words on standard input."""
     os.environ["RAYON_NUM_THREADS"] = str(job["threads"])  # before rustbpe starts its threads
     side = Side(job)
-    print(json.dumps({"documents": len(side.texts), "bytes": sum(len(text.encode()) for text in side.texts), "memory": peak_memory()}),
-          flush=True)
+    print(json.dumps({"documents": len(side.texts), "bytes": sum(len(text.encode()) for text in side.texts)}), flush=True)
     for word in sys.stdin:
         print(json.dumps(side.do(word.strip())), flush=True)
 

@@ -202,7 +202,8 @@ mod tests {
 
     #[test]
     fn counts_equal_those_of_a_plain_map_on_any_number_of_threads() {
-        let mut texts: Vec<String> = (0..60_000u64).map(|i| format!("w{} word{} {}", i % 7, i * i % 50_021, "x".repeat((i % 40) as usize))).collect();
+        let mut texts: Vec<String> =
+            (0..60_000u64).map(|i| format!("w{} word{} {}", i % 7, i * i % 50_021, "x".repeat((i % 40) as usize))).collect();
         texts.push("長い一続きの文字列".repeat(20));
         let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
         let mut plain: HashMap<Vec<u8>, u64> = HashMap::new();
@@ -220,7 +221,8 @@ mod tests {
             });
             let pieces = counter.finish();
             assert!(pieces.windows(2).all(|pair| pair[0].1 >= pair[1].1));
-            let counted: HashMap<Vec<u8>, u64> = pieces.iter().map(|(piece, count)| (piece.with_bytes(<[u8]>::to_vec), *count)).collect();
+            let counted: HashMap<Vec<u8>, u64> =
+                pieces.iter().map(|(piece, count)| (piece.with_bytes(<[u8]>::to_vec), *count)).collect();
             assert_eq!((counted.len(), &counted), (pieces.len(), &plain));
         }
     }

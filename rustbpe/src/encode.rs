@@ -11,8 +11,8 @@ use std::collections::BinaryHeap;
 const SET_BITS: u32 = 16;
 /// Ids an entry holds itself.
 const INLINE: usize = 3;
-/// Pieces up to this many bytes are merged by looking at all pairs again; longer ones with a heap.
-const SCANNED: usize = 96;
+/// Pieces up to this many bytes are merged by looking at all pairs again; longer ones with a heap. A power of two, at most 128.
+const SCANNED: usize = 128;
 
 #[derive(Clone, Copy, Default)]
 struct Entry {
@@ -30,44 +30,43 @@ struct Set([Entry; 2]);
 pub struct Cache {
     sets: Vec<Set>,
     splitter: Splitter,
-    scratch: Vec<u32>,
 }
 
 impl Cache {
     /// With a splitter of its own, since threads that share a regular expression wait for one another.
     pub fn new(splitter: &Splitter) -> Cache {
-        Cache { sets: vec![Set::default(); 1 << SET_BITS], splitter: splitter.clone(), scratch: Vec::new() }
+        Cache { sets: vec![Set::default(); 1 << SET_BITS], splitter: splitter.clone() }
     }
 }
 
 /// Appends the ids of `text`. Errors where a regular expression gives up on it; `out` is then of no use.
 pub fn encode(vocab: &Vocab, cache: &mut Cache, text: &str, out: &mut Vec<u32>) -> Result<(), String> {
     let bytes = text.as_bytes();
-    let Cache { sets, splitter, scratch } = cache;
+    let Cache { sets, splitter } = cache;
     let mut block = Block::new();
     splitter.pieces(text, |start, end| {
         if end - start <= SHORT {
             if block.push(Key::of(bytes, start, end)) {
-                encode_block(vocab, sets, &mut block, scratch, out);
+                encode_block(vocab, sets, &mut block, out);
             }
         } else {
-            encode_block(vocab, sets, &mut block, scratch, out);
-            encode_piece(vocab, &bytes[start..end], scratch, out);
+            encode_block(vocab, sets, &mut block, out);
+            encode_piece(vocab, &bytes[start..end], out);
         }
     })?;
-    encode_block(vocab, sets, &mut block, scratch, out);
+    encode_block(vocab, sets, &mut block, out);
     Ok(())
 }
 
 #[inline(never)]
-fn encode_block(vocab: &Vocab, sets: &mut [Set], block: &mut Block, scratch: &mut Vec<u32>, out: &mut Vec<u32>) {
+fn encode_block(vocab: &Vocab, sets: &mut [Set], block: &mut Block, out: &mut Vec<u32>) {
     let index = |hash: u64| (hash >> (64 - SET_BITS)) as usize;
     for &(key, hash) in block.take(|hash| sets[index(hash)].0[0].key.word()) {
         let Set([newer, older]) = &mut sets[index(hash)];
         if newer.key != key {
             std::mem::swap(newer, older);
             if newer.key != key {
-                encode_new(vocab, key, hash, newer, scratch, out);
+                encode_new(vocab, key, hash, newer, out);
                 continue;
             }
         }
@@ -80,10 +79,10 @@ fn encode_block(vocab: &Vocab, sets: &mut [Set], block: &mut Block, scratch: &mu
 
 /// A short piece that is not in the cache: encoded, and put where the older entry of its set was.
 #[inline(never)]
-fn encode_new(vocab: &Vocab, key: Key, hash: u64, entry: &mut Entry, scratch: &mut Vec<u32>, out: &mut Vec<u32>) {
+fn encode_new(vocab: &Vocab, key: Key, hash: u64, entry: &mut Entry, out: &mut Vec<u32>) {
     let before = out.len();
     match vocab.find_short(key, hash) {
-        NONE => merge_bytes(vocab, &key.bytes()[..key.len()], scratch, out),
+        NONE => merge_bytes(vocab, &key.bytes()[..key.len()], out),
         id => out.push(id),
     }
     let new = &out[before..];
@@ -94,46 +93,70 @@ fn encode_new(vocab: &Vocab, key: Key, hash: u64, entry: &mut Entry, scratch: &m
 }
 
 #[inline(never)]
-fn encode_piece(vocab: &Vocab, piece: &[u8], scratch: &mut Vec<u32>, out: &mut Vec<u32>) {
+fn encode_piece(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
     match vocab.find(piece) {
-        NONE => merge_bytes(vocab, piece, scratch, out),
+        NONE => merge_bytes(vocab, piece, out),
         id => out.push(id),
     }
 }
 
 #[inline(never)]
-fn merge_bytes(vocab: &Vocab, piece: &[u8], scratch: &mut Vec<u32>, out: &mut Vec<u32>) {
+fn merge_bytes(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
     if piece.len() <= SCANNED {
-        merge_scanning(vocab, piece, scratch, out);
+        merge_scanning(vocab, piece, out);
     } else {
         merge_with_heap(vocab, piece, out);
     }
 }
 
-/// `merged[i]` is what tokens i and i + 1 merge into; the smallest is taken until there is none.
-fn merge_scanning(vocab: &Vocab, piece: &[u8], merged: &mut Vec<u32>, out: &mut Vec<u32>) {
-    let first = out.len();
-    out.extend(piece.iter().map(|&b| vocab.byte_id(b)));
-    merged.clear();
-    merged.extend(piece.windows(2).map(|pair| vocab.merged_bytes(pair[0], pair[1])));
-    while let Some(best) = merged.iter().copied().min().filter(|&best| best != NONE) {
-        let i = merged.iter().position(|&id| id == best).unwrap();
-        out[first + i] = best;
-        out.remove(first + i + 1);
-        merged.remove(i);
-        let tokens = &out[first..];
-        if i > 0 {
-            merged[i - 1] = vocab.merged(tokens[i - 1], best);
+/// Tokens stay at the place of their first byte, linked with their neighbours. `merges[i]` holds what token i and the next one
+/// merge into and, in the low bits, i itself: the smallest of them is the next merge, the leftmost among equals. All are looked at
+/// each time, which for so few is faster than keeping them in order.
+fn merge_scanning(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
+    const PLACE: u32 = SCANNED as u32 - 1;
+    const NEVER: i32 = i32::MAX; // above any id and place
+    let n = piece.len();
+    let packed = |id: u32, i: usize| if id == NONE { NEVER } else { (id << PLACE.count_ones() | i as u32) as i32 };
+    let (mut ids, mut merges) = ([0; SCANNED], [NEVER; SCANNED]);
+    let (mut next, mut previous) = ([0; SCANNED], [0; SCANNED]); // n stands for the end, and for what is before the start
+    for i in 0..n {
+        ids[i] = vocab.byte_id(piece[i]);
+        next[i] = i as u8 + 1;
+        previous[i] = if i == 0 { n } else { i - 1 } as u8;
+        if i + 1 < n {
+            merges[i] = packed(vocab.merged_bytes(piece[i], piece[i + 1]), i);
         }
-        if i < merged.len() {
-            merged[i] = vocab.merged(best, tokens[i + 1]);
+    }
+    let merges = &mut merges[..n.next_multiple_of(8)];
+    loop {
+        let best = merges.iter().fold(NEVER, |least, &merge| least.min(merge));
+        if best == NEVER {
+            break;
         }
+        let i = (best as u32 & PLACE) as usize;
+        ids[i] = best as u32 >> PLACE.count_ones();
+        let gone = next[i] as usize;
+        let (left, right) = (previous[i] as usize, next[gone] as usize);
+        next[i] = right as u8;
+        (merges[i], merges[gone]) = (NEVER, NEVER);
+        if right < n {
+            previous[right] = i as u8;
+            merges[i] = packed(vocab.merged(ids[i], ids[right]), i);
+        }
+        if left < n {
+            merges[left] = packed(vocab.merged(ids[left], ids[i]), left);
+        }
+    }
+    let mut i = 0;
+    while i < n {
+        out.push(ids[i]);
+        i = next[i] as usize;
     }
 }
 
-/// The same in n log n steps: tokens in a linked list, their merges in a heap, those that came to nothing skipped when met.
+/// The same in n log n steps: the merges, id above place, stand in a heap, and those that came to nothing are skipped when met.
 fn merge_with_heap(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
-    const END: usize = usize::MAX;
+    #[derive(Clone, Copy)]
     struct Token {
         id: u32,
         /// what it and the next token merge into
@@ -141,48 +164,45 @@ fn merge_with_heap(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
         previous: usize,
         next: usize,
     }
-    let n = piece.len();
-    let mut tokens: Vec<Token> = (0..n)
-        .map(|i| Token {
-            id: vocab.byte_id(piece[i]),
-            merged: NONE,
-            previous: i.wrapping_sub(1),
-            next: if i + 1 < n { i + 1 } else { END },
-        })
-        .collect();
-    let mut heap = BinaryHeap::new();
-    for i in 0..n - 1 {
-        tokens[i].merged = vocab.merged_bytes(piece[i], piece[i + 1]);
-        if tokens[i].merged != NONE {
-            heap.push(Reverse((tokens[i].merged, i)));
+    let n = piece.len(); // also stands for the end, and for what is before the start
+    let packed = |id: u32, i: usize| Reverse(u128::from(id) << 64 | i as u128);
+    let mut tokens = vec![Token { id: 0, merged: NONE, previous: n, next: n }; n];
+    let mut merges = Vec::new();
+    for i in 0..n {
+        tokens[i].id = vocab.byte_id(piece[i]);
+        if i + 1 < n {
+            let merged = vocab.merged_bytes(piece[i], piece[i + 1]);
+            (tokens[i].merged, tokens[i].next, tokens[i + 1].previous) = (merged, i + 1, i);
+            if merged != NONE {
+                merges.push(packed(merged, i));
+            }
         }
     }
-    while let Some(Reverse((id, i))) = heap.pop() {
+    let mut heap = BinaryHeap::from(merges);
+    while let Some(Reverse(best)) = heap.pop() {
+        let (id, i) = ((best >> 64) as u32, best as usize);
         if tokens[i].merged != id {
             continue;
         }
         let gone = tokens[i].next;
-        let next = tokens[gone].next;
-        tokens[gone].merged = NONE;
-        tokens[i].id = id;
-        tokens[i].next = next;
-        if next != END {
-            tokens[next].previous = i;
+        let (left, right) = (tokens[i].previous, tokens[gone].next);
+        (tokens[i].merged, tokens[gone].merged) = (NONE, NONE);
+        (tokens[i].id, tokens[i].next) = (id, right);
+        if right < n {
+            tokens[right].previous = i;
         }
-        for (left, right) in [(tokens[i].previous, i), (i, next)] {
-            if left != END && right != END {
-                let merged = vocab.merged(tokens[left].id, tokens[right].id);
-                tokens[left].merged = merged;
+        for (a, b) in [(left, i), (i, right)] {
+            if a < n && b < n {
+                let merged = vocab.merged(tokens[a].id, tokens[b].id);
+                tokens[a].merged = merged;
                 if merged != NONE {
-                    heap.push(Reverse((merged, left)));
+                    heap.push(packed(merged, a));
                 }
-            } else if left == i {
-                tokens[i].merged = NONE;
             }
         }
     }
     let mut i = 0;
-    while i != END {
+    while i < n {
         out.push(tokens[i].id);
         i = tokens[i].next;
     }
@@ -216,14 +236,14 @@ mod tests {
         for letters in ["ab", "abcdeé", "a"] {
             let letters: Vec<char> = letters.chars().collect();
             let (vocab, _) = trained(&random_text(&mut seed, 3000, &letters), 300);
-            for length in 1..200 {
-                let piece = random_text(&mut seed, length, &letters);
+            for length in 1..=SCANNED {
+                let piece = &random_text(&mut seed, length, &letters).into_bytes()[..length];
                 let (mut scanned, mut heaped) = (Vec::new(), Vec::new());
-                merge_scanning(&vocab, piece.as_bytes(), &mut Vec::new(), &mut scanned);
-                merge_with_heap(&vocab, piece.as_bytes(), &mut heaped);
-                assert_eq!(scanned, heaped, "{piece}");
+                merge_scanning(&vocab, piece, &mut scanned);
+                merge_with_heap(&vocab, piece, &mut heaped);
+                assert_eq!(scanned, heaped, "{piece:?}");
                 let spelt: Vec<u8> = scanned.iter().flat_map(|&id| vocab.bytes_of(id).unwrap()).copied().collect();
-                assert_eq!(spelt, piece.as_bytes());
+                assert_eq!(spelt, piece);
             }
         }
     }

@@ -113,8 +113,11 @@ impl Model {
             let mut all = Vec::with_capacity(tasks.len());
             let mut lengths = vec![0; texts.len()];
             for group in tasks.chunks(GROUP_BYTES / TASK_BYTES) {
-                let done: Result<Vec<_>, String> =
-                    if group.len() == 1 { group.iter().map(run).collect() } else { pool().map_err(PyRuntimeError::new_err)?.install(|| group.par_iter().map(run).collect()) };
+                let done: Result<Vec<_>, String> = if group.len() == 1 {
+                    group.iter().map(run).collect()
+                } else {
+                    pool().map_err(PyRuntimeError::new_err)?.install(|| group.par_iter().map(run).collect())
+                };
                 for (ids, parts) in done.map_err(value_error)? {
                     all.push(ids);
                     parts.into_iter().for_each(|(text, n)| lengths[text] += n);
@@ -138,7 +141,9 @@ impl Tokenizer {
     }
 
     fn trained(&self) -> PyResult<Arc<Model>> {
-        self.model().ok_or_else(|| value_error("this tokenizer has no merges yet: call train_from_iterator, or make it with from_ranks".into()))
+        self.model().ok_or_else(|| {
+            value_error("this tokenizer has no merges yet: call train_from_iterator, or make it with from_ranks".into())
+        })
     }
 }
 
@@ -260,7 +265,11 @@ impl Tokenizer {
 
     /// The same without a Python object per id: (ids, offsets), bytes of little-endian uint32 and uint64. Text i has the ids from
     /// offsets[i] up to offsets[i + 1]. `numpy.frombuffer(ids, "<u4")` reads them in place.
-    fn batch_encode_flat<'py>(&self, py: Python<'py>, texts: &Bound<'py, PyAny>) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
+    fn batch_encode_flat<'py>(
+        &self,
+        py: Python<'py>,
+        texts: &Bound<'py, PyAny>,
+    ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
         let (parts, lengths) = self.trained()?.encode_batch(py, &batch(texts)?)?;
         let ids = PyBytes::new_with(py, 4 * parts.iter().map(Vec::len).sum::<usize>(), |bytes| {
             let mut places = bytes.chunks_exact_mut(4);
@@ -382,7 +391,9 @@ fn count_texts(
         pool.spawn(move || {
             let parts: Vec<&str> = buffer.iter().flat_map(|text| splitter.parts(text_of(text), TASK_BYTES)).collect();
             let per_task = (parts.len() * TASK_BYTES / (bytes + 1)).clamp(1, parts.len().max(1));
-            let counted = parts.par_chunks(per_task).try_for_each(|task| counter.count(task.iter().copied(), || !stop.0.load(Ordering::Relaxed)));
+            let counted = parts
+                .par_chunks(per_task)
+                .try_for_each(|task| counter.count(task.iter().copied(), || !stop.0.load(Ordering::Relaxed)));
             drop((buffer, counter));
             let _ = tell.send(counted); // nobody listens after an exception
         });

@@ -260,7 +260,10 @@ mod tests {
 
     #[test]
     fn random_texts_are_cut_as_by_the_regular_expression() {
-        let alphabet: Vec<char> = "'''sSdtlLvVeErR  \t\r\n\n  09a-.!<é日½\u{3000}\u{17f}\u{212a}\u{301}\u{85}\u{2028}\u{1f600}\u{7f}\0".chars().collect();
+        let alphabet: Vec<char> =
+            "'''sSdtlLvVeErR  \t\r\n\n  09a-.!<é日½\u{3000}\u{17f}\u{212a}\u{301}\u{85}\u{2028}\u{1f600}\u{7f}\0"
+                .chars()
+                .collect();
         let mut seed = 1u64;
         let mut random = |below: usize| {
             seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -283,7 +286,8 @@ mod tests {
             let parts = scanner.parts(&text, size);
             assert_eq!(parts.concat(), text);
             assert!(size > text.len() || parts.len() > 1);
-            let pieces: Vec<&str> = parts.iter().flat_map(|part| cut(&scanner, part).into_iter().map(|(s, e)| &part[s..e])).collect();
+            let pieces: Vec<&str> =
+                parts.iter().flat_map(|part| cut(&scanner, part).into_iter().map(|(s, e)| &part[s..e])).collect();
             let whole: Vec<&str> = cut(&scanner, &text).into_iter().map(|(s, e)| &text[s..e]).collect();
             assert_eq!(pieces, whole);
         }

@@ -75,13 +75,8 @@ fn key(left: u32, right: u32) -> u64 {
 /// Learns up to `merges` merges and returns them in order: token 256 + i is the pair at i. Fewer where no pair is left.
 /// `tick(done)` is called often; where it returns false the work ends and so far learnt merges are returned.
 pub fn learn(corpus: Corpus, merges: usize, mut tick: impl FnMut(usize) -> bool) -> Vec<(u32, u32)> {
-    let mut trainer = Trainer {
-        corpus,
-        lengths: vec![1; 256],
-        pairs: Map::default(),
-        places: Vec::new(),
-        heap: BinaryHeap::new(),
-    };
+    let mut trainer =
+        Trainer { corpus, lengths: vec![1; 256], pairs: Map::default(), places: Vec::new(), heap: BinaryHeap::new() };
     trainer.index_bytes();
     let mut learnt = Vec::new();
     // left[x]: changes of (x, merged); right[x]: of (merged, x)
@@ -102,7 +97,9 @@ pub fn learn(corpus: Corpus, merges: usize, mut tick: impl FnMut(usize) -> bool)
 impl Trainer {
     /// Counts the pairs of bytes and writes down where they occur.
     fn index_bytes(&mut self) {
-        let byte_pair = |pair: &[u32]| (pair[0] != BOUNDARY && pair[1] != BOUNDARY).then(|| ((pair[0] & 0xff) << 8 | pair[1] & 0xff) as usize);
+        let byte_pair = |pair: &[u32]| {
+            (pair[0] != BOUNDARY && pair[1] != BOUNDARY).then(|| ((pair[0] & 0xff) << 8 | pair[1] & 0xff) as usize)
+        };
         let slots = &self.corpus.slots;
         let mut pairs = vec![(0u64, 0usize); 1 << 16]; // count, number of places
         let mut run = 0;
