@@ -21,6 +21,7 @@ from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW
 
 SMOOTHING = 0.9  # of the loss on the console, a step
+QUIET = 2.0      # seconds between console lines, after the first ten steps; the log on disk has every step
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class _Watch:
         self.peak = None if peak is None else peak * ranks.world_size
         self.smooth, self.weight, self.seconds, self.timed = 0.0, 0.0, 0.0, 0
         self.last = time.perf_counter()
+        self.said = 0.0
 
     def pause(self, seconds: float) -> None:
         """Time that was not training."""
@@ -200,8 +202,8 @@ class _Watch:
         lr = plan.lr_scale(step)
         text = (f"loss {self.smooth / self.weight:.4f} | lr x{lr:.2f} | norm {norm:.2f} | {speed:,.0f} tok/s"
                 + (f" | mfu {100 * mfu:.1f}%" if mfu is not None else "") + f" | {clock(left)} left")
-        every = max(1, plan.num_iterations // 2000)
-        if step % every == 0 or step == plan.num_iterations - 1:
+        if step < self.start + 10 or now - self.said >= QUIET or step == plan.num_iterations - 1:
+            self.said = now
             self.log.say(f"step {step + 1:05d}/{plan.num_iterations:05d} ({100 * (step + 1) / plan.num_iterations:.1f}%) | {text}")
         self.log.progress(step + 1, plan.num_iterations, text)
         self.log.record("train", step=step + 1, loss=loss, smooth_loss=self.smooth / self.weight, norm=norm, lr_scale=lr, seconds=seconds,

@@ -1,6 +1,6 @@
 """Train a base model from text.
 
-    python -m scripts.base_train --depth=4 --max-seq-len=256 --device-batch-size=32 --total-batch-size=8192 --num-iterations=500
+    python -m scripts.base_train --depth=4 --max-seq-len=256 --device-batch-size=8 --total-batch-size=2048 --num-iterations=500
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 --run=NAME --device_batch_size=32
 
 The same command again goes on where it stopped; Ctrl-C and SIGTERM save first. Files: base_checkpoints/<tag>/ and logs/base_<tag>.jsonl
