@@ -64,36 +64,35 @@ class EvalRows:
 
 
 @torch.no_grad()
-def log_likelihoods(model: torch.nn.Module, tokenizer, prompts: list[str], choices: list[list[str]], tokens_per_batch: int = 8192
+def log_likelihoods(model: torch.nn.Module, tokenizer, prompts: list[str], choices: list[list[str]], logits_per_batch: int = 1 << 24
                     ) -> list[list[float]]:
     """Return, for each prompt, the log-likelihood in nats of each of its choices behind it (summed over the choice's tokens).
 
-    Text is tokenised as a whole, bos first; the choice is what differs from the prompt's own tokens on. Padding stands behind the text,
-    where nothing causal sees it.
+    Text is tokenised as a whole, bos first; the choice is what differs from the prompt's own tokens on. Choices that differ in their last
+    token alone share one row. Padding stands behind the text, where nothing causal sees it.
     """
-    rows = []
+    bos = tokenizer.get_bos_token_id()
+    rows: dict[tuple[tuple[int, ...], int], list[tuple[int, int, int]]] = {}  # (ids before the last, start) → (prompt, choice, last id)
     for number, (prompt, options) in enumerate(zip(prompts, choices)):
-        head = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
-        for choice, option in enumerate(options):
-            ids = tokenizer.encode(prompt + option, prepend=tokenizer.get_bos_token_id())
+        head = tokenizer.encode(prompt, prepend=bos)
+        for choice, ids in enumerate(tokenizer.encode([prompt + option for option in options], prepend=bos)):
             start = next((i for i, (a, b) in enumerate(zip(head, ids)) if a != b), min(len(head), len(ids)))
-            rows.append((len(ids), number, choice, ids, start))
-    rows.sort(key=lambda row: row[0])
+            rows.setdefault((tuple(ids[:-1]), start), []).append((number, choice, ids[-1]))
+    order = sorted(rows, key=lambda row: len(row[0]))
     result = [[0.0] * len(options) for options in choices]
-    at = 0
-    while at < len(rows):
+    V = model.config.vocab_size
+    while order:
         count = 1
-        while at + count < len(rows) and rows[at + count][0] * (count + 1) <= tokens_per_batch:
+        while count < len(order) and len(order[count][0]) * (count + 1) * V <= logits_per_batch:
             count += 1
-        part, at = rows[at:at + count], at + count
-        T = part[-1][0] - 1
-        inputs = torch.zeros(count, T, dtype=torch.long)
-        targets = torch.full((count, T), -1)
-        for i, (length, _, _, ids, start) in enumerate(part):
-            line = torch.tensor(ids)
-            inputs[i, :length - 1] = line[:-1]
-            targets[i, start - 1:length - 1] = line[start:]
-        losses = model(inputs.to(model.device), targets.to(model.device), loss_reduction="none").view(count, T).sum(1)
-        for (_, number, choice, _, _), loss in zip(part, losses.tolist()):
-            result[number][choice] = -loss
+        part, order = order[:count], order[count:]
+        inputs = torch.zeros(count, len(part[-1][0]), dtype=torch.long)
+        for i, (ids, _) in enumerate(part):
+            inputs[i, :len(ids)] = torch.tensor(ids)
+        logp = model(inputs.to(model.device)).log_softmax(-1)
+        for i, (ids, start) in enumerate(part):
+            shared = sum(float(logp[i, j - 1, ids[j]]) for j in range(start, len(ids)))
+            last = logp[i, len(ids) - 1].cpu()
+            for number, choice, token in rows[ids, start]:
+                result[number][choice] = shared + float(last[token])
     return result

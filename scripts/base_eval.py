@@ -33,16 +33,16 @@ def small_world_recall(model, tokenizer, seed: int, log: RunLog) -> dict[str, fl
     torch.manual_seed(seed)
     untrained = GPT(model.config).to(model.device)
     torch.nn.init.normal_(untrained.lm_head.weight, std=0.02)  # zero at the start: all choices would tie
-    graded = {name: grade(questions, lambda prompts, choices, m=m: log_likelihoods(m, tokenizer, prompts, choices))
-              for name, m in (("trained", model), ("untrained", untrained))}
+    trained, blank = (grade(questions, lambda prompts, choices, m=m: log_likelihoods(m, tokenizer, prompts, choices))
+                      for m in (model, untrained))
     log.say("small world, held-out phrasings      trained  untrained  chance")
-    order = ["world", *(kind for kind in graded["trained"] if kind != "world")]
+    order = ["world", *(kind for kind in trained if kind != "world")]
     for kind in order:
-        trained, blank = graded["trained"][kind], graded["untrained"][kind]
         name = {"world": "all facts of people, places, things"}.get(kind, f"  {kind}")
-        log.say(f"{name:36s} {trained.accuracy:7.1%}   {blank.accuracy:7.1%}  {trained.chance:6.1%}   ({trained.count} prompts)")
-    recall = {kind: graded["trained"][kind].accuracy for kind in order}
-    log.record("small_world", **recall, untrained=graded["untrained"]["world"].accuracy, chance=graded["trained"]["world"].chance)
+        log.say(f"{name:36s} {trained[kind].accuracy:7.1%}   {blank[kind].accuracy:7.1%}  {trained[kind].chance:6.1%}   "
+                f"({trained[kind].count} prompts)")
+    recall = {kind: trained[kind].accuracy for kind in order}
+    log.record("small_world", **recall, untrained=blank["world"].accuracy, chance=trained["world"].chance)
     return recall
 
 

@@ -65,7 +65,7 @@ class Profile:
 
 PROFILES = {profile.name: profile for profile in (
     Profile("small", 4, 2048, 256, 2048, steps=500, docs=20_000,  # many small steps: facts are learnt by the step more than by the token
-            flags=("--eval-every=125", "--eval-tokens=32768", "--sample-every=-1", "--save-every=125", "--warmdown-ratio=0.3")),
+            flags=("--eval-every=125", "--eval-tokens=65536", "--sample-every=-1", "--save-every=125", "--warmdown-ratio=0.3")),
     Profile("d20", 20, 65536, 2048, 524288),
     Profile("d26", 26, 65536, 2048, 524288),
     Profile("d32", 32, 65536, 2048, 524288),
@@ -280,7 +280,7 @@ def evaluate_base(plan: Plan) -> None:
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == now:
         print("done before")
         return
-    tokens = 131072 if plan.profile.name == "small" else 20 * 524288
+    tokens = 65536 if plan.profile.name == "small" else 20 * 524288
     python("scripts.base_eval", f"--model-tag={plan.tag}", f"--device-batch-size={plan.device_batch}", f"--split-tokens={tokens}",
            gpus=len(plan.machine.gpus))
     with atomic_write(marker, "w") as file:
