@@ -19,6 +19,8 @@ pub struct Vocab {
     long: Map<Box<[u8]>, u32>,
     /// what two bytes merge into, by first and second byte: the first thing asked about every piece
     byte_pairs: Vec<u32>,
+    /// the smallest id of a token that holds the two bytes side by side, or `NONE`
+    crossing: Vec<u32>,
     pairs: Flat<u64>,
 }
 
@@ -61,6 +63,11 @@ fn pair_hash(pair: u64) -> u64 {
     crate::key::mix(pair, 0)
 }
 
+#[inline(always)]
+fn byte_pair(left: u8, right: u8) -> usize {
+    usize::from(left) << 8 | usize::from(right)
+}
+
 impl Vocab {
     /// From (bytes, id) of every token, in any order. A pair of tokens merges where its bytes together are a token, and the
     /// smaller id goes first, as in tiktoken. Errors say which token is wrong: one twice, an id twice, a single byte missing.
@@ -74,6 +81,7 @@ impl Vocab {
             short: Flat::new(&[], Key::default(), Key::hash),
             long: Map::default(),
             byte_pairs: Vec::new(),
+            crossing: vec![NONE; 1 << 16],
             pairs: Flat::new(&[], 0, pair_hash),
         };
         let mut short = Vec::new();
@@ -111,6 +119,10 @@ impl Vocab {
         let lengths: BTreeSet<usize> = tokens.iter().map(|(bytes, _)| bytes.len()).collect();
         let mut pairs = Vec::new();
         for (bytes, id) in &tokens {
+            for pair in bytes.windows(2) {
+                let least = &mut vocab.crossing[byte_pair(pair[0], pair[1])];
+                *least = (*least).min(*id);
+            }
             for &half in lengths.range(..bytes.len()).filter(|&&half| lengths.contains(&(bytes.len() - half))) {
                 let (left, right) = (vocab.find(&bytes[..half]), vocab.find(&bytes[half..]));
                 if left != NONE && right != NONE {
@@ -159,7 +171,13 @@ impl Vocab {
     /// `merged` of the tokens of two bytes.
     #[inline(always)]
     pub fn merged_bytes(&self, left: u8, right: u8) -> u32 {
-        self.byte_pairs[usize::from(left) << 8 | usize::from(right)]
+        self.byte_pairs[byte_pair(left, right)]
+    }
+
+    /// No token with a smaller id goes over the place between these two bytes; `NONE` if no token does at all.
+    #[inline(always)]
+    pub fn crossing(&self, left: u8, right: u8) -> u32 {
+        self.crossing[byte_pair(left, right)]
     }
 
     #[inline(always)]
