@@ -7,14 +7,12 @@ The facts are asked in phrasings that were held out of the training text. CORE i
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from nanochat.checkpoint import load_model
 from nanochat.cli import parse, run_main
-from nanochat.distributed import close_ranks, init_ranks
 from nanochat.gpt import GPT
 from nanochat.logs import RunLog
 from nanochat.loss_eval import log_likelihoods
@@ -27,8 +25,15 @@ class Config(base_loss.Config):
     """Flags of base_eval: those of base_loss."""
 
 
-def small_world_recall(model, tokenizer, seed: int, log: RunLog) -> dict[str, float]:
-    """Print and record how many facts of the small world of `seed` the model completes, beside an untrained model and chance."""
+def small_world_recall(model, tokenizer, meta: dict[str, Any], log: RunLog) -> None:
+    """Print and record how many facts of its small world the model completes, beside an untrained model and chance.
+
+    meta: of the checkpoint; it says which small world the model was trained on. Nothing happens where it was another text.
+    """
+    source = meta.get("data") or {}
+    if source.get("source") != "small-world":
+        return
+    seed = source.get("seed", 0)
     questions = facts(seed)
     torch.manual_seed(seed)
     untrained = GPT(model.config).to(model.device)
@@ -43,24 +48,11 @@ def small_world_recall(model, tokenizer, seed: int, log: RunLog) -> dict[str, fl
                 f"({trained[kind].count} prompts)")
     recall = {kind: trained[kind].accuracy for kind in order}
     log.record("small_world", **recall, untrained=blank["world"].accuracy, chance=trained["world"].chance)
-    return recall
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the flags say. Raises UserError for what the user can mend."""
-    config = parse(Config, argv, __doc__)
-    ranks = init_ranks(config.device_type)
-    try:
-        model, tokenizer, meta = load_model("base", ranks.device, model_tag=config.model_tag or None,
-                                            step=None if config.model_step < 0 else config.model_step)
-        with RunLog("base_eval", Path(meta["folder"]).name, asdict(config), enabled=ranks.is_main) as log:
-            log.say(meta["loaded"])
-            base_loss.evaluate(model, tokenizer, config, ranks, log)
-            source = meta.get("data") or {}
-            if source.get("source") == "small-world" and ranks.is_main:
-                small_world_recall(model, tokenizer, source.get("seed", 0), log)
-    finally:
-        close_ranks()
+    base_loss.run(parse(Config, argv, __doc__), "base_eval", small_world_recall)
 
 
 if __name__ == "__main__":

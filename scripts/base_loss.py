@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss -- --model-tag=d20
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -65,18 +65,24 @@ def evaluate(model, tokenizer, config: Config, ranks: Ranks, log: RunLog) -> dic
     return bpb
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate as the flags say. Raises UserError for what the user can mend."""
-    config = parse(Config, argv, __doc__)
+def run(config: Config, stage: str, then: Callable[..., object] | None = None) -> None:
+    """Load the model and evaluate it, logging as `stage`; then, on rank 0, call then(model, tokenizer, meta, log)."""
     ranks = init_ranks(config.device_type)
     try:
         model, tokenizer, meta = load_model("base", ranks.device, model_tag=config.model_tag or None,
                                             step=None if config.model_step < 0 else config.model_step)
-        with RunLog("base_loss", Path(meta["folder"]).name, asdict(config), enabled=ranks.is_main) as log:
+        with RunLog(stage, Path(meta["folder"]).name, asdict(config), enabled=ranks.is_main) as log:
             log.say(meta["loaded"])
             evaluate(model, tokenizer, config, ranks, log)
+            if then is not None and ranks.is_main:
+                then(model, tokenizer, meta, log)
     finally:
         close_ranks()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as the flags say. Raises UserError for what the user can mend."""
+    run(parse(Config, argv, __doc__), "base_loss")
 
 
 if __name__ == "__main__":
