@@ -46,7 +46,7 @@ from nanochat.training import clock
 CHARS_PER_TOKEN = 4.8        # of FineWeb-Edu with 65,536 tokens
 SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
 EXPECTED_MFU = 0.5
-MEMORY_OF_32_ROWS = {20: 70e9, 26: 130e9, 32: 210e9}  # bytes on a GPU at 32 rows of 2048, by depth
+MEMORY_OF_32_ROWS = {20: 70e9, 26: 130e9, 32: 210e9}  # bytes on a GPU at 32 rows of 2048, by depth: estimated, not measured yet
 
 
 @dataclass(frozen=True)
