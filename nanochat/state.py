@@ -24,7 +24,7 @@ class KeysValues:
             here = slice(lengths[0], lengths[0] + T)
             self.k[:, here], self.v[:, here] = k, v
         else:
-            where = torch.tensor(lengths, device=k.device)[:, None] + torch.arange(T, device=k.device)
+            where = self.state.positions(T)
             row = torch.arange(k.shape[0], device=k.device)[:, None]
             self.k[row, where], self.v[row, where] = k.to(self.k.dtype), v.to(self.v.dtype)
         end = max(lengths) + T
