@@ -33,6 +33,7 @@ class RunLog:
     def __init__(self, stage: str, tag: str, config: dict[str, Any], *, wandb_run: str = "dummy", enabled: bool = True):
         self.path = base_dir() / "logs" / f"{stage}_{tag}.jsonl"
         self.enabled, self._file, self._wandb, self._bar, self._failed = enabled, None, None, None, False
+        self._torn = False  # whether the file may end in the middle of a line
         self._bar_wanted = enabled and os.environ.get("NANOCHAT_PROGRESS") != "0" and sys.stderr.isatty()
         if not enabled:
             return
@@ -41,6 +42,7 @@ class RunLog:
         try:
             self.path.parent.mkdir(exist_ok=True)
             self._file = open(self.path, "a+b", buffering=0)  # one write a record, at the end of the file: lines never mix
+            self._torn = True
         except OSError as error:
             raise UserError(f"cannot write the log {self.path}: {error.strerror}. "
                             "Mend that, or set NANOCHAT_BASE_DIR to another folder.") from error
@@ -67,7 +69,9 @@ class RunLog:
 
     def _write(self, data: bytes) -> None:
         try:
-            if _torn(self._file):  # what a kill or a full disk cut short stays a line of its own
+            # What a kill or a full disk cut short stays a line of its own. Looked at where it can be so, and not before each
+            # record: then another writer may be in the middle of its line.
+            if self._torn and _ends_inside_a_line(self._file):
                 data = b"\n" + data
             written = self._file.write(data)
             problem = None if written == len(data) else "the disk is full"
@@ -75,7 +79,7 @@ class RunLog:
             problem = error.strerror
         if problem and not self._failed:
             self.say(f"warning: cannot write the log {self.path}: {problem}. The run goes on without.")
-        self._failed = bool(problem)
+        self._failed = self._torn = bool(problem)
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -155,7 +159,7 @@ def _finite_or_not(value: Any) -> Any:
     return [_finite_or_not(part) for part in value] if isinstance(value, list) else value
 
 
-def _torn(file: Any) -> bool:
+def _ends_inside_a_line(file: Any) -> bool:
     """Whether the last line of an open file has no end."""
     if file.seek(0, os.SEEK_END) == 0:
         return False

@@ -108,7 +108,7 @@ def test_a_full_disk_is_told_once_and_does_not_end_the_run(monkeypatch, capsys):
     log = RunLog("base", "d4", {})
     file, log._file = log._file, io.BytesIO()
     log._file = open("/dev/full", "r+b", buffering=0) if Path("/dev/full").exists() else pytest.skip("no /dev/full")
-    monkeypatch.setattr(logs, "_torn", lambda file: False)
+    monkeypatch.setattr(logs, "_ends_inside_a_line", lambda file: False)
     log.record("train", step=1)
     log.record("train", step=2)
     assert capsys.readouterr().out.count("cannot write the log") == 1
