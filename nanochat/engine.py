@@ -1,28 +1,167 @@
-"""Many samples at once through one model, each with its own memory of the past.
+"""Many rows at once through one model: one prompt or many, one sample of each or several, each row as if it were alone.
 
     engine = Engine(model, tokenizer)
     for tokens, masks in engine.generate(prompt, num_samples=4, max_tokens=64, temperature=0.8):
         ...                                                   # one token a row; rows that ended repeat their closing token
     rows, masks = engine.generate_batch(prompt, num_samples=4)    # whole rows with the prompt, without the closing token
+    answers = engine.generate_many([prompt, other, ...], num_samples=2, max_tokens=64)    # answers[prompt][sample].tokens
+
+A row ends at <|assistant_end|> or <|bos|>. What it writes between <|python_start|> and <|python_end|> goes to the calculator, and the
+result, if there is one, is put behind it between <|output_start|> and <|output_end|>: forced, mask 0.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 
+from nanochat.calculator import calculate
 from nanochat.files import UserError
-from nanochat.sampling import Sampler
+from nanochat.sampling import Sampler, Settings
+from nanochat.state import State
+
+PREFILL_TOKENS = 1 << 14  # of prompts taken in by one call of the model, padding included
+
+
+@dataclass(eq=False)
+class Row:
+    """One row being decoded: its prompt, its settings, and what came behind the prompt so far.
+
+    tokens and mask (1 sampled, 0 forced) hold the closing token too. ended: "" while it runs, "stop" after a closing token, "length"
+    after max_tokens.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int
+    settings: Settings = Settings()
+    tokens: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    ended: Literal["", "stop", "length"] = ""
+    name: Any = None                                              # the caller's own
+    _forced: deque[int] = field(default_factory=deque)
+    _call: list[int] | None = None                                # the tokens of a tool call being written
+
+
+class Batch:
+    """Rows decoded together. They join (`add`) between any two steps, and leave when they have ended."""
+
+    def __init__(self, engine: "Engine"):
+        self.engine, self.model = engine, engine.model
+        self.rows: list[Row] = []
+        self._state: State | None = None
+        self._logits: torch.Tensor | None = None                  # (B, V) for the next token of each row
+        self._sampler = Sampler([], self.model.config.vocab_size, self.model.device)
+
+    @property
+    def live(self) -> list[Row]:
+        """The rows that have not ended."""
+        return [row for row in self.rows if not row.ended]
+
+    @torch.inference_mode()
+    def add(self, rows: list[Row], samples: int = 1) -> None:
+        """Let rows join. Their prompts are taken in together, padded on the right where no token sees it.
+
+        samples: each `samples` rows on end have the same prompt, which is taken in once.
+        """
+        self._leave()
+        for row in rows:
+            if not row.prompt:
+                raise UserError("the prompt is empty: it must hold at least one token, <|bos|> say")
+            if row.max_tokens < 1:
+                raise ValueError(f"a row's max_tokens must be at least 1, not {row.max_tokens}")
+        heads = rows[::samples]
+        while heads:
+            count, longest = 0, 0
+            while count < len(heads) and (not count or max(longest, len(heads[count].prompt)) * (count + 1) <= PREFILL_TOKENS):
+                longest = max(longest, len(heads[count].prompt))
+                count += 1
+            self._prefill(heads[:count], rows[:count * samples], samples)
+            heads, rows = heads[count:], rows[count * samples:]
+
+    def _prefill(self, heads: list[Row], rows: list[Row], samples: int) -> None:
+        counts = [len(row.prompt) for row in heads]
+        ids = torch.zeros(len(heads), max(counts), dtype=torch.long)
+        for i, row in enumerate(heads):
+            ids[i, :counts[i]] = torch.tensor(row.prompt)
+        state = self.model.new_state(len(heads), max(counts) + min(max(row.max_tokens for row in rows), 128))
+        ragged = counts if min(counts) < max(counts) else None
+        logits = self.model(ids.to(self.model.device), state=state, counts=ragged, last_only=True)[:, -1]
+        if samples > 1:
+            state, logits = state.fork(samples), logits.repeat_interleave(samples, dim=0)
+        self._sampler.extend(row.settings for row in rows)
+        for i, row in enumerate(rows, len(self.rows)):
+            self._sampler.saw(i, list(row.prompt))
+        self._state = state if not self.rows else State.join([self._state, state])
+        self._logits = logits if not self.rows else torch.cat([self._logits, logits])
+        self.rows = self.rows + rows
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """Give every live row its next token; returns those rows. What each got is the last of its tokens and mask."""
+        live = self.live
+        if not live:
+            return []
+        drawn = self._sampler(self._logits).tolist()
+        for row, token in zip(self.rows, drawn):
+            if not row.ended:
+                self.engine.take(row, token)
+        if not self.live:
+            self.rows, self._state, self._logits = [], None, None
+            self._sampler.select([])
+            return live
+        ended = sum(bool(row.ended) for row in self.rows)
+        if 4 * ended >= len(self.rows):  # moving the rest costs as much as a few steps of the dead
+            self._leave(logits=False)
+        for i, row in enumerate(self.rows):
+            self._sampler.saw(i, row.tokens[-1:])
+        ids = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.model.device)
+        self._logits = self.model(ids, state=self._state)[:, -1]
+        return live
+
+    def _leave(self, logits: bool = True) -> None:
+        """Drop the rows that have ended."""
+        going = [i for i, row in enumerate(self.rows) if not row.ended]
+        if len(going) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in going]
+        self._sampler.select(going)
+        self._state = self._state.select(going) if going else None
+        if logits:
+            self._logits = self._logits[going]
 
 
 class Engine:
-    """Decodes with a model and its tokenizer. A row ends at <|assistant_end|> or <|bos|>, or after max_tokens."""
+    """Decodes with a model and its tokenizer. `calculate`: the tool, from an expression to the text of its value, None for no value."""
 
-    def __init__(self, model, tokenizer):
-        self.model = model
-        self.tokenizer = tokenizer
+    def __init__(self, model, tokenizer, calculate: Callable[[str], str | None] = calculate):
+        self.model, self.tokenizer, self.calculate = model, tokenizer, calculate
         self.stops = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
+        self._python_start, self._python_end, self._output_start, self._output_end = (
+            tokenizer.encode_special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end"))
 
-    @torch.inference_mode()
+    def take(self, row: Row, drawn: int) -> None:
+        """Give a row its next token: the one that is forced on it, else `drawn`; and do what that token asks for."""
+        sampled = not row._forced
+        token = drawn if sampled else row._forced.popleft()
+        row.tokens.append(token)
+        row.mask.append(int(sampled))
+        if sampled and token in self.stops:
+            row.ended = "stop"
+        elif len(row.tokens) >= row.max_tokens:
+            row.ended = "length"
+        if token == self._python_start:
+            row._call = []
+        elif token == self._python_end:
+            if row._call:
+                result = self.calculate(self.tokenizer.decode(row._call))
+                if result is not None:
+                    row._forced.extend([self._output_start, *self.tokenizer.encode(result), self._output_end])
+            row._call = None
+        elif row._call is not None:
+            row._call.append(token)
+
     def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
                  top_k: int | None = None, seed: int | None = 42, top_p: float | None = None,
                  repetition_penalty: float = 1.0) -> Iterator[tuple[list[int], list[int]]]:
@@ -31,39 +170,13 @@ class Engine:
         tokens: the prompt's ids, the same for all rows; each row draws on its own from the first token on. max_tokens: new tokens a row at
         most; None means up to the model's sequence_len. seed None draws anew each time. A row that has ended repeats its closing token.
         """
-        if not tokens:
-            raise UserError("the prompt is empty: it must hold at least one token, <|bos|> say")
-        if num_samples < 1:
-            raise UserError(f"num_samples must be at least 1, not {num_samples}")
-        if max_tokens is None:
-            max_tokens = max(self.model.config.sequence_len - len(tokens), 0)
+        max_tokens, rows = self._rows(tokens, num_samples, max_tokens, Settings(temperature, top_k, top_p, repetition_penalty, seed))
         if max_tokens < 1:
             return
-        device = self.model.device
-        sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed=seed, device=device)
-        state = self.model.new_state(capacity=len(tokens) + max_tokens)
-        prompt = torch.tensor([tokens], device=device)
-        logits = self.model(prompt, state=state, last_only=True)[:, -1].expand(num_samples, -1)
-        if num_samples > 1:
-            state = state.fork(num_samples)
-        seen = prompt.expand(num_samples, -1) if repetition_penalty != 1 else None
-        live = list(range(num_samples))  # which row of the caller each row of the state is
-        current = [0] * num_samples
-        for step in range(max_tokens):
-            drawn = sampler(logits, seen)
-            for row, token in zip(live, drawn.tolist()):
-                current[row] = token
-            yield list(current), [1] * num_samples
-            going = [i for i, row in enumerate(live) if current[row] not in self.stops]
-            if not going or step == max_tokens - 1:
-                return
-            if len(going) < len(live):
-                live = [live[i] for i in going]
-                state, drawn = state.select(going), drawn[going]
-                seen = None if seen is None else seen[going]
-            if seen is not None:
-                seen = torch.cat([seen, drawn.unsqueeze(1)], dim=1)
-            logits = self.model(drawn.unsqueeze(1), state=state)[:, -1]
+        batch = Batch(self)
+        batch.add(rows, num_samples)
+        while batch.step():
+            yield [row.tokens[-1] for row in rows], [row.mask[-1] for row in rows]
 
     def generate_batch(self, tokens: list[int], num_samples: int = 1, **options) -> tuple[list[list[int]], list[list[int]]]:
         """Return (rows, masks): for each sample the prompt and what was generated, without the closing token; mask 0 over the prompt.
@@ -80,3 +193,53 @@ class Engine:
                     rows[i].append(token)
                     masks[i].append(sampled)
         return rows, masks
+
+    def generate_many(self, prompts: Sequence[Sequence[int]], num_samples: int = 1, **options) -> list[list[Row]]:
+        """Return, for each prompt, its finished rows, one a sample: `.tokens` and `.mask` behind the prompt, closing token included.
+
+        options as for `complete`. Every row is what it would be if its prompt were decoded alone.
+        """
+        answers: list[list[Row]] = [[] for _ in prompts]
+        for number, rows in self.complete(prompts, num_samples, **options):
+            answers[number] = rows
+        return answers
+
+    def complete(self, prompts: Sequence[Sequence[int]], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
+                 top_k: int | None = None, seed: int | Sequence[int] | None = 42, top_p: float | None = None,
+                 repetition_penalty: float = 1.0, batch_size: int = 64) -> Iterator[tuple[int, list[Row]]]:
+        """Yield (number of the prompt, its finished rows) as they get done, in any order. At most batch_size rows are decoded together.
+
+        seed: one for all prompts, or one for each. max_tokens None: up to the model's sequence_len.
+        """
+        settings = Settings(temperature, top_k, top_p, repetition_penalty, seed if isinstance(seed, int) else None)
+        waiting = deque(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))  # longest first: alike ones together
+        left, batch = {}, Batch(self)
+        while waiting or batch.rows:
+            joining: list[Row] = []
+            room = batch_size - len(batch.live)
+            while waiting and (room >= num_samples or not (batch.rows or joining)) and (joining or 2 * room >= batch_size):
+                number = waiting.popleft()
+                own = settings if isinstance(seed, int) or seed is None else replace(settings, seed=seed[number])
+                most, rows = self._rows(prompts[number], num_samples, max_tokens, own, number)
+                if most < 1:
+                    yield number, rows
+                    continue
+                left[number] = rows
+                joining += rows
+                room -= num_samples
+            if joining:
+                batch.add(joining, num_samples)
+            for number in {row.name for row in batch.step() if row.ended}:
+                if all(row.ended for row in left[number]):
+                    yield number, left.pop(number)
+
+    def _rows(self, prompt: Sequence[int], num_samples: int, max_tokens: int | None, settings: Settings, name: Any = None
+              ) -> tuple[int, list[Row]]:
+        """Return (new tokens at most, the rows of a prompt)."""
+        if not prompt:
+            raise UserError("the prompt is empty: it must hold at least one token, <|bos|> say")
+        if num_samples < 1:
+            raise UserError(f"num_samples must be at least 1, not {num_samples}")
+        most = max(self.model.config.sequence_len - len(prompt), 0) if max_tokens is None else max_tokens
+        return most, [Row(prompt, most, replace(settings, sample=i), name=name, ended="" if most > 0 else "length")
+                      for i in range(num_samples)]

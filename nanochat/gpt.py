@@ -20,7 +20,7 @@ from nanochat.attention import Attention, rope_table
 from nanochat.kernels.cross_entropy import head_loss, softcap
 from nanochat.kernels.relu2 import relu_squared
 from nanochat.layers import Linear, norm
-from nanochat.sampling import Sampler
+from nanochat.sampling import Sampler, Settings
 from nanochat.slc2 import SLC2
 from nanochat.state import KeysValues, State, Taps
 
@@ -168,21 +168,23 @@ class GPT(nn.Module):
         """cos and sin tables for positions up to `end`; made on first use and when they must grow, never in the checkpoint."""
         if self._rope is None or self._rope[0].shape[0] < end or self._rope[0].device != self.device:
             length = max(self.config.sequence_len, 1 << (end - 1).bit_length())
-            self._rope = rope_table(length, self.config.n_embd // self.config.n_head, self.device)
+            with torch.inference_mode(False):  # sampling may make it, and training use it
+                self._rope = rope_table(length, self.config.n_embd // self.config.n_head, self.device)
         return self._rope
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, loss_reduction: str = "mean", state: State | None = None,
-                last_only: bool = False) -> Tensor:
-        """Return float32 logits (B, T, V) of ids (B, T); or, with targets (B, T), the cross-entropy in nats.
+    def hidden(self, ids: Tensor, state: State | None = None, counts: list[int] | None = None) -> Tensor:
+        """Return what the head reads, (B, T, E), of ids (B, T): the normalised output of the last layer.
 
-        loss_reduction: "mean" over the targets that are not −1, "sum", or "none" for (B·T,) losses.
-        state: ids go on where it ends, and it takes them in. last_only: logits (B, 1, V) of the last position alone.
+        state: ids go on where it ends, and it takes them in. counts: how many tokens of each row are real; the rest, on the right, is
+        padding: no real token sees it, the state does not take it in, and what is returned there means nothing.
         """
         T = ids.shape[1]
+        if counts is not None and (len(counts) != ids.shape[0] or not all(0 < count <= T for count in counts)):
+            raise ValueError(f"counts must be {ids.shape[0]} numbers from 1 to {T}, not {counts}")
         if state is None:
             rope = tuple(table[:T] for table in self.rope(T))
         else:
-            state.reserve(T)
+            state.reserve(T, counts)
             cos, sin = self.rope(max(state.lengths) + T)
             at = state.positions(T)
             rope = (cos[at], sin[at])
@@ -192,13 +194,28 @@ class GPT(nn.Module):
             run = block if compiled else block.forward
             x = run(x, rope, None if state is None else state.layers[i])
         if state is not None:
-            state.advance(T)
+            state.advance(T, counts)
+        return norm(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Return float32 logits (..., V) of hidden states x (..., E)."""
+        return softcap(self.lm_head(x).float())
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, loss_reduction: str = "mean", state: State | None = None,
+                last_only: bool = False, counts: list[int] | None = None, factors: Tensor | None = None) -> Tensor:
+        """Return float32 logits (B, T, V) of ids (B, T); or, with targets (B, T), the cross-entropy in nats.
+
+        loss_reduction: "mean" over the targets that are not −1, "sum", or "none" for (B·T,) losses. factors (B, T), with "sum": what each
+        token's loss is multiplied with. last_only: logits (B, 1, V) of the last (real) position of each row alone. state, counts: as in
+        `hidden`.
+        """
+        x = self.hidden(ids, state, counts)
         if last_only:
-            x = x[:, -1:]
-        x = norm(x)
+            x = x[:, -1:] if counts is None else x[torch.arange(len(counts)), [count - 1 for count in counts]].unsqueeze(1)
         if targets is None:
-            return softcap(self.lm_head(x).float())
-        return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), loss_reduction)
+            return self.head(x)
+        return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), loss_reduction,
+                         None if factors is None else factors.flatten())
 
     def flops_per_token(self, T: int | None = None) -> float:
         """Training FLOPs a token at rows of T (sequence_len where None): 6 a matrix weight, and causal attention where there is some.
@@ -224,14 +241,14 @@ class GPT(nn.Module):
         ids = torch.as_tensor(input_ids, device=self.device)
         if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 1:
             raise ValueError(f"generate takes ids of shape (1, T) with T at least 1, not {tuple(ids.shape)}; Engine does several rows")
-        sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed=seed, device=self.device)
+        sampler = Sampler([Settings(temperature, top_k, top_p, repetition_penalty, seed)], self.config.vocab_size, self.device)
+        sampler.saw(0, ids[0].tolist())
         state = self.new_state(capacity=ids.shape[1] + max_new_tokens)
-        seen = ids
         for _ in range(max_new_tokens):
-            next_id = sampler(self(ids, state=state, last_only=True)[:, -1], seen)
+            next_id = sampler(self(ids, state=state, last_only=True)[:, -1])
             token = int(next_id)
             if token == eos_token_id:
                 return
             yield token
+            sampler.saw(0, [token])
             ids = next_id.view(1, 1)
-            seen = torch.cat([seen, ids], dim=1)

@@ -4,6 +4,7 @@ A state belongs to a request, never to the model. Rows (sequences) may be of dif
 
     state = State(model.config, batch=1, capacity=2048, device=device, dtype=torch.bfloat16)
     logits = model(prompt, state=state)          # prefill, any length, in any number of chunks
+    logits = model(padded, state=state, counts=[5, 9, 2])     # rows of different lengths, padded on the right
     logits = model(next_ids, state=state)        # one token a row
 """
 
@@ -37,12 +38,18 @@ class KeysValues:
 class Taps:
     """The last K−1 gated inputs of one SLC2 layer, oldest first: past (B, K−1, E); zeros before the start."""
 
-    def __init__(self, past: Tensor):
-        self.past = past
+    def __init__(self, state: "State", past: Tensor):
+        self.state, self.past = state, past
 
     def append(self, u: Tensor) -> None:
-        """Take u (B, T, E) in: the last K−1 rows of what was and u together stay."""
-        self.past.copy_(torch.cat([self.past, u.to(self.past.dtype)], dim=1)[:, u.shape[1]:])
+        """Take u (B, T, E) in: the last K−1 rows of what was and the real part of u together stay."""
+        both = torch.cat([self.past, u.to(self.past.dtype)], dim=1)
+        ends = self.state.ends
+        if ends is None:
+            self.past.copy_(both[:, u.shape[1]:])
+        else:
+            where = ends[:, None] + torch.arange(self.past.shape[1], device=u.device)
+            self.past.copy_(both[torch.arange(len(ends), device=u.device)[:, None], where])
 
     def tensors(self) -> list[Tensor]:
         return [self.past]
@@ -52,11 +59,13 @@ class State:
     """The memory of B sequences through one model.
 
     lengths: tokens each row has seen (host integers). capacity: tokens a row has room for; it grows on demand.
+    ends: while the model runs on rows padded on the right, how many of the tokens are real, (B,); None where all are.
     """
 
     def __init__(self, config, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype):
         self.config, self.capacity, self.device, self.dtype = config, capacity, torch.device(device), dtype
         self.lengths = [0] * batch
+        self.ends: Tensor | None = None
         self._mask: tuple[object, Tensor | None] = (None, None)
         D = config.n_embd // config.n_head
 
@@ -65,7 +74,7 @@ class State:
 
         self.layers: list[KeysValues | Taps] = [
             KeysValues(self, zeros(capacity, config.n_kv_head, D), zeros(capacity, config.n_kv_head, D)) if kind == "A"
-            else Taps(zeros(config.n_kernel - 1, config.n_embd)) for kind in config.pattern()]
+            else Taps(self, zeros(config.n_kernel - 1, config.n_embd)) for kind in config.pattern()]
 
     @property
     def batch(self) -> int:
@@ -80,11 +89,12 @@ class State:
         """Bytes held, unused capacity included."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors())
 
-    def reserve(self, T: int) -> None:
-        """Make room for T more tokens on every row; grows to at least twice the capacity when it has to."""
+    def reserve(self, T: int, counts: list[int] | None = None) -> None:
+        """Make room for T more tokens on every row, of which counts[b] are real; grows by at least half the capacity when it has to."""
+        self.ends = None if counts is None else torch.tensor(counts, device=self.device)
         need = max(self.lengths) + T
         if need > self.capacity:
-            self._grow(max(need, 2 * self.capacity))
+            self._grow(max(need, self.capacity + max(64, self.capacity // 2)))
 
     def _grow(self, capacity: int) -> None:
         for layer in self.layers:
@@ -93,9 +103,10 @@ class State:
                 layer.k, layer.v = torch.cat([layer.k, more], dim=1), torch.cat([layer.v, more], dim=1)
         self.capacity = capacity
 
-    def advance(self, T: int) -> None:
-        """Count T tokens more on every row: the model calls it when all layers have taken them in."""
-        self.lengths = [length + T for length in self.lengths]
+    def advance(self, T: int, counts: list[int] | None = None) -> None:
+        """Count T tokens more on every row, or counts[b] on row b: the model calls it when all layers have taken them in."""
+        self.lengths = [length + more for length, more in zip(self.lengths, counts or [T] * self.batch)]
+        self.ends = None
 
     def positions(self, T: int) -> Tensor:
         """Return the positions (B, T) of the next T tokens of each row; (1, T) where all rows stand at one place."""
@@ -112,9 +123,9 @@ class State:
         return self._mask[1]
 
     def select(self, rows: list[int]) -> "State":
-        """Return a new state holding these rows, in this order; a row may be named more than once (a fork)."""
-        index = torch.tensor(rows, device=self.device)
-        return self._remake([self.lengths[i] for i in rows], lambda parts: parts[0].index_select(0, index), [self])
+        """Return a new state holding these rows, in this order; a row may be named more than once (a fork). It has no room to spare."""
+        index, used = torch.tensor(rows, device=self.device), max(self.lengths[i] for i in rows)
+        return self._remake([self.lengths[i] for i in rows], used, [self], lambda parts: parts[0].index_select(0, index))
 
     def fork(self, n: int) -> "State":
         """Return a new state with each row n times: row 0 n times, then row 1, …"""
@@ -127,13 +138,16 @@ class State:
         for state in states:
             if state.capacity < capacity:
                 state._grow(capacity)
-        return states[0]._remake([n for state in states for n in state.lengths], torch.cat, states)
+        return states[0]._remake([n for state in states for n in state.lengths], capacity, states, torch.cat)
 
-    def _remake(self, lengths: list[int], combine, states: list["State"]) -> "State":
+    def _remake(self, lengths: list[int], capacity: int, states: list["State"], combine) -> "State":
         new = object.__new__(State)
-        new.config, new.capacity, new.device, new.dtype, new.lengths = self.config, self.capacity, self.device, self.dtype, lengths
-        new._mask, new.layers = (None, None), []
+        new.config, new.capacity, new.device, new.dtype, new.lengths = self.config, capacity, self.device, self.dtype, lengths
+        new._mask, new.ends, new.layers = (None, None), None, []
         for layers in zip(*(state.layers for state in states)):
-            tensors = [combine(list(parts)) for parts in zip(*(layer.tensors() for layer in layers))]
-            new.layers.append(KeysValues(new, *tensors) if isinstance(layers[0], KeysValues) else Taps(*tensors))
+            if isinstance(layers[0], KeysValues):
+                new.layers.append(KeysValues(new, *(combine([tensor[:, :capacity] for tensor in tensors])
+                                                    for tensors in zip(*(layer.tensors() for layer in layers)))))
+            else:
+                new.layers.append(Taps(new, combine([layer.past for layer in layers])))
         return new

@@ -158,6 +158,32 @@ def test_rows_of_different_lengths_decode_as_if_alone(shape, lengths, seed):
             torch.testing.assert_close(own, model(row)[0, -3:], rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.lists(st.lists(st.integers(1, 8), min_size=3, max_size=3), min_size=1, max_size=4), st.integers(0, 9))
+def test_padding_on_the_right_is_seen_by_nothing(shape, pieces, seed):
+    model = small_model(seed, **shape)
+    rows = [torch.randint(97, (sum(lengths),)) for lengths in pieces]
+    state, done = model.new_state(len(rows), capacity=4), [0] * len(rows)
+    with torch.no_grad():
+        for step in range(3):
+            counts = [lengths[step] for lengths in pieces]
+            ids = torch.randint(97, (len(rows), max(counts)))  # what stands in the padding must not matter
+            for b, count in enumerate(counts):
+                ids[b, :count] = rows[b][done[b]:done[b] + count]
+            x = model.hidden(ids, state=state, counts=counts)
+            for b, count in enumerate(counts):
+                alone = model.hidden(rows[b][None, :done[b] + count])[0, done[b]:]
+                torch.testing.assert_close(x[b, :count], alone, rtol=1e-4, atol=1e-4)
+                done[b] += count
+            assert state.lengths == done
+        ids = torch.stack([torch.cat([row, row.new_zeros(24 - len(row))]) for row in rows])
+        last = model(ids, counts=done, last_only=True)
+        for b, row in enumerate(rows):
+            torch.testing.assert_close(last[b, 0], model(row[None])[0, -1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="counts must be"):
+        model(ids, counts=[0] * len(rows))
+
+
 def test_forked_and_selected_rows_go_on_by_themselves():
     model = small_model()
     ids = torch.randint(97, (2, 9))
@@ -226,3 +252,11 @@ def test_generate_takes_one_row_and_stops_before_the_closing_token():
     plain = list(model.generate(torch.tensor([[1, 2]]), 12, temperature=0))
     stopped = list(model.generate(torch.tensor([[1, 2]]), 12, temperature=0, eos_token_id=plain[5]))
     assert stopped == plain[:plain.index(plain[5])]
+
+
+def test_a_model_that_has_generated_can_be_trained():
+    model = small_model()
+    list(model.generate(torch.tensor([[1, 2]]), max_new_tokens=40))  # beyond sequence_len: tables are made anew
+    ids = torch.randint(97, (2, 40))
+    model(ids, ids).backward()
+    assert model.lm_head.weight.grad is not None

@@ -86,3 +86,19 @@ def test_head_loss_in_bfloat16_keeps_a_float32_weight_gradient():
     head_loss(x32.bfloat16(), got, targets, "sum").backward()
     assert got.grad.dtype == torch.float32
     assert (got.grad - exact.grad).norm() < 0.02 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 26])
+def test_factors_weigh_each_tokens_loss_and_gradient(monkeypatch, chunk):
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    x, weight = torch.randn(11, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
+    targets, factors = torch.randint(-1, 13, (11,)), torch.randn(11)
+    got, wanted = (loss(x, weight, targets, "sum", factors) for loss in (head_loss, head_loss_twin))
+    torch.testing.assert_close(got, wanted)
+    for a, b in zip(torch.autograd.grad(got, (x, weight)), torch.autograd.grad(wanted, (x, weight))):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(x, weight, targets, "sum", factors), wanted)
+    with pytest.raises(ValueError, match="factors go with"):
+        head_loss(x, weight, targets, "mean", factors)

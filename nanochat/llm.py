@@ -1,0 +1,89 @@
+"""A trained model in three lines.
+
+    from nanochat import LLM
+    llm = LLM("sft")                              # a stage, a folder in the published format, or a repository of the Hugging Face hub
+    print(llm.chat("Why is the sky blue?"))
+
+    llm.chat([{"role": "user", "content": "Hello"}], temperature=0)       # or a whole conversation; a list of them is done together
+    llm.generate(["Once upon a time", "The capital of"], max_tokens=32)   # text that goes on
+    for piece in llm.stream("Tell me a story"): print(piece, end="")      # whole characters as they come
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochat.checkpoint import SOURCES, load_model
+from nanochat.distributed import compute_dtype, init_ranks
+from nanochat.engine import Engine, Row
+from nanochat.files import UserError
+from nanochat.shown import Shown
+
+Chat = str | Sequence[dict[str, Any]]
+
+
+class LLM:
+    """A model with its tokenizer. Options of all calls: max_tokens, temperature, top_k, top_p, repetition_penalty, seed (of Engine)."""
+
+    def __init__(self, source: str | Path = "sft", *, device: str = "", model_tag: str | None = None, step: int | None = None,
+                 revision: str | None = None):
+        """source: base, mid, sft or rl (under $NANOCHAT_BASE_DIR), a folder, or "owner/name" on the hub, of which `revision` is taken.
+
+        Raises UserError where there is no such model.
+        """
+        if source not in SOURCES and not Path(source).expanduser().is_dir():
+            source = _from_hub(str(source), revision)
+        self.device = init_ranks(device).device
+        self.model, self.tokenizer, self.meta = load_model(source, self.device, model_tag=model_tag, step=step)
+        dtype = compute_dtype(self.device)
+        self.model.to(dtype).compute_dtype = dtype  # nothing is trained: weights are kept in the dtype they are used in
+        self.engine = Engine(self.model, self.tokenizer)
+
+    def chat(self, chats: Chat | Sequence[Sequence[dict[str, Any]]], **options: Any) -> str | list[str]:
+        """Return the answer to a question or a conversation, or the answers to a list of conversations. Calls of tools are left out."""
+        many = not isinstance(chats, str) and len(chats) > 0 and not isinstance(chats[0], dict)
+        prompts = [self._prompt(chat) for chat in (chats if many else [chats])]
+        answers = [self._text(rows[0], tools=False) for rows in self.engine.generate_many(prompts, **options)]
+        return answers if many else answers[0]
+
+    def generate(self, prompts: str | Sequence[str], **options: Any) -> str | list[str]:
+        """Return how a text goes on, or how each of a list of texts does."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self.tokenizer.encode(text, prepend=self.tokenizer.get_bos_token_id()) for text in texts]
+        answers = [self._text(rows[0], tools=True) for rows in self.engine.generate_many(ids, **options)]
+        return answers[0] if isinstance(prompts, str) else answers
+
+    def stream(self, chat: Chat, tools: bool = False, **options: Any) -> Iterator[str]:
+        """Yield the answer to a question or a conversation piece by piece, in whole characters. tools: calls of them too, as [2+2 = 4]."""
+        shown = Shown(self.tokenizer, tools)
+        for (token,), _ in self.engine.generate(self._prompt(chat), **options):
+            if token not in self.engine.stops and (piece := shown.feed(token)):
+                yield piece
+        if piece := shown.finish():
+            yield piece
+
+    def _prompt(self, chat: Chat) -> list[int]:
+        messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else list(chat)
+        if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+            raise UserError("the conversation ends with the assistant's own message: there is nothing to answer")
+        return self.tokenizer.render_for_completion({"messages": messages})
+
+    def _text(self, row: Row, tools: bool) -> str:
+        shown = Shown(self.tokenizer, tools)
+        return "".join([*map(shown.feed, (token for token in row.tokens if token not in self.engine.stops)), shown.finish()])
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """Fetch a repository of the hub in the published format, and return its folder. Raises UserError where that cannot be done."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    stages = ", ".join(SOURCES)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"there is no folder {name}: a model is one of {stages}, a folder with a checkpoint, or owner/name on the hub.")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.pt", "*.json", "*.pkl"], ignore_patterns=["optim_*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{name} is no folder, and cannot be had from the hub: {' '.join(str(error).split())[:200]}") from error
+
+

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.files import UserError
+from nanochat.sampling import Sampler, Settings, draw, penalised
+
+
+def plain_probabilities(logits, temperature, top_k, top_p):
+    """The definition, one row at a time in float64."""
+    rows = []
+    for row in logits.double():
+        order = row.argsort(descending=True, stable=True)
+        kept, mass = [], 0.0
+        p_k = torch.softmax(row[order[:top_k]] / temperature, 0)
+        for token, p in zip(order[:top_k].tolist(), p_k.tolist()):
+            if mass >= top_p and kept:
+                break
+            kept.append((token, p))
+            mass += p
+        p = torch.zeros(len(row), dtype=torch.float64)
+        for token, value in kept:
+            p[token] = value
+        rows.append(p / p.sum())
+    return torch.stack(rows)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([1, 3, 11]), st.sampled_from([0.2, 0.7, 1.0]))
+def test_what_is_drawn_has_the_probabilities_it_should(seed, temperature, top_k, top_p):
+    g = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(3, 11, generator=g)
+    N = 20_000
+    u = (torch.arange(N) + 0.5) / N  # a grid: the share of each token is its probability to 1/N a border
+    full = torch.full((N,), 1.0)
+    want = plain_probabilities(logits, temperature, top_k, top_p)
+    for row, p in zip(logits, want):
+        ids = draw(row.expand(N, -1), u, temperature * full, (top_k * full).long(), top_p * full, top_k)
+        share = torch.bincount(ids, minlength=11).double() / N
+        assert (share - p).abs().max() < 3 / N + 1e-5
+
+
+def test_a_token_without_mass_is_never_drawn():
+    logits = torch.tensor([[5.0, -torch.inf, 1.0, -torch.inf]])
+    for u in (0.0, 0.5, 1 - 2 ** -24):
+        one = torch.tensor([u])
+        assert draw(logits, one, torch.ones(1), torch.tensor([4]), torch.ones(1), 4).item() in (0, 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.7, 1.5]), st.sampled_from([None, 0, 1, 4]), st.sampled_from([None, 0.5, 1.0]),
+                          st.sampled_from([1.0, 1.3])), min_size=2, max_size=5), st.integers(0, 9))
+def test_a_row_draws_what_it_would_alone(rows, seed):
+    rows = [Settings(*row, seed=seed, sample=i) for i, row in enumerate(rows)]
+    torch.manual_seed(seed)
+    together = Sampler(rows, 13)
+    alone = [Sampler([row], 13) for row in rows]
+    for step in range(8):
+        logits = 3 * torch.randn(len(rows), 13)
+        got = together(logits).tolist()
+        assert got == [int(one(logits[i:i + 1])) for i, one in enumerate(alone)]
+        for i, token in enumerate(got):
+            together.saw(i, [token])
+            alone[i].saw(0, [token])
+        if step == 3:  # rows change places, one more comes
+            order = list(reversed(range(len(rows))))
+            more = Settings(1.1, 5, 0.9, 1.2, seed=seed, sample=77)
+            together.select(order)
+            together.extend([more])
+            alone = [alone[i] for i in order] + [Sampler([more], 13)]
+            rows = [rows[i] for i in order] + [more]
+
+
+def test_penalty_is_that_of_its_definition():
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    seen = torch.tensor([[True, True, False]])
+    assert penalised(logits, seen, torch.tensor([2.0])).tolist() == [[1.0, -4.0, 1.0]]
+
+
+def test_no_seed_draws_anew():
+    logits = torch.zeros(1, 10_000)
+    draws = {int(Sampler([Settings()], 10_000)(logits)) for _ in range(5)}
+    assert len(draws) > 1
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1},
+                                   {"repetition_penalty": 0}, {"seed": -1}])
+def test_impossible_settings_are_refused_in_words(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Settings(**wrong)
