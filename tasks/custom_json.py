@@ -1,0 +1,43 @@
+"""Your own conversations: a file of JSON lines, one conversation a line, to train on.
+
+    [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Saint Iberis."}]
+
+A line may also be {"messages": [...]}; the file may end in .gz. nanochat/conversation.py says what messages may hold."""
+
+from pathlib import Path
+from typing import Any
+
+from nanochat.conversation import turns_of
+from nanochat.files import UserError
+from tasks.base import NONE, Task
+from tasks.lines import JsonLines
+
+
+class CustomJSON(Task):
+    """The conversations of a file, every line checked at the start."""
+
+    kind = NONE
+
+    def __init__(self, path: str | Path):
+        """Raises UserError with file and line for a line that is not JSON or not a conversation, and for a file without any."""
+        self.name = Path(path).name
+        self.lines = JsonLines(path, lambda value: _check(_conversation(value)))
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def conversation(self, i: int) -> dict:
+        return _conversation(self.lines[i])
+
+
+def _conversation(value: Any) -> dict:
+    if isinstance(value, list):
+        return {"messages": value}
+    if isinstance(value, dict) and "messages" in value:
+        return {"messages": value["messages"]}
+    raise UserError('a line is a JSON array of messages, or {"messages": [...]}')
+
+
+def _check(conversation: dict) -> None:
+    if len(turns_of(conversation)) < 2:  # one that ends with the user is no rarity, and does no harm
+        raise UserError("there is no answer in it, and so nothing to learn")

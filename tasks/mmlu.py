@@ -1,0 +1,30 @@
+"""MMLU: multiple choice with four choices in 57 subjects, and its auxiliary training set of 100,000 questions from elsewhere."""
+
+from nanochat.files import UserError
+from tasks import multiple_choice
+from tasks.base import CATEGORICAL, Task, one_of
+from tasks.hub import load_rows
+
+SPLITS = {"all": ("test", "validation", "dev"), "auxiliary_train": ("train",)}
+LETTERS = multiple_choice.LETTERS[:4]
+
+
+class MMLU(Task):
+    """One question of cais/mmlu a conversation; "subject" in it says what it is about."""
+
+    name, kind, chance = "MMLU", CATEGORICAL, 0.25
+
+    def __init__(self, subset: str, split: str):
+        one_of(f"split of MMLU, {one_of('subset of MMLU', subset, SPLITS)}", split, SPLITS[subset])
+        self.rows = load_rows("cais/mmlu", subset, split, ("question", "subject", "choices", "answer"))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def conversation(self, i: int) -> dict:
+        row = self.rows[i]
+        choices, answer = row["choices"], row["answer"]
+        if len(choices) != 4 or answer not in range(4):
+            raise UserError(f"MMLU, question {row['question'][:60]!r}: there should be four choices and an answer from 0 to 3, "
+                            f"and there are {len(choices)} and {answer!r}")
+        return {**multiple_choice.conversation(row["question"], choices, LETTERS, LETTERS[answer]), "subject": row["subject"]}

@@ -1,0 +1,183 @@
+"""Conversations about the small world of a seed: its facts in question and answer or as multiple choice, and sums.
+
+Training asks in the phrasings that documents use too. The test asks for every fact with the one question that was held out for it,
+which stands in no document and in no training conversation."""
+
+import math
+import re
+from functools import lru_cache
+
+from nanochat.calculator import calculate
+from nanochat.small_world import Entity, World
+from nanochat.small_world.phrasings import PHRASINGS
+from nanochat.small_world.words import COUNTED
+from nanochat.small_world.world import pick, sample
+from tasks import multiple_choice
+from tasks.base import (
+    CATEGORICAL,
+    Task,
+    asked_and_answered,
+    called,
+    in_test,
+    last_number,
+    one_of,
+    reference_text,
+    rng_for,
+    spoken,
+    text,
+    whole,
+)
+
+SPLITS = ("train", "test")
+TURNS = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4)   # turns of a training conversation, one of these
+LARGEST = 99                             # largest number that is added or taken away
+SIZE = 10_000                            # training conversations, where nothing else is said
+
+# How a calculation is asked for: {a} {b} {c} numbers, {x} a person, {t} things that are counted. TOLD asks about something that happens.
+PLAIN = {
+    "a+b": ("What is {a} plus {b}?", "What is {a} + {b}?", "How much is {a} and {b}?", "Add {b} to {a}.", "What do {a} and {b} make?",
+            "What is the sum of {a} and {b}?"),
+    "a-b": ("What is {a} minus {b}?", "What is {a} - {b}?", "How much is {a} less {b}?", "Take {b} from {a}.",
+            "What is left of {a} without {b}?", "What is the difference of {a} and {b}?"),
+    "a*b": ("What is {a} times {b}?", "What is {a} * {b}?", "How much is {a} times {b}?", "Multiply {a} by {b}."),
+    "a+b+c": ("What is {a} plus {b} plus {c}?", "What is {a} + {b} + {c}?", "Add {a} and {b} and {c}."),
+    "a+b-c": ("What is {a} plus {b} minus {c}?", "What is {a} + {b} - {c}?", "Take {c} from {a} plus {b}."),
+    "a-b+c": ("What is {a} minus {b} plus {c}?", "What is {a} - {b} + {c}?", "Take {b} from {a} and add {c}."),
+}
+TOLD = {
+    "a+b": ("{x} has {a} {t} and gets {b} more. How many {t} does {x} have?",
+            "{x} has {a} {t} and finds {b} more. How many {t} are there now?"),
+    "a-b": ("{x} has {a} {t} and gives away {b}. How many {t} does {x} have?",
+            "{x} has {a} {t} and loses {b}. How many {t} are there now?"),
+    "a*b": ("{x} has {a} bags with {b} {t} in each. How many {t} does {x} have?",
+            "Each of {a} boxes holds {b} {t}. How many {t} are there?"),
+    "a+b+c": ("{x} has {a} {t}, gets {b} more and finds {c} more. How many {t} does {x} have?",),
+    "a+b-c": ("{x} has {a} {t}, gets {b} more and loses {c}. How many {t} does {x} have?",
+              "{x} finds {b} {t}, has {a} already and gives away {c}. How many {t} are left?"),
+    "a-b+c": ("{x} has {a} {t}, gives away {b} and gets {c} more. How many {t} does {x} have?",
+              "{x} gets {c} {t}, but of the {a} that were there {b} are lost. How many {t} are there now?"),
+}
+KINDS = ("a+b", "a-b") * 3 + ("a*b", "a*b", "a+b+c", "a+b-c", "a-b+c")   # how often each is asked
+
+
+@lru_cache(maxsize=8)
+def world_of(seed: int) -> World:
+    """Return the world of a seed, made once."""
+    return World(whole("the seed of the small world", seed))
+
+
+class WorldTask(Task):
+    """Questions on the facts of the small world: a subclass says how one is asked."""
+
+    def __init__(self, split: str, seed: int = 0, size: int | None = None):
+        """`size`: conversations; train has as many as wanted (10,000 if nothing is said), test at most one for each fact (all of them)."""
+        self.split, self.seed = one_of("split of the small world", split, SPLITS), seed
+        self.world = world_of(seed)
+        self.facts = [(entity, attribute) for entity in self.world.entities() for attribute in entity.values]
+        if split == "test":   # in an order that mixes people, places and things, so that a part of them is a fair part
+            self.facts = sample(rng_for("world facts", seed), self.facts, len(self.facts))
+        known = len(self.facts) if split == "test" else SIZE
+        self.size = known if size is None else whole("size", size)
+        if split == "test":
+            self.size = min(self.size, known)
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class WorldQuestions(WorldTask):
+    """Questions answered by one short sentence. Training conversations have one to four turns, later ones partly with a pronoun."""
+
+    name = "World-Questions"
+
+    def __init__(self, split: str, seed: int = 0, size: int | None = None):
+        super().__init__(split, seed, size)
+        values = [self.world.values[entity.group, attribute] for entity, attribute in self.facts]
+        self.chance = math.fsum(1 / len(known) for known in values) / len(values)
+
+    def conversation(self, i: int) -> dict:
+        if self.split == "test":
+            entity, attribute = self.facts[i]
+            question = entity.fill(self.world.held_out[entity, attribute][1][0])
+            return {**asked_and_answered(question, sentence(self.world, entity, attribute)), "fact": [entity.name, attribute]}
+        rng = rng_for(self.name, self.split, self.seed, i)
+        messages, entity = [], None
+        for _ in range(pick(rng, TURNS)):
+            stays = entity is not None and rng.random() < 0.7
+            pronoun = stays and rng.random() < 0.6
+            entity, attribute = (entity, pick(rng, list(entity.values))) if stays else pick(rng, self.facts)
+            if pronoun:
+                held_out = self.world.held_out[entity, attribute][1]
+                question = pick(rng, [q for q in PHRASINGS[entity.group, attribute].questions if q not in held_out])
+                question = entity.fill(question, pronoun=True)
+            else:
+                question = pick(rng, self.world.asked[entity, attribute])
+            messages += asked_and_answered(question, sentence(self.world, entity, attribute))["messages"]
+        return {"messages": messages, "fact": [entity.name, attribute]}
+
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        """Right where the value stands in the answer, and no other value of that attribute does (the entity's own name apart)."""
+        name, attribute = conversation["fact"]
+        entity = self.world.by_name[name]
+        said = set(re.findall(r"\w+", spoken(answer).casefold()))
+        found = {value for value in self.world.values[entity.group, attribute] if value.casefold() in said and value != name}
+        return found == {entity.values[attribute]}
+
+
+class WorldChoice(WorldTask):
+    """The same facts with four choices, one of them right, the others values of the same attribute."""
+
+    name, kind, chance = "World-Choice", CATEGORICAL, 0.25
+
+    def conversation(self, i: int) -> dict:
+        rng = rng_for(self.name, self.split, self.seed, i)
+        entity, attribute = self.facts[i] if self.split == "test" else pick(rng, self.facts)
+        held_out = entity.fill(self.world.held_out[entity, attribute][1][0])
+        question = held_out if self.split == "test" else pick(rng, self.world.asked[entity, attribute])
+        right = entity.values[attribute]
+        wrong = [value for value in self.world.values[entity.group, attribute] if value not in (right, entity.name)]
+        choices = sample(rng, [right, *sample(rng, wrong, 3)], 4)
+        letters = multiple_choice.LETTERS[:4]
+        return {**multiple_choice.conversation(question, choices, letters, letters[choices.index(right)]), "fact": [entity.name, attribute]}
+
+
+class WorldSums(Task):
+    """Calculations with two or three numbers up to 99, done by the calculator. No first pair of numbers of the test is ever trained on."""
+
+    name = "World-Sums"
+
+    def __init__(self, split: str, seed: int = 0, size: int | None = None):
+        """`size`: conversations; 10,000 in training and one for each pair of the test (about 500) if nothing is said."""
+        self.split, self.seed = one_of("split of the small world", split, SPLITS), seed
+        self.world = world_of(seed)
+        pairs = [pair for pair in _pairs() if in_test(f"{pair[0]} {pair[1]}") == (split == "test")]
+        self.pairs = sample(rng_for("world sums", split, seed), pairs, len(pairs))
+        self.size = (len(pairs) if split == "test" else SIZE) if size is None else whole("size", size)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def conversation(self, i: int) -> dict:
+        rng = rng_for(self.name, self.split, self.seed, i)
+        small, large = self.pairs[i % len(self.pairs)]
+        kind, told = pick(rng, KINDS), rng.random() < 0.2
+        a, b = (small, large) if "-b" not in kind and rng.random() < 0.5 else (large, small)
+        c = int(rng.random() * ((min(a + b, LARGEST) if kind == "a+b-c" else LARGEST) + 1))
+        form = pick(rng, (TOLD if told else PLAIN)[kind])
+        question = form.format(a=a, b=b, c=c, x=pick(rng, self.world.people).name, t=pick(rng, COUNTED))
+        call = kind.replace("a", str(a)).replace("b", str(b)).replace("c", str(c))
+        result = calculate(call)
+        return asked_and_answered(question, [*called(call, result), text(f"It is {result}.")])
+
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        """Right where the last number behind the tool's output is the result."""
+        return last_number(spoken(answer)) == last_number(reference_text(conversation))
+
+
+def sentence(world: World, entity: Entity, attribute: str) -> str:
+    """Return the sentence that answers for a fact: the first that documents may use, so never one held out, with the value at its end."""
+    return world.told[entity, attribute][0].name + "."
+
+
+def _pairs() -> list[tuple[int, int]]:
+    return [(small, large) for large in range(LARGEST + 1) for small in range(large + 1)]
