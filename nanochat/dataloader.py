@@ -29,7 +29,8 @@ from nanochat.distributed import Ranks
 from nanochat.files import UserError
 
 BUFFER_DOCUMENTS = 512      # more of them cut fewer documents, and make the state and a restart longer
-NOTHING = {"documents": 0, "tokens": 0, "rows": 0, "cut": 0}
+NOTHING = {"documents": 0, "tokens": 0, "rows": 0, "cut": 0, "padded": 0}
+PADDING = -1
 BUFFER_TOKENS = 1 << 22     # 16 MB; ends the filling of the buffer where documents are books
 
 
@@ -42,11 +43,12 @@ class Packer:
     """Packs documents into rows. `source` yields (number, tokens), tokens a 1-D array without bos and not empty.
 
     The buffer is refilled from `source` to BUFFER_DOCUMENTS documents or BUFFER_TOKENS tokens before each choice, so that what
-    comes next is a function of the buffer and of the source's position alone.
+    comes next is a function of the buffer and of the source's position alone. cut False: a document that fits a row is never cut; where
+    none fits what is left of a row, the rest of it is PADDING.
     """
 
-    def __init__(self, source: Iterator[tuple[int, np.ndarray]], bos: int, row_tokens: int):
-        self._source, self._bos, self._row_tokens = source, bos, row_tokens
+    def __init__(self, source: Iterator[tuple[int, np.ndarray]], bos: int, row_tokens: int, cut: bool = True):
+        self._source, self._bos, self._row_tokens, self._cut = source, bos, row_tokens, cut
         self._buffer: list[tuple[int, int, int, int, np.ndarray]] = []  # (size, -age, number, offset, tokens[offset:]), sorted
         self._held = 0      # tokens in the buffer
         self._age = 0
@@ -71,10 +73,14 @@ class Packer:
         at = 0
         while at < len(row):
             self._refill()
-            if not self._buffer:
-                return False
             room = len(row) - at
             place = bisect_right(self._buffer, (room, 1)) - 1  # the largest that fits, the oldest of its size; -1: none
+            if at and place < 0 and not self._cut:
+                row[at:] = PADDING
+                self.counts["padded"] += room
+                break
+            if not self._buffer:
+                return False
             _, _, number, offset, tokens = self._buffer.pop(place)
             self._held -= len(tokens)
             part = min(room - 1, len(tokens))
@@ -121,25 +127,29 @@ def _stream(tokenizer: Any, documents: Documents, start: int, step: int, stop: i
 
 
 class PackedLoader:
-    """An endless iterator of batches of one rank, or one pass with `loop=False` (what fills no batch at its end is dropped).
+    """An endless iterator of batches of one rank, or one pass with `loop=False` (what fills no batch at its end is dropped, or with
+    cut=False padded).
 
     ranks: rank, world_size and device count; rank r reads documents r, r + world_size, ... (`nanochat.dataset` says of which stream).
     state: what `state_dict` gave. It must be of the same rank, world size, tokenizer and text (more shards may have come behind
     those it knows, while its first pass lasts); batch size and sequence length may differ. For another world size see `reshard`.
     prefetch: batches made ahead; it changes no batch. The thread starts at the first `next`.
+    documents: what to read instead of the shards of `folder`; anything with the methods of `nanochat.dataset.Documents`, whose documents
+    the tokenizer's `encode_flat` takes. cut False: rows end in padding (targets −1) rather than in a part of a document.
 
     Raises UserError where there is no text, it is corrupt, or the state does not belong to it; what goes wrong in the thread is
     raised by `next`. `close()`, leaving a `with` block, or losing the loader ends the thread.
     """
 
     def __init__(self, tokenizer: Any, split: Literal["train", "val"], batch_size: int, sequence_len: int, *, ranks: Ranks,
-                 folder: str | Path | None = None, state: dict | None = None, prefetch: int = 4, loop: bool = True):
+                 folder: str | Path | None = None, state: dict | None = None, prefetch: int = 4, loop: bool = True,
+                 documents: Any = None, cut: bool = True):
         for name, value in (("batch_size", batch_size), ("sequence_len", sequence_len), ("prefetch", prefetch)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
-        self._documents = Documents(shard_paths(split, folder))
+        self._documents = documents if documents is not None else Documents(shard_paths(split, folder))
         self._tokenizer, self._shape, self._ranks = tokenizer, (batch_size, sequence_len), ranks
-        self._prefetch, self._loop = prefetch, loop
+        self._prefetch, self._loop, self._cut = prefetch, loop, cut
         self._about = {
             "split": split, "rank": ranks.rank, "world_size": ranks.world_size, "batch_size": batch_size, "sequence_len": sequence_len,
             "shards": len(self._documents.paths), "documents": self._documents.count, "data": self._documents.fingerprint(),
@@ -200,7 +210,7 @@ class PackedLoader:
     @property
     def _make(self):
         """The thread's work, as a function that does not hold the loader: a lost loader ends its thread."""
-        task = (self._tokenizer, self._documents, self._shape, self._ranks, self._loop, self._next, self._waiting)
+        task = (self._tokenizer, self._documents, self._shape, self._ranks, self._loop, self._cut, self._next, self._waiting)
         return lambda: _batches(*task)
 
     def _check(self, state: dict) -> None:
@@ -251,13 +261,14 @@ def reshard(states: Sequence[dict], world_size: int) -> list[dict]:
                          "waiting": pending[rank::world_size]} for rank in range(world_size)]
 
 
-def _batches(tokenizer: Any, documents: Documents, shape: tuple[int, int], ranks: Ranks, loop: bool, start: int,
+def _batches(tokenizer: Any, documents: Documents, shape: tuple[int, int], ranks: Ranks, loop: bool, cut: bool, start: int,
              waiting: np.ndarray) -> Iterator[tuple[torch.Tensor, int, np.ndarray, dict]]:
     """Yield (tensor (2, B, T) of inputs and targets, next document, buffer, counts): the batch and the position behind it."""
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)  # pinning would else make a context on the first GPU
     stop = None if loop else documents.count
-    packer = Packer(_stream(tokenizer, documents, start, ranks.world_size, stop), tokenizer.get_bos_token_id(), shape[1] + 1)
+    packer = Packer(_stream(tokenizer, documents, start, ranks.world_size, stop), tokenizer.get_bos_token_id(), shape[1] + 1,
+                    cut)
     packer.last = start - ranks.world_size
     texts = documents.pick(waiting[:, 0].tolist())
     for number, offset in waiting.tolist():
@@ -269,8 +280,12 @@ def _batches(tokenizer: Any, documents: Documents, shape: tuple[int, int], ranks
         inputs, targets = tensor.numpy()
         for index in range(shape[0]):
             if not packer.fill(row):
-                return
+                if cut or index == 0:
+                    return
+                row[:] = PADDING  # the last batch of a pass
             inputs[index], targets[index] = row[:-1], row[1:]
+        if not cut:
+            inputs[inputs == PADDING] = tokenizer.get_bos_token_id()
         yield tensor, packer.last + ranks.world_size, packer.waiting(), dict(packer.counts)
 
 

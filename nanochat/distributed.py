@@ -12,6 +12,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,16 @@ def close_ranks() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined_ranks(device_type: str = "") -> Iterator[Ranks]:
+    """init_ranks at the beginning of the block, close_ranks at its end."""
+    ranks = init_ranks(device_type)
+    try:
+        yield ranks
+    finally:
+        close_ranks()
 
 
 def all_reduce_sum(x: Tensor, ranks: Ranks) -> Tensor:

@@ -35,17 +35,29 @@ def evaluate_bpb(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]
     return nats / (math.log(2) * size)
 
 
+@torch.no_grad()
+def evaluate_loss(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks) -> float:
+    """Return the mean loss in nats over all supervised targets of all batches of all ranks; collective. NaN where there is none."""
+    totals = torch.zeros(2, device=ranks.device)
+    for inputs, targets in batches:
+        totals[0] += model(inputs, targets, loss_reduction="sum")
+        totals[1] += (targets != -1).sum()
+    loss, count = all_reduce_sum(totals, ranks).tolist()
+    return loss / count if count else math.nan
+
+
 class EvalRows:
     """The first `tokens` tokens of a split as packed rows, made once and kept on the host: rank r takes every world_size-th batch.
 
     The rows do not depend on the number of ranks, so neither does the bpb. Where the split holds fewer, all of it is taken, once.
+    reading: further arguments of PackedLoader (folder, documents, cut).
     """
 
-    def __init__(self, tokenizer, split: str, batch_size: int, sequence_len: int, tokens: int, *, ranks: Ranks, folder=None):
+    def __init__(self, tokenizer, split: str, batch_size: int, sequence_len: int, tokens: int, *, ranks: Ranks, **reading):
         from nanochat.dataloader import PackedLoader  # here, so that a model can be evaluated where there is no text
 
         alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-        loader = PackedLoader(tokenizer, split, batch_size, sequence_len, ranks=alone, folder=folder, loop=False)
+        loader = PackedLoader(tokenizer, split, batch_size, sequence_len, ranks=alone, loop=False, **reading)
         self.device, self.batches = ranks.device, []
         try:
             for number in range(max(1, tokens // (batch_size * sequence_len))):

@@ -29,12 +29,13 @@ class Plan:
     """How long a run is and how its rates move.
 
     micro_batches: of this rank in a step; rank r may have one more than rank r+1, so that any number of ranks can share a batch.
-    tokens_per_step: of all ranks. clip: the largest gradient norm, None for no limit. The ratios are fractions of num_iterations.
+    tokens_per_step: of all ranks, or None where each step has its own number of supervised tokens. clip: the largest gradient norm, None
+    for no limit. The ratios are fractions of num_iterations.
     """
 
     num_iterations: int
     micro_batches: int
-    tokens_per_step: int
+    tokens_per_step: int | None
     clip: float | None = 1.0
     warmup_ratio: float = 0.0
     warmdown_ratio: float = 0.2
@@ -81,14 +82,16 @@ def train_step(model: torch.nn.Module, optimizer: MuonAdamW, batches: Iterable[A
                momentum: float = 0.95, clip: float | None = None, stop: bool = False) -> Tensor:
     """Do one optimizer step over this rank's micro-batches; collective over ranks.
 
-    batches: of .inputs and .targets (B, T), −1 where a target does not count. Returns, on the device and without waiting for it,
-    [mean loss in nats a supervised token over all ranks, gradient norm before clipping, supervised tokens, ranks asked to stop].
+    batches: of inputs and targets (B, T), −1 where a target does not count; and, where tokens weigh differently, of factors (B, T) that
+    each token's loss is multiplied with. Where no target counts on any rank, the gradient is zero. Returns, on the device and without
+    waiting for it, [mean loss in nats a supervised token over all ranks, gradient norm before clipping, supervised tokens, ranks asked to
+    stop].
     """
     optimizer.zero_grad()
     stats = torch.zeros(3, device=ranks.device)
     stats[2] = float(stop)
-    for inputs, targets in batches:
-        loss = model(inputs, targets, "sum")
+    for inputs, targets, *factors in batches:
+        loss = model(inputs, targets, "sum", factors=factors[0]) if factors else model(inputs, targets, "sum")
         loss.backward()
         stats[0] += loss.detach()
         stats[1] += (targets != -1).sum()
@@ -133,10 +136,10 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(model: torch.nn.Module, optimizer: MuonAdamW, next_batch: Callable[[], Any], plan: Plan, ranks: Ranks, log: RunLog, *,
+def train(model: torch.nn.Module, optimizer: MuonAdamW, batches: Callable[[int], Iterable[Any]], plan: Plan, ranks: Ranks, log: RunLog, *,
           flops_per_token: float, peak: float | None, start: int = 0, before_step: Callable[[int, bool], None] = lambda step, last: None,
           save: Callable[[int], None] = lambda step: None) -> None:
-    """Train from step `start` to plan.num_iterations.
+    """Train from step `start` to plan.num_iterations. batches(step): this rank's micro-batches of a step, see `train_step`.
 
     before_step(step, last) is called before each step and once more at the end with last=True: evaluation, samples, checkpoints; its time
     does not count into tokens/s. save(step) is called when the process is asked to stop (SIGTERM, Ctrl-C), which then ends with exit
@@ -155,8 +158,8 @@ def train(model: torch.nn.Module, optimizer: MuonAdamW, next_batch: Callable[[],
             watch.pause(time.perf_counter() - paused)
             if last:
                 return
-            stats = train_step(model, optimizer, (next_batch() for _ in range(plan.micro_batches)), ranks, clip=plan.clip,
-                               lr_scale=plan.lr_scale(step), momentum=plan.momentum(step), stop=bool(asked))
+            stats = train_step(model, optimizer, batches(step), ranks, clip=plan.clip, lr_scale=plan.lr_scale(step),
+                               momentum=plan.momentum(step), stop=bool(asked))
             previous, pending = pending, (step, _Later(stats))
             stop = watch.step_done(*previous) if previous is not None else False
             if stop:  # every rank reads the same sum, one step late: all stop here
@@ -175,6 +178,7 @@ class _Watch:
         self.smooth, self.weight, self.seconds, self.timed = 0.0, 0.0, 0.0, 0
         self.last = time.perf_counter()
         self.said = 0.0
+        self.tokens = 0
 
     def pause(self, seconds: float) -> None:
         """Time that was not training."""
@@ -196,7 +200,8 @@ class _Watch:
             decay = min(0.95, self.timed / (self.timed + 1))
             self.seconds = decay * self.seconds + (1 - decay) * seconds
             self.timed += 1
-        speed = plan.tokens_per_step / (self.seconds or seconds)
+        speed = (plan.tokens_per_step or tokens) / (self.seconds or seconds)
+        self.tokens = (step + 1) * plan.tokens_per_step if plan.tokens_per_step else self.tokens + int(tokens)
         left = (plan.num_iterations - step - 1) * (self.seconds or seconds)
         mfu = None if self.peak is None else speed * self.flops_per_token / self.peak
         lr = plan.lr_scale(step)
@@ -207,7 +212,7 @@ class _Watch:
             self.log.say(f"step {step + 1:05d}/{plan.num_iterations:05d} ({100 * (step + 1) / plan.num_iterations:.1f}%) | {text}")
         self.log.progress(step + 1, plan.num_iterations, text)
         self.log.record("train", step=step + 1, loss=loss, smooth_loss=self.smooth / self.weight, norm=norm, lr_scale=lr, seconds=seconds,
-                        tokens_per_second=speed, mfu=mfu, tokens=(step + 1) * plan.tokens_per_step, supervised=int(tokens))
+                        tokens_per_second=speed, mfu=mfu, tokens=self.tokens, supervised=int(tokens))
         return stop > 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from nanochat.checkpoint import load_model
 from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import data_dir, iter_documents
-from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
+from nanochat.distributed import Ranks, compute_dtype, joined_ranks
 from nanochat.engine import Engine
 from nanochat.logs import RunLog
 from nanochat.loss_eval import EvalRows, evaluate_bpb
@@ -47,10 +47,8 @@ def samples(model, tokenizer, prompts: list[str], max_tokens: int = 48) -> list[
     return texts
 
 
-def evaluate(model, tokenizer, config: Config, ranks: Ranks, log: RunLog) -> dict[str, float]:
-    """Print and record bpb of both splits and samples; returns the bpb by split. Collective."""
-    folder = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
-    model.compute_dtype = compute_dtype(ranks.device)
+def bits_per_byte(model, tokenizer, config: Config, folder: Path, ranks: Ranks, log: RunLog) -> dict[str, float]:
+    """Print and return the bpb of both splits. Collective."""
     token_bytes = tokenizer.token_bytes().to(ranks.device)
     bpb = {}
     for split in ("train", "val"):
@@ -58,31 +56,34 @@ def evaluate(model, tokenizer, config: Config, ranks: Ranks, log: RunLog) -> dic
                         folder=folder)
         bpb[split] = evaluate_bpb(model, rows, token_bytes, ranks)
         log.say(f"{split} bpb {bpb[split]:.4f}")
-    texts = samples(model, tokenizer, beginnings(tokenizer, folder)) if ranks.is_main else []
-    for text in texts:
-        log.say(f"  {text}")
-    log.record("loss", **{f"{split}_bpb": value for split, value in bpb.items()}, samples=texts)
     return bpb
 
 
-def run(config: Config, stage: str, then: Callable[..., object] | None = None) -> None:
-    """Load the model and evaluate it, logging as `stage`; then, on rank 0, call then(model, tokenizer, meta, log)."""
-    ranks = init_ranks(config.device_type)
-    try:
+def evaluate(model, tokenizer, config: Config, ranks: Ranks, log: RunLog, parts: Sequence[str] = ("bpb", "sample")) -> None:
+    """Print and record what `parts` names: bpb of both splits, continuations of validation documents. Collective."""
+    folder = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
+    bpb = bits_per_byte(model, tokenizer, config, folder, ranks, log) if "bpb" in parts else {}
+    texts = samples(model, tokenizer, beginnings(tokenizer, folder)) if "sample" in parts and ranks.is_main else []
+    for text in texts:
+        log.say(f"  {text}")
+    log.record("loss", **{f"{split}_bpb": value for split, value in bpb.items()}, samples=texts)
+
+
+def run(config: Config, stage: str, then: Callable[..., object]) -> None:
+    """Load the model, and call then(model, tokenizer, meta, ranks, log) on all ranks; the log is that of `stage`."""
+    with joined_ranks(config.device_type) as ranks:
         model, tokenizer, meta = load_model("base", ranks.device, model_tag=config.model_tag or None,
                                             step=None if config.model_step < 0 else config.model_step)
+        model.compute_dtype = compute_dtype(ranks.device)
         with RunLog(stage, Path(meta["folder"]).name, asdict(config), enabled=ranks.is_main) as log:
             log.say(meta["loaded"])
-            evaluate(model, tokenizer, config, ranks, log)
-            if then is not None and ranks.is_main:
-                then(model, tokenizer, meta, log)
-    finally:
-        close_ranks()
+            then(model, tokenizer, meta, ranks, log)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the flags say. Raises UserError for what the user can mend."""
-    run(parse(Config, argv, __doc__), "base_loss")
+    config = parse(Config, argv, __doc__)
+    run(config, "base_loss", lambda model, tokenizer, meta, ranks, log: evaluate(model, tokenizer, config, ranks, log))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ import torch
 
 from nanochat.checkpoint import Checkpoint, latest_step, load_checkpoint, save_checkpoint
 from nanochat.cli import flag, parse, run_main
+from nanochat.core_bundle import Bundle
+from nanochat.core_eval import bundle_of_ranks, check_bundle, evaluate_core
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.dataset import data_dir, shard_paths
-from nanochat.distributed import Ranks, barrier, broadcast_object, close_ranks, compute_dtype, gather_objects, init_ranks, peak_flops
+from nanochat.distributed import Ranks, barrier, broadcast_object, compute_dtype, gather_objects, joined_ranks, peak_flops
 from nanochat.files import UserError, base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logs import RunLog
@@ -61,8 +63,8 @@ class Config:
     final_lr_frac: float = flag(0.0, "rates at the end, as a part of the full ones")
     eval_every: int = flag(250, "steps from one validation to the next; -1 = at the end only")
     eval_tokens: int = flag(20 * 524288, "tokens to validate on")
-    core_metric_every: int = flag(-1, "steps from one CORE evaluation to the next; only -1 (never) for now: CORE is not built in yet")
-    core_metric_max_per_task: int = flag(500, "examples of each task in that evaluation")
+    core_metric_every: int = flag(-1, "steps from one CORE evaluation to the next, and one at the end; -1 = never")
+    core_metric_max_per_task: int = flag(500, "examples of each task in that evaluation; -1 = all")
     sample_every: int = flag(2000, "steps from one set of samples to the next; -1 = at the end only")
     save_every: int = flag(1000, "steps from one checkpoint to the next; -1 = at the end only")
     keep: int = flag(2, "periodical checkpoints to keep; the last one always stays")
@@ -77,11 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the flags say. Raises UserError for what the user can mend."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config = parse(Config, argv, __doc__)
-    ranks = init_ranks(config.device_type)
-    try:
+    with joined_ranks(config.device_type) as ranks:
         run(config, ranks)
-    finally:
-        close_ranks()
 
 
 def model_shape(config: Config, vocab_size: int) -> GPTConfig:
@@ -112,12 +111,14 @@ def horizon(config: Config, model: GPT) -> int:
 
 def run(config: Config, ranks: Ranks) -> None:
     """One run on these ranks."""
-    if config.core_metric_every > 0:
-        raise UserError("CORE is not built in yet: leave --core-metric-every at -1")
     if config.compile not in ("auto", "yes", "no"):
         raise UserError(f"--compile is yes, no or auto, not {config.compile!r}")
     tokenizer = get_tokenizer()
     shape = model_shape(config, tokenizer.get_vocab_size())
+    bundle = None
+    if config.core_metric_every > 0:  # asked for by name: what is wrong with it is told now, not after some thousand steps
+        bundle = bundle_of_ranks(None, ranks)
+        check_bundle(bundle, config.core_metric_max_per_task, ranks)
     micro_batches = share_of_micro_batches(config.total_batch_size, config.device_batch_size, config.max_seq_len, ranks)
     folder = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
     shard_paths("train", folder)  # no text is said before a model is made
@@ -151,12 +152,12 @@ def run(config: Config, ranks: Ranks) -> None:
     plan = Plan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None, warmup_ratio=config.warmup_ratio,
                 warmdown_ratio=config.warmdown_ratio, final_lr_frac=config.final_lr_frac)
     with RunLog("base", tag, asdict(config), wandb_run=config.run, enabled=ranks.is_main) as log:
-        job = _Job(config, ranks, model, tokenizer, optimizer, loader, log, folder, checkpoints, num_iterations)
+        job = _Job(config, ranks, model, tokenizer, optimizer, loader, log, folder, checkpoints, num_iterations, bundle)
         job.introduce(start, plan, dtype)
         try:
-            train(model, optimizer, lambda: next(loader), plan, ranks, log, flops_per_token=model.flops_per_token(),
-                  peak=peak_flops(ranks.device, dtype), start=start, before_step=lambda step, last: job.before_step(step, last, start),
-                  save=job.save)
+            train(model, optimizer, lambda step: (next(loader) for _ in range(micro_batches)), plan, ranks, log,
+                  flops_per_token=model.flops_per_token(), peak=peak_flops(ranks.device, dtype), start=start,
+                  before_step=lambda step, last: job.before_step(step, last, start), save=job.save)
         finally:
             loader.close()
         job.finish()
@@ -165,12 +166,13 @@ def run(config: Config, ranks: Ranks) -> None:
 class _Job:
     """What a run does between its steps: evaluate, sample, save."""
 
-    def __init__(self, config, ranks, model, tokenizer, optimizer, loader, log, folder, checkpoints, num_iterations):
+    def __init__(self, config, ranks, model, tokenizer, optimizer, loader, log, folder, checkpoints, num_iterations, bundle):
         self.config, self.ranks, self.model, self.tokenizer, self.optimizer = config, ranks, model, tokenizer, optimizer
         self.loader, self.log, self.folder, self.checkpoints, self.num_iterations = loader, log, folder, checkpoints, num_iterations
         self.token_bytes = get_token_bytes(ranks.device)
         self.val_rows: EvalRows | None = None
         self.val_bpb: float | None = None
+        self.bundle: Bundle | None = bundle
         self.prompts = beginnings(tokenizer, folder) if ranks.is_main else []
         self.began = time.time()
 
@@ -199,6 +201,8 @@ class _Job:
             due = config.eval_every > 0 and step % config.eval_every == 0
         if due:
             self.evaluate(step)
+        if self.bundle is not None and (last or step > start and step % config.core_metric_every == 0):
+            self.core(step)
         if last or config.sample_every > 0 and step > start and step % config.sample_every == 0:
             self.sample(step)
         if last:
@@ -213,6 +217,11 @@ class _Job:
         self.val_bpb = evaluate_bpb(self.model, self.val_rows, self.token_bytes, self.ranks)
         self.log.say(f"step {step:05d} | validation bpb {self.val_bpb:.4f}")
         self.log.record("val", step=step, bpb=self.val_bpb)
+
+    def core(self, step: int) -> None:
+        result = evaluate_core(self.model, self.tokenizer, self.bundle, self.config.core_metric_max_per_task, ranks=self.ranks)
+        self.log.say(f"step {step:05d} | CORE {result.core:.4f} in {clock(result.seconds)}")
+        self.log.record("core", step=step, **result.record())
 
     def sample(self, step: int) -> None:
         if not self.ranks.is_main:

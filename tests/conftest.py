@@ -1,11 +1,16 @@
 """Markers, and the shared data that some tests use where it is present."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    os.environ["NANOCHAT_DTYPE"] = "float32"  # its tolerances hold on every CPU; for processes that tests start, too
 
 
 def pytest_addoption(parser):
@@ -39,3 +44,6 @@ def shared() -> Path:
 def own_base_dir(tmp_path, monkeypatch):
     """No test touches the user's own files."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    yield
+    if "torch" in sys.modules:  # training rounds denormal numbers to zero, in this process too
+        sys.modules["torch"].set_flush_denormal(False)

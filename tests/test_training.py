@@ -114,16 +114,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
     model = small_model()
     calls = []
 
-    def batch():
+    def batches(step):
         ids = torch.randint(97, (2, 8))
         calls.append(1)
         if len(calls) == 4:
             with torch.no_grad():
                 model.lm_head.weight[5] = float("nan")
-        return ids, ids
+        return [(ids, ids)]
 
     with RunLog("base", "t", {}) as log, pytest.raises(UserError, match="step 3: the loss is nan"):
-        train(model, MuonAdamW(parameter_groups(model), ALONE), batch, Plan(9, 1, 16), ALONE, log, flops_per_token=1, peak=None,
+        train(model, MuonAdamW(parameter_groups(model), ALONE), batches, Plan(9, 1, 16), ALONE, log, flops_per_token=1, peak=None,
               save=lambda step: pytest.fail("a broken model was saved"))
     assert [row["step"] for row in read_log(log.path) if row["kind"] == "diverged"] == [3]
 

@@ -1,0 +1,75 @@
+"""How fast written answers are graded: many prompts decoded together, beside one prompt at a time.
+
+    python -m bench.chat --depth=4 --problems=32 --max-tokens=64
+
+Both ways grade the same small-world problems with the same model of random weights, greedily, and must write the same answers; how many
+agree is printed (NANOCHAT_DTYPE=float32 leaves no room for near ties). The tokenizer is made of the small world's text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+from bench.measure import circumstances, command_line, in_a_line, interleaved, lively, table, typical, write_json
+from nanochat.chat_eval import evaluate_task
+from nanochat.cli import flag, parse, run_main
+from nanochat.distributed import close_ranks, compute_dtype, init_ranks
+from nanochat.files import UserError
+from nanochat.gpt import GPTConfig
+from nanochat.small_world import documents
+from nanochat.tokenizer import RustBPETokenizer
+from tasks.base import Task
+from tasks.small_world import WorldQuestions, WorldSums
+from tasks.spelling import SpellingBee
+
+
+@dataclass
+class Config:
+    """Flags of bench.chat."""
+
+    depth: int = flag(4, "layers; sets width too")
+    vocab_size: int = flag(1024, "tokens the model knows")
+    problems: int = flag(32, "problems of each task, and rows decoded together")
+    max_tokens: int = flag(64, "tokens of an answer at most")
+    rounds: int = flag(3, "times that each way is timed; the median counts")
+    device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+    json: str = flag("", "file to write all numbers to")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare as the flags say. Raises UserError for what the user can mend, and where the answers differ."""
+    config = parse(Config, argv, __doc__)
+    if min(config.problems, config.max_tokens, config.rounds) < 1:
+        raise UserError("--problems, --max-tokens and --rounds must be at least 1")
+    tokenizer = RustBPETokenizer.train_from_iterator(islice(documents(), 2000), config.vocab_size)
+    shape = GPTConfig.from_depth(config.depth, vocab_size=tokenizer.get_vocab_size(), sequence_len=1024)
+    ranks = init_ranks(config.device)
+    tasks: list[Task] = [WorldQuestions("test"), WorldSums("test"), SpellingBee("test", source="invented")]
+    try:
+        about = circumstances(command_line("bench.chat", argv))
+        model = lively(shape, ranks.device).eval()
+        model.compute_dtype = compute_dtype(ranks.device)
+        rows = []
+        for task in tasks:
+            def graded(batch_size: int, task: Task = task):
+                return evaluate_task(model, tokenizer, task, ranks, max_problems=config.problems, max_tokens=config.max_tokens,
+                                     batch_size=batch_size)
+
+            together, alone = graded(config.problems).rows, graded(1).rows
+            seconds = interleaved({"together": lambda: graded(config.problems), "alone": lambda: graded(1)}, ranks.device, config.rounds,
+                                  warmup=0)
+            rows.append({"task": task.name, "problems": len(together), "seconds": typical(seconds["together"]),
+                         "alone_seconds": typical(seconds["alone"]), "same": sum(a == b for a, b in zip(together, alone))})
+    finally:
+        close_ranks()
+    lines = [[row["task"], row["problems"], f"{row['seconds']:.2f}", f"{row['alone_seconds']:.2f}",
+              f"{row['alone_seconds'] / row['seconds']:.1f}×", f"{row['same']} of {row['problems']}"] for row in rows]
+    print(f"{in_a_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {shape.vocab_size:,}, {model.dtype}, on {ranks.device}, "
+          f"answers of at most {config.max_tokens} tokens\n\n"
+          + table(["task", "problems", "s together", "s one at a time", "ratio", "same answers"], lines), flush=True)
+    if config.json:
+        write_json(config.json, {"about": about, "config": asdict(config), "rows": rows})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,149 @@
+"""Conversations to batches: packed rows for mid-training, masked rows for fine-tuning, both in an order and at a position that is exact.
+
+    loader = PackedLoader(ChatTokens(tokenizer), "train", B, T, ranks=ranks, documents=Conversations(task), cut=False)
+    steps = SupervisedSteps(tokenizer, task, examples_per_step=32, device_batch_size=4, max_tokens=2048, ranks=ranks)
+    for inputs, targets in steps(step): ...       # this rank's micro-batches of an optimizer step; targets −1 where nothing is learnt
+
+A task is anything with `len` and `[i]` → conversation (tasks/base.py). Each epoch has its own order, which depends on the seed alone.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanochat.distributed import Ranks
+from nanochat.files import UserError, to_json
+
+PIECE = 64       # conversations that `Conversations.walk` hands out at a time
+SAMPLE = 1000    # conversations that stand for all where counting all takes too long
+
+
+class Conversations:
+    """A task as the endless stream of documents that PackedLoader reads: number n is conversation n mod count of epoch n div count."""
+
+    def __init__(self, task: Any, seed: int = 0):
+        self.task, self.seed, self.count = task, seed, len(task)
+        if self.count == 0:
+            raise UserError(f"there is no conversation to train on in {getattr(task, 'name', task)}.")
+        self.paths = [Path("conversations") / "all"]  # named in PackedLoader's messages
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, number: int) -> dict:
+        epoch, place = divmod(number, self.count)
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        return self.task[int(self._orders[epoch][place])]
+
+    def fingerprint(self, shards: int | None = None) -> str:
+        """Hex digest of the number of conversations, the seed, and some of the conversations."""
+        some = [self.task[i] for i in range(0, self.count, max(1, self.count // 16))]
+        return hashlib.sha256(to_json([self.count, self.seed, some]).encode()).hexdigest()[:16]
+
+    def walk(self, start: int = 0, step: int = 1, stop: int | None = None) -> Iterator[tuple[list[int], list[dict]]]:
+        """Yield (numbers, conversations) of start, start + step, ... below `stop` (endless where None), in small pieces."""
+        while stop is None or start < stop:
+            end = start + PIECE * step
+            numbers = list(range(start, end if stop is None else min(end, stop), step))
+            yield numbers, [self[number] for number in numbers]
+            start = end
+
+    def pick(self, numbers: Sequence[int]) -> dict[int, dict]:
+        """Return some conversations by number."""
+        return {number: self[number] for number in set(numbers)}
+
+
+class ChatTokens:
+    """What PackedLoader asks of a tokenizer, for conversations: every token counts as text, the user's too."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def get_bos_token_id(self) -> int:
+        return self.tokenizer.get_bos_token_id()
+
+    def fingerprint(self) -> str:
+        return self.tokenizer.fingerprint()
+
+    def encode_flat(self, conversations: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all conversations, without bos, in one array, and where each begins and ends, (N+1,)."""
+        rows = [self.tokenizer.render_conversation(conversation, max_tokens=1 << 30)[0][1:] for conversation in conversations]
+        return np.concatenate([np.array(row, dtype=np.uint32) for row in rows]), np.cumsum([0, *map(len, rows)])
+
+
+def count_tokens(task: Any, tokenizer: Any, most: int = 20_000) -> int:
+    """Return how many tokens the conversations have, bos included; of more than `most` conversations, an estimate from SAMPLE of them."""
+    count = len(task)
+    which = range(count) if count <= most else np.random.default_rng(0).choice(count, SAMPLE, replace=False).tolist()
+    sizes = [len(tokenizer.render_conversation(task[i], max_tokens=1 << 30)[0]) for i in which]
+    return round(sum(sizes) * count / len(sizes))
+
+
+class SupervisedSteps:
+    """The micro-batches of every optimizer step of supervised fine-tuning, made one step ahead in a thread.
+
+    A step is the next `examples_per_step` conversations, dealt out to the ranks by length, so that all have about as much to do; a
+    micro-batch is at most `device_batch_size` of a rank's own, padded to the longest. Conversations are cut at max_tokens; one with nothing
+    to learn before the cut gives its place to the next one. The step's number is the whole state: any number of ranks can go on from it.
+    Raises UserError where none of the conversations fits.
+    """
+
+    def __init__(self, tokenizer: Any, task: Any, *, examples_per_step: int, device_batch_size: int, max_tokens: int, ranks: Ranks,
+                 seed: int = 0):
+        if examples_per_step < ranks.world_size or device_batch_size < 1:
+            raise UserError(f"a step of {examples_per_step} conversations in micro-batches of {device_batch_size} leaves nothing to some "
+                            f"of the {ranks.world_size} ranks: set --target-examples-per-step to {ranks.world_size} or more.")
+        self.tokenizer, self.conversations, self.ranks = tokenizer, Conversations(task, seed), ranks
+        self.examples_per_step, self.device_batch_size, self.max_tokens = examples_per_step, device_batch_size, max_tokens
+        self.replaced = 0  # conversations that had nothing to learn before the cut
+        self._thread = ThreadPoolExecutor(1, "conversations")
+        self._ahead: tuple[int, Future] | None = None
+
+    def __len__(self) -> int:
+        """Optimizer steps of one epoch, the last one filled up from the next."""
+        return -(-self.conversations.count // self.examples_per_step)
+
+    def __call__(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's (inputs, targets), both (B, T) int64 on the device, of optimizer step `step`, counted from 0."""
+        made = self._ahead[1] if self._ahead is not None and self._ahead[0] == step else self._thread.submit(self._make, step)
+        rows = made.result()
+        self._ahead = (step + 1, self._thread.submit(self._make, step + 1))
+        for i in range(0, len(rows), self.device_batch_size):
+            yield batch_of(rows[i:i + self.device_batch_size], self.tokenizer.get_bos_token_id(), self.ranks.device)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _make(self, step: int) -> list[tuple[list[int], list[int]]]:
+        rows = [self._usable(number) for number in range(step * self.examples_per_step, (step + 1) * self.examples_per_step)]
+        rows.sort(key=lambda row: len(row[0]))
+        return rows[self.ranks.rank::self.ranks.world_size]
+
+    def _usable(self, number: int) -> tuple[list[int], list[int]]:
+        for other in range(number, number + self.conversations.count):
+            ids, mask = self.tokenizer.render_conversation(self.conversations[other], max_tokens=self.max_tokens + 1)
+            if any(mask[1:]):
+                return ids, mask
+            self.replaced += 1
+        raise UserError(f"no conversation has an answer that begins within {self.max_tokens} tokens, so there is nothing to learn: "
+                        "raise --max-seq-len, or look at the conversations.")
+
+
+def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets (B, T) of rows of (ids, mask): T the longest less one; targets −1 where mask is 0 and behind the end."""
+    T = max(len(ids) for ids, _ in rows) - 1
+    inputs, targets = torch.full((len(rows), T), pad, dtype=torch.long), torch.full((len(rows), T), -1, dtype=torch.long)
+    for i, (ids, mask) in enumerate(rows):
+        row, learnt = torch.tensor(ids), torch.tensor(mask)
+        inputs[i, :len(ids) - 1] = row[:-1]
+        targets[i, :len(ids) - 1] = torch.where(learnt[1:] == 1, row[1:], -1)
+    if torch.device(device).type == "cuda":
+        inputs, targets = inputs.pin_memory(), targets.pin_memory()
+    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)

@@ -1,0 +1,207 @@
+"""Chat with a model in the terminal.
+
+    python -m scripts.chat_cli                                     # a conversation; /help tells what else there is
+    python -m scripts.chat_cli -i mid -p "Why is the sky blue?"    # one answer, to stdout
+
+Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice, leaves. What the calculator was asked and said shows as [2+2 = 4].
+"""
+
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+
+from nanochat.checkpoint import load_model
+from nanochat.cli import flag, parse, run_main
+from nanochat.distributed import compute_dtype, init_ranks
+from nanochat.engine import Engine
+from nanochat.files import UserError
+from nanochat.shown import Shown
+
+HELP = """/clear          forget the conversation
+/temperature X  0 takes the likeliest token each time, higher is more varied
+/topk N         draw from the N likeliest tokens; 0 = all
+/help           this
+/quit           leave; so do Ctrl-D, and Ctrl-C twice
+Ctrl-C stops an answer."""
+
+
+@dataclass
+class Config:
+    """Flags of chat_cli."""
+
+    source: str = flag("sft", "which model: sft, mid, rl, base, or a folder", short="i")
+    model_tag: str = flag("", "which of its models; unset takes the only or the deepest one", short="g")
+    step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
+    prompt: str = flag("", "one question to answer; unset starts a conversation", short="p")
+    temperature: float = flag(0.6, "0 takes the likeliest token each time; higher is more varied", short="t")
+    top_k: int = flag(50, "draw from this many of the likeliest tokens; 0 = all", short="k")
+    top_p: float = flag(1.0, "draw from the likeliest tokens that together have this much of the probability")
+    repetition_penalty: float = flag(1.0, "above 1 makes tokens seen before less likely")
+    max_tokens: int = flag(512, "tokens of an answer at most")
+    seed: int = flag(-1, "of the draws; -1 draws anew each time")
+    device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+
+
+def fit(turns: list[list[int]], question: list[int], room: int) -> int:
+    """How many of the oldest turns must go so that the others, with <|bos|> and the question, take at most `room` tokens.
+
+    Raises UserError where the question alone is too long.
+    """
+    left = room - 1 - len(question)
+    if left < 0:
+        raise UserError(f"that is {len(question):,} tokens, and the model can take in {max(room - 1, 0):,} and answer: say it shorter")
+    keep = 0
+    for turn in reversed(turns):
+        left -= len(turn)
+        if left < 0:
+            break
+        keep += 1
+    return len(turns) - keep
+
+
+def whole(answer: list[int], tokenizer) -> list[int]:
+    """An answer without a tool call, or a result, that was cut short: the model should not go on from half of one."""
+    for name in ("output", "python"):
+        start, end = (tokenizer.encode_special(f"<|{name}_{place}|>") for place in ("start", "end"))
+        places = [i for i, token in enumerate(answer) if token == start]
+        if places and end not in answer[places[-1]:]:
+            answer = answer[:places[-1]]
+    return answer
+
+
+@dataclass
+class Chat:
+    """A conversation with a model. turns: of what was said, one entry for a question and its answer, as tokens."""
+
+    engine: Engine
+    config: Config
+    turns: list[list[int]] = field(default_factory=list)
+
+    def ask(self, text: str) -> Generator[str, None, None]:
+        """Yield the answer, piece by piece, and remarks in brackets on lines of their own. What was said until here is remembered,
+        also where the caller stops listening. Raises UserError for a question that is too long."""
+        tokenizer, config, context = self.engine.tokenizer, self.config, self.engine.model.config.sequence_len
+        special = tokenizer.encode_special
+        question = [special("<|user_start|>"), *tokenizer.encode(text), special("<|user_end|>"), special("<|assistant_start|>")]
+        gone = fit(self.turns, question, context - min(config.max_tokens, context // 4))
+        if gone:
+            del self.turns[:gone]
+            yield (f"[the conversation no longer fits the model's {context:,} tokens: its oldest {gone} "
+                   f"turn{'s are' if gone > 1 else ' is'} forgotten]\n")
+        prompt = [tokenizer.get_bos_token_id(), *(token for turn in self.turns for token in turn), *question]
+        room = min(config.max_tokens, context - len(prompt))
+        answer: list[int] = []
+        shown, ended = Shown(tokenizer), False
+        try:
+            for (token,), _ in self.engine.generate(
+                    prompt, max_tokens=room, temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p,
+                    repetition_penalty=config.repetition_penalty, seed=None if config.seed < 0 else config.seed):
+                if token in self.engine.stops:
+                    ended = True
+                    break
+                answer.append(token)
+                if piece := shown.feed(token):
+                    yield piece
+            if piece := shown.finish():
+                yield piece
+        finally:  # a stopped answer counts as said
+            self.turns.append([*question, *whole(answer, tokenizer), special("<|assistant_end|>")])
+        if not ended:
+            why = "--max-tokens sets how many" if room == config.max_tokens else f"the model's {context:,} are full; /clear begins anew"
+            yield f"\n[the answer ends after {room:,} tokens: {why}]"
+
+
+def show(pieces: Generator[str, None, None]) -> None:
+    """Write pieces to stdout as they come, and end the line."""
+    try:
+        with closing(pieces):
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    finally:
+        print(flush=True)
+
+
+def command(line: str, chat: Chat) -> str | None:
+    """Do what a line that begins with / says; returns what to print, None to leave."""
+    name, _, value = line.partition(" ")
+    config, value = chat.config, value.strip()
+    if name in ("/quit", "/exit"):
+        return None
+    if name == "/clear":
+        chat.turns.clear()
+        return "[a new conversation]"
+    try:
+        if name == "/temperature":
+            if not 0 <= (number := float(value)) < float("inf"):
+                raise ValueError
+            config.temperature = number
+            return f"[temperature {config.temperature:g}]"
+        if name == "/topk":
+            if (count := int(value)) < 0:
+                raise ValueError
+            config.top_k = count
+            return f"[top_k {count}]"
+    except ValueError:
+        now = config.temperature if name == "/temperature" else config.top_k
+        return f"[{name} takes a number from 0 on, not {value!r}; it is {now:g} now]"
+    return HELP if name == "/help" else f"[there is no {name}]\n{HELP}"
+
+
+def converse(chat: Chat) -> None:
+    """Read lines and answer them until the user leaves."""
+    pressed = False  # was Ctrl-C the last thing that came?
+    while True:
+        try:
+            line = input("\nYou: ").strip()
+            pressed = False
+            if not line:
+                continue
+            if line.startswith("/"):
+                said = command(line, chat)
+                if said is None:
+                    return
+                print(said)
+                continue
+            sys.stdout.write("Model: ")
+            show(chat.ask(line))
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            if pressed:
+                print()
+                return
+            pressed = True
+            print("[stopped; Ctrl-C again leaves]", flush=True)
+        except UserError as error:
+            print(f"[{error}]")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answer once, or until the user leaves. Raises UserError for what the user can mend."""
+    config = parse(Config, argv, __doc__)
+    if config.max_tokens < 1:
+        raise UserError(f"--max-tokens must be at least 1, not {config.max_tokens}")
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        with suppress(AttributeError, ValueError):  # not a file: a test, a notebook
+            stream.reconfigure(errors=errors)
+    device = init_ranks(config.device_type).device
+    model, tokenizer, meta = load_model(config.source, device, model_tag=config.model_tag or None,
+                                        step=None if config.step < 0 else config.step)
+    model.compute_dtype = compute_dtype(device)
+    chat = Chat(Engine(model, tokenizer), config)
+    if config.prompt:
+        show(chat.ask(config.prompt))
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401 - arrows and history for input()
+    print(f"{meta['loaded']}\n/help for help, Ctrl-C stops an answer, Ctrl-D leaves")
+    if config.source == "base":
+        print("[a base model goes on with text; it has not learnt to chat]")
+    converse(chat)
+
+
+if __name__ == "__main__":
+    run_main(main)

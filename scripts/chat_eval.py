@@ -1,0 +1,114 @@
+"""Grade a chat model: multiple choice, problems with the calculator, code, spelling; ChatCORE over all of them.
+
+    python -m scripts.chat_eval -i sft
+    python -m scripts.chat_eval -i mid -a 'ARC-Easy|GSM8K' -x 100
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft
+
+Files under $NANOCHAT_BASE_DIR: chat_eval/<source>_<tag>_<step>/<task>.jsonl, one line a problem, so that one can see why; and the log,
+logs/chat_eval_<source>_<tag>.jsonl.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from nanochat.chat_eval import chatcore, evaluate_task
+from nanochat.checkpoint import load_model
+from nanochat.cli import flag, parse, run_main
+from nanochat.distributed import compute_dtype, joined_ranks
+from nanochat.files import UserError, atomic_write, base_dir, to_json
+from nanochat.logs import RunLog
+from nanochat.training import clock
+from tasks import recipes
+
+QUIET = 5.0  # seconds between lines of progress
+
+
+@dataclass
+class Config:
+    """Flags of chat_eval."""
+
+    source: Literal["mid", "sft", "rl"] = flag("sft", "stage of the model", short="i")
+    task_name: str = flag("", "tasks to grade, with | between; unset takes all", short="a")
+    temperature: float = flag(0.0, "of what is written; 0 takes the likeliest", short="t")
+    max_new_tokens: int = flag(512, "tokens of an answer at most", short="m")
+    num_samples: int = flag(1, "answers to a problem; it is right if one of them is", short="n")
+    top_k: int = flag(50, "draw from this many likeliest tokens; 0 = all", short="k")
+    batch_size: int = flag(64, "answers written together", short="b")
+    model_tag: str = flag("", "which model; unset takes the only or the deepest one", short="g")
+    step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
+    max_problems: int = flag(-1, "problems of each task; -1 = all", short="x")
+    data: Literal["auto", "hub", "small-world"] = flag("auto", "whose tasks: the published ones, or those of the built-in small world; "
+                                                       "auto is what goes with the model")
+    seed: int = flag(42, "of what is drawn, where the temperature is above 0")
+    device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Grade as the flags say. Raises UserError for what the user can mend."""
+    config = parse(Config, argv, __doc__)
+    with joined_ranks(config.device_type) as ranks:
+        run(config, ranks)
+
+
+def chosen(names: str, data: str, seed: int) -> dict:
+    """Return the tasks of a list of names, all where it is empty. Raises UserError for one that does not exist."""
+    known = recipes.graded(data, seed)
+    other = recipes.graded("hub" if data == "small-world" else "small-world", seed)
+    if not names:
+        return known
+    found = {}
+    for name in (part.strip() for part in names.split("|")):
+        match = next((one for one in (*known, *other) if one.lower() == name.lower()), None)
+        if match is None:
+            raise UserError(f"there is no task {name!r}; there is {', '.join(dict.fromkeys([*known, *other]))}")
+        found[match] = known.get(match) or other[match]
+    return found
+
+
+def run(config: Config, ranks) -> None:
+    """Grade one model on these ranks."""
+    model, tokenizer, meta = load_model(config.source, ranks.device, model_tag=config.model_tag or None,
+                                        step=None if config.step < 0 else config.step)
+    about = meta.get("data") or {}
+    data = config.data if config.data != "auto" else "small-world" if about.get("source") == "small-world" else "hub"
+    tasks = chosen(config.task_name, data, about.get("seed", 0))
+    dtype = compute_dtype(ranks.device)
+    model.compute_dtype = dtype
+    if ranks.device.type == "cuda":
+        model.to(dtype)  # nothing is trained here: weights are read in the dtype they are used in
+    tag = Path(meta["folder"]).name
+    with RunLog(f"chat_eval_{config.source}", tag, asdict(config), enabled=ranks.is_main) as log:
+        log.say(meta["loaded"])
+        accuracy, chance = {}, {}
+        for name, make in tasks.items():
+            said = time.time()
+
+            def progress(done: int, count: int, correct: int, name: str = name) -> None:
+                nonlocal said
+                log.progress(done, count, f"{name} {correct / done:.1%}")
+                if time.time() - said > QUIET and done < count:
+                    said = time.time()
+                    log.say(f"  {name:16s} {done}/{count}, {correct / done:.1%} so far")
+
+            result = evaluate_task(model, tokenizer, make(), ranks, batch_size=config.batch_size, max_problems=config.max_problems,
+                                   num_samples=config.num_samples, max_tokens=config.max_new_tokens, temperature=config.temperature,
+                                   top_k=config.top_k, seed=config.seed, progress=progress)
+            accuracy[name], chance[name] = result.accuracy, result.chance
+            log.say(f"{name:18s} {result.accuracy:6.1%}  ({result.correct} of {result.count}, chance {result.chance:.1%}, "
+                    f"{clock(result.seconds)})")
+            log.record("task", name=name, accuracy=result.accuracy, correct=result.correct, count=result.count, chance=result.chance,
+                       seconds=result.seconds)
+            if ranks.is_main:
+                with atomic_write(base_dir() / "chat_eval" / f"{config.source}_{tag}_{meta['step']:06d}" / f"{name}.jsonl", "w") as file:
+                    file.writelines(to_json(row) + "\n" for row in result.rows)
+        if len(tasks) == len(recipes.graded(data)) and not config.task_name:
+            core = chatcore(accuracy, chance)
+            log.say(f"{'ChatCORE' if data == 'hub' else 'mean above chance':18s} {core:6.4f}")
+            log.record("chatcore", chatcore=core, tasks=accuracy, data=data)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.chat_data import ChatTokens, Conversations, SupervisedSteps, batch_of, count_tokens
+from nanochat.dataloader import PackedLoader, reshard
+from nanochat.distributed import Ranks
+from nanochat.files import UserError
+from nanochat.tokenizer import RustBPETokenizer
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return RustBPETokenizer.train_from_iterator(["some words to make a few tokens of: one two three four five six"] * 3, 290)
+
+
+class Chats(list):
+    name = "Chats"
+
+
+def chats(sizes, seed=0):
+    """One question and answer a size; the words tell which."""
+    words = "one two three four five six".split()
+    rng = np.random.default_rng(seed)
+
+    def text(n):
+        return " ".join(words[int(k)] for k in rng.integers(0, 6, n))
+
+    return Chats({"messages": [{"role": "user", "content": f"{i} {text(asked)}"}, {"role": "assistant", "content": f"{text(told)} {i}"}]}
+                 for i, (asked, told) in enumerate(sizes))
+
+
+def conversations_in(inputs, targets, bos):
+    """The documents of packed rows, as lists of ids without bos."""
+    found = []
+    for row, wanted in zip(inputs.tolist(), targets.tolist()):
+        tokens = [*row, wanted[-1]]
+        real = [row[0], *wanted]  # what is −1 is padding
+        assert all(a == b for a, b in zip(tokens, real) if b != -1 and a != bos)
+        part = []
+        for token in real:
+            if token in (bos, -1):
+                if part:
+                    found.append(part)
+                part = []
+            else:
+                part.append(token)
+        if part:
+            found.append(part)
+    return found
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=30), st.integers(1, 3), st.integers(0, 5))
+def test_packed_rows_hold_every_conversation_whole_once_an_epoch(tokenizer, sizes, B, seed):
+    task, bos = chats(sizes, seed), tokenizer.get_bos_token_id()
+    loader = PackedLoader(ChatTokens(tokenizer), "train", B, 60, ranks=ALONE, documents=Conversations(task, seed), cut=False, loop=False)
+    with loader:
+        found = [part for inputs, targets in loader for part in conversations_in(inputs, targets, bos)]
+    wanted = [tokenizer.render_conversation(chat)[0][1:] for chat in task]
+    assert sorted(found) == sorted(wanted)
+
+
+def test_padding_is_never_a_target_and_a_long_conversation_goes_on_in_the_next_row(tokenizer):
+    task, bos = chats([(2, 3), (40, 60), (1, 1)]), tokenizer.get_bos_token_id()
+    with PackedLoader(ChatTokens(tokenizer), "val", 1, 50, ranks=ALONE, documents=Conversations(task), cut=False, loop=False) as loader:
+        rows = list(loader)
+    assert any((targets == -1).any() for _, targets in rows)
+    assert all(((inputs != bos) | (inputs == bos)).all() and (inputs >= 0).all() for inputs, _ in rows)
+    found = [part for inputs, targets in rows for part in conversations_in(inputs, targets, bos)]
+    long = tokenizer.render_conversation(task[1], max_tokens=10_000)[0][1:]
+    pieces = [part for part in found if len(part) > 20 or part[0] not in (long[0],)]
+    assert sum(map(len, found)) == sum(len(tokenizer.render_conversation(chat, max_tokens=10_000)[0]) - 1 for chat in task)
+    assert pieces and any(long[:len(part)] == part for part in pieces)
+
+
+def test_packed_rows_go_on_bit_for_bit_and_lose_nothing_on_another_number_of_ranks(tokenizer):
+    task, tokens = chats([(i % 5, i % 7) for i in range(100)]), ChatTokens(tokenizer)
+
+    def loader(ranks=ALONE, state=None):
+        return PackedLoader(tokens, "train", 2, 40, ranks=ranks, documents=Conversations(task, 1), cut=False, state=state)
+
+    with loader() as whole:
+        batches = [next(whole) for _ in range(30)]  # beyond one epoch
+    with loader() as first:
+        for _ in range(11):
+            next(first)
+        state = first.state_dict()
+    with loader(state=state) as second:
+        for wanted in batches[11:]:
+            got = next(second)
+            assert torch.equal(got.inputs, wanted.inputs) and torch.equal(got.targets, wanted.targets)
+    for part in reshard([state], 2):
+        with loader(Ranks(part["rank"], 0, 2, torch.device("cpu")), part) as other:
+            next(other)
+
+
+def test_epochs_have_orders_of_their_own():
+    task = Chats(range(50))
+    stream = Conversations(task, 3)
+    epochs = [[stream[n] for n in range(e * 50, e * 50 + 50)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != [Conversations(task, 4)[n] for n in range(50)]
+    assert [stream[n] for n in range(50)] == epochs[0]
+
+
+def test_supervised_targets_are_the_assistants_tokens_alone(tokenizer):
+    chat = chats([(3, 4)])[0]
+    ids, mask = tokenizer.render_conversation(chat)
+    inputs, targets = batch_of([(ids, mask), (ids[:9], [0] * 8 + [1])], 7, "cpu")
+    assert inputs[0].tolist() == ids[:-1] and inputs[1, 8:].eq(7).all()
+    for position, (token, learnt) in enumerate(zip(ids[1:], mask[1:])):
+        assert targets[0, position] == (token if learnt else -1)
+    assert targets[1].tolist() == [-1] * 7 + [ids[8]] + [-1] * (len(ids) - 9)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 3), st.integers(3, 7), st.integers(1, 4))
+def test_a_step_is_the_same_conversations_on_any_number_of_ranks(tokenizer, world, examples, device_batch):
+    task = chats([(i % 5, i % 6) for i in range(23)])
+
+    def rows(ranks, step):
+        steps = SupervisedSteps(tokenizer, task, examples_per_step=examples, device_batch_size=device_batch, max_tokens=64, ranks=ranks)
+        try:
+            return sorted(tuple(row[row != -1].tolist()) for _, targets in steps(step) for row in targets)
+        finally:
+            steps.close()
+
+    for step in (0, 5):
+        together = [row for rank in range(world) for row in rows(Ranks(rank, 0, world, torch.device("cpu")), step)]
+        assert sorted(together) == rows(ALONE, step) and len(together) == examples
+
+
+def test_conversations_without_an_answer_before_the_cut_give_their_place_away(tokenizer):
+    task = chats([(60, 2) if i % 3 else (1, 2) for i in range(12)])  # two of three ask for longer than the row
+    steps = SupervisedSteps(tokenizer, task, examples_per_step=6, device_batch_size=2, max_tokens=40, ranks=ALONE)
+    for step in range(4):
+        for inputs, targets in steps(step):
+            assert inputs.shape[1] <= 40 and (targets != -1).any(dim=1).all()
+    steps.close()
+    assert steps.replaced > 0
+    hopeless = SupervisedSteps(tokenizer, chats([(60, 2)] * 5), examples_per_step=2, device_batch_size=2, max_tokens=40, ranks=ALONE)
+    with pytest.raises(UserError, match="nothing to learn.*--max-seq-len"):
+        list(hopeless(0))
+    hopeless.close()
+    with pytest.raises(UserError, match="leaves nothing to some of the 3 ranks.*--target"):
+        SupervisedSteps(tokenizer, task, examples_per_step=2, device_batch_size=2, max_tokens=40, ranks=Ranks(0, 0, 3, torch.device("cpu")))
+    with pytest.raises(UserError, match="no conversation to train on"):
+        Conversations(Chats())
+
+
+def test_tokens_are_counted_exactly_or_estimated_closely(tokenizer):
+    task = chats([(i % 9, i % 4) for i in range(3000)])
+    exact = sum(len(tokenizer.render_conversation(chat)[0]) for chat in task)
+    assert count_tokens(task, tokenizer) == exact
+    assert abs(count_tokens(task, tokenizer, most=2000) / exact - 1) < 0.03

@@ -1,0 +1,184 @@
+"""mid_train, chat_sft, chat_rl and chat_eval from end to end on a tiny model: they go on bit for bit, and say what is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanochat.distributed import Ranks
+from nanochat.files import UserError
+from nanochat.logs import read_log
+from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train
+from tasks import recipes
+from tests.conftest import ROOT
+from tests.test_distributed import start_ranks
+from tests.test_training import TINY, assert_same, tiny, tiny_base  # noqa: F401 (fixtures)
+
+MID = ["--device-type=cpu", "--max-seq-len=128", "--device-batch-size=2", "--total-batch-size=512", "--num-iterations=6", "--save-every=3",
+       "--eval-every=-1", "--eval-tokens=1000"]
+SFT = ["--device-type=cpu", "--max-seq-len=128", "--device-batch-size=4", "--target-examples-per-step=8", "--num-iterations=6",
+       "--save-every=3", "--eval-every=-1", "--eval-steps=2", "--eval-metrics-every=4", "--eval-metrics-max-problems=8",
+       "--init-lr-frac=0.5"]
+RL = ["--device-type=cpu", "--num-iterations=4", "--examples-per-step=2", "--num-samples=2", "--max-new-tokens=5", "--eval-examples=3",
+      "--eval-samples=2", "--save-every=2", "--source=sft", "--init-lr-frac=0.5"]
+STAGES = {"mid": (mid_train, MID, "mid_checkpoints", 6), "sft": (chat_sft, SFT, "chatsft_checkpoints", 6),
+          "rl": (chat_rl, RL, "chatrl_checkpoints", 4)}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):  # noqa: F811
+    """A base folder with a tiny model of each stage."""
+    base = tmp_path_factory.mktemp("trained")
+    for name in ("base_data", "tokenizer"):
+        (base / name).symlink_to(tiny / name)
+    before = os.environ.get("NANOCHAT_BASE_DIR")
+    os.environ["NANOCHAT_BASE_DIR"] = str(base)
+    try:
+        base_train.main([*TINY, "--num-iterations=2", "--max-seq-len=128", "--total-batch-size=256"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recipes.WorldSums, "reward", lambda self, conversation, answer: float(len(answer) % 2))
+            for script, flags, _, _ in STAGES.values():
+                script.main(flags)
+    finally:
+        os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
+    return base
+
+
+@pytest.fixture
+def base(trained, tmp_path, monkeypatch):
+    """A copy of it of the test's own."""
+    base = tmp_path / "own"
+    shutil.copytree(trained, base, symlinks=True)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    return base
+
+
+def weights(base, stage, step):
+    return torch.load(base / STAGES[stage][2] / "d2" / f"model_{step:06d}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_goes_on_bit_for_bit_and_then_is_done(base, monkeypatch, capsys, stage):
+    script, flags, folder, steps = STAGES[stage]
+    monkeypatch.setattr(recipes.WorldSums, "reward", lambda self, conversation, answer: float(len(answer) % 2))
+    whole = weights(base, stage, steps)
+    for path in (base / folder / "d2").glob(f"*_{steps:06d}*"):
+        path.unlink()
+    script.main(flags)
+    assert f"going on from step {steps // 2}" in capsys.readouterr().out
+    assert_same(weights(base, stage, steps), whole)
+    before = weights(base, stage, steps // 2)
+    assert any(not torch.equal(before[name], whole[name]) for name in whole)  # it had learnt something meanwhile
+    script.main(flags)
+    assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_metas_hold_what_published_code_reads_and_where_the_model_comes_from(base):
+    for stage, (_, _, folder, steps) in STAGES.items():
+        meta = json.loads((base / folder / "d2" / f"meta_{steps:06d}.json").read_text())
+        assert meta.keys() >= {"step", "model_config", "user_config", "device_batch_size", "max_seq_len", "from", "tokenizer", "data"}
+        assert meta["from"]["weights"] and meta["data"]["source"] == "small-world"
+        rows = read_log(base / "logs" / f"{stage}_d2.jsonl")
+        kinds = {row["kind"] for row in rows}
+        assert kinds >= {"start", "model", "samples", "checkpoint", "done", "end"} | ({"rl", "pass"} if stage == "rl" else {"train", "val"})
+        counted = [row["step"] for row in rows if row["kind"] == ("rl" if stage == "rl" else "train")]
+        assert counted == list(range(1, steps + 1))  # num_iterations are optimizer steps
+    metrics = [row for row in read_log(base / "logs" / "sft_d2.jsonl") if row["kind"] == "metric"]
+    assert [(row["step"], row["name"]) for row in metrics] == [(4, "World-Choice")]
+
+
+def test_a_stage_refuses_a_model_it_did_not_begin_with(base):
+    (base / "mid_checkpoints" / "d2").rename(base / "mid_checkpoints" / "kept")
+    mid_train.main([*MID, "--seed=5"])
+    with pytest.raises(UserError, match="trained from another model.*--fresh"):
+        chat_sft.main([*SFT, "--num-iterations=8"])
+    old = weights(base, "sft", 6)
+    chat_sft.main([*SFT, "--fresh"])
+    [aside] = [path for path in (base / "chatsft_checkpoints").iterdir() if path.name != "d2"]
+    assert_same(torch.load(aside / "model_000006.pt", weights_only=True), old)
+
+
+def _sft(ranks: Ranks, base, flags):
+    torch.set_num_threads(1)
+    os.environ.update(NANOCHAT_BASE_DIR=str(base), NANOCHAT_DTYPE="float32")
+    from nanochat.cli import parse
+    chat_sft.run(parse(chat_sft.Config, flags), ranks)
+
+
+def test_fine_tuning_on_two_ranks_is_that_on_one(base, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    flags = [*SFT, "--fresh", "--num-iterations=3", "--eval-metrics-every=2"]
+    start_ranks(2, _sft, base, flags)
+    two, two_log = weights(base, "sft", 3), read_log(base / "logs" / "sft_d2.jsonl")
+    _sft(Ranks(0, 0, 1, torch.device("cpu")), base, flags)
+    assert_same(weights(base, "sft", 3), two, rtol=2e-3, atol=5e-4)  # float32 sums in another order, through Adam
+    losses = [[row["loss"] for row in log if row["kind"] == "train"][-3:] for log in (two_log, read_log(base / "logs" / "sft_d2.jsonl"))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_conversations_longer_than_a_row_never_give_an_empty_batch(base):
+    long = [{"role": "user", "content": "Where is the lamp kept? " * 60}, {"role": "assistant", "content": "Here."}]
+    (base / "long.jsonl").write_text(json.dumps(long) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "_sft_small_world", lambda seed, extra, **sizes: (
+            recipes.Mixture([*map(recipes.CustomJSON, extra)] * 5 + [recipes.WorldQuestions("train", size=2)]),
+            recipes._val_small_world(seed)))
+        chat_sft.main([*SFT, "--fresh", f"--conversations={base / 'long.jsonl'}", "--eval-metrics-every=-1"])
+    rows = [row for row in read_log(base / "logs" / "sft_d2.jsonl") if row["kind"] == "train"]
+    assert all(row["loss"] == row["loss"] and row["supervised"] > 0 for row in rows)
+
+
+def test_chat_eval_writes_every_problem_and_the_mean_above_chance(base, capsys):
+    chat_eval.main(["-i", "rl", "-x", "4", "-m", "6", "--device-type=cpu"])
+    out = capsys.readouterr().out
+    assert "World-Sums" in out and "mean above chance" in out
+    lines = (base / "chat_eval" / "rl_d2_000004" / "World-Choice.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[0]).keys() == {"index", "correct", "question", "answers", "reference"}
+    rows = read_log(base / "logs" / "chat_eval_rl_d2.jsonl")
+    assert {row["name"] for row in rows if row["kind"] == "task"} == set(recipes.graded("small-world"))
+    chat_eval.main(["-i", "sft", "-a", "world-choice|SpellingBee", "-x", "2", "-m", "6", "--device-type=cpu"])
+    assert not [row for row in read_log(base / "logs" / "chat_eval_sft_d2.jsonl") if row["kind"] == "chatcore"]
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    (chat_eval, ["-a", "GSM9K"], "there is no task 'GSM9K'; there is .*GSM8K"),
+    (chat_eval, ["-g", "d9"], "no usable checkpoint"),
+    (mid_train, ["--total-batch-size=100"], "--total-batch-size"),
+    (mid_train, ["--conversations=/nowhere/mine.jsonl"], "mine.jsonl"),
+    (chat_sft, ["--target-examples-per-step=0"], "--target-examples-per-step"),
+    (chat_rl, ["--num-samples=0"], "--num-samples must be at least 1"),
+])
+def test_wrong_flags_get_one_clear_line(base, script, flags, message):
+    usual = {mid_train: MID, chat_sft: SFT, chat_rl: RL}.get(script, ["--device-type=cpu"])
+    with pytest.raises(UserError, match=message):
+        script.main([*usual, *flags])
+
+
+def test_a_tokenizer_of_another_model_is_refused(base):
+    (base / "tokenizer").unlink()
+    from nanochat.tokenizer import RustBPETokenizer
+    RustBPETokenizer.train_from_iterator(["another text altogether, with tokens of its own"] * 4, 300).save(base / "tokenizer")
+    with pytest.raises(UserError, match="not the one that the model .* was trained with"):
+        chat_sft.main([*SFT, "--num-iterations=8"])
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(base):
+    flags = [flag for flag in MID if "iterations" not in flag] + ["--num-iterations=400", "--fresh", "--save-every=-1"]
+    command = [sys.executable, "-m", "scripts.mid_train", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step 00005/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out = process.stdout.read()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM and "asked to stop" in out, out
+    [meta] = (base / "mid_checkpoints" / "d2").glob("meta_*.json")
+    step = json.loads(meta.read_text())["step"]
+    mid_train.main([*flags, f"--num-iterations={step + 1}"])
+    assert weights(base, "mid", step + 1)
