@@ -1,28 +1,44 @@
-"""Evaluate a base model: what `scripts.base_loss` does, and, if it was trained on the small world, how many of its facts it knows.
+"""Evaluate a base model: CORE, what `scripts.base_loss` does, and, if it was trained on the small world, how many of its facts it knows.
 
     python -m scripts.base_eval
+    python -m scripts.base_eval --eval=core --max-per-task=100
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval -- --model-tag=d20
 
-The facts are asked in phrasings that were held out of the training text. CORE is to come here.
+CORE's tasks lie in eval_bundle under $NANOCHAT_BASE_DIR; they are fetched once (162 MB) if they are not there. What came of it goes to
+base_eval/base_model_<step>.csv, one row a task, and every example's answer to the .jsonl beside it. The facts of the small world are asked
+in phrasings that were held out of the training text.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat.cli import parse, run_main
+from nanochat.cli import flag, parse, run_main
+from nanochat.core_bundle import Bundle, NoBundle
+from nanochat.core_eval import CoreResult, bundle_of_ranks, evaluate_core
+from nanochat.dataset import data_dir
+from nanochat.distributed import Ranks
+from nanochat.files import UserError, atomic_write, base_dir, to_json
 from nanochat.gpt import GPT
 from nanochat.logs import RunLog
 from nanochat.loss_eval import log_likelihoods
+from nanochat.shards import shards_in
 from nanochat.small_world import facts, grade
 from scripts import base_loss
+
+PARTS = ("core", "bpb", "sample", "small-world")
 
 
 @dataclass
 class Config(base_loss.Config):
-    """Flags of base_eval: those of base_loss."""
+    """Flags of base_eval: those of base_loss, and these."""
+
+    eval: str = flag("", f"what to do: some of {','.join(PARTS)}; unset does all that can be done here")
+    max_per_task: int = flag(-1, "examples of each CORE task; -1 = all")
+    bundle: str = flag("", "folder of CORE's tasks; unset is eval_bundle, fetched if it is not there")
 
 
 def small_world_recall(model, tokenizer, meta: dict[str, Any], log: RunLog) -> None:
@@ -50,9 +66,62 @@ def small_world_recall(model, tokenizer, meta: dict[str, Any], log: RunLog) -> N
     log.record("small_world", **recall, untrained=blank["world"].accuracy, chance=trained["world"].chance)
 
 
+def write_core(result: CoreResult, step: int) -> Path:
+    """Write the table (task, accuracy, centred; CORE last) and, beside it, a JSON line an example; returns the table's path."""
+    path = base_dir() / "base_eval" / f"base_model_{step:06d}.csv"
+    rows = [("Task", "Accuracy", "Centered")]
+    rows += [(label, f"{task.accuracy:.6f}", f"{task.centered:.6f}") for label, task in result.tasks.items()]
+    rows.append(("CORE", "", f"{result.core:.6f}"))
+    with atomic_write(path.with_suffix(".jsonl"), "w") as file:
+        for label, task in result.tasks.items():
+            for i, verdict in enumerate(task.verdicts):
+                file.write(to_json({"task": label, "example": i, "correct": verdict.correct, "losses": verdict.losses}) + "\n")
+    with atomic_write(path, "w") as file:
+        file.writelines(f"{task:<35}, {accuracy:<10}, {centered:<10}\n" for task, accuracy, centered in rows)
+    return path
+
+
+def core(model, tokenizer, bundle: Bundle, max_per_task: int, step: int, ranks: Ranks, log: RunLog) -> float:
+    """Measure CORE; print it, record it and write its files. Collective."""
+    result = evaluate_core(model, tokenizer, bundle, max_per_task, ranks=ranks, say=log.say)
+    if ranks.is_main:
+        path = write_core(result, step)
+        log.say(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.0f} s: {path}")
+        log.record("core", step=step, **result.record())
+    return result.core
+
+
+def evaluate(model, tokenizer, meta: dict[str, Any], config: Config, ranks: Ranks, log: RunLog) -> None:
+    """Do all parts, or those asked for. One that was not asked for by name is left out, with a line, where it cannot be done."""
+    asked = [part.strip() for part in config.eval.split(",") if part.strip()]
+    parts = asked or list(PARTS)
+    if wrong := [part for part in parts if part not in PARTS]:
+        raise UserError(f"--eval names {wrong[0]!r}: its parts are {', '.join(PARTS)}, with commas between")
+    if "core" in parts:
+        own_text = (meta.get("data") or {}).get("source") == "small-world"
+        try:
+            bundle = bundle_of_ranks(config.bundle, ranks, fetch=bool(asked) or not own_text, say=log.say)
+        except NoBundle as error:
+            if asked or config.bundle:
+                raise
+            log.say(f"CORE is left out: {'the model knows the small world alone, and ' if own_text else ''}{error}")
+        else:
+            core(model, tokenizer, bundle, config.max_per_task, meta["step"], ranks, log)
+    of_text = [part for part in ("bpb", "sample") if part in parts]
+    if of_text:
+        folder = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
+        if asked or shards_in(folder):
+            base_loss.evaluate(model, tokenizer, config, ranks, log, of_text)
+        else:
+            log.say(f"bits per byte and samples are left out: there is no text in {folder}")
+    if "small-world" in parts and ranks.is_main:
+        small_world_recall(model, tokenizer, meta, log)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the flags say. Raises UserError for what the user can mend."""
-    base_loss.run(parse(Config, argv, __doc__), "base_eval", small_world_recall)
+    config = parse(Config, argv, __doc__)
+    base_loss.run(config, "base_eval", lambda model, tokenizer, meta, ranks, log: evaluate(model, tokenizer, meta, config, ranks, log))
 
 
 if __name__ == "__main__":
