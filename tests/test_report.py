@@ -1,0 +1,368 @@
+"""nanochat/report.py: what stands in the logs stands in the report, of the right run, whatever is missing."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from nanochat import report, report_plots
+from nanochat.files import UserError, base_dir, to_json
+from nanochat.logs import RunLog
+from nanochat.report import fenced, generate, main, reset, runs_of, shown, spoken
+
+ROOT = Path(__file__).resolve().parent.parent
+NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+
+
+@pytest.fixture(autouse=True)
+def own_working_folder(request, tmp_path, monkeypatch):
+    """The copy goes into the working folder. Drawing takes a second: only tests with "plots" in their name do it."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    if "plots" not in request.node.name and "matplotlib" not in request.node.name:
+        monkeypatch.setattr(report_plots, "draw", lambda runs, folder: {})
+
+
+class Log:
+    """Writes a log as RunLog does, at times of our choice."""
+
+    def __init__(self, stage, tag="d4", at=NOON, gpus=(), **config):
+        self.path = base_dir() / "logs" / f"{stage}_{tag}.jsonl"
+        self.path.parent.mkdir(exist_ok=True)
+        self.time = at
+        self("start", stage=stage, tag=tag, config=config, versions={"python": "3.11", "torch": "2.15"}, commit="a" * 40 + "-dirty",
+             machine={"system": "Linux", "cpu": "Abacus", "cores": 4, "memory": 8_000_000_000, "gpus": list(gpus)})
+
+    def __call__(self, kind, after=0.0, **values):
+        self.time += timedelta(seconds=after)
+        with open(self.path, "a") as file:
+            file.write(to_json({"time": self.time.isoformat(), "kind": kind, **values}) + "\n")
+        return self
+
+    def train(self, first, last, loss=3.0):
+        for step in range(first, last + 1):
+            self("train", after=1, step=step, loss=loss / step, smooth_loss=loss / step, norm=1.0, lr_scale=1 - step / 100,
+                 seconds=1.0, tokens_per_second=1000.0 + step, mfu=0.4, tokens=step * 100)
+        return self
+
+    def graded(self, chance=0.25, **accuracy):
+        for name, value in accuracy.items():
+            name = name.replace("_", "-")
+            self("task", after=1, name=name, accuracy=value, correct=int(100 * value), count=100, chance=chance, seconds=1.0)
+        return self
+
+    def end(self, code=0):
+        return self("end", exit_code=code)
+
+
+def base_run(at=NOON, **start):
+    log = Log("base", at=at, depth=4, **start)
+    log("model", parameters=1_234_567, flops_per_token=100, num_iterations=20, tokens=2000, world_size=1, dtype="torch.bfloat16", start=0)
+    log("val", step=0, bpb=2.5)
+    log.train(1, 20)
+    log("val", step=20, bpb=0.8287)
+    log("samples", step=20, texts=["a ~~~ b", "<|bos|>second"])
+    return log("done", step=20, bpb=0.8287, seconds=20.0, peak_memory=None).end()
+
+
+def cells(text, first):
+    """The cells of the table row that begins with `first`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def is_a_picture(path):
+    """A PNG whose parts are whole and in which not all pixels are the same."""
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    at, pixels, kinds = 8, b"", []
+    while at < len(data):
+        size, kind = struct.unpack(">I4s", data[at:at + 8])
+        body = data[at + 8:at + 8 + size]
+        assert struct.unpack(">I", data[at + 8 + size:at + 12 + size])[0] == zlib.crc32(kind + body)
+        kinds.append(kind)
+        pixels += body if kind == b"IDAT" else b""
+        at += 12 + size
+    assert kinds[0] == b"IHDR" and kinds[-1] == b"IEND" and len(set(zlib.decompress(pixels))) > 20
+    return True
+
+
+def whole_run():
+    base_run(gpus=["H100"] * 2)
+    Log("base_eval", at=NOON + timedelta(minutes=2))("loss", train_bpb=0.8, val_bpb=0.83, samples=["x >>> y"])(
+        "core", core=0.1796, max_per_task=500, seconds=3.0, tasks={"hellaswag": {"accuracy": 0.41, "centered": 0.21}}).end()
+    mid = Log("mid", at=NOON + timedelta(minutes=3))("model", parameters=1_234_567, num_iterations=5, start=0).train(1, 5)
+    mid("val", step=5, bpb=0.4116)("done", step=5, seconds=5.0).end()
+    Log("chat_eval_mid", at=NOON + timedelta(minutes=4)).graded(ARC_Easy=0.3, MMLU=0.31)(
+        "chatcore", chatcore=0.07, tasks={}, data="hub").end()
+    sft = Log("sft", at=NOON + timedelta(minutes=5))("model", num_iterations=5, start=0).train(1, 5)
+    sft("val", step=5, loss=1.0657)("done", step=5, seconds=5.0).end()
+    Log("chat_eval_sft", at=NOON + timedelta(minutes=6)).graded(ARC_Challenge=0.2782, ARC_Easy=0.3864, GSM8K=0.0455, HumanEval=0.0549,
+                                                                MMLU=0.3166, SpellingBee=0.99)(
+        "chatcore", chatcore=0.2322, tasks={}, data="hub").end()
+    rl = Log("rl", at=NOON + timedelta(minutes=7))("model", num_iterations=2, start=0)("pass", step=0, **{"pass@1": 0.1, "pass@8": 0.2})
+    rl("rl", after=1, step=1, reward=0.5, kept_groups=3, sequence_length=90.0, loss=0.1, norm=1.0, lr_scale=1.0, seconds=1.0)
+    rl("rl", after=1, step=2, reward=0.6, kept_groups=3, sequence_length=95.0, loss=0.1, norm=1.0, lr_scale=0.5, seconds=1.0)
+    rl("pass", step=2, **{"pass@1": 0.15, "pass@8": 0.25})("done", step=2, seconds=2.0).end()
+    Log("chat_eval_rl", at=NOON + timedelta(minutes=60)).graded(chance=0, GSM8K=0.0777).end()
+
+
+def test_the_table_of_a_whole_run():
+    whole_run()
+    path = generate()
+    text = path.read_text()
+    assert path == Path("report.md") and text.startswith(report.TITLE)
+    assert text == (base_dir() / "report" / "report.md").read_text()
+    summary = text[text.index("## Summary"):]
+    assert cells(summary, "task") == ["BASE", "MID", "SFT", "RL", "published d20"]
+    assert cells(summary, "CORE") == ["0.1796", "-", "-", "-", "0.1796"]
+    assert cells(summary, "ARC-Challenge") == ["-", "-", "0.2782", "-", "0.2782"]
+    assert cells(summary, "ARC-Easy") == ["-", "0.3000", "0.3864", "-", "0.3864"]
+    assert cells(summary, "GSM8K") == ["-", "-", "0.0455", "0.0777", "0.0455"]
+    assert cells(summary, "HumanEval") == ["-", "-", "0.0549", "-", "0.0549"]
+    assert cells(summary, "MMLU") == ["-", "0.3100", "0.3166", "-", "0.3166"]
+    assert cells(summary, "SpellingBee") == ["-", "-", "0.9900", "-", "-"]
+    assert cells(summary, "ChatCORE") == ["-", "0.0700", "0.2322", "-", "0.2322"]
+    assert "World-" not in text and "Total wall-clock time: 1 h 0 min" in summary
+
+
+def test_time_machine_and_cost():
+    whole_run()
+    text = generate(hourly_price=24).read_text()
+    assert "Abacus, 4 cores, 8.0 GB of memory; GPUs: 2 × H100" in text and "commit: aaaaaaaaaaaa-dirty" in text and "torch 2.15" in text
+    assert cells(text, "Base model")[0] == "20 s" and cells(text, "RL")[0] == "2.0 s"
+    # 3601 seconds from noon to the end of the last; stages: 20 + 0 + 5 + 2 + 5 + 6 + 2 + 1
+    assert "first start to the last end: **1 h 0 min**; all stages together 41 s" in text
+    assert "24.00 dollars an hour (as given): **24.01 dollars**" in text and "0.27 for the stages" in text
+    assumed = generate().read_text()
+    assert "6.00 dollars an hour (an assumption" in assumed
+
+
+def test_without_a_gpu_there_is_no_cost_unless_it_is_given():
+    base_run()
+    assert "cost: not known" in generate().read_text()
+    assert "36.00 dollars an hour" in generate(hourly_price=36).read_text()
+
+
+def test_results_of_the_stages():
+    whole_run()
+    text = generate().read_text()
+    base = text[text.index("## Base model\n"):text.index("## Base model, evaluation")]
+    assert cells(base, "parameters") == ["1,234,567"] and cells(base, "steps") == ["20 of 20"]
+    assert cells(base, "validation bits per byte at the end") == cells(base, "validation bits per byte, lowest") == ["0.8287"]
+    assert cells(base, "training loss at the end, smoothed") == ["0.1500"] and cells(base, "tokens a second, median") == ["1,010"]
+    assert cells(base, "model FLOPs utilisation, median") == ["40.0%"] and "depth `4`" in base
+    assert "~~~text\na ~~~ b\n\n<|bos|>second\n~~~" in base
+    assert cells(text, "hellaswag") == ["0.4100", "0.2100"] and cells(text, "loss: val_bpb") == ["0.8300"]
+    assert cells(text, "validation loss at the end") == ["1.0657"]
+    assert cells(text, "pass@8, before and after") == ["0.2000, 0.2500"]
+    assert cells(text, "reward, first and last step") == ["0.5000, 0.6000"]
+
+
+def test_plots_are_pictures_and_links_find_them():
+    pytest.importorskip("matplotlib")
+    whole_run()
+    path = generate()
+    for folder, name in ((Path(), path), (base_dir() / "report", base_dir() / "report" / "report.md")):
+        links = [part.split(")")[0] for part in name.read_text().split("](")[1:]]
+        assert len(links) == 5  # four stages that train, the scores
+        assert all(is_a_picture(folder / link) for link in links)
+    sections = sorted(file.name for file in (base_dir() / "report").glob("*.md"))
+    assert sections[0] == "00-overview.md" and sections[-1] == "report.md" and len(sections) == 11
+    joined = "\n".join((base_dir() / "report" / name).read_text() for name in sections[:-1])
+    assert joined == (base_dir() / "report" / "report.md").read_text()
+
+
+def test_without_matplotlib_the_report_says_how_to_get_plots(monkeypatch):
+    base_run()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    text = generate().read_text()
+    assert "matplotlib is not installed" in text and "[report]" in text and ".png" not in text
+    assert cells(text, "CORE")[0] == "-"
+
+
+def test_a_small_world_has_a_table_of_its_own():
+    base_run()
+    Log("base_eval", at=NOON + timedelta(minutes=1))("small_world", world=0.9, people=0.8, untrained=0.2, chance=0.21).end()
+    for minute, stage, more in ((2, "chat_eval_mid", 0.0), (3, "chat_eval_sft", 0.1)):
+        log = Log(stage, at=NOON + timedelta(minutes=minute))
+        log.graded(chance=0.09, World_Questions=0.5 + more).graded(chance=0.25, World_Choice=0.4 + more)
+        log.graded(chance=0.0, World_Sums=0.7 + more, SpellingBee=0.6 + more)("chatcore", chatcore=0.33 + more, data="small-world").end()
+    text = generate().read_text()
+    world = text[text.index("The built-in small world"):]
+    assert cells(world, "task") == ["BASE", "MID", "SFT", "RL", "chance"]
+    assert cells(world, "World-Facts") == ["0.9000", "-", "-", "-", "0.2100"]
+    assert cells(world, "World-Questions") == ["-", "0.5000", "0.6000", "-", "0.0900"]
+    assert cells(world, "World-Choice") == ["-", "0.4000", "0.5000", "-", "0.2500"]
+    assert cells(world, "World-Sums") == ["-", "0.7000", "0.8000", "-", "0.0000"]
+    assert cells(world, "SpellingBee") == ["-", "0.6000", "0.7000", "-", "0.0000"]
+    assert cells(world, "mean above chance") == ["-", "0.3300", "0.4300", "-", "0"]
+    assert cells(text, "ChatCORE") == ["-", "-", "-", "-", "0.2322"]  # it is another mean, over other tasks
+
+
+# ---- which run counts
+
+def test_only_the_last_finished_run_of_a_log_counts():
+    Log("chat_eval_sft").graded(MMLU=0.1).end()
+    Log("chat_eval_sft", at=NOON + timedelta(hours=1)).graded(MMLU=0.2).end()
+    Log("chat_eval_sft", at=NOON + timedelta(hours=2)).graded(MMLU=0.3).end(code=1)
+    Log("chat_eval_sft", at=NOON + timedelta(hours=3)).graded(MMLU=0.4)
+    text = generate().read_text()
+    assert cells(text[text.index("## Summary"):], "MMLU")[2] == "0.2000" and "not finished" not in text
+    assert "Total wall-clock time: 1.0 s" in text
+
+
+def test_a_run_that_was_stopped_and_went_on_is_one_run():
+    log = Log("base")("model", num_iterations=20, start=0).train(1, 12, loss=100)
+    log("val", step=5, bpb=2.0)("val", step=12, bpb=9.0).end(code=130)
+    log = Log("base", at=NOON + timedelta(hours=1))("model", num_iterations=20, start=10).train(11, 15)  # killed: no end
+    log = Log("base", at=NOON + timedelta(hours=2))("model", num_iterations=20, start=15).train(16, 20)
+    log("val", step=20, bpb=1.5)("done", step=20, seconds=5.0).end()
+    runs = runs_of([json.loads(line) for line in log.path.read_text().splitlines()])
+    assert len(runs) == 1 and runs[0].stopped == 2 and runs[0].finished
+    steps, losses = runs[0].series("train", "loss")
+    assert steps == list(range(1, 21)) and losses[9:11] == [10.0, 3 / 11]  # what was trained twice counts as it was the second time
+    assert runs[0].series("val", "bpb") == ([5, 20], [2.0, 1.5])
+    assert runs[0].seconds == 12 + 5 + 5
+    text = generate().read_text()
+    assert "stopped and gone on 2 times" in text and "Total wall-clock time: 2 h 0 min" in text and "not finished" not in text
+
+
+def test_a_fresh_run_after_an_old_one_is_another_run():
+    base_run()
+    log = base_run(at=NOON + timedelta(hours=1))
+    runs = runs_of([json.loads(line) for line in log.path.read_text().splitlines()])
+    assert len(runs) == 2 and all(run.finished and not run.stopped for run in runs)
+
+
+def test_a_run_that_still_trains_is_reported_as_not_finished():
+    Log("base")("model", num_iterations=20, start=0).train(1, 7)
+    text = generate().read_text()
+    assert "This run is not finished." in text and cells(text, "steps") == ["7 of 20"]
+
+
+def test_the_newest_model_is_taken_and_another_can_be_named():
+    base_run()
+    Log("base", tag="d8", at=NOON - timedelta(hours=1))("model", parameters=8, start=0).train(1, 3)("done", step=3).end()
+    Log("tok_train", tag="tokenizer", at=NOON - timedelta(hours=2))("tokenizer", vocab_size=2048, seconds=3.5).end()
+    assert "Model `d4`" in generate().read_text()
+    text = generate(tag="d8").read_text()
+    assert "Model `d8`" in text and cells(text, "parameters") == ["8"] and cells(text, "tokenizer: vocab_size") == ["2,048"]
+    with pytest.raises(UserError, match="no log of a model named 'd9'.*d4, d8"):
+        generate(tag="d9")
+
+
+# ---- what may be missing or wrong
+
+def test_no_log_at_all_is_said():
+    with pytest.raises(UserError, match="no logs in .*nothing to report"):
+        generate()
+    (base_dir() / "logs").mkdir()
+    (base_dir() / "logs" / "other_x.jsonl").write_text('{"kind": "start", "stage": "other", "tag": "x"}\nnonsense\n')
+    with pytest.raises(UserError, match="no logs"):
+        generate()
+    assert not (base_dir() / "report").exists() and not Path("report.md").exists()
+
+
+@pytest.mark.parametrize("stage", report.STAGES)
+def test_records_without_their_fields_do_no_harm_nor_to_plots(stage):
+    path = base_dir() / "logs" / f"{stage}_d4.jsonl"
+    path.parent.mkdir()
+    kinds = ("model", "train", "val", "samples", "checkpoint", "done", "loss", "core", "small_world", "task", "chatcore", "rl", "pass",
+             "packing", "diverged", "end")
+    odd = [{"kind": kind} for kind in kinds] + [
+        {"kind": "train", "step": None, "loss": "x"}, {"kind": "val", "step": 3, "bpb": None}, {"kind": "core", "tasks": {"a": None}},
+        {"kind": "samples", "texts": "no list"}, {"kind": "task", "name": None, "accuracy": None}, {"kind": "pass", "pass@1": None},
+        {"kind": "model", "start": "x", "parameters": 0}, {"kind": 3}, {"time": "yesterday", "kind": "train"}, {"no": "kind"}]
+    for start in ({"kind": "start", "stage": stage, "tag": "d4"},
+                  {"kind": "start", "stage": stage, "tag": "d4", "time": 5, "config": None, "machine": None, "versions": None}):
+        path.write_text("".join(json.dumps(row) + "\n" for row in [start, *odd]))
+        assert generate().read_text().startswith(report.TITLE)
+
+
+def test_numbers_that_are_none_are_shown_as_none_and_do_not_stop_the_plots():
+    log = Log("base")("model", num_iterations=4, start=0)
+    for step, loss in enumerate((2.0, math.nan, math.inf, 1.0), start=1):
+        log("train", after=1, step=step, loss=loss, smooth_loss=math.nan, lr_scale=1.0, tokens_per_second=math.inf, mfu=None)
+    log("val", step=4, bpb=math.nan)("done", step=4, bpb=math.nan, seconds=math.nan).end()
+    Log("chat_eval_sft").graded(MMLU=0.5)("task", name="GSM8K", accuracy=math.nan).end()
+    text = generate().read_text()
+    assert cells(text[text.index("## Summary"):], "GSM8K")[:4] == ["-"] * 4 and "nan" not in text.lower().replace("nanochat", "")
+
+
+def test_names_with_bars_stay_in_their_cell_and_samples_in_their_fence():
+    Log("chat_eval_sft", task_name="ARC-Easy|GSM8K")("task", name="a|b", accuracy=0.5).end()
+    assert "| a\\|b |" in generate().read_text()
+    assert fenced(["x\n~~~~\n# no title"]).startswith("~~~~~text\n")
+
+
+@pytest.mark.parametrize("seconds, text", [(0.42, "0.4 s"), (42, "42 s"), (200, "3 min 20 s"), (3599.9, "1 h 0 min"),
+                                           (11_700, "3 h 15 min")])
+def test_times_as_a_person_says_them(seconds, text):
+    assert spoken(seconds) == text
+
+
+@pytest.mark.parametrize("value, text", [(0.17964, "0.1796"), (None, "-"), (math.nan, "-"), (True, "-"), ("x", "-"), (12345.6, "12,346"),
+                                         (7, "7"), (-0.5, "-0.5000")])
+def test_numbers_as_the_report_shows_them(value, text):
+    assert shown(value) == text
+
+
+# ---- the command
+
+def test_generate_reset_and_what_was_there_before(capsys):
+    base_run()
+    Path("report.md").write_text("my own notes\n")
+    main(["generate", "--hourly-price=24", "--tag", "d4"])
+    assert "24.00 dollars" in Path("report.md").read_text() and "report.md" in capsys.readouterr().out
+    assert Path("report.md.old").read_text() == "my own notes\n"
+    before = (base_dir() / "report" / "report.md").read_text()
+    logs = {path: path.read_bytes() for path in (base_dir() / "logs").iterdir()}
+    main(["reset"])
+    aside = next(base_dir().glob("report.2*"))
+    assert (aside / "report.md").read_text() == before and not (base_dir() / "report").exists()
+    assert {path: path.read_bytes() for path in (base_dir() / "logs").iterdir()} == logs
+    main(["reset"])
+    assert "there was no report" in capsys.readouterr().out and reset() is None
+    main([])  # generate is what it does unless told otherwise
+    assert (base_dir() / "report" / "report.md").exists() and not Path("report.md.old2").exists()
+    with pytest.raises(UserError, match="not to 'shred'"):
+        main(["shred"])
+
+
+def test_sections_of_stages_that_are_gone_go_too():
+    whole_run()
+    generate()
+    for path in (base_dir() / "logs").iterdir():
+        if not path.name.startswith("base_d4"):
+            path.unlink()
+    generate()
+    assert sorted(path.name for path in (base_dir() / "report").glob("*.md")) == [
+        "00-overview.md", "01-base.md", "02-summary.md", "report.md"]
+
+
+def test_the_copy_can_go_elsewhere(tmp_path):
+    base_run()
+    assert generate(folder=tmp_path / "there") == tmp_path / "there" / "report.md"
+    assert (tmp_path / "there" / "report.md").exists() and not Path("report.md").exists()
+
+
+def test_a_real_log_is_reported_by_the_command(tmp_path):
+    with RunLog("base", "d4", {"depth": 4}) as log:
+        log.record("model", parameters=3, start=0, num_iterations=1)
+        log.record("train", step=1, loss=2.5, smooth_loss=2.5)
+        log.record("done", step=1, seconds=0.1)
+    done = subprocess.run([sys.executable, "-m", "nanochat.report", "generate", "--hourly-price=24"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "the report is in" in done.stdout, done.stderr
+    text = Path("report.md").read_text()
+    assert cells(text, "training loss at the end, smoothed") == ["2.5000"] and "24.00 dollars" in text and "torch" in text
