@@ -60,6 +60,7 @@ SECTIONS = (
     Section("twin", right.twin, True, 10),
     Section("head_loss", right.head_loss, True, 5),
     Section("state", right.state, True, 15),
+    Section("engine", right.engine, True, 20),
     Section("optimizer", right.optimizer, True, 5),
     Section("compiled", right.compiled, True, 60),
     Section("no_waiting", right.no_waiting, True, 40),

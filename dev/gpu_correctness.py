@@ -21,6 +21,7 @@ from torch import Tensor
 from bench.measure import lively, table, text_batches
 from bench.twin import TwinGPT
 from nanochat.distributed import Ranks, compute_dtype
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import cross_entropy
 from nanochat.loss_eval import evaluate_bpb
@@ -222,14 +223,15 @@ def head_loss(run: Run, out: Report) -> None:
         targets[::7] = -1
         exact_x, exact_w = x.double().requires_grad_(), weight.double().requires_grad_()
         logits = cross_entropy.softcap(exact_x @ exact_w.T)
-        exact = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        factors = torch.rand(N, device=run.device) * 2 - 0.5  # as in reinforcement learning
+        exact = (torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none") * factors).sum()
         exact.backward()
         for rows in (1, 13, N):
             cross_entropy.CHUNK_ELEMENTS = rows * V
             a, b = x.clone().to(dtype).requires_grad_(), weight.clone().requires_grad_()
             try:
                 with _poisoned():
-                    loss = cross_entropy.head_loss(a, b, targets, "sum")
+                    loss = cross_entropy.head_loss(a, b, targets, "sum", factors)
                     loss.backward()
             finally:
                 cross_entropy.CHUNK_ELEMENTS = before
@@ -279,6 +281,41 @@ def state(run: Run, out: Report) -> None:
     out.expect("any split, relative error", largest(splits), at_most=1e-4)
     out.expect("rows of different lengths, relative error", largest(ragged), at_most=1e-4)
     out.expect("forks and selections, relative error", largest(forked), at_most=1e-4)
+
+
+def engine(run: Run, out: Report) -> None:
+    """Many prompts decoded together, ragged, rows coming and going: each writes what a full forward of it alone would, or what it draws
+    alone."""
+    class Bare:
+        """A tokenizer's place in the engine: ids 91 to 96 are its special tokens, 91 and 92 end a row."""
+
+        def encode_special(self, name: str) -> int:
+            names = ("assistant_end", "bos", "python_start", "python_end", "output_start", "output_end")
+            return 91 + names.index(name.strip("<|>"))
+
+        def get_bos_token_id(self) -> int:
+            return 92
+
+        def decode(self, ids: list[int]) -> str:
+            return ""
+
+    wrong = far = 0
+    for seed, shape in enumerate(SHAPES):
+        model = small(run, seed, vocab_size=97, **shape)
+        dice = torch.Generator().manual_seed(seed)
+        prompts = [torch.randint(90, (n,), generator=dice).tolist() for n in (3, 17, 1, 9, 30, 8)]
+        ours = Engine(model, Bare(), calculate=lambda text: None)
+        for prompt, [row] in zip(prompts, ours.generate_many(prompts, max_tokens=12, temperature=0, batch_size=4)):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *row.tokens[:-1]]], device=run.device))[0, len(prompt) - 1:]
+            best = logits.max(dim=-1).values - logits[torch.arange(len(row.tokens)), row.tokens]
+            far += int((best > 1e-3).sum())  # a token that is not the likeliest, near ties apart
+        options = {"max_tokens": 12, "temperature": 1.1, "top_k": 20, "top_p": 0.9}
+        together = ours.generate_many(prompts, 3, seed=list(range(6)), batch_size=7, **options)
+        alone = [ours.generate_many([prompt], 3, seed=number, **options)[0] for number, prompt in enumerate(prompts)]
+        wrong += sum(a.tokens != b.tokens for one, other in zip(together, alone) for a, b in zip(one, other))
+    out.expect("greedy tokens that are not the likeliest of a full forward", float(far), at_most=0)
+    out.expect("sampled rows that differ from those of their prompt alone", float(wrong), at_most=1)  # a near tie of two sums
 
 
 # --- compiled, optimizer, no waiting -----------------------------------------------------------------------------------

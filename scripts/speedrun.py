@@ -1,4 +1,5 @@
-"""All stages in order: text, tokenizer, base model, evaluation. `bash speedrun.sh` sets up and runs this.
+"""All stages in order: text, tokenizer, base model, mid-training, fine-tuning, reinforcement learning, gradings, the report.
+`bash speedrun.sh` sets up and runs this.
 
     python -m scripts.speedrun
 
@@ -12,6 +13,8 @@ the same command goes on after an interruption. Settings, all optional, from the
     SPEEDRUN_DEVICE_BATCH=N               rows a GPU takes at a time; left out: what fits its memory
     SPEEDRUN_STEPS=N                      optimizer steps of the base model; left out: the profile's
     SPEEDRUN_SHARDS=N                     FineWeb-Edu shards to fetch; left out: what the steps need
+    SPEEDRUN_RL=1|0                       reinforcement learning too, or not; left out: with small alone
+    NANOCHAT_TASK_DATA=FOLDER             a mirror of the data sets of the chat stages, for machines without network (tasks/hub.py)
     WANDB_RUN=NAME                        log to wandb under this name
     NANOCHAT_BASE_DIR=FOLDER              where everything is kept; ~/.cache/nanochat
 """
@@ -26,12 +29,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from nanochat.checkpoint import latest_step
+from nanochat.checkpoint import SOURCES, latest_step
 from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import shard_paths
 from nanochat.distributed import compute_dtype, peak_flops
@@ -42,6 +45,7 @@ from nanochat.shards import data_dir, read_source
 from nanochat.small_world import facts
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 from nanochat.training import clock
+from tasks.recipes import IDENTITY
 
 CHARS_PER_TOKEN = 4.8        # of FineWeb-Edu with 65,536 tokens
 SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
@@ -60,12 +64,24 @@ class Profile:
     total_batch_size: int
     steps: int | None = None
     docs: int = 0                     # of the small world, where that is the text
+    rl: bool = False                  # is reinforcement learning a part of it?
     flags: tuple[str, ...] = ()       # of base_train, beyond those above
+    chat: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the scripts after it, by name
 
 
 PROFILES = {profile.name: profile for profile in (
     Profile("small", 4, 2048, 256, 2048, steps=500, docs=20_000,  # many small steps: facts are learnt by the step more than by the token
-            flags=("--eval-every=125", "--eval-tokens=65536", "--sample-every=-1", "--save-every=125", "--warmdown-ratio=0.3")),
+            flags=("--eval-every=125", "--eval-tokens=65536", "--sample-every=-1", "--save-every=125", "--warmdown-ratio=0.3"), rl=True,
+            chat={
+                "gen_identity": ("--short", "--count=300"),
+                "mid_train": ("--num-iterations=200", "--total-batch-size=2048", "--eval-every=50", "--eval-tokens=20000",
+                              "--save-every=50"),
+                "chat_sft": ("--num-iterations=100", "--device-batch-size=16", "--init-lr-frac=0.3", "--eval-every=25", "--eval-steps=4",
+                             "--eval-metrics-every=-1", "--save-every=50"),
+                "chat_rl": ("--num-iterations=25", "--examples-per-step=32", "--init-lr-frac=0.1", "--device-batch-size=64",
+                            "--rollout-batch-size=256", "--max-new-tokens=48", "--eval-every=-1", "--eval-examples=200", "--save-every=10"),
+                "chat_eval": ("--max-new-tokens=128",),
+            }),
     Profile("d20", 20, 65536, 2048, 524288),
     Profile("d26", 26, 65536, 2048, 524288),
     Profile("d32", 32, 65536, 2048, 524288),
@@ -143,6 +159,8 @@ class Plan:
     shards: int
     seconds: float | None             # of base training; None where it cannot be told
     disk: float                       # bytes
+    chat: str                         # what the chat stages learn from: "small-world", "hub", or "" where there are none
+    why_no_chat: str = ""
 
     @property
     def tag(self) -> str:
@@ -177,8 +195,13 @@ def make_plan(machine: Machine) -> Plan:
     seconds = None
     if peak is not None:
         seconds = tokens * model.flops_per_token() / (peak * EXPECTED_MFU * max(1, len(machine.gpus)))
-    disk = 16 * parameters * 3 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6)
-    return Plan(profile, machine, source, text, steps, device_batch, shards, seconds, disk)
+    disk = 16 * parameters * 6 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6)
+    chat, why = "small-world" if source == "small-world" else "hub", ""
+    if chat == "hub" and name == "small":
+        chat, why = "", "the published conversations are too many for this profile"
+    elif chat == "hub" and not os.environ.get("NANOCHAT_TASK_DATA") and not hub_reachable():
+        chat, why = "", "the Hugging Face hub cannot be reached, and NANOCHAT_TASK_DATA names no mirror of its data sets"
+    return Plan(profile, machine, source, text, steps, device_batch, shards, seconds, disk, chat, why)
 
 
 def batch_for(profile: Profile, machine: Machine) -> int:
@@ -200,8 +223,24 @@ def announce(plan: Plan) -> None:
           f"profile   {profile.name}: a hybrid of depth {profile.depth}, vocabulary {profile.vocab_size:,}, rows of {profile.max_seq_len}\n"
           f"text      {text}\n"
           f"training  {plan.steps:,} steps of {profile.total_batch_size:,} tokens = {tokens / 1e6:,.1f}M tokens\n"
+          f"then      {chat_stages(plan)}\n"
           f"time      {took} for training, beside fetching and evaluation\n"
           f"disk      {plan.disk / 1e9:.1f} GB in {base_dir()}\n", flush=True)
+
+
+def with_rl(plan: Plan) -> bool:
+    """Is reinforcement learning wanted?"""
+    wish = os.environ.get("SPEEDRUN_RL", "")
+    if wish not in ("", "0", "1"):
+        raise UserError(f"SPEEDRUN_RL is {wish!r}: it must be 1 or 0.")
+    return wish == "1" if wish else plan.profile.rl
+
+
+def chat_stages(plan: Plan) -> str:
+    """What comes after the base model, in words."""
+    if not plan.chat:
+        return f"no chat stages: {plan.why_no_chat}"
+    return "mid-training, fine-tuning" + (", reinforcement learning" if with_rl(plan) else "") + ", each graded; the report"
 
 
 def stage(name: str) -> None:
@@ -270,21 +309,52 @@ def train_base(plan: Plan) -> None:
     python("scripts.base_train", *flags, gpus=len(plan.machine.gpus))
 
 
-def evaluate_base(plan: Plan) -> None:
-    """Evaluate the base model, unless the log says that this checkpoint was."""
+def once(name: str, key: list, work: Callable[[], object]) -> None:
+    """Do what leaves no checkpoint behind, unless it was done with this very key; what was done is kept in speedrun.json."""
     marker = base_dir() / "speedrun.json"
-    step = latest_step(base_dir() / "base_checkpoints" / plan.tag)
-    fingerprint = RustBPETokenizer.from_directory(tokenizer_dir()).fingerprint()
-    checkpoint = base_dir() / "base_checkpoints" / plan.tag / f"meta_{step:06d}.json"
-    now = {"base_eval": [plan.tag, step, fingerprint, checkpoint.stat().st_mtime_ns]}
-    if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == now:
+    done = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
+    if done.get(name) == key:
         print("done before")
         return
-    tokens = 65536 if plan.profile.name == "small" else 20 * 524288
-    python("scripts.base_eval", f"--model-tag={plan.tag}", f"--device-batch-size={plan.device_batch}", f"--split-tokens={tokens}",
-           gpus=len(plan.machine.gpus))
+    work()
     with atomic_write(marker, "w") as file:
-        json.dump(now, file)
+        json.dump(done | {name: key}, file)
+
+
+def model_key(plan: Plan, source: str) -> list:
+    """What tells one checkpoint from another: step, tokenizer, when it was written."""
+    folder = base_dir() / SOURCES[source] / plan.tag
+    step = latest_step(folder)
+    return [plan.tag, step, RustBPETokenizer.from_directory(tokenizer_dir()).fingerprint(),
+            (folder / f"meta_{step:06d}.json").stat().st_mtime_ns]
+
+
+def evaluate_base(plan: Plan) -> None:
+    """Evaluate the base model, unless this checkpoint was."""
+    tokens = 65536 if plan.profile.name == "small" else 20 * 524288
+    once("base_eval", model_key(plan, "base"), lambda: python(
+        "scripts.base_eval", f"--model-tag={plan.tag}", f"--device-batch-size={plan.device_batch}", f"--split-tokens={tokens}",
+        gpus=len(plan.machine.gpus)))
+
+
+def train_chat(plan: Plan) -> None:
+    """The stages after the base model, each graded."""
+    flags, gpus = plan.profile.chat, len(plan.machine.gpus)
+    common = (f"--model-tag={plan.tag}", f"--data={plan.chat}", f"--run={os.environ.get('WANDB_RUN') or 'dummy'}")
+    if not (base_dir() / IDENTITY).exists():
+        stage("who it is")
+        python("dev.gen_identity", *flags.get("gen_identity", ()))
+    steps = [("mid", "mid_train", "mid-training", (f"--device-batch-size={plan.device_batch}",)),
+             ("sft", "chat_sft", "fine-tuning", ())]
+    if with_rl(plan):
+        steps.append(("rl", "chat_rl", "reinforcement learning", ()))
+    for source, script, name, own in steps:
+        stage(name)
+        python(f"scripts.{script}", *common, *own, *flags.get(script, ()), gpus=gpus)
+        stage(f"grading after {name}")
+        once(f"chat_eval_{source}", model_key(plan, source), lambda source=source: python(
+            "scripts.chat_eval", f"--source={source}", f"--model-tag={plan.tag}", f"--data={plan.chat}", *flags.get("chat_eval", ()),
+            gpus=gpus))
 
 
 def conclude(plan: Plan, seconds: float) -> None:
@@ -294,16 +364,25 @@ def conclude(plan: Plan, seconds: float) -> None:
     world = next((row for row in reversed(rows) if row["kind"] == "small_world"), None)
     size = sum(path.stat().st_size for path in base_dir().rglob("*") if path.is_file())
     print(f"\n== done in {clock(seconds)}\n"
-          f"made      a base model, {base_dir() / 'base_checkpoints' / plan.tag}; {size / 1e9:.2f} GB in {base_dir()}")
+          f"made      {'a chat model' if plan.chat else 'a base model'} of depth {plan.profile.depth}; {size / 1e9:.2f} GB in {base_dir()}")
     if loss:
         print(f"quality   {loss['val_bpb']:.4f} bits per byte on validation text, {loss['train_bpb']:.4f} on training text")
     if world and plan.source == "small-world":
         print(f"          {world['world']:.0%} of the small world's facts, asked in phrasings it never saw them in "
               f"(untrained {world['untrained']:.0%}, chance {world['chance']:.0%})")
+    stages = [source for source in ("mid", "sft", "rl") if plan.chat and (source != "rl" or with_rl(plan))]
+    for source in stages:
+        graded = [row for row in read_log(base_dir() / "logs" / f"chat_eval_{source}_{plan.tag}.jsonl") if row["kind"] == "chatcore"]
+        if graded:
+            print(f"{source:9s} " + ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in graded[-1]["tasks"].items()))
     prompt = facts()[0].prompt if plan.source == "small-world" else "Once upon a time"
-    next_up = {"small": "train on your own text: NANOCHAT_BASE_DIR=~/mine SPEEDRUN_TEXT=\"PATH ...\" bash speedrun.sh"}
-    print(f"next      .venv/bin/python -m scripts.complete -p {shlex.quote(prompt)}\n"
-          f"          {next_up.get(plan.profile.name, '.venv/bin/python -m scripts.base_loss')}")
+    print(f"report    {base_dir() / 'report' / 'report.md'}, copied to ./report.md")
+    if stages:
+        print(f"next      talk to it: .venv/bin/python -m scripts.chat_cli -i {stages[-1]}")
+    else:
+        print(f"next      .venv/bin/python -m scripts.complete -p {shlex.quote(prompt)}")
+    if plan.profile.name == "small":
+        print("          train on your own text: NANOCHAT_BASE_DIR=~/mine SPEEDRUN_TEXT=\"PATH ...\" bash speedrun.sh")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -338,6 +417,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_base(plan)
     stage("evaluation of the base model")
     evaluate_base(plan)
+    if plan.chat:
+        train_chat(plan)
+    stage("report")
+    python("nanochat.report", "generate")
     conclude(plan, time.time() - began)
 
 

@@ -21,6 +21,13 @@ SMALL = {  # flags put behind those of the README: the last one counts
     "scripts.base_loss": ["--split-tokens=1000", "--device-batch-size=4"],
     "scripts.base_eval": ["--split-tokens=1000", "--device-batch-size=4"],
     "scripts.complete": ["--max-tokens=4"],
+    "dev.gen_identity": ["--count=20"],
+    "scripts.mid_train": ["--max-seq-len=64", "--device-batch-size=2", "--total-batch-size=128", "--num-iterations=2", "--eval-every=-1",
+                          "--eval-tokens=500"],
+    "scripts.chat_sft": ["--num-iterations=2", "--target-examples-per-step=4", "--eval-steps=1", "--eval-every=-1"],
+    "scripts.chat_rl": ["--num-iterations=1", "--examples-per-step=1", "--num-samples=2", "--max-new-tokens=4", "--eval-examples=1"],
+    "scripts.chat_eval": ["--max-problems=2", "--max-new-tokens=4"],
+    "scripts.chat_cli": ["--max-tokens=4"],
 }
 
 
@@ -47,7 +54,7 @@ def test_readme_has_its_commands_and_nothing_unknown():
 
 def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)  # the report is copied here
     ran = set()
     for command in commands():
         words = shlex.split(command)
@@ -58,7 +65,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
             continue  # below
         ran.add(module)
         importlib.import_module(module).main([*flags, *SMALL.get(module, [])])
-    assert ran >= set(SMALL) | {"scripts.tok_eval"}
+    assert ran >= set(SMALL) | {"scripts.tok_eval", "nanochat.report"}
     for block in python_blocks():
         exec(compile(block, "README.md", "exec"), {})
     out = capsys.readouterr().out

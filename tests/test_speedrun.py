@@ -1,5 +1,6 @@
 """speedrun chooses what fits the machine, and says what it cannot do before doing anything."""
 
+import importlib
 import json
 
 import pytest
@@ -14,7 +15,8 @@ H100 = Machine(["NVIDIA H100 80GB HBM3"] * 8, 80 * 10**9, 64)
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    for name in ("SPEEDRUN_PROFILE", "SPEEDRUN_TEXT", "SPEEDRUN_STEPS", "SPEEDRUN_SHARDS", "SPEEDRUN_DEVICE_BATCH", "SPEEDRUN_GPUS"):
+    for name in ("SPEEDRUN_PROFILE", "SPEEDRUN_TEXT", "SPEEDRUN_STEPS", "SPEEDRUN_SHARDS", "SPEEDRUN_DEVICE_BATCH", "SPEEDRUN_GPUS",
+                 "SPEEDRUN_RL", "NANOCHAT_TASK_DATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(speedrun, "hub_reachable", lambda: True)
     monkeypatch.setattr(speedrun, "compute_dtype", lambda device: torch.bfloat16 if device == "cuda" else torch.float32)
@@ -88,16 +90,45 @@ def test_an_unreachable_hub_is_seen(monkeypatch):
     assert not speedrun.hub_reachable()
 
 
-def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd):
-    tiny = speedrun.Profile("small", 2, 300, 32, 256, steps=3, docs=600, flags=("--eval-tokens=1000", "--sample-every=-1"))
+def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path):
+    few = ("--num-iterations=2", "--eval-every=-1")
+    tiny = speedrun.Profile("small", 2, 300, 128, 512, steps=3, docs=600, flags=("--eval-tokens=1000", "--sample-every=-1"), rl=True, chat={
+        "gen_identity": ("--short", "--count=20"), "mid_train": (*few, "--total-batch-size=512", "--eval-tokens=1000"),
+        "chat_sft": (*few, "--target-examples-per-step=4", "--eval-steps=1", "--eval-metrics-every=-1"),
+        "chat_rl": (*few, "--examples-per-step=1", "--num-samples=2", "--max-new-tokens=4", "--eval-examples=2", "--eval-samples=1"),
+        "chat_eval": ("--max-problems=2", "--max-new-tokens=4")})
     monkeypatch.setitem(speedrun.PROFILES, "small", tiny)
+    # in this process: each of the stages' own would import torch anew
+    monkeypatch.setattr(speedrun, "python", lambda module, *flags, gpus=0: importlib.import_module(module).main(list(flags)))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speedrun, "find_machine", lambda: Machine([], 0, 1))
     monkeypatch.setenv("SPEEDRUN_DEVICE_BATCH", "4")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     speedrun.main([])
     first = capfd.readouterr().out
-    for said in ("machine ", "== text", "== tokenizer", "== base model", "== evaluation", "bits per byte", "small world's facts", "next "):
+    for said in ("machine ", "== text", "== tokenizer", "== base model", "== evaluation", "== mid-training", "== grading after fine-tuning",
+                 "== reinforcement learning", "== report", "bits per byte", "small world's facts", "World-Sums", "next ", "chat_cli -i rl"):
         assert said in first, first
     speedrun.main([])
     second = capfd.readouterr().out
-    assert second.count("done before") == 2 and "Nothing to do" in second, second
+    assert second.count("done before") == 5 and second.count("Nothing to do") == 4, second
+
+
+def test_a_stage_that_fails_ends_the_run_and_says_how_to_go_on():
+    with pytest.raises(UserError, match="nanochat.dataset ended with exit code 2; mend what it says, then `bash speedrun.sh` goes on"):
+        speedrun.python("nanochat.dataset", "small-world", "--nonsense")
+
+
+def test_without_the_published_conversations_the_chat_stages_are_left_out_and_it_says_why(monkeypatch):
+    monkeypatch.setenv("SPEEDRUN_TEXT", "notes")
+    assert speedrun.chat_stages(make_plan(H100)).startswith("mid-training, fine-tuning, each graded")
+    monkeypatch.setattr(speedrun, "hub_reachable", lambda: False)
+    assert "NANOCHAT_TASK_DATA names no mirror" in speedrun.chat_stages(make_plan(H100))
+    monkeypatch.setenv("NANOCHAT_TASK_DATA", "/mirror")
+    monkeypatch.setenv("SPEEDRUN_RL", "1")
+    assert "reinforcement learning" in speedrun.chat_stages(make_plan(H100))
+    monkeypatch.setenv("SPEEDRUN_PROFILE", "small")
+    assert "too many for this profile" in speedrun.chat_stages(make_plan(Machine([], 0, 2)))
+    monkeypatch.setenv("SPEEDRUN_RL", "yes")
+    with pytest.raises(UserError, match="SPEEDRUN_RL is 'yes'"):
+        speedrun.with_rl(make_plan(Machine([], 0, 2)))
