@@ -26,7 +26,6 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import cross_entropy
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.state import State
 from nanochat.training import train_step
 
 
@@ -263,11 +262,12 @@ def state(run: Run, out: Report) -> None:
         for parts in ((29,), (1,) * 29, (3, 1, 1, 17, 2, 5)):
             memory = model.new_state(2, capacity=4)
             splits.append(off(torch.cat([model(part, state=memory) for part in ids.split(parts, dim=1)], dim=1), full))
-        rows, states = [ids_for(run, 1, n) for n in (5, 11, 8)], []
-        for row in rows:
-            states.append(model.new_state(1))
-            model(row[:, :-3], state=states[-1])
-        joined = State.join(states)
+        rows, joined = [ids_for(run, 1, n) for n in (5, 11, 8)], model.new_state(1)
+        for i, row in enumerate(rows):
+            alone = model.new_state(1)
+            model(row[:, :-3], state=alone)
+            joined.resize(i + 1)
+            joined.put(i, alone, 0)
         got = torch.cat([model(torch.cat([row[:, -3:-2] for row in rows]), state=joined),
                          model(torch.cat([row[:, -2:] for row in rows]), state=joined)], dim=1)
         ragged.append(largest(off(mine, model(row)[0, -3:]) for mine, row in zip(got, rows)))

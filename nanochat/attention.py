@@ -45,12 +45,21 @@ class Attention(nn.Module):
         D = self.head_width
         q, k, v = (projection(h).unflatten(-1, (-1, D)) for projection in (self.c_q, self.c_k, self.c_v))
         q, k = norm(rotate(q, rope)).to(v.dtype), norm(rotate(k, rope)).to(v.dtype)
-        mask = None
-        if state is not None:
-            mask = state.state.mask(h.shape[1])
+        if state is None:
+            y = self._attend(q, k, v, causal=True)
+        else:
+            memory, T = state.state, q.shape[1]
             k, v = (t.to(q.dtype) for t in state.append(k, v))
-        # one query against all keys needs no mask; a first chunk (or no state) is plainly causal
-        causal = mask is None and k.shape[1] == q.shape[1]
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal,
-                                           enable_gqa=self.grouped)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+            if T == 1 and memory.by_row:
+                y = torch.cat([self._attend(q[b:b + 1], k[b:b + 1, :length + 1], v[b:b + 1, :length + 1])
+                               for b, length in enumerate(memory.lengths)])
+            else:
+                mask = memory.mask(T)
+                # one query against all keys needs no mask; a first chunk is plainly causal
+                y = self._attend(q, k, v, mask, causal=mask is None and k.shape[1] == T)
+        return self.c_proj(y.flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Return (B, T, H, D) of q (B, T, H, D) and k, v (B, S, Hkv, D)."""
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal,
+                                              enable_gqa=self.grouped).transpose(1, 2)

@@ -11,10 +11,11 @@ result, if there is one, is put behind it between <|output_start|> and <|output_
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from nanochat.calculator import calculate
@@ -23,6 +24,7 @@ from nanochat.sampling import Sampler, Settings
 from nanochat.state import State
 
 PREFILL_TOKENS = 1 << 14  # of prompts taken in by one call of the model, padding included
+ROWS_TOGETHER = 8  # products of a multiple of this many rows give a row the same to the last bit (tests hold it), those of fewer do not
 
 
 @dataclass(eq=False)
@@ -30,7 +32,9 @@ class Row:
     """One row being decoded: its prompt, its settings, and what came behind the prompt so far.
 
     tokens and mask (1 sampled, 0 forced) hold the closing token too. ended: "" while it runs, "stop" after a closing token, "length"
-    after max_tokens.
+    after max_tokens. stops: the tokens that close it, the engine's if None. tools: whether the calculator answers its calls. logprobs:
+    if it is a number n, scores gets for each token (log-probability, the n likeliest as (id, log-probability)), of the model's own
+    distribution, before temperature and penalties.
     """
 
     prompt: Sequence[int]
@@ -40,15 +44,38 @@ class Row:
     mask: list[int] = field(default_factory=list)
     ended: Literal["", "stop", "length"] = ""
     name: Any = None                                              # the caller's own
+    stops: Collection[int] | None = None
+    tools: bool = True
+    logprobs: int | None = None
+    scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    random: np.random.Generator = None                            # its own stream of random numbers
     _forced: deque[int] = field(default_factory=deque)
     _call: list[int] | None = None                                # the tokens of a tool call being written
 
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UserError("the prompt is empty: it must hold at least one token, <|bos|> say")
+        if self.random is None:
+            self.random = self.settings.random()
+
+
+def scored(logits: torch.Tensor, token: int, n: int) -> tuple[float, list[tuple[int, float]]]:
+    """Return the log-probability of a token and the n likeliest as (id, log-probability), likeliest first; logits (V,)."""
+    logp = logits.log_softmax(dim=-1)
+    values, ids = logp.sort(descending=True, stable=True)
+    return float(logp[token]), list(zip(ids[:n].tolist(), values[:n].tolist()))
+
 
 class Batch:
-    """Rows decoded together. They join (`add`) between any two steps, and leave when they have ended."""
+    """Rows decoded together. They join between any two steps (`add`, `join`), and leave when they have ended, or are made to (`drop`).
 
-    def __init__(self, engine: "Engine"):
+    exact: on a CPU, what a row computes is the same to the last bit whoever is beside it, at some cost: products have a multiple of
+    ROWS_TOGETHER rows, and each row attends by itself. On a GPU it is the same up to rounding.
+    """
+
+    def __init__(self, engine: "Engine", exact: bool = False):
         self.engine, self.model = engine, engine.model
+        self.exact = exact and self.model.device.type == "cpu"
         self.rows: list[Row] = []
         self._state: State | None = None
         self._logits: torch.Tensor | None = None                  # (B, V) for the next token of each row
@@ -65,12 +92,7 @@ class Batch:
 
         samples: each `samples` rows on end have the same prompt, which is taken in once.
         """
-        self._leave()
-        for row in rows:
-            if not row.prompt:
-                raise UserError("the prompt is empty: it must hold at least one token, <|bos|> say")
-            if row.max_tokens < 1:
-                raise ValueError(f"a row's max_tokens must be at least 1, not {row.max_tokens}")
+        self.drop([row for row in self.rows if row.ended])
         heads = rows[::samples]
         while heads:
             count, longest = 0, 0
@@ -90,46 +112,87 @@ class Batch:
         logits = self.model(ids.to(self.model.device), state=state, counts=ragged, last_only=True)[:, -1]
         if samples > 1:
             state, logits = state.fork(samples), logits.repeat_interleave(samples, dim=0)
-        self._sampler.extend(row.settings for row in rows)
-        for i, row in enumerate(rows, len(self.rows)):
-            self._sampler.saw(i, list(row.prompt))
-        self._state = state if not self.rows else State.join([self._state, state])
-        self._logits = logits if not self.rows else torch.cat([self._logits, logits])
-        self.rows = self.rows + rows
+        self.join(rows, state, logits)
 
     @torch.inference_mode()
+    def join(self, rows: list[Row], state: State, logits: torch.Tensor, capacity: int = 0, room: int = 0) -> None:
+        """Let rows join whose prompts (and tokens so far) the state holds, in their order; logits (B, V) are for their next tokens.
+
+        The state is taken over where the batch has none, unless capacity (tokens a row) and room (rows) say how much memory to make.
+        """
+        before = len(self.rows)
+        if self._state is None and not room and not self.exact:
+            self._state = state
+        else:
+            if self._state is None:
+                self._state = self.model.new_state(max(room, len(rows)), max(capacity, state.capacity))
+                self._state.by_row = self.exact
+            self._state.resize(before + len(rows))
+            for i in range(len(rows)):
+                self._state.put(before + i, state, i)
+        self._logits = logits if not before else torch.cat([self._logits, logits])
+        self._sampler.extend([row.settings for row in rows], [row.random for row in rows])
+        self.rows = self.rows + rows
+        for i, row in enumerate(rows, before):
+            self._sampler.saw(i, [*row.prompt, *row.tokens])
+
     def step(self) -> list[Row]:
         """Give every live row its next token; returns those rows. What each got is the last of its tokens and mask."""
+        live = self.draw()
+        self.advance()
+        return live
+
+    @torch.inference_mode()
+    def draw(self) -> list[Row]:
+        """The first half of a step: draw the tokens, let rows that ended go."""
         live = self.live
         if not live:
             return []
         drawn = self._sampler(self._logits).tolist()
-        for row, token in zip(self.rows, drawn):
+        for i, (row, token) in enumerate(zip(self.rows, drawn)):
             if not row.ended:
                 self.engine.take(row, token)
-        if not self.live:
-            self.rows, self._state, self._logits = [], None, None
-            self._sampler.select([])
-            return live
-        ended = sum(bool(row.ended) for row in self.rows)
-        if 4 * ended >= len(self.rows):  # moving the rest costs as much as a few steps of the dead
-            self._leave(logits=False)
-        for i, row in enumerate(self.rows):
-            self._sampler.saw(i, row.tokens[-1:])
-        ids = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.model.device)
-        self._logits = self.model(ids, state=self._state)[:, -1]
+                if row.logprobs is not None:
+                    row.scores.append(scored(self._logits[i], row.tokens[-1], row.logprobs))
+                self._sampler.saw(i, row.tokens[-1:])
+        ended = [row for row in self.rows if row.ended]
+        if self.exact or 4 * len(ended) >= len(self.rows):  # moving rows costs as much as a few steps of the dead
+            self.drop(ended)
         return live
 
-    def _leave(self, logits: bool = True) -> None:
-        """Drop the rows that have ended."""
-        going = [i for i, row in enumerate(self.rows) if not row.ended]
-        if len(going) == len(self.rows):
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """The second half of a step: run the model on the last token of each row."""
+        if not self.rows:
             return
-        self.rows = [self.rows[i] for i in going]
-        self._sampler.select(going)
-        self._state = self._state.select(going) if going else None
-        if logits:
-            self._logits = self._logits[going]
+        B, ids = len(self.rows), [row.tokens[-1:] for row in self.rows]
+        padding = -B % ROWS_TOGETHER if self.exact else 0
+        self._state.resize(B + padding)
+        logits = self.model(torch.tensor(ids + [[0]] * padding, device=self.model.device), state=self._state)
+        self._state.resize(B)
+        self._logits = logits[:B, -1]
+
+    def drop(self, rows: list[Row]) -> None:
+        """Let rows leave; the last ones take their places."""
+        going = {id(row) for row in rows}
+        order = list(range(len(self.rows)))
+        for i in reversed(order):
+            if id(self.rows[order[i]]) in going:
+                last = order.pop()
+                if i < len(order):
+                    order[i] = last
+        if len(order) == len(self.rows):
+            return
+        for i, source in enumerate(order):
+            if i != source:
+                self._state.put(i, self._state, source)
+        if self._state is not None:
+            self._state.resize(len(order))
+        self.rows = [self.rows[i] for i in order]
+        self._sampler.select(order)
+        self._logits = self._logits[order]
+        if not order and not self.exact:
+            self._state = self._logits = None
 
 
 class Engine:
@@ -147,10 +210,12 @@ class Engine:
         token = drawn if sampled else row._forced.popleft()
         row.tokens.append(token)
         row.mask.append(int(sampled))
-        if sampled and token in self.stops:
+        if sampled and token in (self.stops if row.stops is None else row.stops):
             row.ended = "stop"
         elif len(row.tokens) >= row.max_tokens:
             row.ended = "length"
+        if not row.tools:
+            return
         if token == self._python_start:
             row._call = []
         elif token == self._python_end:
@@ -236,8 +301,6 @@ class Engine:
     def _rows(self, prompt: Sequence[int], num_samples: int, max_tokens: int | None, settings: Settings, name: Any = None
               ) -> tuple[int, list[Row]]:
         """Return (new tokens at most, the rows of a prompt)."""
-        if not prompt:
-            raise UserError("the prompt is empty: it must hold at least one token, <|bos|> say")
         if num_samples < 1:
             raise UserError(f"num_samples must be at least 1, not {num_samples}")
         most = max(self.model.config.sequence_len - len(prompt), 0) if max_tokens is None else max_tokens

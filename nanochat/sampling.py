@@ -51,22 +51,30 @@ def penalised(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def draw(logits: Tensor, u: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, widest: int) -> Tensor:
+def draw(logits: Tensor, u: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, widest: int, nucleus: int | None = None) -> Tensor:
     """Return ids (B,), drawn from softmax(logits / temperature) within the top_k likeliest and the smallest set of mass top_p.
 
-    logits (B, V); u (B,) uniform in [0, 1): the id is where the running sum of the probabilities, likeliest first, passes u.
-    temperature, top_k, top_p: (B,), temperature above 0. widest: no top_k is above it. The likeliest token always stays.
+    logits (B, V); u (B,) uniform in [0, 1): the id is where the running sum of the probabilities, in the order of the ids, passes u.
+    temperature, top_k, top_p: (B,), temperature above 0. Tokens as likely as the last one let in are in too, so that nothing hangs on the
+    order of a sort. widest: the largest top_k below V, 0 if there is none; nucleus: among how many of the likeliest tokens every top_p
+    below 1 ends, 0 if there is none; V if not given. What a row draws does not depend on these two, nor on the rows beside it.
     """
-    values, order = logits.topk(widest, dim=-1) if widest < logits.shape[-1] else logits.sort(dim=-1, descending=True, stable=True)
-    values = values / temperature.unsqueeze(1)
-    values = values.masked_fill(torch.arange(values.shape[1], device=values.device) >= top_k.unsqueeze(1), -torch.inf)
-    p = values.softmax(dim=-1)
-    before = p.cumsum(dim=-1) - p
-    p = p.masked_fill((before >= top_p.unsqueeze(1)) & (before > 0), 0.0)
-    sums = p.cumsum(dim=-1)
-    place = torch.searchsorted(sums, u.unsqueeze(1) * sums[:, -1:], right=True)  # right: never on a token without mass
-    last = (p > 0).sum(dim=-1, keepdim=True) - 1  # where rounding carries u · sum to the sum itself
-    return order.gather(1, torch.minimum(place, last)).squeeze(1)
+    V, logits = logits.shape[-1], logits / temperature.unsqueeze(1)
+    nucleus = V if nucleus is None else nucleus
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no other
+    if widest:
+        largest = logits.topk(widest, dim=-1).values
+        least = largest.gather(1, top_k.clamp(max=widest).unsqueeze(1) - 1)
+        logits = logits.masked_fill((logits < least) & (top_k < V).unsqueeze(1), -torch.inf)
+    p = logits.softmax(dim=-1)
+    if nucleus:
+        ranked = p.topk(nucleus, dim=-1).values
+        before = ranked.cumsum(dim=-1, dtype=precise) - ranked
+        least = ranked.masked_fill(before >= top_p.unsqueeze(1), torch.inf).amin(dim=-1, keepdim=True)
+        p = p.masked_fill((p < least) & (top_p < 1).unsqueeze(1), 0.0)
+    sums = p.cumsum(dim=-1, dtype=precise)
+    below = torch.minimum(u.unsqueeze(1) * sums[:, -1:], sums[:, -1:] * (1 - 2 ** -23))  # also where rounding would reach the sum itself
+    return torch.searchsorted(sums, below, right=True).squeeze(1).clamp(max=V - 1)  # right: never on a token without mass
 
 
 class Sampler:
@@ -79,11 +87,11 @@ class Sampler:
         self.seen: Tensor | None = None  # (B, V) bool, kept where a row has a repetition penalty
         self.extend(rows)
 
-    def extend(self, rows: Iterable[Settings]) -> None:
-        """Add rows behind those there are."""
+    def extend(self, rows: Iterable[Settings], random: Iterable[np.random.Generator] | None = None) -> None:
+        """Add rows behind those there are. random: where the random numbers of rows that were here before go on."""
         rows = list(rows)
         self.rows += rows
-        self.random += [row.random() for row in rows]
+        self.random += [row.random() for row in rows] if random is None else random
         if self.seen is not None:
             self.seen = torch.cat([self.seen, self.seen.new_zeros(len(rows), self.vocab_size)])
         elif any(row.repetition_penalty != 1 for row in rows):
@@ -105,8 +113,10 @@ class Sampler:
     def _prepare(self) -> None:
         V = self.vocab_size
         ks = [min(row.top_k or V, V) for row in self.rows]
-        self.widest = max((k for k, row in zip(ks, self.rows) if row.temperature > 0 and k > 1), default=1)
         self.greedy = [row.temperature == 0 or k == 1 for row, k in zip(self.rows, ks)]
+        drawing = [(k, row.top_p or 1.0) for row, k, greedy in zip(self.rows, ks, self.greedy) if not greedy]
+        self.widest = max((k for k, _ in drawing if k < V), default=0)
+        self.nucleus = max((k for k, top_p in drawing if top_p < 1), default=0)
 
         def tensor(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(list(values), dtype=dtype, device=self.device)
@@ -122,5 +132,5 @@ class Sampler:
         if all(self.greedy):
             return logits.argmax(dim=-1)
         u = torch.tensor([random.random(dtype=np.float32) for random in self.random], device=self.device)  # 24 bits: below 1 in float32
-        drawn = draw(logits, u, self.temperature, self.top_k, self.top_p, self.widest)
+        drawn = draw(logits, u, self.temperature, self.top_k, self.top_p, self.widest, self.nucleus)
         return torch.where(self.likeliest, logits.argmax(dim=-1), drawn) if any(self.greedy) else drawn

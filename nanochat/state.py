@@ -1,6 +1,7 @@
 """What decoding remembers of each sequence: keys and values of the attention layers, the last K−1 gated inputs of the SLC2 layers.
 
-A state belongs to a request, never to the model. Rows (sequences) may be of different lengths; they can be forked, selected, joined.
+A state belongs to a request, never to the model. Rows (sequences) may be of different lengths; they can be forked, selected, and put
+into another state. A state has room for more rows than are in use, so that rows can come and go in place.
 
     state = State(model.config, batch=1, capacity=2048, device=device, dtype=torch.bfloat16)
     logits = model(prompt, state=state)          # prefill, any length, in any number of chunks
@@ -13,58 +14,63 @@ from torch import Tensor
 
 
 class KeysValues:
-    """Keys and values of one attention layer: k, v (B, S, Hkv, D); what lies behind a row's length is unused."""
+    """Keys and values of one attention layer: k, v (room, S, Hkv, D); what lies behind a row's length, or behind the rows, is unused."""
 
     def __init__(self, state: "State", k: Tensor, v: Tensor):
         self.state, self.k, self.v = state, k, v
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, T, Hkv, D) behind what each row has; return all keys and values (B, S', Hkv, D) up to the longest row."""
-        lengths, T = self.state.lengths, k.shape[1]
+        lengths, (B, T) = self.state.lengths, k.shape[:2]
         if self.state.uniform:
             here = slice(lengths[0], lengths[0] + T)
-            self.k[:, here], self.v[:, here] = k, v
+            self.k[:B, here], self.v[:B, here] = k, v
         else:
             where = self.state.positions(T)
-            row = torch.arange(k.shape[0], device=k.device)[:, None]
+            row = torch.arange(B, device=k.device)[:, None]
             self.k[row, where], self.v[row, where] = k.to(self.k.dtype), v.to(self.v.dtype)
         end = max(lengths) + T
-        return self.k[:, :end], self.v[:, :end]
+        return self.k[:B, :end], self.v[:B, :end]
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v]
 
 
 class Taps:
-    """The last K−1 gated inputs of one SLC2 layer, oldest first: past (B, K−1, E); zeros before the start."""
+    """The last K−1 gated inputs of one SLC2 layer, oldest first: all (room, K−1, E), past (B, K−1, E) of it; zeros before the start."""
 
-    def __init__(self, state: "State", past: Tensor):
-        self.state, self.past = state, past
+    def __init__(self, state: "State", all: Tensor):
+        self.state, self.all = state, all
+
+    @property
+    def past(self) -> Tensor:
+        return self.all[:self.state.batch]
 
     def append(self, u: Tensor) -> None:
         """Take u (B, T, E) in: the last K−1 rows of what was and the real part of u together stay."""
-        both = torch.cat([self.past, u.to(self.past.dtype)], dim=1)
+        both = torch.cat([self.past, u.to(self.all.dtype)], dim=1)
         ends = self.state.ends
         if ends is None:
             self.past.copy_(both[:, u.shape[1]:])
         else:
-            where = ends[:, None] + torch.arange(self.past.shape[1], device=u.device)
+            where = ends[:, None] + torch.arange(self.all.shape[1], device=u.device)
             self.past.copy_(both[torch.arange(len(ends), device=u.device)[:, None], where])
 
     def tensors(self) -> list[Tensor]:
-        return [self.past]
+        return [self.all]
 
 
 class State:
     """The memory of B sequences through one model.
 
-    lengths: tokens each row has seen (host integers). capacity: tokens a row has room for; it grows on demand.
+    lengths: tokens each row has seen (host integers). capacity: tokens a row has room for; room: rows there is memory for. Both grow on
+    demand. by_row: in decoding, let each row attend by itself, so that what it computes does not depend on the others to the last bit.
     ends: while the model runs on rows padded on the right, how many of the tokens are real, (B,); None where all are.
     """
 
     def __init__(self, config, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype):
-        self.config, self.capacity, self.device, self.dtype = config, capacity, torch.device(device), dtype
-        self.lengths = [0] * batch
+        self.config, self.capacity, self.room, self.device, self.dtype = config, capacity, batch, torch.device(device), dtype
+        self.lengths, self.by_row = [0] * batch, False
         self.ends: Tensor | None = None
         self._mask: tuple[object, Tensor | None] = (None, None)
         D = config.n_embd // config.n_head
@@ -94,14 +100,41 @@ class State:
         self.ends = None if counts is None else torch.tensor(counts, device=self.device)
         need = max(self.lengths) + T
         if need > self.capacity:
-            self._grow(max(need, self.capacity + max(64, self.capacity // 2)))
+            self._grow(max(need, self.capacity + max(64, self.capacity // 2)), self.room)
 
-    def _grow(self, capacity: int) -> None:
+    def resize(self, batch: int) -> None:
+        """Have `batch` rows: the last ones go, or new ones, that have seen nothing, come behind. Memory grows when it has to, by half."""
+        if batch > self.room:
+            self._grow(self.capacity, max(batch, self.room + self.room // 2))
+        old, self.lengths = self.batch, self.lengths[:batch] + [0] * (batch - self.batch)
+        for layer in self.layers:
+            if isinstance(layer, Taps):
+                layer.all[old:batch] = 0
+
+    def _grow(self, capacity: int, room: int) -> None:
+        """Have memory for `room` rows of `capacity` tokens."""
+        def larger(old: Tensor, *shape: int) -> Tensor:
+            new = torch.zeros(room, *shape, device=self.device, dtype=self.dtype)
+            new[tuple(slice(n) for n in old.shape)] = old
+            return new
+
         for layer in self.layers:
             if isinstance(layer, KeysValues):
-                more = torch.zeros(self.batch, capacity - self.capacity, *layer.k.shape[2:], device=self.device, dtype=self.dtype)
-                layer.k, layer.v = torch.cat([layer.k, more], dim=1), torch.cat([layer.v, more], dim=1)
-        self.capacity = capacity
+                layer.k, layer.v = (larger(t, capacity, *t.shape[2:]) for t in layer.tensors())
+            elif room > self.room:
+                layer.all = larger(layer.all, *layer.all.shape[1:])
+        self.capacity, self.room = capacity, room
+
+    def put(self, row: int, source: "State", source_row: int) -> None:
+        """Let a row be what a row of `source` (this state, or another of the same model) is. One copy of what it has seen."""
+        length = source.lengths[source_row]
+        if length > self.capacity:
+            self._grow(max(length, self.capacity + self.capacity // 2), self.room)
+        for mine, other in zip(self.layers, source.layers):
+            end = (slice(length),) if isinstance(mine, KeysValues) else ()
+            for to, of in zip(mine.tensors(), other.tensors()):
+                to[(row, *end)] = of[(source_row, *end)]
+        self.lengths = [*self.lengths[:row], length, *self.lengths[row + 1:]]
 
     def advance(self, T: int, counts: list[int] | None = None) -> None:
         """Count T tokens more on every row, or counts[b] on row b: the model calls it when all layers have taken them in."""
@@ -124,30 +157,15 @@ class State:
 
     def select(self, rows: list[int]) -> "State":
         """Return a new state holding these rows, in this order; a row may be named more than once (a fork). It has no room to spare."""
-        index, used = torch.tensor(rows, device=self.device), max(self.lengths[i] for i in rows)
-        return self._remake([self.lengths[i] for i in rows], used, [self], lambda parts: parts[0].index_select(0, index))
+        index, lengths = torch.tensor(rows, device=self.device), [self.lengths[i] for i in rows]
+        new = object.__new__(State)
+        new.config, new.device, new.dtype, new.by_row = self.config, self.device, self.dtype, self.by_row
+        new.lengths, new.capacity, new.room = lengths, max(lengths), len(rows)
+        new._mask, new.ends = (None, None), None
+        new.layers = [KeysValues(new, *(t[:, :new.capacity].index_select(0, index) for t in layer.tensors()))
+                      if isinstance(layer, KeysValues) else Taps(new, layer.all.index_select(0, index)) for layer in self.layers]
+        return new
 
     def fork(self, n: int) -> "State":
         """Return a new state with each row n times: row 0 n times, then row 1, …"""
         return self.select([row for row in range(self.batch) for _ in range(n)])
-
-    @staticmethod
-    def join(states: list["State"]) -> "State":
-        """Return one state with the rows of all of them, in order. All must come from one model."""
-        capacity = max(state.capacity for state in states)
-        for state in states:
-            if state.capacity < capacity:
-                state._grow(capacity)
-        return states[0]._remake([n for state in states for n in state.lengths], capacity, states, torch.cat)
-
-    def _remake(self, lengths: list[int], capacity: int, states: list["State"], combine) -> "State":
-        new = object.__new__(State)
-        new.config, new.capacity, new.device, new.dtype, new.lengths = self.config, capacity, self.device, self.dtype, lengths
-        new._mask, new.ends, new.layers = (None, None), None, []
-        for layers in zip(*(state.layers for state in states)):
-            if isinstance(layers[0], KeysValues):
-                new.layers.append(KeysValues(new, *(combine([tensor[:, :capacity] for tensor in tensors])
-                                                    for tensors in zip(*(layer.tensors() for layer in layers)))))
-            else:
-                new.layers.append(Taps(new, combine([layer.past for layer in layers])))
-        return new

@@ -139,18 +139,18 @@ def test_any_split_through_a_state_equals_one_full_forward(shape, B, chunks, see
 
 
 @settings(max_examples=25, deadline=None)
-@given(shapes, st.lists(st.integers(1, 12), min_size=2, max_size=4), st.integers(0, 9))
-def test_rows_of_different_lengths_decode_as_if_alone(shape, lengths, seed):
-    from nanochat.state import State
+@given(shapes, st.lists(st.integers(1, 12), min_size=2, max_size=4), st.booleans(), st.integers(0, 9))
+def test_rows_of_different_lengths_decode_as_if_alone(shape, lengths, by_row, seed):
     model = small_model(seed, **shape)
     rows = [torch.randint(97, (1, n + 3)) for n in lengths]
     with torch.no_grad():
-        states = []
-        for row in rows:
+        joined = model.new_state(1, capacity=2)  # too small in both: it has to grow
+        joined.by_row = by_row
+        for i, row in enumerate(rows):
             state = model.new_state(1, capacity=row.shape[1])
             model(row[:, :-3], state=state)
-            states.append(state)
-        joined = State.join(states)
+            joined.resize(i + 1)
+            joined.put(i, state, 0)
         steps = [model(torch.cat([row[:, [i - 3]] for row in rows]), state=joined) for i in range(1)]
         steps.append(model(torch.cat([row[:, -2:] for row in rows]), state=joined))  # a ragged chunk of two
         got = torch.cat(steps, dim=1)
