@@ -104,7 +104,8 @@ def one_step(engine: Engine, problems: Conversations, stage: Stage, config: Conf
     drawn = time.perf_counter()
     told = torch.tensor([sum(sum(group.rewards) for group in groups), sum(len(group.rows) for group in groups),
                          sum(group.teaches for group in groups), sum(len(row.tokens) for group in groups for row in group.rows),
-                         sum(row.ended == "stop" for group in groups for row in group.rows), stop], device=ranks.device)
+                         sum(row.ended == "stop" for group in groups for row in group.rows), stop],
+                        device=ranks.device, dtype=torch.float32)  # said: a rank without a problem has whole numbers alone
     reward, answers, kept, tokens, ended, stopping = all_reduce_sum(told, ranks).tolist()
     loss = norm = 0.0
     if kept:

@@ -121,6 +121,24 @@ def test_fine_tuning_on_two_ranks_is_that_on_one(base, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def _rl(ranks: Ranks, base, flags):
+    torch.set_num_threads(1)
+    os.environ.update(NANOCHAT_BASE_DIR=str(base), NANOCHAT_DTYPE="float32")
+    recipes.WorldSums.reward = lambda self, conversation, answer: float(len(answer) % 2)
+    from nanochat.cli import parse
+    chat_rl.run(parse(chat_rl.Config, flags), ranks)
+
+
+def test_a_rank_without_a_problem_changes_nothing(base, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    monkeypatch.setattr(recipes.WorldSums, "reward", recipes.WorldSums.reward)  # put back what _rl sets
+    flags = [*RL, "--fresh", "--num-iterations=2", "--examples-per-step=1", "--num-samples=4", "--eval-examples=1"]
+    start_ranks(2, _rl, base, flags)
+    two = weights(base, "rl", 2)
+    _rl(Ranks(0, 0, 1, torch.device("cpu")), base, flags)
+    assert_same(weights(base, "rl", 2), two, rtol=2e-3, atol=5e-4)
+
+
 def test_conversations_longer_than_a_row_never_give_an_empty_batch(base):
     long = [{"role": "user", "content": "Where is the lamp kept? " * 60}, {"role": "assistant", "content": "Here."}]
     (base / "long.jsonl").write_text(json.dumps(long) + "\n")
