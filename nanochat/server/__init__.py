@@ -1,0 +1,1 @@
+"""The HTTP server: an OpenAI-like API, and the page."""
