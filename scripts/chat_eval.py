@@ -70,6 +70,10 @@ def chosen(names: str, data: str, seed: int) -> dict:
 
 def run(config: Config, ranks) -> None:
     """Grade one model on these ranks."""
+    if config.max_problems == 0 or config.max_problems < -1:
+        raise UserError(f"--max-problems is a number from 1 on, or -1 for all, not {config.max_problems}")
+    if min(config.num_samples, config.batch_size, config.max_new_tokens) < 1:
+        raise UserError("--num-samples, --batch-size and --max-new-tokens must be at least 1")
     model, tokenizer, meta = load_model(config.source, ranks.device, model_tag=config.model_tag or None,
                                         step=None if config.step < 0 else config.step)
     about = meta.get("data") or {}

@@ -33,11 +33,10 @@ class Config(StageConfig):
 
     source: Literal["sft", "mid"] = flag("sft", "stage to start from")
     num_epochs: float = flag(1.0, "how often to go through the problems")
-    max_seq_len: int = flag(-1, "tokens of a problem and its answer; -1 = as the model")
     device_batch_size: int = flag(8, "answers a device learns from at a time")
     rollout_batch_size: int = flag(128, "answers a device writes at a time")
     examples_per_step: int = flag(16, "problems of all devices in an optimizer step")
-    num_samples: int = flag(16, "answers to each problem")
+    num_samples: int = flag(16, "answers to each problem, 2 or more: they are weighed against one another")
     max_new_tokens: int = flag(256, "tokens of an answer at most")
     temperature: float = flag(1.0, "of what is drawn; on-policy at 1 alone")
     top_k: int = flag(0, "draw from this many likeliest tokens; 0 = all, which alone is on-policy")
@@ -57,14 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config, ranks: Ranks) -> None:
     """One run on these ranks."""
-    for name in ("examples_per_step", "num_samples", "device_batch_size", "eval_samples", "max_new_tokens"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    least = {"examples_per_step": 1, "num_samples": 2, "device_batch_size": 1, "eval_examples": 1, "eval_samples": 1, "max_new_tokens": 1}
+    for name, number in least.items():
+        if getattr(config, name) < number:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {number}, not {getattr(config, name)}")
     stage = Stage("rl", config.source, config, ranks)
     problems = Conversations(recipes.rl(stage.data, "train", seed=stage.world), config.seed)
     test = recipes.rl(stage.data, "test", seed=stage.world)
     num_iterations = config.num_iterations
-    if num_iterations < 0:
+    if num_iterations <= 0:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))
     if stage.finished(num_iterations):
         return

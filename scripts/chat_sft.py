@@ -17,6 +17,7 @@ from nanochat.chat_data import SupervisedSteps
 from nanochat.chat_eval import evaluate_task
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import Ranks, joined_ranks
+from nanochat.files import UserError
 from nanochat.logs import RunLog
 from nanochat.loss_eval import evaluate_loss
 from nanochat.training import Plan, train
@@ -50,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config, ranks: Ranks) -> None:
     """One run on these ranks."""
+    if config.eval_steps < 1:
+        raise UserError(f"--eval-steps must be at least 1, not {config.eval_steps}")
     stage = Stage("sft", config.source, config, ranks)
-    T = config.max_seq_len if config.max_seq_len > 0 else stage.model.config.sequence_len
+    T = stage.max_seq_len
     train_task, val_task = recipes.sft(stage.data, seed=stage.world, extra=stage.extra)
     shape = {"examples_per_step": config.target_examples_per_step, "device_batch_size": config.device_batch_size, "max_tokens": T,
              "ranks": ranks}

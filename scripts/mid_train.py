@@ -48,11 +48,11 @@ def run(config: Config, ranks: Ranks) -> None:
     if config.compile not in ("auto", "yes", "no"):
         raise UserError(f"--compile is yes, no or auto, not {config.compile!r}")
     stage = Stage("mid", "base", config, ranks)
-    T = config.max_seq_len if config.max_seq_len > 0 else stage.model.config.sequence_len
+    T = stage.max_seq_len
     micro_batches = share_of_micro_batches(config.total_batch_size, config.device_batch_size, T, ranks)
     train_task, val_task = recipes.mid(stage.data, seed=stage.world, extra=stage.extra)
     num_iterations = config.num_iterations
-    if num_iterations < 0:
+    if num_iterations <= 0:
         tokens = broadcast_object(count_tokens(train_task, stage.tokenizer) if ranks.is_main else 0, ranks)
         num_iterations = max(1, round(config.num_epochs * tokens / config.total_batch_size))
     if stage.finished(num_iterations):

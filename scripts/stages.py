@@ -46,6 +46,7 @@ class Stage:
     """A run of one stage: model, tokenizer and optimizer, from the stage before or from where this one was stopped.
 
     start: optimizer steps done. data: "hub" or "small-world", world: the small world's seed. meta: of the checkpoint that was loaded.
+    max_seq_len: tokens in a row, the model's own unless a flag says another.
     """
 
     def __init__(self, name: str, source: str, config: Any, ranks: Ranks):
@@ -70,6 +71,8 @@ class Stage:
         self.extra = [Path(part).expanduser() for part in config.conversations.split(",") if part]
         self.dtype = compute_dtype(ranks.device)
         self.model.compute_dtype = self.dtype
+        asked = getattr(config, "max_seq_len", -1)
+        self.max_seq_len = asked if asked > 0 else self.model.config.sequence_len
         self.began = time.time()
 
     def _beginning(self, source: str, folder: Path, step: int | None) -> dict[str, Any]:
@@ -135,7 +138,7 @@ class Stage:
         if self.ranks.is_main:
             save_checkpoint(self.folder, step, self.model.state_dict(), {
                 **results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
-                "device_batch_size": self.config.device_batch_size, "max_seq_len": self.config.max_seq_len,
+                "device_batch_size": self.config.device_batch_size, "max_seq_len": self.max_seq_len,
                 "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(), "world_size": self.ranks.world_size,
                 "data": self.meta.get("data"), "from": self._begun_from, **({"loader": loaders} if loader is not None else {}),
             }, optimizer_state, keep=keep)

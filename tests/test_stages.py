@@ -21,7 +21,7 @@ from tests.test_training import TINY, assert_same, tiny, tiny_base  # noqa: F401
 
 MID = ["--device-type=cpu", "--max-seq-len=128", "--device-batch-size=2", "--total-batch-size=512", "--num-iterations=6", "--save-every=3",
        "--eval-every=-1", "--eval-tokens=1000"]
-SFT = ["--device-type=cpu", "--max-seq-len=128", "--device-batch-size=4", "--target-examples-per-step=8", "--num-iterations=6",
+SFT = ["--device-type=cpu", "--device-batch-size=4", "--target-examples-per-step=8", "--num-iterations=6",
        "--save-every=3", "--eval-every=-1", "--eval-steps=2", "--eval-metrics-every=4", "--eval-metrics-max-problems=8",
        "--init-lr-frac=0.5"]
 RL = ["--device-type=cpu", "--num-iterations=4", "--examples-per-step=2", "--num-samples=2", "--max-new-tokens=5", "--eval-examples=3",
@@ -82,7 +82,7 @@ def test_metas_hold_what_published_code_reads_and_where_the_model_comes_from(bas
     for stage, (_, _, folder, steps) in STAGES.items():
         meta = json.loads((base / folder / "d2" / f"meta_{steps:06d}.json").read_text())
         assert meta.keys() >= {"step", "model_config", "user_config", "device_batch_size", "max_seq_len", "from", "tokenizer", "data"}
-        assert meta["from"]["weights"] and meta["data"]["source"] == "small-world"
+        assert meta["max_seq_len"] == 128 and meta["from"]["weights"] and meta["data"]["source"] == "small-world"
         rows = read_log(base / "logs" / f"{stage}_d2.jsonl")
         kinds = {row["kind"] for row in rows}
         assert kinds >= {"start", "model", "samples", "checkpoint", "done", "end"} | ({"rl", "pass"} if stage == "rl" else {"train", "val"})
@@ -169,7 +169,10 @@ def test_chat_eval_writes_every_problem_and_the_mean_above_chance(base, capsys):
     (mid_train, ["--total-batch-size=100"], "--total-batch-size"),
     (mid_train, ["--conversations=/nowhere/mine.jsonl"], "mine.jsonl"),
     (chat_sft, ["--target-examples-per-step=0"], "--target-examples-per-step"),
-    (chat_rl, ["--num-samples=0"], "--num-samples must be at least 1"),
+    (chat_sft, ["--eval-steps=0"], "--eval-steps must be at least 1"),
+    (chat_rl, ["--num-samples=1"], "--num-samples must be at least 2"),
+    (chat_rl, ["--eval-examples=0"], "--eval-examples must be at least 1"),
+    (chat_eval, ["-i", "sft", "-x", "0"], "--max-problems is a number from 1 on, or -1 for all, not 0"),
 ])
 def test_wrong_flags_get_one_clear_line(base, script, flags, message):
     usual = {mid_train: MID, chat_sft: SFT, chat_rl: RL}.get(script, ["--device-type=cpu"])
