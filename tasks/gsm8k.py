@@ -27,7 +27,8 @@ class GSM8K(Task):
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
         """Right where the number behind the first `#### `, commas dropped, is the reference's, compared as text."""
-        return after_hashes(spoken(answer)) == after_hashes(reference_text(conversation))
+        found = after_hashes(spoken(answer))
+        return found is not None and found == after_hashes(reference_text(conversation))
 
 
 def parts_of(solution: str) -> list[dict[str, str]]:

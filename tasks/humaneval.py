@@ -5,7 +5,7 @@ import re
 from tasks.base import Task, asked_and_answered, spoken
 from tasks.hub import load_rows
 
-FENCED = re.compile(r"```(?:python)?\n(.*?)\n```", re.DOTALL)
+FENCED = re.compile(r"```\w*[ \t\r]*\n(.*?)\n```", re.DOTALL)
 
 
 class HumanEval(Task):
@@ -35,7 +35,7 @@ class HumanEval(Task):
 def program_of(prompt: str, answer: str) -> str:
     """Return what is run: the imports that the prompt begins with, then the answer's first fenced block, or else all of it."""
     fenced = FENCED.search(answer)
-    return imports_of(prompt) + "\n\n" + (fenced[1].strip() if fenced else answer)
+    return imports_of(prompt) + "\n\n" + (fenced[1] if fenced else answer).strip()
 
 
 def imports_of(prompt: str) -> str:

@@ -138,6 +138,8 @@ def test_gsm8k_calculations_become_calls(mirror):
     for answer, right in (("#### 1200", True), ("I think\n#### 1,200<|assistant_end|>", True), ("#### 1200 #### 3", True), ("1200", False),
                           ("#### 1201", False), ("#### 1200.0", False), ("", False), (as_written(task[0]), True)):
         assert task.evaluate(task[0], answer) == right, answer
+    bare = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "no number"}]}
+    assert not task.evaluate(bare, "none here either")
     assert parts_of("<<2*3=6=6>>") == [{"type": "python", "text": "2*3=6"}, {"type": "python_output", "text": "6"}]
     assert parts_of("<<5>>") == [{"type": "python", "text": "5"}, {"type": "python_output", "text": ""}]
 
@@ -153,7 +155,9 @@ def test_humaneval_program(mirror):
     start = "import math\nfrom typing import List\n\n"
     assert program_of(prompt, "Here:\n```python\ndef f(x):\n    return 2\n```\nor\n```\nf = 1\n```") == start + "def f(x):\n    return 2"
     assert program_of(prompt, "```\nf = 1\n```") == start + "f = 1"
-    assert program_of(prompt, "def f(x): return 2") == start + "def f(x): return 2"
+    for answer in ("def f(x): return 2", "\n def f(x): return 2\n", "So:\n```python \ndef f(x): return 2\n```", "```py\ndef f(x): return 2\n```",
+                   "```python\r\ndef f(x): return 2\r\n```"):
+        assert program_of(prompt, answer) == start + "def f(x): return 2"
 
 
 def test_humaneval_is_graded_by_running(mirror):
