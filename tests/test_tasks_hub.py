@@ -155,8 +155,8 @@ def test_humaneval_program(mirror):
     start = "import math\nfrom typing import List\n\n"
     assert program_of(prompt, "Here:\n```python\ndef f(x):\n    return 2\n```\nor\n```\nf = 1\n```") == start + "def f(x):\n    return 2"
     assert program_of(prompt, "```\nf = 1\n```") == start + "f = 1"
-    for answer in ("def f(x): return 2", "\n def f(x): return 2\n", "So:\n```python \ndef f(x): return 2\n```", "```py\ndef f(x): return 2\n```",
-                   "```python\r\ndef f(x): return 2\r\n```"):
+    for answer in ("def f(x): return 2", "\n def f(x): return 2\n", "So:\n```python \ndef f(x): return 2\n```",
+                   "```py\ndef f(x): return 2\n```", "```python\r\ndef f(x): return 2\r\n```"):
         assert program_of(prompt, answer) == start + "def f(x): return 2"
 
 
