@@ -31,6 +31,7 @@ from nanochat.shards import read_source
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import Plan, clock, share_of_micro_batches, train
 from scripts.base_loss import beginnings, samples
+from scripts.stages import move_aside, tell_changes
 
 # what a run that goes on may change, knowing it
 COURSE = ("total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "grad_clip", "warmup_ratio", "warmdown_ratio",
@@ -255,10 +256,8 @@ class _Job:
 
 def resumed(config: Config, shape: GPTConfig, tokenizer, folder: Path, num_iterations: int, ranks: Ranks) -> Checkpoint | None:
     """The checkpoint to go on from, None for a new run. Raises UserError where `folder` holds another model, or one that cannot go on."""
-    if config.fresh and ranks.is_main and folder.exists():
-        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(aside)
-        print(f"the run in {folder} was moved to {aside}")
+    if config.fresh and ranks.is_main:
+        move_aside(folder)
     way_out = "Use another --model-tag, or --fresh to move it aside and start anew."
     step = broadcast_object(latest_step(folder) if ranks.is_main else None, ranks)
     if step is None:
@@ -274,10 +273,8 @@ def resumed(config: Config, shape: GPTConfig, tokenizer, folder: Path, num_itera
         return found
     if found.optimizer_state is None or "loader" not in found.meta:
         raise UserError(f"{folder} cannot be trained on: {found.no_optimizer or 'it does not say how far its text was read'}. {way_out}")
-    before = found.meta.get("user_config", {})
-    changed = [f"{name} {before[name]} → {getattr(config, name)}" for name in COURSE if before.get(name) != getattr(config, name)]
-    if changed and ranks.is_main:
-        print(f"note: going on with other settings than the run in {folder} began with: {', '.join(changed)}")
+    if ranks.is_main:
+        tell_changes(found.meta.get("user_config", {}), config, COURSE, folder)
     return found
 
 

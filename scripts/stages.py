@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,27 @@ class StageConfig:
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
 
 
+COURSE = ("data", "conversations", "seed", "num_iterations", "num_epochs", "max_seq_len", "total_batch_size", "target_examples_per_step",
+          "examples_per_step", "num_samples", "max_new_tokens", "temperature", "top_k", "embedding_lr", "unembedding_lr", "matrix_lr",
+          "init_lr_frac", "weight_decay", "grad_clip", "warmdown_ratio")  # settings that a run should keep when it goes on
+
+
+def move_aside(folder: Path) -> None:
+    """Give the folder of an earlier run a name with the time, if there is one, and say so."""
+    if folder.exists():
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        print(f"the run in {folder} was moved to {aside}")
+
+
+def tell_changes(before: dict[str, Any], config: Any, names: Sequence[str], folder: Path) -> None:
+    """Print which of these settings are others than those the run in `folder` was saved with (its user_config)."""
+    changed = [f"{name} {before[name]} → {getattr(config, name)}" for name in names
+               if name in before and hasattr(config, name) and before[name] != getattr(config, name)]
+    if changed:
+        print(f"note: going on with other settings than the run in {folder} began with: {', '.join(changed)}")
+
+
 class Stage:
     """A run of one stage: model, tokenizer and optimizer, from the stage before or from where this one was stopped.
 
@@ -55,10 +77,8 @@ class Stage:
         source_folder = checkpoint_dir(source, config.model_tag or None)
         self.tag = source_folder.name
         self.folder = base_dir() / SOURCES[name] / self.tag
-        if config.fresh and ranks.is_main and self.folder.exists():
-            aside = self.folder.with_name(f"{self.tag}.{time.strftime('%Y%m%d-%H%M%S')}")
-            self.folder.rename(aside)
-            print(f"the run in {self.folder} was moved to {aside}")
+        if config.fresh and ranks.is_main:
+            move_aside(self.folder)
         self.start = broadcast_object(latest_step(self.folder) or 0 if ranks.is_main else 0, ranks)
         step = None if config.model_step < 0 else config.model_step
         self.model, self.tokenizer, self.meta = (
@@ -106,6 +126,8 @@ class Stage:
             if found.optimizer_state is None:
                 raise UserError(f"{self.folder} cannot be trained on: {found.no_optimizer}. --fresh moves it aside and trains anew.")
             self.optimizer.load_state_dict(found.optimizer_state)
+            if self.ranks.is_main:
+                tell_changes(found.meta.get("user_config", {}), config, COURSE, self.folder)
 
     def introduce(self, log: RunLog, num_iterations: int, what: str, **about: Any) -> None:
         """Say what is about to happen, and record it."""

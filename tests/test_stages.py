@@ -92,6 +92,13 @@ def test_metas_hold_what_published_code_reads_and_where_the_model_comes_from(bas
     assert [(row["step"], row["name"]) for row in metrics] == [(4, "World-Choice")]
 
 
+def test_going_on_with_other_settings_is_said(base, capsys):
+    for path in (base / "chatsft_checkpoints" / "d2").glob("*_000006*"):
+        path.unlink()
+    chat_sft.main([*SFT, "--target-examples-per-step=4", "--eval-metrics-every=-1"])
+    assert "note: going on with other settings" in (out := capsys.readouterr().out) and "target_examples_per_step 8 → 4\n" in out
+
+
 def test_a_stage_refuses_a_model_it_did_not_begin_with(base):
     (base / "mid_checkpoints" / "d2").rename(base / "mid_checkpoints" / "kept")
     mid_train.main([*MID, "--seed=5"])
