@@ -18,14 +18,14 @@ from pathlib import Path
 import nanochat
 
 STATIC = Path(nanochat.__file__).parent / "server" / "static"
-CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; base-uri 'none'; "
-       "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types nanochat dompurify")
-TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
+       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types nanochat dompurify")
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 MODELS = [
-    {"id": "sft", "object": "model", "created": 1, "owned_by": "nanochat", "context_length": 2048, "step": 700, "chat": True, "default": True,
-     "description": "d4 after fine-tuning"},
-    {"id": "base", "object": "model", "created": 1, "owned_by": "nanochat", "context_length": 1024, "step": 5400, "chat": False, "default": False,
-     "description": "d4 before it learnt to answer"},
+    {"id": "sft", "object": "model", "created": 1, "owned_by": "nanochat", "context_length": 2048, "step": 700,
+     "chat": True, "default": True, "description": "d4 after fine-tuning"},
+    {"id": "base", "object": "model", "created": 1, "owned_by": "nanochat", "context_length": 1024, "step": 5400,
+     "chat": False, "default": False, "description": "d4 before it learnt to answer"},
 ]
 GATE, FOREVER, DIE = object(), object(), object()
 
@@ -69,6 +69,26 @@ class Refused:
     headers: dict = field(default_factory=dict)
 
 
+CODE = """def mix(x, taps):
+    \"\"\"A causal convolution.\"\"\"
+    y = 0
+    for k in range(3):  # taps
+        y = y + taps[k] * shift(x, k)
+    return gate(y)"""
+RICH = [
+    "Three things about **short convolutions**, and one about *attention*:\n\n",
+    "1. They remember only their last inputs.\n2. They are cheap: `K − 1` vectors a layer.\n3. They sit in 13 of 20 layers.\n\n",
+    f"## In code\n\n```python\n{CODE}\n```\n\n",
+    "| layer | remembers |\n| --- | ---: |\n| SLC2 | 2 inputs |\n| attention | all keys and values |\n\nSeventeen of them make ",
+    Tool("python", ["17*23"]), Tool("python_output", ["391"]),
+    ". See the [notes](https://example.org/notes).\n\n> Small, and often wrong.",
+]
+
+
+def error_body(message, code=None):
+    return {"error": {"message": message, "type": "error", "param": None, "code": code}}
+
+
 class Gone(Exception):
     """The client has gone away."""
 
@@ -105,6 +125,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server_of: Server
 
     def log_message(self, *_):
@@ -114,13 +135,13 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if path == "/v1/models":
             if self.server_of.down:
-                return self._json(503, {"error": {"message": "The server is starting.", "type": "server_error", "param": None, "code": None}})
+                return self._json(503, error_body("The server is starting."))
             return self._json(200, {"object": "list", "data": self.server_of.models})
         file = STATIC / (path.removeprefix("/static/") if path != "/" else "index.html")
         if not file.is_file() or STATIC not in file.resolve().parents:
-            return self._json(404, {"error": {"message": "not found", "type": "invalid_request_error", "param": None, "code": None}})
+            return self._json(404, error_body("not found"))
         self._send(200, file.read_bytes(), {"Content-Type": TYPES.get(file.suffix, "text/plain"), "Content-Security-Policy": CSP,
-                                            "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"})
+                                            "X-Content-Type-Options": "nosniff", "Cache-Control": "max-age=600"})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -129,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         pieces = self.server_of.pieces(asked)
         if pieces and isinstance(pieces[0], Refused):
             refused = pieces[0]
-            return self._json(refused.status, {"error": {"message": refused.message, "type": "error", "param": None, "code": refused.code}}, refused.headers)
+            return self._json(refused.status, error_body(refused.message, refused.code), refused.headers)
         try:
             self._stream(pieces, body)
             self.server_of.ended.append("done")
@@ -162,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
             elif isinstance(piece, Finish):
                 finish = piece.reason
             elif isinstance(piece, Fails):
-                return self._write(f"data: {json.dumps({'error': {'message': piece.message, 'type': 'server_error', 'param': None, 'code': None}})}\n\n".encode(), True)
+                return self._write(f"data: {json.dumps(error_body(piece.message))}\n\n".encode(), True)
             elif piece is GATE:
                 while not self.server_of.gate.wait(0.01):
                     self._still_there()
@@ -174,8 +195,8 @@ class Handler(BaseHTTPRequestHandler):
             elif piece is DIE:
                 self.connection.shutdown(socket.SHUT_RDWR)
                 raise Gone
-        timings = {"prompt_tokens": 12, "cached_tokens": 0, "completion_tokens": words, "first_token_seconds": 0.05, "tokens_per_second": 61.4,
-                   "context_used": 410 + words, "context_length": 2048}
+        timings = {"prompt_tokens": 12, "cached_tokens": 0, "completion_tokens": words, "first_token_seconds": 0.05,
+                   "tokens_per_second": 61.4, "context_used": 410 + words, "context_length": 2048}
         self._chunk({}, finish=finish, nanochat={"timings": timings})
         usage = {"prompt_tokens": 12, "completion_tokens": words, "total_tokens": 12 + words}
         self._write(f"data: {json.dumps({'id': 'a', 'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode(), True)
@@ -185,8 +206,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _chunk(self, delta, finish=None, nanochat=None):
         choice = {"index": 0, "finish_reason": finish, **({"delta": delta} if self.chat else {"text": delta.get("content", "")})}
-        chunk = {"id": "a", "object": "chat.completion.chunk" if self.chat else "text_completion", "created": 1, "model": "sft", "choices": [choice]}
-        self._write(f"data: {json.dumps({**chunk, **({'nanochat': nanochat} if nanochat else {})}, ensure_ascii=False)}\n\n".encode())
+        chunk = {"id": "a", "object": "chat.completion.chunk" if self.chat else "text_completion", "created": 1, "model": "sft",
+                 "choices": [choice], **({"nanochat": nanochat} if nanochat else {})}
+        self._write(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode())
 
     def _write(self, data: bytes, last=False):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) + (b"0\r\n\r\n" if last else b""))

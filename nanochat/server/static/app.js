@@ -101,10 +101,10 @@ function showEmptyState() {
 /** How full the context was after the last answer. */
 function meter() {
   const times = path(current).findLast((node) => node.timings)?.timings;
-  const length = times?.context_length ?? model()?.context_length;
+  const length = times?.context_length;
   $("meter").hidden = !length;
   if (!length) return;
-  const used = Math.min(times?.context_used ?? 0, length);
+  const used = Math.min(times.context_used, length);
   const share = Math.round((100 * used) / length);
   $("meter-bar").style.width = `${share}%`;
   $("meter").classList.toggle("full", share >= 85);
@@ -115,9 +115,9 @@ function meter() {
 // ---- models
 
 async function loadModels() {
-  $("offline").hidden = true;
   try {
     available = await models();
+    $("offline").hidden = true;
   } catch (error) {
     $("offline-text").textContent = error.message;
     $("offline").hidden = false;
@@ -125,18 +125,18 @@ async function loadModels() {
   }
   const wanted = store.recall("model", "");
   const chosen = available.find(({id}) => id === wanted) ?? available.find((one) => one.default) ?? available[0];
-  $("model").replaceChildren(...available.map((one) => h("option", {value: one.id, selected: one === chosen, title: one.description, text: named(one)})));
+  $("model").replaceChildren(...available.map((one) => h("option", {value: one.id, selected: one === chosen, title: described(one), text: named(one)})));
   $("model").disabled = available.length < 2;
   modelChosen();
 }
 
-const named = ({id, chat: chats, step}) => id + (chats === false ? " · continues text" : "") + (Number.isInteger(step) ? ` · step ${step}` : "");
+const named = ({id, chat: chats}) => id + (chats === false ? " · continues text" : "");
+const described = (one) => [one?.description, Number.isInteger(one?.step) && `step ${one.step}`].filter(Boolean).join(", ");
 
 function modelChosen() {
   settings.offer(model());
-  $("model").title = model()?.description ?? "";
+  $("model").title = described(model());
   showEmptyState();
-  meter();
 }
 $("model").addEventListener("change", () => { store.keep("model", $("model").value); modelChosen(); });
 

@@ -66,7 +66,7 @@ export class Chat {
   }
 
   #toEnd() {
-    this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.scroller.scrollTop = this.empty.hidden ? this.scroller.scrollHeight : 0;
   }
 
   // ---- what a person does
@@ -136,7 +136,7 @@ export class Chat {
       if (Date.now() - savedAt > 700) { savedAt = Date.now(); this.given.saved(conversation); } // a page that is closed keeps what had come
     };
     this.given.saved(conversation);
-    await run(conversation, node, {model, sampling: this.given.sampling(), key: this.given.key(), signal: controller.signal, changed});
+    await run(conversation, node, {sampling: this.given.sampling(), key: this.given.key(), signal: controller.signal, changed});
     this.#runs.delete(conversation.id);
     this.given.saved(conversation);
     if (conversation === this.conversation) this.render();

@@ -122,7 +122,8 @@ export class MessageView {
       const button = iconButton("copy", "Copy", () => copy(plain(node), button, announce));
       buttons.push(button);
     }
-    if (this.answer && node.state !== "streaming") buttons.push(iconButton("again", "Another answer", () => this.#acts.again(node), {disabled: busy}));
+    const retried = node.state === "failed" && node.error?.code !== "context_length_exceeded"; // there is a button for it above
+    if (this.answer && node.state !== "streaming" && !retried) buttons.push(iconButton("again", "Another answer", () => this.#acts.again(node), {disabled: busy}));
     if (!this.answer) buttons.push(iconButton("edit", "Edit", () => this.#edit(), {disabled: busy}));
     const stats = this.answer && node.state !== "streaming" ? statistics(node) : "";
     if (stats) buttons.push(h("span", {class: "stats", text: stats}));

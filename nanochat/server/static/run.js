@@ -4,7 +4,7 @@ import {ApiError, stream} from "./api.js";
 import {messagesFor, promptFor} from "./tree.js";
 
 /** Stream into the answer `node`, calling `changed` after each piece. Never raises: how it ended is node.state, and node.error. */
-export async function run(conversation, node, {model, sampling, key, signal, changed}) {
+export async function run(conversation, node, {sampling, key, signal, changed}) {
   const body = {model: node.model || undefined, ...sampling};
   if (node.raw) body.prompt = promptFor(conversation, node);
   else Object.assign(body, {messages: messagesFor(conversation, node), tools_shown: true, drop_oldest: conversation.dropOldest});
@@ -23,7 +23,6 @@ export async function run(conversation, node, {model, sampling, key, signal, cha
       node.error = {message, kind, status, code, retryAt: retryAfter === null ? null : Date.now() + 1000 * retryAfter, dropped: Boolean(body.drop_oldest)};
     }
   }
-  node.context = node.timings?.context_length ?? model?.context_length ?? null;
   changed();
 }
 
