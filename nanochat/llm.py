@@ -13,30 +13,60 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from nanochat.attention import Attention
 from nanochat.checkpoint import SOURCES, load_model
 from nanochat.distributed import compute_dtype, init_ranks
 from nanochat.engine import Engine, Row
 from nanochat.files import UserError
+from nanochat.gpt import GPT
+from nanochat.layers import join
+from nanochat.quantize import quantize as quantized
 from nanochat.shown import Shown
+from nanochat.slc2 import SLC2
 
 Chat = str | Sequence[dict[str, Any]]
+PROJECTIONS = {SLC2: ("x_proj", "B_proj", "A_proj", "alpha_proj"), Attention: ("c_q", "c_k", "c_v")}  # of one input
+
+
+def load_for_decoding(source: str | Path, device: str | torch.device, *, model_tag: str | None = None, step: int | None = None,
+                      quantize: str = "none") -> tuple[GPT, Any, dict[str, Any]]:
+    """Return what `load_model` does, and raise what it does; the model only to decode and evaluate with, as `ready_to_decode` leaves it."""
+    model, tokenizer, meta = load_model(source, device, model_tag=model_tag, step=step)
+    return ready_to_decode(model, quantize), tokenizer, meta
+
+
+@torch.no_grad()
+def ready_to_decode(model: GPT, quantize: str = "none") -> GPT:
+    """Make a float32 model, in place, one to decode and evaluate with on its device; returns it.
+
+    Its weights have the dtype they are used in (compute_dtype of the device), or 8 bits with quantize "int8"; projections of one input are
+    one product. It is not trained any more. Raises UserError for an unknown quantize.
+    """
+    model = quantized(model, quantize).eval().requires_grad_(False)
+    model.compute_dtype = compute_dtype(model.device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(model.compute_dtype)
+    for block in model.transformer.h:
+        join([getattr(block.attn, name) for name in PROJECTIONS[type(block.attn)]])
+    return model
 
 
 class LLM:
     """A model with its tokenizer. Options of all calls: max_tokens, temperature, top_k, top_p, repetition_penalty, seed (of Engine)."""
 
     def __init__(self, source: str | Path = "sft", *, device: str = "", model_tag: str | None = None, step: int | None = None,
-                 revision: str | None = None):
+                 revision: str | None = None, quantize: str = "none"):
         """source: base, mid, sft or rl (under $NANOCHAT_BASE_DIR), a folder, or "owner/name" on the hub, of which `revision` is taken.
+        quantize: "int8" decodes with weights of 8 bits (nanochat.quantize).
 
         Raises UserError where there is no such model.
         """
         if source not in SOURCES and not Path(source).expanduser().is_dir():
             source = _from_hub(str(source), revision)
         self.device = init_ranks(device).device
-        self.model, self.tokenizer, self.meta = load_model(source, self.device, model_tag=model_tag, step=step)
-        dtype = compute_dtype(self.device)
-        self.model.to(dtype).compute_dtype = dtype  # nothing is trained: weights are kept in the dtype they are used in
+        self.model, self.tokenizer, self.meta = load_for_decoding(source, self.device, model_tag=model_tag, step=step, quantize=quantize)
         self.engine = Engine(self.model, self.tokenizer)
 
     def chat(self, chats: Chat | Sequence[Sequence[dict[str, Any]]], **options: Any) -> str | list[str]:

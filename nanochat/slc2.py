@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.kernels.slc2 import causal_taps, gated_input, slc2_core
-from nanochat.layers import Linear
+from nanochat.layers import Linear, project
 from nanochat.state import Taps
 
 
@@ -29,7 +29,7 @@ class SLC2(nn.Module):
 
         rope is not used: the convolution knows the order by itself.
         """
-        x, B, A, alpha = self.x_proj(h), self.B_proj(h), self.A_proj(h), self.alpha_proj(h)
+        x, B, A, alpha = project(h, self.x_proj, self.B_proj, self.A_proj, self.alpha_proj)
         taps = self.conv1d.weight.squeeze(1).to(h.dtype)
         if state is None:
             return self.c_proj(slc2_core(x, B, A, alpha, taps))
