@@ -20,6 +20,7 @@ from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import compute_dtype, joined_ranks
 from nanochat.files import UserError, atomic_write, base_dir, to_json
 from nanochat.logs import RunLog
+from nanochat.sandbox import run_python
 from nanochat.training import clock
 from tasks import recipes
 
@@ -79,6 +80,7 @@ def run(config: Config, ranks) -> None:
     about = meta.get("data") or {}
     data = config.data if config.data != "auto" else "small-world" if about.get("source") == "small-world" else "hub"
     tasks = chosen(config.task_name, data, about.get("seed", 0))
+    level = run_python("").level.name.lower() if "HumanEval" in tasks else ""  # it refuses now, not after the other tasks
     dtype = compute_dtype(ranks.device)
     model.compute_dtype = dtype
     if ranks.device.type == "cuda":
@@ -86,6 +88,8 @@ def run(config: Config, ranks) -> None:
     tag = Path(meta["folder"]).name
     with RunLog(f"chat_eval_{config.source}", tag, asdict(config), enabled=ranks.is_main) as log:
         log.say(meta["loaded"])
+        if level:
+            log.say(f"programs of HumanEval run in a sandbox of the level {level}")
         accuracy, chance = {}, {}
         for name, make in tasks.items():
             said = time.time()

@@ -10,13 +10,16 @@ import sys
 import pytest
 import torch
 
+from nanochat import sandbox
 from nanochat.distributed import Ranks
 from nanochat.files import UserError
 from nanochat.logs import read_log
+from nanochat.sandbox import Level, best_level
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train
 from tasks import recipes
 from tests.conftest import ROOT
 from tests.test_distributed import start_ranks
+from tests.test_tasks_hub import HUMANEVAL_ROW, mirror  # noqa: F401 (fixture)
 from tests.test_training import TINY, assert_same, tiny, tiny_base  # noqa: F401 (fixtures)
 
 MID = ["--device-type=cpu", "--max-seq-len=128", "--device-batch-size=2", "--total-batch-size=512", "--num-iterations=6", "--save-every=3",
@@ -168,6 +171,19 @@ def test_chat_eval_writes_every_problem_and_the_mean_above_chance(base, capsys):
     assert {row["name"] for row in rows if row["kind"] == "task"} == set(recipes.graded("small-world"))
     chat_eval.main(["-i", "sft", "-a", "world-choice|SpellingBee", "-x", "2", "-m", "6", "--device-type=cpu"])
     assert not [row for row in read_log(base / "logs" / "chat_eval_sft_d2.jsonl") if row["kind"] == "chatcore"]
+
+
+def test_the_level_of_the_sandbox_is_said_and_refused_before_anything_is_graded(base, mirror, capsys, monkeypatch):  # noqa: F811
+    mirror("openai/openai_humaneval/openai_humaneval/test.jsonl", [HUMANEVAL_ROW])
+    flags = ["-i", "sft", "-m", "6", "-x", "2", "-a", "World-Choice|HumanEval", "--device-type=cpu"]
+    chat_eval.main(flags)
+    out = capsys.readouterr().out
+    assert f"sandbox of the level {best_level().name.lower()}" in out and "HumanEval            0.0%  (0 of 1" in out
+    monkeypatch.setattr(sandbox, "_best", lambda: (Level.LIMITS, "limits", ["namespaces: none"]))
+    monkeypatch.setenv("NANOCHAT_SANDBOX", "isolated")
+    with pytest.raises(UserError, match="isolated is asked for"):
+        chat_eval.main(flags)
+    assert "World-Choice" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script, flags, message", [
