@@ -59,7 +59,7 @@ def shared_context(browser):
 
 @pytest.fixture
 def window(browser, server, shared_context):
-    """Opens the page, in a profile of its own where anything is asked of it. In the end no script error and no breach of the policy is left."""
+    """Opens the page, in a profile of its own where anything is asked of it. No script error and no breach of the policy may be left."""
     contexts, errors = [], []
 
     def open_(url=None, **options):

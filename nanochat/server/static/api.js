@@ -37,8 +37,11 @@ async function reach(path, options) {
   if (response.ok) return response;
   const body = await response.json().catch(() => null);
   const after = Number.parseFloat(response.headers.get("Retry-After"));
-  throw new ApiError(said(body) ?? `The server answered ${response.status} ${response.statusText}`.trim() + ".",
-    {status: response.status, code: body?.error?.code ?? null, retryAfter: Number.isFinite(after) ? Math.max(0, after) : null});
+  throw new ApiError(said(body) ?? `The server answered ${response.status} ${response.statusText}`.trim() + ".", {
+    status: response.status,
+    code: body?.error?.code ?? null,
+    retryAfter: Number.isFinite(after) ? Math.max(0, after) : null,
+  });
 }
 
 const said = (body) => (typeof body?.error?.message === "string" ? body.error.message : null);
@@ -52,7 +55,9 @@ export async function models() {
 /** Post `body` and yield the chunks of the streamed answer. Aborting `signal` ends it, on the server too. Raises ApiError. */
 export async function* stream(path, body, {key, signal}) {
   const response = await reach(path, {
-    method: "POST", signal, body: JSON.stringify({...body, stream: true, stream_options: {include_usage: true}}),
+    method: "POST",
+    signal,
+    body: JSON.stringify({...body, stream: true, stream_options: {include_usage: true}}),
     headers: {"Content-Type": "application/json", ...(key ? {Authorization: `Bearer ${key}`} : {})},
   });
   const reader = response.body.getReader();
@@ -82,6 +87,7 @@ function parsed(data) {
   } catch {
     throw new ApiError("The server sent something that is not JSON.", {kind: "stream"});
   }
-  if (chunk?.error) throw new ApiError(said(chunk) ?? "The server reported an error.", {kind: "stream", code: chunk.error.code ?? null});
+  if (typeof chunk !== "object" || chunk === null) throw new ApiError("The server sent something that is no chunk.", {kind: "stream"});
+  if (chunk.error) throw new ApiError(said(chunk) ?? "The server reported an error.", {kind: "stream", code: chunk.error.code ?? null});
   return chunk;
 }

@@ -11,10 +11,24 @@ import {Sidebar} from "./sidebar.js";
 import * as store from "./store.js";
 import {newConversation, path} from "./tree.js";
 
-const PROMPTS = ["Who are you?", "How many letters r are in “strawberry”?", "What is 17 times 23?", "Tell me a story about a lighthouse, in three sentences."];
+const PROMPTS = [
+  "Who are you?",
+  "How many letters r are in “strawberry”?",
+  "What is 17 times 23?",
+  "Tell me a story about a lighthouse, in three sentences.",
+];
 const CONTINUED = ["Once upon a time, there was", "The capital of France is", "The most important thing about rivers is"];
-const KEYS = [["Enter", "send"], ["Shift Enter", "a new line"], ["Esc", "stop the answer; close what is open"], ["↑", "in the empty field: edit the last message"],
-  ["/", "to the field"], ["Ctrl Shift O", "a new conversation"], ["Ctrl K", "search the conversations"], ["Ctrl B", "show or hide the list"], ["?", "this help"]];
+const KEYS = [
+  ["Enter", "send"],
+  ["Shift Enter", "a new line"],
+  ["Esc", "stop the answer; close what is open"],
+  ["↑", "in the empty field: edit the last message"],
+  ["/", "to the field"],
+  ["Ctrl Shift O", "a new conversation"],
+  ["Ctrl K", "search the conversations"],
+  ["Ctrl B", "show or hide the list"],
+  ["?", "this help"],
+];
 const THEMES = {auto: ["auto", "Theme: as the system"], light: ["sun", "Theme: light"], dark: ["moon", "Theme: dark"]};
 
 const $ = (id) => document.getElementById(id);
@@ -25,36 +39,66 @@ let available = [];
 
 const model = () => available.find(({id}) => id === $("model").value) ?? null;
 const saved = (conversation) => {
-  if (conversations.has(conversation.id)) store.save(conversation).catch((error) => notice(`This browser could not keep the conversation: ${error.message}`));
+  if (conversations.has(conversation.id))
+    store.save(conversation).catch((error) => notice(`This browser could not keep the conversation: ${error.message}`));
 };
 
 // ---- the parts
 
-const chat = new Chat({scroller: $("scroller"), list: $("messages"), empty: $("empty"), latest: $("latest")}, {
-  model, saved, sampling: () => settings.sampling(), key: () => store.recall("key", ""), keyGiven: (key) => store.keep("key", key), changed,
-});
-const sidebar = new Sidebar({list: $("conversations"), search: $("search"), nothing: $("nothing")}, {
-  conversations, saved, changed, current: () => current, busy: (conversation) => chat.busy(conversation),
-  go(conversation) { show(conversation); drawer(false); if (!narrow.matches) composer.focus(); },
-  removed(conversation) {
-    chat.stop(conversation);
-    conversations.delete(conversation.id);
-    store.remove(conversation.id);
-    if (conversation === current) show(fresh());
-    else changed();
+const chat = new Chat(
+  {scroller: $("scroller"), list: $("messages"), empty: $("empty"), latest: $("latest")},
+  {
+    model,
+    saved,
+    sampling: () => settings.sampling(),
+    key: () => store.recall("key", ""),
+    keyGiven: (key) => store.keep("key", key),
+    changed,
   },
-  restored(conversation, {quiet = false} = {}) {
-    mendBroken(conversation);
-    conversations.set(conversation.id, conversation);
-    saved(conversation);
-    if (quiet) changed();
-    else show(conversation);
+);
+const sidebar = new Sidebar(
+  {list: $("conversations"), search: $("search"), nothing: $("nothing")},
+  {
+    conversations,
+    saved,
+    changed,
+    current: () => current,
+    busy: (conversation) => chat.busy(conversation),
+    go(conversation) {
+      show(conversation);
+      drawer(false);
+      if (!narrow.matches) composer.focus();
+    },
+    removed(conversation) {
+      chat.stop(conversation);
+      conversations.delete(conversation.id);
+      store.remove(conversation.id);
+      if (conversation === current) show(fresh());
+      else changed();
+    },
+    restored(conversation, {quiet = false} = {}) {
+      mendBroken(conversation);
+      conversations.set(conversation.id, conversation);
+      saved(conversation);
+      if (quiet) changed();
+      else show(conversation);
+    },
   },
-});
-const composer = new Composer({form: $("composer"), area: $("area"), button: $("send"), menu: $("commands")}, {
-  settings, busy: () => chat.conversation !== undefined && chat.busy(), send, stop: () => chat.stop(), remark: (text) => chat.remark(text),
-  clear: begin, help: () => help.showModal(), raw: () => model()?.chat === false, editLast: () => chat.editLast(),
-});
+);
+const composer = new Composer(
+  {form: $("composer"), area: $("area"), button: $("send"), menu: $("commands")},
+  {
+    settings,
+    busy: () => chat.conversation !== undefined && chat.busy(),
+    send,
+    stop: () => chat.stop(),
+    remark: (text) => chat.remark(text),
+    clear: begin,
+    help: () => help.showModal(),
+    raw: () => model()?.chat === false,
+    editLast: () => chat.editLast(),
+  },
+);
 const sheet = settingsSheet(settings, {conversation: () => current, saved, keyChanged: (key) => store.keep("key", key || null)});
 const help = helpDialog();
 document.body.append(sheet.element, help);
@@ -93,8 +137,15 @@ function changed() {
 
 function showEmptyState() {
   const raw = model()?.chat === false;
-  $("empty").replaceChildren(icon("wave"), ...emptyState(raw ? CONTINUED : PROMPTS, (text) => { if (!chat.busy()) send(text); }));
-  if (raw) $("empty").querySelector(".lead").textContent = "This is a base model: it has not learnt to answer. It continues the text that you give it.";
+  $("empty").replaceChildren(
+    icon("wave"),
+    ...emptyState(raw ? CONTINUED : PROMPTS, (text) => {
+      if (!chat.busy()) send(text);
+    }),
+  );
+  if (raw)
+    $("empty").querySelector(".lead").textContent =
+      "This is a base model: it has not learnt to answer. It continues the text that you give it.";
   $("area").placeholder = raw ? "Begin a text; the model continues it" : "Ask something";
 }
 
@@ -109,7 +160,8 @@ function meter() {
   $("meter-bar").style.width = `${share}%`;
   $("meter").classList.toggle("full", share >= 85);
   $("meter-text").textContent = `${share} % of ${length.toLocaleString("en")} tokens`;
-  $("meter").title = `The model can read ${length.toLocaleString("en")} tokens at once; this conversation takes ${used.toLocaleString("en")} of them.`;
+  $("meter").title =
+    `The model can read ${length.toLocaleString("en")} tokens at once; this conversation takes ${used.toLocaleString("en")} of them.`;
 }
 
 // ---- models
@@ -125,7 +177,9 @@ async function loadModels() {
   }
   const wanted = store.recall("model", "");
   const chosen = available.find(({id}) => id === wanted) ?? available.find((one) => one.default) ?? available[0];
-  $("model").replaceChildren(...available.map((one) => h("option", {value: one.id, selected: one === chosen, title: described(one), text: named(one)})));
+  $("model").replaceChildren(
+    ...available.map((one) => h("option", {value: one.id, selected: one === chosen, title: described(one), text: named(one)})),
+  );
   $("model").disabled = available.length < 2;
   modelChosen();
 }
@@ -138,7 +192,10 @@ function modelChosen() {
   $("model").title = described(model());
   showEmptyState();
 }
-$("model").addEventListener("change", () => { store.keep("model", $("model").value); modelChosen(); });
+$("model").addEventListener("change", () => {
+  store.keep("model", $("model").value);
+  modelChosen();
+});
 
 // ---- the frame: list, theme, help, keys
 
@@ -176,19 +233,42 @@ narrow.addEventListener("change", fit);
 function theme(name) {
   if (name === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
-  try { // plain text: theme.js reads it
+  try {
+    // plain text: theme.js reads it
     if (name === "auto") localStorage.removeItem("nanochat.theme");
     else localStorage.setItem("nanochat.theme", name);
-  } catch { /* holds until the page is closed */ }
+  } catch {
+    /* holds until the page is closed */
+  }
   relabel($("theme"), ...THEMES[name]);
 }
 
 function helpDialog() {
-  const dialog = h("dialog", {class: "help", "aria-labelledby": "help-title"},
-    h("header", {}, h("h2", {id: "help-title", text: "Commands and keys"}), iconButton("close", "Close help", () => dialog.close())),
-    h("table", {}, h("tbody", {}, ...COMMANDS.map(([name, does]) => h("tr", {}, h("th", {scope: "row"}, h("code", {text: name})), h("td", {text: does}))),
-      ...KEYS.map(([keys, does]) => h("tr", {}, h("th", {scope: "row"}, ...keys.split(" ").map((key) => h("kbd", {text: key}))), h("td", {text: does}))))));
-  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  const dialog = h(
+    "dialog",
+    {class: "help", "aria-labelledby": "help-title"},
+    h(
+      "header",
+      {},
+      h("h2", {id: "help-title", text: "Commands and keys"}),
+      iconButton("close", "Close help", () => dialog.close()),
+    ),
+    h(
+      "table",
+      {},
+      h(
+        "tbody",
+        {},
+        ...COMMANDS.map(([name, does]) => h("tr", {}, h("th", {scope: "row"}, h("code", {text: name})), h("td", {text: does}))),
+        ...KEYS.map(([keys, does]) =>
+          h("tr", {}, h("th", {scope: "row"}, ...keys.split(" ").map((key) => h("kbd", {text: key}))), h("td", {text: does})),
+        ),
+      ),
+    ),
+  );
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
   return dialog;
 }
 
@@ -196,12 +276,20 @@ addEventListener("keydown", (event) => {
   if (document.querySelector("dialog[open]")) return;
   const typing = event.target.matches?.("input, textarea, select");
   const held = event.ctrlKey || event.metaKey;
-  const act = (doing) => { event.preventDefault(); doing(); };
+  const act = (doing) => {
+    event.preventDefault();
+    doing();
+  };
   if (event.key === "Escape") {
     if (document.body.classList.contains("drawer")) act(() => drawer(false));
     else if (chat.stop()) act(() => composer.focus());
   } else if (held && event.shiftKey && event.key.toLowerCase() === "o") act(begin);
-  else if (held && event.key.toLowerCase() === "k") act(() => { if (!shownList()) toggleList(); $("search").focus(); $("search").select(); });
+  else if (held && event.key.toLowerCase() === "k")
+    act(() => {
+      if (!shownList()) toggleList();
+      $("search").focus();
+      $("search").select();
+    });
   else if (held && event.key.toLowerCase() === "b") act(toggleList);
   else if (!typing && !held && event.key === "/") act(() => composer.focus());
   else if (!typing && !held && event.key === "?") act(() => help.showModal());
@@ -213,10 +301,15 @@ $("menu").addEventListener("click", toggleList);
 $("scrim").addEventListener("click", () => drawer(false));
 $("settings").addEventListener("click", () => sheet.open());
 $("help").addEventListener("click", () => help.showModal());
-$("theme").addEventListener("click", () => theme({auto: "light", light: "dark", dark: "auto"}[document.documentElement.dataset.theme ?? "auto"]));
+$("theme").addEventListener("click", () =>
+  theme({auto: "light", light: "dark", dark: "auto"}[document.documentElement.dataset.theme ?? "auto"]),
+);
 $("export").addEventListener("click", () => sidebar.exportAll());
 $("import").addEventListener("click", () => $("file").click());
-$("file").addEventListener("change", async () => { for (const file of $("file").files) await sidebar.importFile(file); $("file").value = ""; });
+$("file").addEventListener("change", async () => {
+  for (const file of $("file").files) await sidebar.importFile(file);
+  $("file").value = "";
+});
 $("retry-models").addEventListener("click", loadModels);
 
 // ---- begin
@@ -230,9 +323,12 @@ try {
     conversations.set(conversation.id, conversation);
   }
 } catch {
-  notice("This browser keeps nothing for this page, so conversations last until it is closed. Export what you want to keep.", {seconds: 12});
+  notice("This browser keeps nothing for this page, so conversations last until it is closed. Export what you want to keep.", {
+    seconds: 12,
+  });
 }
-store.watch((id, conversation) => { // another tab
+store.watch((id, conversation) => {
+  // another tab
   if (conversations.has(id) && chat.busy(conversations.get(id))) return;
   if (conversation) conversations.set(id, conversation);
   else conversations.delete(id);

@@ -13,13 +13,17 @@ export class Chat {
   #following = true; // the end of the conversation is kept in sight
   #frame = 0;
 
-  /** parts: the elements of the page; given: model(), sampling(), key(), saved(conversation), keyGiven(key), changed(), newTitle(conversation) */
+  /** parts: the elements of the page; given: model(), sampling(), key(), saved(conversation), keyGiven(key), changed() */
   constructor({scroller, list, empty, latest}, given) {
     Object.assign(this, {scroller, list, empty, latest, given});
-    scroller.addEventListener("scroll", () => {
-      this.#following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
-      latest.hidden = this.#following;
-    }, {passive: true});
+    scroller.addEventListener(
+      "scroll",
+      () => {
+        this.#following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
+        latest.hidden = this.#following;
+      },
+      {passive: true},
+    );
     latest.addEventListener("click", () => this.#toEnd());
     new ResizeObserver(() => this.#following && this.#toEnd()).observe(list);
   }
@@ -52,7 +56,11 @@ export class Chat {
     const nodes = path(this.conversation);
     const busy = this.busy();
     const shown = new Set(nodes.map(({id}) => id));
-    for (const [id, view] of this.#views) if (!shown.has(id)) { view.remove(); this.#views.delete(id); }
+    for (const [id, view] of this.#views)
+      if (!shown.has(id)) {
+        view.remove();
+        this.#views.delete(id);
+      }
     nodes.forEach((node, i) => {
       let view = this.#views.get(node.id);
       if (!view) this.#views.set(node.id, (view = new MessageView(this.conversation, node, this.#acts())));
@@ -104,8 +112,14 @@ export class Chat {
       edit: (node, text) => this.answer(conversation, add(conversation, node.parent, "user", [{type: "text", text}])),
       again: (node) => this.answer(conversation, asked(node)),
       retry: (node) => this.#anew(conversation, node),
-      withoutOldest: (node) => { conversation.dropOldest = true; this.#anew(conversation, node); },
-      withKey: (node, key) => { this.given.keyGiven(key); this.#anew(conversation, node); },
+      withoutOldest: (node) => {
+        conversation.dropOldest = true;
+        this.#anew(conversation, node);
+      },
+      withKey: (node, key) => {
+        this.given.keyGiven(key);
+        this.#anew(conversation, node);
+      },
     };
   }
 
@@ -122,7 +136,13 @@ export class Chat {
   async answer(conversation, question) {
     if (this.busy(conversation)) return;
     const model = this.given.model();
-    const node = add(conversation, question.id, "assistant", [], {model: model?.id ?? "", raw: model?.chat === false, state: "streaming", finish: "", dropped: 0});
+    const node = add(conversation, question.id, "assistant", [], {
+      model: model?.id ?? "",
+      raw: model?.chat === false,
+      state: "streaming",
+      finish: "",
+      dropped: 0,
+    });
     const controller = new AbortController();
     this.#runs.set(conversation.id, {controller, node});
     this.#remarks = [];
@@ -132,8 +152,15 @@ export class Chat {
     this.#toEnd();
     let savedAt = 0;
     const changed = () => {
-      if (conversation === this.conversation) this.#frame ||= requestAnimationFrame(() => { this.#frame = 0; this.render(); });
-      if (Date.now() - savedAt > 700) { savedAt = Date.now(); this.given.saved(conversation); } // a page that is closed keeps what had come
+      if (conversation === this.conversation)
+        this.#frame ||= requestAnimationFrame(() => {
+          this.#frame = 0;
+          this.#views.get(node.id)?.update({busy: this.busy(), last: true}); // only what grows: the rest may be under the pointer
+        });
+      if (Date.now() - savedAt > 700) {
+        savedAt = Date.now();
+        this.given.saved(conversation); // a page that is closed keeps what had come
+      }
     };
     this.given.saved(conversation);
     await run(conversation, node, {sampling: this.given.sampling(), key: this.given.key(), signal: controller.signal, changed});
@@ -151,7 +178,10 @@ export function mendBroken(conversation) {
   for (const node of Object.values(conversation.nodes)) {
     if (node.state !== "streaming") continue;
     broken = true;
-    Object.assign(node, {state: "failed", error: {message: "The page was closed while it was being written.", kind: "early", status: 0, code: null, retryAt: null}});
+    Object.assign(node, {
+      state: "failed",
+      error: {message: "The page was closed while it was being written.", kind: "early", status: 0, code: null, retryAt: null},
+    });
   }
   return broken;
 }
@@ -160,12 +190,21 @@ export function mendBroken(conversation) {
 export function emptyState(prompts, ask) {
   return [
     h("h2", {text: "A small model of your own"}),
-    h("p", {class: "lead", text: "It was trained in an evening, from raw text to this page. It can talk about everyday things, do sums with a calculator, and spell."}),
-    h("ul", {class: "isnot"},
+    h("p", {
+      class: "lead",
+      text: "It was trained in an evening, from raw text to this page. It can talk about everyday things, do sums with a calculator, and spell.",
+    }),
+    h(
+      "ul",
+      {class: "isnot"},
       h("li", {text: "It makes things up, and sounds sure of them."}),
       h("li", {text: "It has no internet and remembers nothing between conversations."}),
-      h("li", {text: "What you write goes to this server only; conversations are kept in this browser."})),
-    h("div", {class: "prompts", role: "group", "aria-label": "Things to ask"}, ...prompts.map((text) => h("button", {type: "button", class: "prompt", text, on: {click: () => ask(text)}}))),
+      h("li", {text: "What you write goes to this server only; conversations are kept in this browser."}),
+    ),
+    h(
+      "div",
+      {class: "prompts", role: "group", "aria-label": "Things to ask"},
+      ...prompts.map((text) => h("button", {type: "button", class: "prompt", text, on: {click: () => ask(text)}})),
+    ),
   ];
 }
-

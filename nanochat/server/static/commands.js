@@ -11,18 +11,26 @@ export const COMMANDS = [
 export function command(line, {settings, clear, help}) {
   const [name, value, ...more] = line.trim().split(/\s+/);
   switch (name.toLowerCase()) {
-    case "/temperature": return number("temperature", "Temperature", value, more, 0, 2, settings);
-    case "/topk": return number("top_k", "Top-k", value, more, 0, 200, settings, true);
-    case "/clear": clear(); return "";
-    case "/help": help(); return "";
-    default: return null;
+    case "/temperature":
+      return number("temperature", "Temperature", value, more, 0, 2, settings);
+    case "/topk":
+      return number("top_k", "Top-k", value, more, 0, 200, settings, true);
+    case "/clear":
+      clear();
+      return "";
+    case "/help":
+      help();
+      return "";
+    default:
+      return null;
   }
 }
 
 function number(name, label, value, more, low, high, settings, whole = false) {
   if (value === undefined) return `${label} is ${settings.get(name)}.`;
   const given = Number(value);
-  if (more.length || !(given >= low && given <= high) || (whole && !Number.isInteger(given))) return `${label} is ${whole ? "a whole" : "a"} number from ${low} to ${high}.`;
+  if (more.length || !(given >= low && given <= high) || (whole && !Number.isInteger(given)))
+    return `${label} is ${whole ? "a whole" : "a"} number from ${low} to ${high}.`;
   settings.set(name, given);
   return `${label} is now ${given}.`;
 }

@@ -7,7 +7,10 @@ export class Composer {
   /** given: busy(), send(text), stop(), remark(text), settings, clear(), help(), raw(), editLast() */
   constructor({form, area, button, menu}, given) {
     Object.assign(this, {form, area, button, menu, given});
-    form.addEventListener("submit", (event) => { event.preventDefault(); this.#act(); });
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#act();
+    });
     area.addEventListener("input", () => this.update());
     area.addEventListener("keydown", (event) => this.#key(event));
     addEventListener("resize", () => this.#grow());
@@ -17,11 +20,18 @@ export class Composer {
   #key(event) {
     if (event.isComposing) return; // Enter chooses a character there
     const touch = matchMedia("(pointer: coarse)").matches; // a phone's Enter makes a line
-    if (event.key === "Enter" && !event.shiftKey && !touch) { event.preventDefault(); if (!this.given.busy()) this.#act(); }
-    else if (event.key === "ArrowUp" && !this.area.value) { event.preventDefault(); this.given.editLast(); }
-    else if (event.key === "Tab" && !event.shiftKey && !this.menu.hidden && this.menu.children.length) {
+    if (event.key === "Enter" && !event.shiftKey && !touch) {
+      event.preventDefault();
+      if (!this.given.busy()) this.#act();
+    } else if (event.key === "ArrowUp" && !this.area.value) {
+      event.preventDefault();
+      this.given.editLast();
+    } else if (event.key === "Tab" && !event.shiftKey && !this.menu.hidden && this.menu.children.length) {
       const first = this.menu.firstChild.dataset.command;
-      if (first !== this.area.value.trim()) { event.preventDefault(); this.set(`${first} `); }
+      if (first !== this.area.value.trim()) {
+        event.preventDefault();
+        this.set(`${first} `);
+      }
     }
   }
 
@@ -54,10 +64,26 @@ export class Composer {
     const typed = /^\/\w*$/.test(this.area.value) ? this.area.value.toLowerCase() : null;
     const fitting = typed === null ? [] : COMMANDS.filter(([name]) => name.startsWith(typed));
     this.menu.hidden = !fitting.length;
-    this.menu.replaceChildren(...fitting.map(([name, does]) => h("button", {type: "button", class: "command", data: {command: name}, on: {click: () => {
-      this.set(`${name} `);
-      this.focus();
-    }}}, h("code", {text: name}), h("span", {text: does}))));
+    this.menu.replaceChildren(
+      ...fitting.map(([name, does]) =>
+        h(
+          "button",
+          {
+            type: "button",
+            class: "command",
+            data: {command: name},
+            on: {
+              click: () => {
+                this.set(`${name} `);
+                this.focus();
+              },
+            },
+          },
+          h("code", {text: name}),
+          h("span", {text: does}),
+        ),
+      ),
+    );
     this.#grow();
   }
 

@@ -55,7 +55,11 @@ export function icon(name) {
 
 /** A button that is only an icon; its label is what a screen reader and the tooltip say. */
 export function iconButton(name, label, click, props = {}) {
-  return h("button", {type: "button", "aria-label": label, title: label, ...props, class: `icon ${props.class ?? ""}`, on: {click}}, icon(name));
+  return h(
+    "button",
+    {type: "button", "aria-label": label, title: label, ...props, class: `icon ${props.class ?? ""}`, on: {click}},
+    icon(name),
+  );
 }
 
 /** Another icon and label for a button made by iconButton. */

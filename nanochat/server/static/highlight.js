@@ -17,7 +17,23 @@ import typescript from "./vendor/highlight/languages/typescript.min.js";
 import xml from "./vendor/highlight/languages/xml.min.js";
 import yaml from "./vendor/highlight/languages/yaml.min.js";
 
-for (const [name, language] of Object.entries({bash, c, cpp, css, diff, go, java, javascript, json, python, rust, sql, typescript, xml, yaml})) {
+for (const [name, language] of Object.entries({
+  bash,
+  c,
+  cpp,
+  css,
+  diff,
+  go,
+  java,
+  javascript,
+  json,
+  python,
+  rust,
+  sql,
+  typescript,
+  xml,
+  yaml,
+})) {
   core.registerLanguage(name, language);
 }
 

@@ -11,25 +11,61 @@ import {copy, h, icon, iconButton} from "./dom.js";
 import {highlighted} from "./highlight.js";
 
 const ALLOWED = {
-  ALLOWED_TAGS: ["a", "b", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "s", "span",
-    "strong", "sub", "sup", "table", "tbody", "td", "th", "thead", "tr", "ul"],
+  ALLOWED_TAGS: [
+    "a",
+    "b",
+    "blockquote",
+    "br",
+    "code",
+    "del",
+    "em",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "hr",
+    "li",
+    "ol",
+    "p",
+    "pre",
+    "s",
+    "span",
+    "strong",
+    "sub",
+    "sup",
+    "table",
+    "tbody",
+    "td",
+    "th",
+    "thead",
+    "tr",
+    "ul",
+  ],
   ALLOWED_ATTR: ["align", "class", "href", "start", "title"],
   ADD_URI_SAFE_ATTR: ["align", "start"],
-  ALLOW_ARIA_ATTR: false, ALLOW_DATA_ATTR: false,
+  ALLOW_ARIA_ATTR: false,
+  ALLOW_DATA_ATTR: false,
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
   RETURN_DOM_FRAGMENT: true,
 };
 
 const escape = (text) => text.replace(/[&<>"']/g, (character) => `&#${character.codePointAt(0)};`);
 
-const marked = new Marked({gfm: true, breaks: true, renderer: {
-  html: ({text, block}) => (block ? `<p>${escape(text.trimEnd())}</p>` : escape(text)),
-  image({href, text}) { // never loaded: a link to it
-    return `<a href="${escape(href)}">${escape(text || href)}</a>`;
+const marked = new Marked({
+  gfm: true,
+  breaks: true,
+  renderer: {
+    html: ({text, block}) => (block ? `<p>${escape(text.trimEnd())}</p>` : escape(text)),
+    image({href, text}) {
+      // never loaded: a link to it
+      return `<a href="${escape(href)}">${escape(text || href)}</a>`;
+    },
+    checkbox: ({checked}) => (checked ? "☑ " : "☐ "),
+    code: ({text, lang}) => `<pre><code class="language-${/^[\w+#.-]*/.exec(lang ?? "")[0]}">${escape(text)}</code></pre>`,
   },
-  checkbox: ({checked}) => (checked ? "☑ " : "☐ "),
-  code: ({text, lang}) => `<pre><code class="language-${/^[\w+#.-]*/.exec(lang ?? "")[0]}">${escape(text)}</code></pre>`,
-}});
+});
 
 const clean = (html) => DOMPurify.sanitize(html, ALLOWED);
 
@@ -56,8 +92,12 @@ export class Prose {
     if (!tokens) return this.#replace(0, [{raw: text, nodes: [h("p", {class: "verbatim", text})]}]);
     const blocks = tokens.filter(({type}) => type !== "space" && type !== "def");
     let same = 0;
-    if (!whole || !tokens.some(({type}) => type === "def")) while (same < blocks.length && blocks[same].raw === this.#blocks[same]?.raw) same += 1;
-    this.#replace(same, blocks.slice(same).map((token) => ({raw: token.raw, nodes: this.#made(token, tokens.links)})));
+    if (!whole || !tokens.some(({type}) => type === "def"))
+      while (same < blocks.length && blocks[same].raw === this.#blocks[same]?.raw) same += 1;
+    this.#replace(
+      same,
+      blocks.slice(same).map((token) => ({raw: token.raw, nodes: this.#made(token, tokens.links)})),
+    );
   }
 
   #replace(from, blocks) {
@@ -75,7 +115,12 @@ export class Prose {
     }
     for (const link of fragment.querySelectorAll("a")) {
       if (!link.hasAttribute("href")) link.replaceWith(...link.childNodes);
-      else for (const [name, value] of [["target", "_blank"], ["rel", "noopener noreferrer"]]) link.setAttribute(name, value);
+      else
+        for (const [name, value] of [
+          ["target", "_blank"],
+          ["rel", "noopener noreferrer"],
+        ])
+          link.setAttribute(name, value);
     }
     for (const table of fragment.querySelectorAll("table")) {
       const frame = h("div", {class: "wide", tabindex: "0", role: "region", "aria-label": "Table"});
@@ -103,7 +148,8 @@ export class Prose {
 
   /** One text of all parts, a mark in it for each tool call; the chips are made or brought up to date. */
   #withChips(parts) {
-    let text = "", calls = 0;
+    let text = "",
+      calls = 0;
     parts.forEach((part, i) => {
       if (part.type === "text") text += part.text.replace(/[\uE000\uE001]/g, "\uFFFD");
       else if (part.type === "python" || parts[i - 1]?.type !== "python") {
@@ -121,8 +167,14 @@ export class Prose {
     const shown = result === null ? asked : `${asked} = ${result}`;
     if (chip.dataset.shown === shown) return;
     chip.dataset.shown = shown;
-    chip.replaceChildren(icon("sum"), h("span", {class: "unseen", text: "calculator: "}), h("span", {text: asked}),
-      ...(result === null ? [h("span", {class: "pending", text: " = …"})] : [h("span", {class: "equals", text: " = "}), h("strong", {text: result})]));
+    chip.replaceChildren(
+      icon("sum"),
+      h("span", {class: "unseen", text: "calculator: "}),
+      h("span", {text: asked}),
+      ...(result === null
+        ? [h("span", {class: "pending", text: " = …"})]
+        : [h("span", {class: "equals", text: " = "}), h("strong", {text: result})]),
+    );
   }
 
   #putChips(fragment) {
@@ -131,7 +183,7 @@ export class Prose {
     while (walker.nextNode()) if (walker.currentNode.data.includes("\uE000")) texts.push(walker.currentNode);
     for (const node of texts) {
       const pieces = node.data.split(MARK); // text, number, text, number, …
-      node.replaceWith(...pieces.map((piece, i) => (i % 2 ? this.#chips[piece] ?? "" : piece)));
+      node.replaceWith(...pieces.map((piece, i) => (i % 2 ? (this.#chips[piece] ?? "") : piece)));
     }
   }
 }

@@ -22,7 +22,15 @@ export class MessageView {
     this.problem = h("div", {class: "problem-place"});
     this.actions = h("div", {class: "actions"});
     this.heading = h("h2", {class: "unseen", text: this.answer ? `Answer${node.model ? ` of ${node.model}` : ""}` : "You"});
-    this.element = h("li", {class: `message ${node.role}`, data: {id: node.id}}, this.heading, this.notes, this.body, this.problem, this.actions);
+    this.element = h(
+      "li",
+      {class: `message ${node.role}`, data: {id: node.id}},
+      this.heading,
+      this.notes,
+      this.body,
+      this.problem,
+      this.actions,
+    );
     if (this.answer && !node.raw) this.prose = new Prose(this.body, announce);
   }
 
@@ -34,7 +42,9 @@ export class MessageView {
     this.#show("notes", `${node.dropped}/${node.state}/${node.finish}`, () => this.#showNotes(node));
     this.#show("problem", JSON.stringify(node.error ?? null) + busy, () => this.#showProblem(node, busy));
     const family = siblings(this.conversation, node);
-    this.#show("actions", `${busy}/${family.map(({id}) => id)}/${node.state}/${node.parts.length > 0}/${Boolean(node.timings)}`, () => this.#showActions(node, family, busy));
+    this.#show("actions", `${busy}/${family.map(({id}) => id)}/${node.state}/${node.parts.length > 0}/${Boolean(node.timings)}`, () =>
+      this.#showActions(node, family, busy),
+    );
   }
 
   remove() {
@@ -61,7 +71,10 @@ export class MessageView {
 
   #showNotes(node) {
     const notes = [];
-    if (node.dropped) notes.push(`To make room, the oldest ${node.dropped === 1 ? "turn was" : `${node.dropped} turns were`} left out of what the model read.`);
+    if (node.dropped)
+      notes.push(
+        `To make room, the oldest ${node.dropped === 1 ? "turn was" : `${node.dropped} turns were`} left out of what the model read.`,
+      );
     this.notes.replaceChildren(...notes.map((text) => h("p", {class: "note", text})));
   }
 
@@ -76,12 +89,24 @@ export class MessageView {
     const button = (text, act, kind = "plain") => h("button", {type: "button", class: kind, text, disabled: busy, on: {click: act}});
     if (error.code === "context_length_exceeded") {
       card.append(h("p", {}, h("strong", {text: "This conversation no longer fits. "}), error.message));
-      if (!error.dropped) card.append(h("div", {class: "row start"}, button("Continue without the oldest turns", () => this.#acts.withoutOldest(node), "main")));
+      if (!error.dropped)
+        card.append(
+          h(
+            "div",
+            {class: "row start"},
+            button("Continue without the oldest turns", () => this.#acts.withoutOldest(node), "main"),
+          ),
+        );
       return card;
     }
     if (error.status === 401) return this.#keyCard(node, card);
     const retry = button("Retry", () => this.#acts.retry(node));
-    const line = h("p", {}, h("strong", {text: error.status === 429 ? "The server is busy. " : node.parts.length ? "The answer broke off. " : "No answer. "}), error.message);
+    const line = h(
+      "p",
+      {},
+      h("strong", {text: error.status === 429 ? "The server is busy. " : node.parts.length ? "The answer broke off. " : "No answer. "}),
+      error.message,
+    );
     card.append(line, h("div", {class: "row start"}, retry));
     if (error.retryAt) {
       const tick = () => {
@@ -97,13 +122,24 @@ export class MessageView {
   }
 
   #keyCard(node, card) {
-    const input = h("input", {type: "password", id: "key", autocomplete: "off", required: true, spellcheck: "false"});
-    card.append(h("form", {on: {submit: (event) => {
-      event.preventDefault();
-      if (input.value.trim()) this.#acts.withKey(node, input.value.trim());
-    }}}, h("label", {for: "key"}, h("strong", {text: "This server asks for an API key."})),
-    h("div", {class: "row start"}, input, h("button", {class: "main", text: "Use it"})),
-    h("p", {class: "hint", text: "It is kept in this browser only, and sent to this server only."})));
+    const id = `key-${node.id}`;
+    const input = h("input", {type: "password", id, autocomplete: "off", required: true, spellcheck: "false"});
+    card.append(
+      h(
+        "form",
+        {
+          on: {
+            submit: (event) => {
+              event.preventDefault();
+              if (input.value.trim()) this.#acts.withKey(node, input.value.trim());
+            },
+          },
+        },
+        h("label", {for: id}, h("strong", {text: "This server asks for an API key."})),
+        h("div", {class: "row start"}, input, h("button", {class: "main", text: "Use it"})),
+        h("p", {class: "hint", text: "It is kept in this browser only, and sent to this server only."}),
+      ),
+    );
     return card;
   }
 
@@ -112,18 +148,27 @@ export class MessageView {
     const buttons = [];
     if (family.length > 1) {
       const at = family.indexOf(node);
-      const go = (step) => () => { choose(this.conversation, family[at + step]); this.#acts.chosen(family[at + step], step); };
-      buttons.push(h("span", {class: "alternatives", role: "group", "aria-label": "Alternatives"},
-        iconButton("back", "Previous alternative", go(-1), {disabled: at === 0}),
-        h("span", {class: "count", text: `${at + 1}/${family.length}`}),
-        iconButton("next", "Next alternative", go(1), {disabled: at === family.length - 1})));
+      const go = (step) => () => {
+        choose(this.conversation, family[at + step]);
+        this.#acts.chosen(family[at + step], step);
+      };
+      buttons.push(
+        h(
+          "span",
+          {class: "alternatives", role: "group", "aria-label": "Alternatives"},
+          iconButton("back", "Previous alternative", go(-1), {disabled: at === 0}),
+          h("span", {class: "count", text: `${at + 1}/${family.length}`}),
+          iconButton("next", "Next alternative", go(1), {disabled: at === family.length - 1}),
+        ),
+      );
     }
     if (node.state !== "streaming" && (node.parts.length || !this.answer)) {
       const button = iconButton("copy", "Copy", () => copy(plain(node), button, announce));
       buttons.push(button);
     }
     const retried = node.state === "failed" && node.error?.code !== "context_length_exceeded"; // there is a button for it above
-    if (this.answer && node.state !== "streaming" && !retried) buttons.push(iconButton("again", "Another answer", () => this.#acts.again(node), {disabled: busy}));
+    if (this.answer && node.state !== "streaming" && !retried)
+      buttons.push(iconButton("again", "Another answer", () => this.#acts.again(node), {disabled: busy}));
     if (!this.answer) buttons.push(iconButton("edit", "Edit", () => this.#edit(), {disabled: busy}));
     const stats = this.answer && node.state !== "streaming" ? statistics(node) : "";
     if (stats) buttons.push(h("span", {class: "stats", text: stats}));
@@ -134,22 +179,49 @@ export class MessageView {
   /** Turn the message into a field; sending makes a new branch beside it. */
   #edit() {
     const node = this.#node;
-    const area = h("textarea", {"aria-label": "Edit your message", on: {
-      input: grow,
-      keydown: (event) => {
-        if (event.key === "Escape") { event.preventDefault(); event.stopPropagation(); leave(); }
-        else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
+    const area = h("textarea", {
+      "aria-label": "Edit your message",
+      on: {
+        input: grow,
+        keydown: (event) => {
+          if (event.key === "Escape") {
+            event.preventDefault();
+            event.stopPropagation();
+            leave();
+          } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+            event.preventDefault();
+            send();
+          }
+        },
       },
-    }});
-    function grow() { area.style.height = "auto"; area.style.height = `${area.scrollHeight + 2}px`; }
+    });
+    function grow() {
+      area.style.height = "auto";
+      area.style.height = `${area.scrollHeight + 2}px`;
+    }
     const leave = () => {
       form.remove();
       this.element.classList.remove("editing");
       this.actions.querySelector('[aria-label="Edit"]')?.focus();
     };
-    const send = () => { if (area.value.trim()) { leave(); this.#acts.edit(node, area.value); } };
-    const form = h("div", {class: "edit"}, area, h("div", {class: "row"}, h("span", {class: "hint", text: "The earlier version stays."}),
-      h("button", {type: "button", class: "plain", text: "Cancel", on: {click: leave}}), h("button", {type: "button", class: "main", text: "Send", on: {click: send}})));
+    const send = () => {
+      if (area.value.trim()) {
+        leave();
+        this.#acts.edit(node, area.value);
+      }
+    };
+    const form = h(
+      "div",
+      {class: "edit"},
+      area,
+      h(
+        "div",
+        {class: "row"},
+        h("span", {class: "hint", text: "The earlier version stays."}),
+        h("button", {type: "button", class: "plain", text: "Cancel", on: {click: leave}}),
+        h("button", {type: "button", class: "main", text: "Send", on: {click: send}}),
+      ),
+    );
     area.value = textOf(node);
     this.element.classList.add("editing");
     this.body.after(form);
@@ -157,7 +229,9 @@ export class MessageView {
     area.focus();
   }
 
-  startEditing() { this.#edit(); }
+  startEditing() {
+    this.#edit();
+  }
 }
 
 /** The line under an answer: how it ended if not by itself, how long it is, how fast it came. */

@@ -20,7 +20,14 @@ export async function run(conversation, node, {sampling, key, signal, changed}) 
     if (!signal.aborted) {
       if (!(error instanceof ApiError)) console.error(error);
       const {message, kind = "page", status = 0, code = null, retryAfter = null} = error;
-      node.error = {message, kind, status, code, retryAt: retryAfter === null ? null : Date.now() + 1000 * retryAfter, dropped: Boolean(body.drop_oldest)};
+      node.error = {
+        message,
+        kind,
+        status,
+        code,
+        retryAt: retryAfter === null ? null : Date.now() + 1000 * retryAfter,
+        dropped: Boolean(body.drop_oldest),
+      };
     }
   }
   changed();

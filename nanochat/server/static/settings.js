@@ -21,7 +21,9 @@ export class Settings extends EventTarget {
     const field = FIELDS.find(([known]) => known === name);
     const given = this.#given[name];
     if (!field) return Number.isSafeInteger(given) ? given : OTHERS[name];
-    return typeof given === "number" && given >= field[2] && given <= this.highest(field) ? given : Math.min(this.#offered[name] ?? field[5], this.highest(field));
+    return typeof given === "number" && given >= field[2] && given <= this.highest(field)
+      ? given
+      : Math.min(this.#offered[name] ?? field[5], this.highest(field));
   }
 
   set(name, value) {
@@ -43,7 +45,7 @@ export class Settings extends EventTarget {
     this.dispatchEvent(new Event("change"));
   }
 
-  highest = ([name, , , high]) => (name === "max_tokens" ? this.context ?? high : high);
+  highest = ([name, , , high]) => (name === "max_tokens" ? (this.context ?? high) : high);
 
   /** As fields of a request. */
   sampling() {
@@ -54,27 +56,82 @@ export class Settings extends EventTarget {
 
 /** The sheet. conversation() gives the one that is shown, saved(conversation) is called when its system prompt has changed. */
 export function settingsSheet(settings, {conversation, saved, keyChanged}) {
-  const system = h("textarea", {id: "system", rows: "4", placeholder: "You answer in one short sentence.", on: {input() {
-    conversation().system = system.value;
-    keep("system", system.value || null);
-    saved(conversation());
-  }}});
+  const system = h("textarea", {
+    id: "system",
+    rows: "4",
+    placeholder: "You answer in one short sentence.",
+    on: {
+      input() {
+        conversation().system = system.value;
+        keep("system", system.value || null);
+        saved(conversation());
+      },
+    },
+  });
   const rows = FIELDS.map((field) => slider(settings, field));
-  const seed = h("input", {id: "seed", type: "number", step: "1", min: "0", placeholder: "random", on: {input() {
-    const value = seed.valueAsNumber;
-    settings.set("seed", Number.isSafeInteger(value) && value >= 0 ? value : null);
-  }}});
-  const forget = h("div", {class: "field"}, h("p", {class: "hint", text: "An API key is kept in this browser."}),
-    h("button", {type: "button", class: "plain", text: "Forget the API key", on: {click() { keyChanged(""); show(); }}}));
-  const dialog = h("dialog", {class: "sheet", "aria-labelledby": "settings-title"},
-    h("header", {}, h("h2", {id: "settings-title", text: "Settings"}), iconButton("close", "Close settings", () => dialog.close())),
-    h("div", {class: "field"}, h("label", {for: "system", text: "System prompt"}), system,
-      h("p", {class: "hint", text: "Put before the first message of this conversation, and of new ones."})),
+  const seed = h("input", {
+    id: "seed",
+    type: "number",
+    step: "1",
+    min: "0",
+    placeholder: "random",
+    on: {
+      input() {
+        const value = seed.valueAsNumber;
+        settings.set("seed", Number.isSafeInteger(value) && value >= 0 ? value : null);
+      },
+    },
+  });
+  const forget = h(
+    "div",
+    {class: "field"},
+    h("p", {class: "hint", text: "An API key is kept in this browser."}),
+    h("button", {
+      type: "button",
+      class: "plain",
+      text: "Forget the API key",
+      on: {
+        click() {
+          keyChanged("");
+          show();
+        },
+      },
+    }),
+  );
+  const dialog = h(
+    "dialog",
+    {class: "sheet", "aria-labelledby": "settings-title"},
+    h(
+      "header",
+      {},
+      h("h2", {id: "settings-title", text: "Settings"}),
+      iconButton("close", "Close settings", () => dialog.close()),
+    ),
+    h(
+      "div",
+      {class: "field"},
+      h("label", {for: "system", text: "System prompt"}),
+      system,
+      h("p", {class: "hint", text: "Put before the first message of this conversation, and of new ones."}),
+    ),
     ...rows.map(({element}) => element),
-    h("div", {class: "field"}, h("label", {for: "seed", text: "Seed"}), seed, h("p", {class: "hint", text: "Blank: another answer each time. A number: the same answer each time."})),
-    h("div", {class: "field"}, h("button", {type: "button", class: "plain", text: "Back to the defaults", on: {click: () => settings.reset()}})),
-    forget);
-  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); }); // outside of it
+    h(
+      "div",
+      {class: "field"},
+      h("label", {for: "seed", text: "Seed"}),
+      seed,
+      h("p", {class: "hint", text: "Blank: another answer each time. A number: the same answer each time."}),
+    ),
+    h(
+      "div",
+      {class: "field"},
+      h("button", {type: "button", class: "plain", text: "Back to the defaults", on: {click: () => settings.reset()}}),
+    ),
+    forget,
+  );
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  }); // outside of it
   const show = () => {
     for (const row of rows) row.show();
     if (document.activeElement !== seed) seed.value = settings.get("seed") ?? "";
@@ -82,25 +139,50 @@ export function settingsSheet(settings, {conversation, saved, keyChanged}) {
     forget.hidden = !recall("key", "");
   };
   settings.addEventListener("change", () => dialog.open && show());
-  return {element: dialog, open() { show(); dialog.showModal(); }};
+  return {
+    element: dialog,
+    open() {
+      show();
+      dialog.showModal();
+    },
+  };
 }
 
 function slider(settings, field) {
   const [name, label, low, , step, , hint] = field;
-  const range = h("input", {id: name, type: "range", min: low, step, "aria-describedby": `${name}-hint`, on: {input: () => settings.set(name, range.valueAsNumber)}});
-  const number = h("input", {type: "number", min: low, step, "aria-label": `${label}, as a number`, on: {
-    change() {
-      const value = Math.min(settings.highest(field), Math.max(low, number.valueAsNumber));
-      if (Number.isFinite(value)) settings.set(name, step === 1 ? Math.round(value) : value);
-      else show();
+  const range = h("input", {
+    id: name,
+    type: "range",
+    min: low,
+    step,
+    "aria-describedby": `${name}-hint`,
+    on: {input: () => settings.set(name, range.valueAsNumber)},
+  });
+  const number = h("input", {
+    type: "number",
+    min: low,
+    step,
+    "aria-label": `${label}, as a number`,
+    on: {
+      change() {
+        const value = Math.min(settings.highest(field), Math.max(low, number.valueAsNumber));
+        if (Number.isFinite(value)) settings.set(name, step === 1 ? Math.round(value) : value);
+        else show();
+      },
     },
-  }});
+  });
   const show = () => {
     for (const input of [range, number]) {
       input.max = settings.highest(field);
       input.value = settings.get(name);
     }
   };
-  const element = h("div", {class: "field"}, h("div", {class: "row"}, h("label", {for: name, text: label}), number), range, h("p", {class: "hint", id: `${name}-hint`, text: hint}));
+  const element = h(
+    "div",
+    {class: "field"},
+    h("div", {class: "row"}, h("label", {for: name, text: label}), number),
+    range,
+    h("p", {class: "hint", id: `${name}-hint`, text: hint}),
+  );
   return {element, show};
 }

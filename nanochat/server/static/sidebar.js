@@ -8,7 +8,7 @@ import {matches, newId} from "./tree.js";
 export class Sidebar {
   #renaming = null;
 
-  /** given: conversations (a Map), current(), busy(conversation), go(conversation), saved(conversation), removed(conversation), restored(conversation) */
+  /** given: conversations (a Map), current(), changed(), and of a conversation: busy, go, saved, removed, restored */
   constructor({list, search, nothing}, given) {
     Object.assign(this, {list, search, nothing, given});
     search.addEventListener("input", () => {
@@ -16,15 +16,24 @@ export class Sidebar {
       announce(search.value.trim() ? `${count(this.list.querySelectorAll(".conversation").length, "conversation")} found` : "");
     });
     search.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && search.value) { event.stopPropagation(); search.value = ""; this.render(); }
-      if (event.key === "ArrowDown") { event.preventDefault(); this.list.querySelector(".open")?.focus(); }
+      if (event.key === "Escape" && search.value) {
+        event.stopPropagation();
+        search.value = "";
+        this.render();
+      }
+      if (event.key === "ArrowDown") {
+        event.preventDefault();
+        this.list.querySelector(".open")?.focus();
+      }
     });
     list.addEventListener("keydown", (event) => this.#arrows(event));
   }
 
   render() {
     if (this.#renaming) return; // the name is being typed
-    const found = [...this.given.conversations.values()].filter((one) => Object.keys(one.nodes).length && matches(one, this.search.value)).sort((a, b) => b.updated - a.updated);
+    const found = [...this.given.conversations.values()]
+      .filter((one) => Object.keys(one.nodes).length && matches(one, this.search.value))
+      .sort((a, b) => b.updated - a.updated);
     const focused = document.activeElement?.closest?.(".conversation");
     const focus = focused && this.list.contains(focused) ? [focused.dataset.id, document.activeElement.dataset.act] : null;
     const rows = [];
@@ -43,13 +52,30 @@ export class Sidebar {
   #row(conversation) {
     const current = conversation === this.given.current();
     const title = conversation.title || "Untitled";
-    return h("li", {class: "conversation", data: {id: conversation.id}},
-      h("button", {type: "button", class: "open", "aria-current": current ? "true" : null, title, data: {act: "open"}, on: {click: () => this.given.go(conversation)}},
-        h("span", {class: "title", text: title}), this.given.busy(conversation) && h("span", {class: "running", role: "img", "aria-label": "is being answered"})),
-      h("span", {class: "tools"},
+    return h(
+      "li",
+      {class: "conversation", data: {id: conversation.id}},
+      h(
+        "button",
+        {
+          type: "button",
+          class: "open",
+          "aria-current": current ? "true" : null,
+          title,
+          data: {act: "open"},
+          on: {click: () => this.given.go(conversation)},
+        },
+        h("span", {class: "title", text: title}),
+        this.given.busy(conversation) && h("span", {class: "running", role: "img", "aria-label": "is being answered"}),
+      ),
+      h(
+        "span",
+        {class: "tools"},
         iconButton("edit", `Rename “${title}”`, () => this.#rename(conversation), {"data-act": "rename"}),
         iconButton("save", `Export “${title}”`, () => download([conversation], fileName(title)), {"data-act": "export"}),
-        iconButton("trash", `Delete “${title}”`, () => this.remove(conversation), {"data-act": "delete"})));
+        iconButton("trash", `Delete “${title}”`, () => this.remove(conversation), {"data-act": "delete"}),
+      ),
+    );
   }
 
   #arrows(event) {
@@ -72,13 +98,21 @@ export class Sidebar {
       this.given.changed();
       this.list.querySelector(`[data-id="${conversation.id}"] [data-act="rename"]`)?.focus();
     };
-    const input = h("input", {type: "text", "aria-label": "Name of the conversation", maxlength: "200", on: {
-      keydown: (event) => {
-        if (event.key === "Enter" && !event.isComposing) leave(true);
-        if (event.key === "Escape") { event.stopPropagation(); leave(false); }
+    const input = h("input", {
+      type: "text",
+      "aria-label": "Name of the conversation",
+      maxlength: "200",
+      on: {
+        keydown: (event) => {
+          if (event.key === "Enter" && !event.isComposing) leave(true);
+          if (event.key === "Escape") {
+            event.stopPropagation();
+            leave(false);
+          }
+        },
+        blur: () => leave(true),
       },
-      blur: () => leave(true),
-    }});
+    });
     input.value = conversation.title;
     row.replaceChildren(input);
     this.#renaming = input;
@@ -87,10 +121,13 @@ export class Sidebar {
   }
 
   remove(conversation) {
-    const next = this.list.querySelector(`[data-id="${conversation.id}"] + .conversation .open, .conversation:has(+ [data-id="${conversation.id}"]) .open`)?.parentElement.dataset.id;
+    const next = this.list.querySelector(
+      `[data-id="${conversation.id}"] + .conversation .open, .conversation:has(+ [data-id="${conversation.id}"]) .open`,
+    )?.parentElement.dataset.id;
     this.given.removed(conversation);
     (this.list.querySelector(`[data-id="${next}"] .open`) ?? this.search).focus();
-    notice(`“${conversation.title || "Untitled"}” is deleted.`, {label: "Undo", seconds: 10, act: () => this.given.restored(conversation)});
+    const undo = {label: "Undo", seconds: 10, act: () => this.given.restored(conversation)};
+    notice(`“${conversation.title || "Untitled"}” is deleted.`, undo);
   }
 
   exportAll() {
@@ -120,7 +157,8 @@ export class Sidebar {
   }
 }
 
-const words = ({title, system, nodes}) => JSON.stringify([title, system, Object.values(nodes).map(({id, parent, role, parts}) => [id, parent, role, parts])]);
+const words = ({title, system, nodes}) =>
+  JSON.stringify([title, system, Object.values(nodes).map(({id, parent, role, parts}) => [id, parent, role, parts])]);
 
 function dayOf(time) {
   const midnight = new Date().setHours(0, 0, 0, 0);

@@ -1,4 +1,4 @@
-// What this browser keeps: conversations in IndexedDB, settings and the API key in localStorage. Nothing of it leaves the browser by itself.
+// What this browser keeps: conversations in IndexedDB, settings and the API key in localStorage. None of it leaves by itself.
 
 const channel = "BroadcastChannel" in window ? new BroadcastChannel("nanochat") : null;
 let database = null; // null: this browser keeps nothing, and conversations live as long as the page
@@ -50,5 +50,7 @@ export function keep(name, value) {
   try {
     if (value === null) localStorage.removeItem(`nanochat.${name}`);
     else localStorage.setItem(`nanochat.${name}`, JSON.stringify(value));
-  } catch { /* full or forbidden: it holds until the page is closed */ }
+  } catch {
+    /* full or forbidden: it holds until the page is closed */
+  }
 }

@@ -2,4 +2,6 @@
 try {
   const theme = localStorage.getItem("nanochat.theme");
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
-} catch { /* no storage: the system's preference holds */ }
+} catch {
+  /* no storage: the system's preference holds */
+}

@@ -14,16 +14,27 @@ export function download(conversations, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-export const fileName = (title) => `${title.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40) || "conversation"}.json`;
+export const fileName = (title) =>
+  `${
+    title
+      .toLowerCase()
+      .replace(/[^\p{L}\p{N}]+/gu, "-")
+      .replace(/^-|-$/g, "")
+      .slice(0, 40) || "conversation"
+  }.json`;
 
-/** The conversations in a file's text: our own export, or plain {"messages": [...]}, one, a list of them, or one a line. Raises Error that says what is wrong. */
+/** The conversations in a file's text: our own export, or plain {"messages": [...]}, one, a list of them, or one a line.
+ *  Raises Error that says what is wrong. */
 export function parse(text) {
   let given;
   try {
     given = JSON.parse(text);
   } catch {
     try {
-      given = text.split("\n").filter((line) => line.trim()).map((line) => JSON.parse(line));
+      given = text
+        .split("\n")
+        .filter((line) => line.trim())
+        .map((line) => JSON.parse(line));
     } catch {
       throw new Error("it is not JSON");
     }
@@ -53,19 +64,39 @@ function checked(given) {
     if (node?.role !== "user" && node?.role !== "assistant") throw new Error("a message has no role");
     if (!Array.isArray(node.parts)) throw new Error("a message has no parts");
     const copy = {
-      id: ids.get(id), parent: node.parent ? ids.get(node.parent) : "", role: node.role,
-      parts: node.parts.map((part) => ({type: TYPES.has(part?.type) ? part.type : "text", text: string(part?.text, "the text of a message")})),
+      id: ids.get(id),
+      parent: node.parent ? ids.get(node.parent) : "",
+      role: node.role,
+      parts: node.parts.map((part) => ({
+        type: TYPES.has(part?.type) ? part.type : "text",
+        text: string(part?.text, "the text of a message"),
+      })),
       created: Number.isFinite(node.created) ? node.created : 0,
     };
     if (copy.parent === undefined) throw new Error("a message follows one that is not there");
     if (node.role === "assistant") {
       Object.assign(copy, {
-        model: typeof node.model === "string" ? node.model : "", raw: Boolean(node.raw), dropped: Number.isInteger(node.dropped) ? node.dropped : 0,
-        state: ["done", "stopped", "failed"].includes(node.state) ? node.state : "stopped", finish: typeof node.finish === "string" ? node.finish : "",
+        model: typeof node.model === "string" ? node.model : "",
+        raw: Boolean(node.raw),
+        dropped: Number.isInteger(node.dropped) ? node.dropped : 0,
+        state: ["done", "stopped", "failed"].includes(node.state) ? node.state : "stopped",
+        finish: typeof node.finish === "string" ? node.finish : "",
       });
-      if (copy.state === "failed") copy.error = {message: String(node.error?.message ?? "It failed."), kind: "status", status: 0, code: null, retryAt: null};
-      const times = ["completion_tokens", "tokens_per_second", "first_token_seconds", "context_used", "context_length", "prompt_tokens", "cached_tokens"];
-      if (node.timings) copy.timings = Object.fromEntries(times.filter((name) => Number.isFinite(node.timings[name])).map((name) => [name, node.timings[name]]));
+      if (copy.state === "failed")
+        copy.error = {message: String(node.error?.message ?? "It failed."), kind: "status", status: 0, code: null, retryAt: null};
+      const times = [
+        "completion_tokens",
+        "tokens_per_second",
+        "first_token_seconds",
+        "context_used",
+        "context_length",
+        "prompt_tokens",
+        "cached_tokens",
+      ];
+      if (node.timings)
+        copy.timings = Object.fromEntries(
+          times.filter((name) => Number.isFinite(node.timings[name])).map((name) => [name, node.timings[name]]),
+        );
     }
     conversation.nodes[copy.id] = copy;
   }
@@ -90,7 +121,8 @@ function fromMessages(messages) {
   messages.forEach(({role, content} = {}, i) => {
     if (i === 0 && role === "system") return void (conversation.system = string(content, "the system message"));
     if (role !== "user" && role !== "assistant") throw new Error(`message ${i + 1} has no role`);
-    const parts = Array.isArray(content) ? content.map((part) => ({type: TYPES.has(part?.type) ? part.type : "text", text: string(part?.text, `message ${i + 1}`)}))
+    const parts = Array.isArray(content)
+      ? content.map((part) => ({type: TYPES.has(part?.type) ? part.type : "text", text: string(part?.text, `message ${i + 1}`)}))
       : [{type: "text", text: string(content, `message ${i + 1}`)}];
     const node = add(conversation, parent, role, parts, role === "assistant" ? {model: "", raw: false, state: "done", finish: "stop"} : {});
     node.created += i; // their order

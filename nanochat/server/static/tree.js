@@ -1,10 +1,11 @@
-// A conversation: a tree of messages, of which one path is shown. Plain data (it is what is stored and exported), and what can be asked of it.
+// A conversation: a tree of messages, of which one path is shown. Plain data, as it is stored and exported, and what can be asked of it.
 //
 //   {id, title, named, created, updated, system, dropOldest, nodes: {id: node}, chosen: {parent id or "": child id}}
 //   node: {id, parent ("" for the first), role: "user" | "assistant", parts: [{type: "text" | "python" | "python_output", text}], created,
 //          of answers: model, raw, state: "streaming" | "done" | "stopped" | "failed", finish, error, timings, dropped}
 
-export const newId = () => crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+export const newId = () =>
+  crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 export function newConversation(system = "") {
   const now = Date.now();
@@ -47,14 +48,20 @@ export function pathTo(conversation, node) {
 
 /** A message and its alternatives, oldest first. */
 export function siblings(conversation, node) {
-  return Object.values(conversation.nodes).filter((other) => other.parent === node.parent).sort((a, b) => a.created - b.created);
+  return Object.values(conversation.nodes)
+    .filter((other) => other.parent === node.parent)
+    .sort((a, b) => a.created - b.created);
 }
 
 export function choose(conversation, node) {
   conversation.chosen[node.parent] = node.id;
 }
 
-export const textOf = (node) => node.parts.filter((part) => part.type === "text").map((part) => part.text).join("");
+export const textOf = (node) =>
+  node.parts
+    .filter((part) => part.type === "text")
+    .map((part) => part.text)
+    .join("");
 
 /** What is written, tool use in brackets: for copying, searching and reading aloud. */
 export function plain(node) {
@@ -77,7 +84,10 @@ export function titleOf(node) {
 export function messagesFor(conversation, node) {
   const messages = conversation.system.trim() ? [{role: "system", content: conversation.system}] : [];
   for (const {role, parts} of pathTo(conversation, node).slice(0, -1)) {
-    messages.push({role, content: role === "assistant" && parts.some((part) => part.type !== "text") ? wholeParts(parts) : textOf({parts})});
+    messages.push({
+      role,
+      content: role === "assistant" && parts.some((part) => part.type !== "text") ? wholeParts(parts) : textOf({parts}),
+    });
   }
   return messages;
 }
