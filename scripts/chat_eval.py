@@ -112,7 +112,7 @@ def run(config: Config, ranks) -> None:
             if ranks.is_main:
                 with atomic_write(base_dir() / "chat_eval" / f"{config.source}_{tag}_{meta['step']:06d}" / f"{name}.jsonl", "w") as file:
                     file.writelines(to_json(row) + "\n" for row in result.rows)
-        if len(tasks) == len(recipes.graded(data)) and not config.task_name:
+        if set(tasks) == set(recipes.graded(data)):
             core = chatcore(accuracy, chance)
             log.say(f"{'ChatCORE' if data == 'hub' else 'mean above chance':18s} {core:6.4f}")
             log.record("chatcore", chatcore=core, tasks=accuracy, data=data)

@@ -171,6 +171,8 @@ def test_chat_eval_writes_every_problem_and_the_mean_above_chance(base, capsys):
     assert {row["name"] for row in rows if row["kind"] == "task"} == set(recipes.graded("small-world"))
     chat_eval.main(["-i", "sft", "-a", "world-choice|SpellingBee", "-x", "2", "-m", "6", "--device-type=cpu"])
     assert not [row for row in read_log(base / "logs" / "chat_eval_sft_d2.jsonl") if row["kind"] == "chatcore"]
+    chat_eval.main(["-i", "sft", "-a", "|".join(recipes.graded("small-world")), "-x", "2", "-m", "6", "--device-type=cpu"])
+    assert [row for row in read_log(base / "logs" / "chat_eval_sft_d2.jsonl") if row["kind"] == "chatcore"]
 
 
 def test_the_level_of_the_sandbox_is_said_and_refused_before_anything_is_graded(base, mirror, capsys, monkeypatch):  # noqa: F811
