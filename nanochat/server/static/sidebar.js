@@ -40,7 +40,7 @@ export class Sidebar {
     let heading = "";
     for (const conversation of found) {
       const day = dayOf(conversation.updated);
-      if (day !== heading) rows.push(h("li", {class: "day", role: "presentation", text: (heading = day)}));
+      if (day !== heading) rows.push(h("li", {class: "day", text: (heading = day)}));
       rows.push(this.#row(conversation));
     }
     this.list.replaceChildren(...rows);
