@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.chat_data import batch_of
 from nanochat.engine import Engine, Row
 
 
@@ -57,16 +58,9 @@ def batches(groups: Sequence[Group], device_batch_size: int, pad: int, device: t
     answers.sort(key=lambda answer: len(answer[0].prompt) + len(answer[0].tokens))
     for start in range(0, len(answers), device_batch_size):
         part = answers[start:start + device_batch_size]
-        T = max(len(row.prompt) + len(row.tokens) for row, _ in part) - 1
-        inputs, targets = torch.full((len(part), T), pad), torch.full((len(part), T), -1)
-        factors = torch.zeros(len(part), T)
-        for i, (row, advantage) in enumerate(part):
-            ids = torch.tensor([*row.prompt, *row.tokens])
-            sampled = torch.tensor([0] * len(row.prompt) + row.mask)
-            inputs[i, :len(ids) - 1] = ids[:-1]
-            targets[i, :len(ids) - 1] = torch.where(sampled[1:] == 1, ids[1:], -1)
-            factors[i] = advantage
-        yield inputs.to(device), targets.to(device), factors.to(device)
+        inputs, targets = batch_of([([*row.prompt, *row.tokens], [0] * len(row.prompt) + row.mask) for row, _ in part], pad, device)
+        factors = torch.tensor([advantage for _, advantage in part], device=inputs.device)
+        yield inputs, targets, factors.unsqueeze(1).expand(targets.shape)
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:

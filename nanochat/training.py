@@ -190,10 +190,7 @@ class _Watch:
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         plan = self.plan
-        if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
-            self.log.record("diverged", step=step, loss=loss, norm=norm)
-            raise UserError(f"step {step}: the loss is {loss}, the gradient norm {norm}: training has diverged and stops. The last good "
-                            "checkpoint is untouched; run the same command to go on from it, with lower rates if it happens again.")
+        need_finite(step, loss, norm, self.log)
         self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
         self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         if step > self.start or plan.num_iterations - self.start == 1:  # the first step compiles and warms up
@@ -214,6 +211,14 @@ class _Watch:
         self.log.record("train", step=step + 1, loss=loss, smooth_loss=self.smooth / self.weight, norm=norm, lr_scale=lr, seconds=seconds,
                         tokens_per_second=speed, mfu=mfu, tokens=self.tokens, supervised=int(tokens))
         return stop > 0
+
+
+def need_finite(step: int, loss: float, norm: float, log: RunLog) -> None:
+    """Record and raise UserError where a step's loss or gradient norm is not finite."""
+    if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
+        log.record("diverged", step=step, loss=loss, norm=norm)
+        raise UserError(f"step {step}: the loss is {loss}, the gradient norm {norm}: training has diverged and stops. The last good "
+                        "checkpoint is untouched; run the same command to go on from it, with lower rates if it happens again.")
 
 
 def clock(seconds: float) -> str:

@@ -22,7 +22,7 @@ from nanochat.engine import Engine
 from nanochat.files import UserError
 from nanochat.logs import RunLog
 from nanochat.rl import batches, pass_at_k, rollouts
-from nanochat.training import Plan, clock, stop_signals, train_step
+from nanochat.training import Plan, clock, need_finite, stop_signals, train_step
 from scripts.stages import Stage, StageConfig
 from tasks import recipes
 
@@ -112,9 +112,7 @@ def one_step(engine: Engine, problems: Conversations, stage: Stage, config: Conf
         micro_batches = batches(groups, config.device_batch_size, stage.tokenizer.get_bos_token_id(), ranks.device)
         stats = train_step(model, stage.optimizer, micro_batches, ranks, lr_scale=plan.lr_scale(step), clip=plan.clip)
         loss, norm = stats[:2].tolist()
-        if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
-            raise UserError(f"step {step}: the loss is {loss}, the gradient norm {norm}: training has diverged and stops. The last good "
-                            "checkpoint is untouched; run the same command to go on from it, with lower rates if it happens again.")
+        need_finite(step, loss, norm, log)
     seconds = time.perf_counter() - began
     log.say(f"step {step + 1:05d}/{plan.num_iterations:05d} | reward {reward / answers:.3f} | {kept:.0f} of {config.examples_per_step} "
             f"groups teach | {ended / answers:.0%} end, {tokens / answers:.0f} tokens | norm {norm:.2f} | lr x{plan.lr_scale(step):.2f} | "
