@@ -22,6 +22,9 @@ class ARC(Task):
 
     def conversation(self, i: int) -> dict:
         row = self.rows[i]
+        if not isinstance(row["choices"], dict) or not {"text", "label"} <= row["choices"].keys():
+            raise UserError(f"{self.name}, question {row['question'][:60]!r}: its choices are {repr(row['choices'])[:60]}, and should be "
+                            "two lists, text and label")
         choices, letters, answer = row["choices"]["text"], row["choices"]["label"], row["answerKey"]
         if answer not in letters or len(choices) != len(letters):
             raise UserError(f"{self.name}, question {row['question'][:60]!r}: the answer {answer!r} or the number of choices "

@@ -24,7 +24,8 @@ class MMLU(Task):
     def conversation(self, i: int) -> dict:
         row = self.rows[i]
         choices, answer = row["choices"], row["answer"]
-        if len(choices) != 4 or answer not in range(4):
+        count = len(choices) if isinstance(choices, list) else repr(choices)[:40]
+        if count != 4 or answer not in range(4):
             raise UserError(f"MMLU, question {row['question'][:60]!r}: there should be four choices and an answer from 0 to 3, "
-                            f"and there are {len(choices)} and {answer!r}")
+                            f"and there are {count} and {answer!r}")
         return {**multiple_choice.conversation(row["question"], choices, LETTERS, LETTERS[answer]), "subject": row["subject"]}

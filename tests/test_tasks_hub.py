@@ -103,7 +103,7 @@ def test_arc(mirror):
     assert [task.evaluate(by_answer["B"], letter) for letter in "ABC"] == [False, True, False]
 
 
-@pytest.mark.parametrize("wrong", [{"answerKey": "E"}, {"choices": {"text": ["x"], "label": ["A", "B"]}}])
+@pytest.mark.parametrize("wrong", [{"answerKey": "E"}, {"choices": {"text": ["x"], "label": ["A", "B"]}}, {"choices": ["x", "y"]}])
 def test_arc_row_that_fits_not_together_is_named(mirror, wrong):
     mirror("allenai/ai2_arc/ARC-Challenge/train.jsonl", [{**ARC_ROW, **wrong}])
     with pytest.raises(UserError, match="ARC-Challenge, question 'Why\\?'"):
@@ -125,6 +125,9 @@ def test_mmlu_plain_and_nested(mirror):
     assert MMLU("auxiliary_train", "train")[0] == conversation
     mirror("cais/mmlu/all/dev.jsonl", [{**MMLU_ROW, "answer": 4}])
     with pytest.raises(UserError, match="answer from 0 to 3, and there are 4 and 4"):
+        MMLU("all", "dev")[0]
+    mirror("cais/mmlu/all/dev.jsonl", [{**MMLU_ROW, "choices": "['p', 'q']"}])
+    with pytest.raises(UserError, match="question 'Who\\?': there should be four choices"):
         MMLU("all", "dev")[0]
 
 
