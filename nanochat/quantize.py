@@ -21,13 +21,13 @@ LARGEST = 127
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (int8, largest) with x ≈ int8 · largest / 127; largest (..., 1), float32, is max |x| over the last dimension.
+    """Return (int8, scale) with x ≈ int8 · scale; scale (..., 1), float32, is max |x| / 127 over the last dimension.
 
-    Where largest is 0 the int8 mean nothing, and NaN in x makes largest NaN: their product is right either way.
+    Where scale is 0 the int8 mean nothing, and NaN in x makes scale NaN: their product is right either way.
     """
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True)
-    return torch.addcdiv(x.new_zeros(()), x, largest, value=LARGEST).round_().to(torch.int8), largest
+    return (x / largest).mul_(LARGEST).round_().to(torch.int8), largest / LARGEST
 
 
 def whole_product_twin(x: Tensor, weight: Tensor) -> Tensor:
@@ -78,16 +78,14 @@ class QuantLinear(nn.Module):
         """Round a matrix to 8 bits."""
         with torch.device("meta"):
             new = cls(linear.in_features, linear.out_features)
-        weight, largest = rounded(linear.weight)
-        new.weight = torch.where(largest > 0, weight, 0)
-        new.scale = largest.squeeze(-1) / LARGEST
+        weight, scale = rounded(linear.weight)
+        new.weight, new.scale = torch.where(scale > 0, weight, 0), scale.squeeze(-1)
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        whole, largest = rounded(x.flatten(0, -2))
-        y = whole_product(whole, self.weight) * self.scale
-        y = torch.addcmul(y.new_zeros(()), y, largest, value=1 / LARGEST).to(self.out or x.dtype)
-        return y.unflatten(0, x.shape[:-1])
+        whole, scale = rounded(x.flatten(0, -2))
+        y = (whole_product(whole, self.weight) * self.scale).mul_(scale)
+        return y.to(self.out or x.dtype).unflatten(0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> "QuantLinear":
         if mode:

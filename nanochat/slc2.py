@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.kernels.slc2 import causal_taps, gated_input, slc2_core
+from nanochat.kernels.slc2_step import next_tap
 from nanochat.layers import Linear, project
 from nanochat.state import Taps
 
@@ -34,6 +35,9 @@ class SLC2(nn.Module):
         if state is None:
             return self.c_proj(slc2_core(x, B, A, alpha, taps))
         u = gated_input(x, A, alpha)
-        c = causal_taps(u, taps, state.past.to(u.dtype))
-        state.append(u)
+        if h.shape[1] == 1 and state.state.ends is None:
+            c = next_tap(u, taps, state.past)
+        else:
+            c = causal_taps(u, taps, state.past.to(u.dtype))
+            state.append(u)
         return self.c_proj(B * F.silu(c))
