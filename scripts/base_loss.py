@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
-from nanochat.checkpoint import load_model
 from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import data_dir, iter_documents
-from nanochat.distributed import Ranks, compute_dtype, joined_ranks
+from nanochat.distributed import Ranks, joined_ranks
 from nanochat.engine import Engine
+from nanochat.llm import load_for_decoding
 from nanochat.logs import RunLog
 from nanochat.loss_eval import EvalRows, evaluate_bpb
 
@@ -28,6 +29,7 @@ class Config:
     model_tag: str = flag("", "which model under base_checkpoints; unset takes the only or the deepest one")
     model_step: int = flag(-1, "which of its checkpoints; -1 is the last")
     data_dir: str = flag("", "folder of shards; unset is base_data")
+    quantize: Literal["none", "int8"] = flag("none", "int8: evaluate the model as it decodes with weights of 8 bits")
 
 
 def beginnings(tokenizer, folder: Path, count: int = 4, words: int = 6) -> list[str]:
@@ -72,9 +74,8 @@ def evaluate(model, tokenizer, config: Config, ranks: Ranks, log: RunLog, parts:
 def run(config: Config, stage: str, then: Callable[..., object]) -> None:
     """Load the model, and call then(model, tokenizer, meta, ranks, log) on all ranks; the log is that of `stage`."""
     with joined_ranks(config.device_type) as ranks:
-        model, tokenizer, meta = load_model("base", ranks.device, model_tag=config.model_tag or None,
-                                            step=None if config.model_step < 0 else config.model_step)
-        model.compute_dtype = compute_dtype(ranks.device)
+        model, tokenizer, meta = load_for_decoding("base", ranks.device, model_tag=config.model_tag or None, quantize=config.quantize,
+                                                   step=None if config.model_step < 0 else config.model_step)
         with RunLog(stage, Path(meta["folder"]).name, asdict(config), enabled=ranks.is_main) as log:
             log.say(meta["loaded"])
             then(model, tokenizer, meta, ranks, log)

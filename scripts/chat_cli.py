@@ -10,12 +10,13 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from typing import Literal
 
-from nanochat.checkpoint import load_model
 from nanochat.cli import flag, parse, run_main
-from nanochat.distributed import compute_dtype, init_ranks
+from nanochat.distributed import init_ranks
 from nanochat.engine import Engine
 from nanochat.files import UserError
+from nanochat.llm import load_for_decoding
 from nanochat.shown import Shown
 
 HELP = """/clear          forget the conversation
@@ -40,6 +41,7 @@ class Config:
     repetition_penalty: float = flag(1.0, "above 1 makes tokens seen before less likely")
     max_tokens: int = flag(512, "tokens of an answer at most")
     seed: int = flag(-1, "of the draws; -1 draws anew each time")
+    quantize: Literal["none", "int8"] = flag("none", "int8: weights of 8 bits, faster on a CPU, a little less exact")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
 
 
@@ -188,9 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with suppress(AttributeError, ValueError):  # not a file: a test, a notebook
             stream.reconfigure(errors=errors)
     device = init_ranks(config.device_type).device
-    model, tokenizer, meta = load_model(config.source, device, model_tag=config.model_tag or None,
-                                        step=None if config.step < 0 else config.step)
-    model.compute_dtype = compute_dtype(device)
+    model, tokenizer, meta = load_for_decoding(config.source, device, model_tag=config.model_tag or None,
+                                               step=None if config.step < 0 else config.step, quantize=config.quantize)
     chat = Chat(Engine(model, tokenizer), config)
     if config.prompt:
         show(chat.ask(config.prompt))

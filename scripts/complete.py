@@ -8,11 +8,12 @@ import codecs
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from nanochat.checkpoint import load_model
 from nanochat.cli import flag, parse, run_main
-from nanochat.distributed import compute_dtype, init_ranks
+from nanochat.distributed import init_ranks
 from nanochat.engine import Engine
+from nanochat.llm import load_for_decoding
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Config:
     seed: int = flag(42, "of the draws")
     source: str = flag("base", "which model: base, mid, sft, rl, or a folder")
     model_tag: str = flag("", "which of its models; unset takes the only or the deepest one")
+    quantize: Literal["none", "int8"] = flag("none", "int8: weights of 8 bits, faster on a CPU, a little less exact")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
 
 
@@ -36,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write to stdout as the tokens come, whole characters only. Raises UserError for what the user can mend."""
     config = parse(Config, argv, __doc__)
     device = init_ranks(config.device_type).device
-    model, tokenizer, _ = load_model(config.source, device, model_tag=config.model_tag or None)
-    model.compute_dtype = compute_dtype(device)
+    model, tokenizer, _ = load_for_decoding(config.source, device, model_tag=config.model_tag or None, quantize=config.quantize)
     ids = tokenizer.encode(config.prompt, prepend=tokenizer.get_bos_token_id())
     engine = Engine(model, tokenizer)
     options = dict(max_tokens=config.max_tokens, temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p,
