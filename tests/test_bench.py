@@ -6,10 +6,11 @@ import random
 import pytest
 import torch
 
-from bench import decode, measure, real_text, train
+from bench import decode, measure, published_engine, real_text, train
 from bench.twin import TwinGPT
 from dev import gpu_check
 from dev import gpu_correctness as right
+from nanochat.engine import Engine
 from nanochat.files import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.logs import read_log
@@ -78,12 +79,67 @@ def test_the_plain_optimizers_of_the_twin_do_what_ours_do():
 def test_decoding_is_tabled_beside_full_forwards(capsys, tmp_path):
     text, found = run(decode.main, capsys, tmp_path, "--depth=1", "--vocab-size=97", "--prompt=6", "--new-tokens=4", "--batches=1,3",
                       "--naive-points=1", "--prefills=1", "--device=cpu")
-    assert table_of(text)[0] == ["greedy decoding", "batch", "tok/s", "vs naive", "prefill tok/s", "state", "of the limit"]
+    header, *lines = table_of(text)
+    assert header == ["greedy decoding", "batch", "tok/s", "vs published", "vs naive", "prefill tok/s", "state", "of the limit"]
+    cases = [line[0] for line in lines[:len(lines) // 2]]
+    assert {"ours, int8", "ours, float32", "published engine, float32", "twin, float32, full forwards"} <= set(cases)
     assert found["agreed"] == found["compared"] == 4 and found["copy_bandwidth"] > 0
     assert {row["batch"] for row in found["rows"]} == {1, 3} and all(row["tokens_per_second"] > 0 for row in found["rows"])
     for row in found["rows"]:
         if row["case"].startswith("ours"):
             assert row["state_bytes"] > 0 and row["prefill_tokens_per_second"] > 0 and row["of_the_limit"] > 0
+        assert row["vs_published"] > 0 and (row["vs_published"] == 1) == (row["case"] == "published engine, float32")
+    read = {row["case"]: row["step_bytes"] for row in found["rows"] if row["batch"] == 1 and "step_bytes" in row}
+    assert read["ours, int8"] < read["ours, float32"] / 2
+
+
+def plain_engine(model, prompt, B, new):
+    columns = list(published_engine.generate(model, prompt, num_samples=B, max_tokens=new, temperature=0))
+    return [list(row) for row in zip(*columns)]
+
+
+def twin_of(model):
+    twin = TwinGPT(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_the_published_engine_is_right_where_attention_is_all_and_forgets_convolutions():
+    prompt = list(range(5))
+    for pattern, right_tokens in (("AAA", True), ("SAA", False)):
+        model = small_model(vocab_size=97, n_layer=3, n_kv_head=1, layer_pattern=pattern)
+        ours = Engine(model, decode.Endless()).generate_batch(prompt, num_samples=2, max_tokens=9, temperature=0)[0]
+        theirs = plain_engine(twin_of(model), prompt, 2, 9)
+        assert (theirs == [row[5:] for row in ours]) == right_tokens
+        assert theirs[0][0] == ours[0][5], "the first token comes from the prompt's full forward"
+
+
+def test_the_published_engines_cache_is_of_all_layers_and_grows(monkeypatch):
+    monkeypatch.setattr(published_engine, "GROWTH", 4)
+    model = twin_of(small_model(vocab_size=97, n_layer=4))
+    cache = published_engine.Cache(model.config, 1, 3)
+    with torch.no_grad():
+        whole = published_engine.forward(model, torch.arange(9)[None], published_engine.Cache(model.config, 1, 9))
+        assert torch.equal(whole, model(torch.arange(9)[None]))
+        for part in torch.arange(5)[None].split((2, 1, 1, 1), dim=1):
+            published_engine.forward(model, part, cache)
+    assert cache.all.shape[:2] == (4, 2) and cache.position == 5 and cache.all.shape[4] == 8
+    drawn = [list(published_engine.generate(model, [1, 2], num_samples=3, max_tokens=5, top_k=k, seed=1)) for k in (None, 5, 1)]
+    assert all(len(columns) == 5 and len(columns[0]) == 3 for columns in drawn)
+    assert drawn[2] == list(published_engine.generate(model, [1, 2], num_samples=3, max_tokens=5, temperature=0)) != drawn[1]
+
+
+def test_decoding_takes_turns(monkeypatch):
+    order = []
+
+    def steps(name, *args):
+        for _ in range(5):
+            order.append(name)
+            yield 1.0
+    monkeypatch.setattr(decode, "decoding", steps)
+    monkeypatch.setattr(decode, "TURN", 2)
+    assert decode.decode_in_turns({"a": "a", "b": "b"}, 1, 4, 5) == {"a": [1.0] * 5, "b": [1.0] * 5}
+    assert "".join(order) == "aabbaabbab"
 
 
 def test_decoding_that_differs_from_full_forwards_is_called_worthless(monkeypatch):

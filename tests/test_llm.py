@@ -2,10 +2,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from nanochat.checkpoint import save_checkpoint
 from nanochat.engine import Engine
 from nanochat.files import UserError
+from nanochat.llm import load_for_decoding
 from nanochat.shown import Shown
 from nanochat.tokenizer import RustBPETokenizer
 from tests.conftest import ROOT
@@ -66,6 +68,20 @@ def test_tool_calls_are_shown_in_brackets_or_left_out(llm):
         cut = Shown(tokenizer, tools)
         text = "".join([*map(cut.feed, ids[:ids.index(tokenizer.encode_special("<|python_end|>"))]), cut.finish()])
         assert text == ("It is [2+2]" if tools else "It is ")
+
+
+def test_weights_of_8_bits_answer_too(folder, llm):
+    from nanochat import LLM
+    small = LLM(folder, device="cpu", quantize="int8")
+    assert small.model.lm_head.weight.dtype == torch.int8 and llm.model.lm_head.weight.dtype == torch.float32
+    assert isinstance(small.chat("one", **OPTIONS), str)
+    with pytest.raises(UserError, match="no quantisation 'int4'"):
+        LLM(folder, device="cpu", quantize="int4")
+
+
+def test_loading_for_decoding_says_what_was_loaded(folder):
+    model, tokenizer, meta = load_for_decoding(folder, "cpu", step=3)
+    assert meta["loaded"].startswith("step 3 of") and model.config.vocab_size == tokenizer.get_vocab_size() and not model.training
 
 
 def test_what_cannot_be_had_is_said_in_words(llm, monkeypatch):
