@@ -51,37 +51,41 @@ def new_context(browser, **options):
 
 
 @pytest.fixture(scope="module")
-def shared_context(browser):
-    """One profile for most tests, since its cache makes pages open faster; what a page keeps is cleared after each test."""
-    yield (context := new_context(browser))
+def shared_page(browser):
+    """One window for most tests, since its cache makes the page open faster; what the page keeps is cleared after each test."""
+    context = new_context(browser)
+    yield context.new_page()
     context.close()
 
 
 @pytest.fixture
-def window(browser, server, shared_context):
+def window(browser, server, shared_page):
     """Opens the page, in a profile of its own where anything is asked of it. No script error and no breach of the policy may be left."""
-    contexts, errors = [], []
+    pages, errors = [], []
+
+    def failed(error):
+        errors.append(str(error))
 
     def open_(url=None, **options):
-        context = new_context(browser, **options) if options or contexts else shared_context
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
+        page = new_context(browser, **options).new_page() if options or pages else shared_page
+        pages.append(page)
+        page.on("pageerror", failed)
         page.goto(url or server.url)
         ready(page)
         return page
 
     yield open_
-    for context in contexts:
-        for page in context.pages:
-            assert page.evaluate("window.violations ?? []") == []
-            if context is shared_context:
-                cdp = context.new_cdp_session(page)
-                page.goto("about:blank")
-                cdp.send("Storage.clearDataForOrigin", {"origin": server.url.rstrip("/"), "storageTypes": "indexeddb,local_storage"})
-            page.close()
-        if context is not shared_context:
-            context.close()
+    for page in pages:
+        assert page.evaluate("window.violations ?? []") == []
+        if page is not shared_page:
+            page.context.close()
+            continue
+        page.remove_listener("pageerror", failed)
+        page.unroute_all()
+        cdp = page.context.new_cdp_session(page)
+        page.goto("about:blank")
+        cdp.send("Storage.clearDataForOrigin", {"origin": server.url.rstrip("/"), "storageTypes": "indexeddb,local_storage"})
+        cdp.detach()
     assert errors == []
 
 
@@ -108,7 +112,7 @@ def ask(page, text, wait=True):
 
 
 def finished(page):
-    expect(page.locator(".message.assistant").last).to_have_attribute("aria-busy", "false")
+    page.locator('.message.assistant:nth-last-child(1 of .message)[aria-busy="false"]').wait_for(state="attached")
 
 
 def answer(page):

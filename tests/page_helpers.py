@@ -32,7 +32,7 @@ GATE, FOREVER, DIE = object(), object(), object()
 
 @dataclass
 class Tool:
-    """A calculator call or its result, in pieces and then whole."""
+    """A calculator call or its result: in each chunk as far as it has come, in the last one whole."""
 
     type: str
     pieces: list[str]
@@ -176,8 +176,8 @@ class Handler(BaseHTTPRequestHandler):
             elif isinstance(piece, bytes):
                 self._write(piece)
             elif isinstance(piece, Tool):
-                for text in [*piece.pieces, "".join(piece.pieces)]:
-                    self._chunk({}, nanochat={"tool": {"type": piece.type, "text": text}})
+                for n in [*range(1, len(piece.pieces) + 1), len(piece.pieces)]:
+                    self._chunk({}, nanochat={"tool": {"type": piece.type, "text": "".join(piece.pieces[:n])}})
             elif isinstance(piece, Extra):
                 self._chunk({}, nanochat=piece.fields)
             elif isinstance(piece, Finish):

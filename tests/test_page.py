@@ -16,8 +16,8 @@ from tests import page_browser
 from tests.page_browser import answer, ask, button, expect, finished, picture, ready, shown
 from tests.page_helpers import CODE, DIE, FOREVER, GATE, RICH, Extra, Fails, Finish, Refused, Tool
 
-FIXTURES = ("browser", "page", "running_server", "server", "shared_context", "window")
-browser, page, running_server, server, shared_context, window = (getattr(page_browser, name) for name in FIXTURES)
+FIXTURES = ("browser", "page", "running_server", "server", "shared_page", "window")
+browser, page, running_server, server, shared_page, window = (getattr(page_browser, name) for name in FIXTURES)
 
 
 # ---- asking and answering

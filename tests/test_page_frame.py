@@ -11,8 +11,8 @@ from tests import page_browser
 from tests.page_browser import PHONE, answer, ask, button, expect, finished, picture, ready, shown
 from tests.page_helpers import DIE, GATE, RICH, STATIC, Tool
 
-FIXTURES = ("browser", "page", "running_server", "server", "shared_context", "window")
-browser, page, running_server, server, shared_context, window = (getattr(page_browser, name) for name in FIXTURES)
+FIXTURES = ("browser", "page", "running_server", "server", "shared_page", "window")
+browser, page, running_server, server, shared_page, window = (getattr(page_browser, name) for name in FIXTURES)
 
 
 # ---- models and settings

@@ -17,8 +17,8 @@ from tests.conftest import ROOT
 from tests.page_browser import answer, ask, button, expect, finished, picture, shown
 from tests.page_helpers import CSP
 
-FIXTURES = ("browser", "page", "running_server", "server", "shared_context", "window")
-browser, page, running_server, server, shared_context, window = (getattr(page_browser, name) for name in FIXTURES)
+FIXTURES = ("browser", "page", "running_server", "server", "shared_page", "window")
+browser, page, running_server, server, shared_page, window = (getattr(page_browser, name) for name in FIXTURES)
 CONTEXT = 4096
 
 

@@ -51,9 +51,9 @@ function append(node, type, text) {
   else node.parts.push({type, text});
 }
 
-/** Text of a tool call comes in pieces, and once more as a whole at the end of the part. */
+/** A tool call, or its result, comes from its start on, as far as it is. */
 function takeTool(node, {type, text}) {
   const last = node.parts.at(-1);
   if (last?.type === type && text.startsWith(last.text)) last.text = text;
-  else append(node, type, text);
+  else node.parts.push({type, text});
 }
