@@ -178,18 +178,17 @@ async function loadModels() {
   const wanted = store.recall("model", "");
   const chosen = available.find(({id}) => id === wanted) ?? available.find((one) => one.default) ?? available[0];
   $("model").replaceChildren(
-    ...available.map((one) => h("option", {value: one.id, selected: one === chosen, title: described(one), text: named(one)})),
+    ...available.map((one) => h("option", {value: one.id, selected: one === chosen, title: one.description, text: named(one)})),
   );
   $("model").disabled = available.length < 2;
   modelChosen();
 }
 
 const named = ({id, chat: chats}) => id + (chats === false ? " · continues text" : "");
-const described = (one) => [one?.description, Number.isInteger(one?.step) && `step ${one.step}`].filter(Boolean).join(", ");
 
 function modelChosen() {
   settings.offer(model());
-  $("model").title = described(model());
+  $("model").title = model()?.description ?? "";
   showEmptyState();
 }
 $("model").addEventListener("change", () => {
