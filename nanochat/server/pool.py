@@ -2,9 +2,9 @@
 
     pool = Pool(config, devices=["cuda:0", "cuda:1"])
     await pool.start()
-    tickets = pool.submit([Ask(...), ...], about="who is asking")     # all on one worker; raises Busy or Down
-    async for event in tickets[0]: ...
-    tickets[0].close()                                                # cancels it, unless it has ended
+    group = pool.submit([Ask(...), ...], about="who is asking")      # all on one worker; raises Busy or Down
+    async for event in group: ...                                    # until each has ended
+    group.close()                                                    # cancels those that have not
 
 All of it runs in one event loop. Each worker has two threads here, which move messages between its pipe and the loop.
 """
@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -37,31 +37,45 @@ class Down(Exception):
     """No worker runs at the moment."""
 
 
-class Ticket:
-    """A row on its way: iterate over its events; the last is of kind "ended"."""
+class Group:
+    """Rows on their way that are one client's: iterate over their events; the last one of each row is of kind "ended"."""
 
-    def __init__(self, ask: Ask, worker: "Worker"):
-        self.ask, self.worker, self.ended, self.first_token = ask, worker, False, None
+    def __init__(self, asks: list[Ask], worker: "Worker"):
+        self.asks, self.worker = asks, worker
+        self.left = {ask.id for ask in asks}           # rows whose end has not been told
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     def put(self, event: Event) -> None:
         """Take an event in."""
-        if event.kind == "token" and self.first_token is None:
-            self.first_token = time.monotonic()
-        self.ended = self.ended or event.kind == "ended"
-        self._events.put_nowait(event)
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        while True:
-            event = await self._events.get()
-            yield event
+        if event.id in self.left:
             if event.kind == "ended":
-                return
+                self.left.discard(event.id)
+            self._events.put_nowait(event)
+
+    def __aiter__(self) -> "Group":
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self.left and self._events.empty():
+            raise StopAsyncIteration
+        return await self._events.get()
+
+    def cancel(self, id: str) -> None:
+        """Cancel a row. It counts as the worker's until that says that it has ended; here nothing more is told of it."""
+        if id in self.left:
+            self.left.discard(id)
+            self.worker.send(("cancel", id))
 
     def close(self) -> None:
-        """Cancel the row, unless it has ended."""
-        if not self.ended:
-            self.worker.send(("cancel", self.ask.id))
+        """Cancel all rows that have not ended."""
+        for id in list(self.left):
+            self.cancel(id)
+
+    def end(self, finish: str, message: str) -> None:
+        """Cancel all rows that have not ended, and let whoever listens know why."""
+        for id in list(self.left):
+            self.put(Event(id, "ended", finish=finish, message=message))
+            self.worker.send(("cancel", id))
 
 
 class Worker:
@@ -71,7 +85,7 @@ class Worker:
         self.pool, self.number, self.config = pool, number, config
         self.state = "starting"  # ready, restarting, failed, stopped
         self.device, self.message = config.device, ""
-        self.tickets: dict[str, Ticket] = {}
+        self.rows: dict[str, Group] = {}   # by id: rows it has been given and has not ended
         self.stats: dict[str, float] = {}
         self.past: dict[str, float] = {}   # counts of the processes that died
         self.restarts, self.deaths = 0, 0  # in all; since it last ran steadily
@@ -131,11 +145,9 @@ class Worker:
             if stats is not None:
                 self.stats = stats
             for event in events:
-                ticket = self.tickets.get(event.id)
-                if ticket is not None:
-                    if event.kind == "ended":
-                        del self.tickets[event.id]
-                    ticket.put(event)
+                group = self.rows.pop(event.id, None) if event.kind == "ended" else self.rows.get(event.id)
+                if group is not None:
+                    group.put(event)
         elif what == "ready":
             self.state, self.message = "ready", ""
             self.pool.asked.clear()  # what it has loaded now may be newer
@@ -156,9 +168,9 @@ class Worker:
                 self.past[name] = self.past.get(name, 0) + value
         self.stats = {}
         self._outbox.put(None)
-        tickets, self.tickets = self.tickets, {}
-        for ticket in tickets.values():
-            ticket.put(Event(ticket.ask.id, "ended", finish="error", message="the process that computed this answer ended; try again"))
+        rows, self.rows = self.rows, {}
+        for id, group in rows.items():
+            group.put(Event(id, "ended", finish="error", message="the process that computed this answer ended; try again"))
         if self.state == "starting":  # the very first start: there is somebody who waits for it, and is told
             self.state, self.message = "failed", "a worker ended before it was ready; what it printed says why"
         elif self.state != "failed" or self.restarts:
@@ -218,7 +230,7 @@ class Pool:
     @property
     def rows(self) -> int:
         """Rows that are decoded or wait."""
-        return sum(len(worker.tickets) for worker in self.workers)
+        return sum(len(worker.rows) for worker in self.workers)
 
     def took_models(self, infos: list[ModelInfo]) -> None:
         """Take the models that a worker found. One that is known stays what it is, as long as it is there."""
@@ -229,29 +241,28 @@ class Pool:
         ready = [worker for worker in self.workers if worker.state == "ready"]
         if ready and time.monotonic() - self._looked > 5:
             self._looked = time.monotonic()
-            min(ready, key=lambda worker: len(worker.tickets)).send(("models",))
+            min(ready, key=lambda worker: len(worker.rows)).send(("models",))
 
-    def submit(self, asks: list[Ask], about: str = "") -> list[Ticket]:
+    def submit(self, asks: list[Ask], about: str = "") -> Group:
         """Hand rows to the worker with the least to do; of several, to the one that served `about` last. Raises Busy where they do not all
         fit beside what waits, Down where no worker runs."""
         ready = [worker for worker in self.workers if worker.state == "ready"]
         if not ready:
             raise Down
         last = self._served.get(about)
-        worker = min(ready, key=lambda worker: (len(worker.tickets), worker.number != last))
-        if len(worker.tickets) + len(asks) > self.capacity:
+        worker = min(ready, key=lambda worker: (len(worker.rows), worker.number != last))
+        if len(worker.rows) + len(asks) > self.capacity:
             raise Busy
         self._served[about] = worker.number
         self._served.move_to_end(about)
         if len(self._served) > REMEMBERED:
             self._served.popitem(last=False)
-        tickets = []
+        group = Group(asks, worker)
         for ask in asks:
             self.asked.setdefault(ask.model.id, ask.model)
-            ticket = worker.tickets[ask.id] = Ticket(ask, worker)
+            worker.rows[ask.id] = group
             worker.send(("submit", ask))
-            tickets.append(ticket)
-        return tickets
+        return group
 
     def stats(self) -> dict[str, float]:
         """The workers' counts together, of those that died too."""
