@@ -43,14 +43,15 @@ class Group:
     def __init__(self, asks: list[Ask], worker: "Worker"):
         self.asks, self.worker = asks, worker
         self.left = {ask.id for ask in asks}           # rows whose end has not been told
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self.now = time.monotonic()                    # when the event that was taken last came
+        self._events: asyncio.Queue[tuple[float, Event]] = asyncio.Queue()
 
     def put(self, event: Event) -> None:
         """Take an event in."""
         if event.id in self.left:
             if event.kind == "ended":
                 self.left.discard(event.id)
-            self._events.put_nowait(event)
+            self._events.put_nowait((time.monotonic(), event))
 
     def __aiter__(self) -> "Group":
         return self
@@ -58,7 +59,8 @@ class Group:
     async def __anext__(self) -> Event:
         if not self.left and self._events.empty():
             raise StopAsyncIteration
-        return await self._events.get()
+        self.now, event = await self._events.get()
+        return event
 
     def cancel(self, id: str) -> None:
         """Cancel a row. It counts as the worker's until that says that it has ended; here nothing more is told of it."""

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from nanochat.files import UserError
-from nanochat.server.answer import Answer, Entry, Text, Tool
+from nanochat.server.answer import Answer, Text, Tool
 from nanochat.server.metrics import Metrics
 from nanochat.server.pool import Busy, Down, Group, Pool
 from nanochat.server.protocol import ApiError, Asked, to_bytes
@@ -203,7 +203,7 @@ class Run:
             elif event.kind == "prompt":
                 yield i, Prompt(event.prompt_logprobs)
             elif event.kind == "token":
-                self.last = time.monotonic()
+                self.last = self.group.now
                 if self.first is None:
                     self.first = self.last
                     self.serving.metrics.first_token.observe(self.first - self.began)
@@ -340,5 +340,3 @@ class Stream(Response):
         data = line if isinstance(line, bytes) else to_bytes(line)
         await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
 
-
-__all__ = ["Entry", "Finish", "Gone", "Prompt", "Run", "ServerConfig", "Serving", "Stream", "Text", "Tool", "unless_gone"]
