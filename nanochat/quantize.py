@@ -84,7 +84,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         whole, scale = rounded(x.flatten(0, -2))
-        y = (whole_product(whole, self.weight) * self.scale).mul_(scale)
+        y = whole_product(whole, self.weight).float().mul_(self.scale).mul_(scale)
         return y.to(self.out or x.dtype).unflatten(0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> "QuantLinear":
