@@ -172,6 +172,7 @@ class Batch:
         self._state.resize(B)
         self._logits = logits[:B, -1]
 
+    @torch.inference_mode()
     def drop(self, rows: list[Row]) -> None:
         """Let rows leave; the last ones take their places."""
         going = {id(row) for row in rows}
