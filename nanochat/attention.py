@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.layers import Linear, norm
+from nanochat.kernels.one_query import one_query
+from nanochat.layers import Linear, norm, project
 from nanochat.state import KeysValues
 
 ROPE_BASE = 10_000.0
@@ -43,7 +44,7 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], state: KeysValues | None = None) -> Tensor:
         """Mix h (B, T, E) along time; returns (B, T, E). With a state, h goes on where the state ends, and the state takes it in."""
         D = self.head_width
-        q, k, v = (projection(h).unflatten(-1, (-1, D)) for projection in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (y.unflatten(-1, (-1, D)) for y in project(h, self.c_q, self.c_k, self.c_v))
         q, k = norm(rotate(q, rope)).to(v.dtype), norm(rotate(k, rope)).to(v.dtype)
         if state is None:
             y = self._attend(q, k, v, causal=True)
@@ -51,12 +52,12 @@ class Attention(nn.Module):
             memory, T = state.state, q.shape[1]
             k, v = (t.to(q.dtype) for t in state.append(k, v))
             if T == 1 and memory.by_row:
-                y = torch.cat([self._attend(q[b:b + 1], k[b:b + 1, :length + 1], v[b:b + 1, :length + 1])
+                y = torch.cat([one_query(q[b:b + 1], k[b:b + 1, :length + 1], v[b:b + 1, :length + 1])
                                for b, length in enumerate(memory.lengths)])
+            elif (mask := memory.mask(T)) is None and T == 1:
+                y = one_query(q, k, v)
             else:
-                mask = memory.mask(T)
-                # one query against all keys needs no mask; a first chunk is plainly causal
-                y = self._attend(q, k, v, mask, causal=mask is None and k.shape[1] == T)
+                y = self._attend(q, k, v, mask, causal=mask is None)  # no mask: a first chunk, which is plainly causal
         return self.c_proj(y.flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
