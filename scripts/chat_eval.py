@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat.chat_eval import chatcore, evaluate_task
-from nanochat.checkpoint import load_model
 from nanochat.cli import flag, parse, run_main
-from nanochat.distributed import compute_dtype, joined_ranks
+from nanochat.distributed import joined_ranks
 from nanochat.files import UserError, atomic_write, base_dir, to_json
+from nanochat.llm import load_for_decoding
 from nanochat.logs import RunLog
 from nanochat.sandbox import run_python
 from nanochat.training import clock
@@ -75,16 +75,12 @@ def run(config: Config, ranks) -> None:
         raise UserError(f"--max-problems is a number from 1 on, or -1 for all, not {config.max_problems}")
     if min(config.num_samples, config.batch_size, config.max_new_tokens) < 1:
         raise UserError("--num-samples, --batch-size and --max-new-tokens must be at least 1")
-    model, tokenizer, meta = load_model(config.source, ranks.device, model_tag=config.model_tag or None,
-                                        step=None if config.step < 0 else config.step)
+    model, tokenizer, meta = load_for_decoding(config.source, ranks.device, model_tag=config.model_tag or None,
+                                               step=None if config.step < 0 else config.step)
     about = meta.get("data") or {}
     data = config.data if config.data != "auto" else "small-world" if about.get("source") == "small-world" else "hub"
     tasks = chosen(config.task_name, data, about.get("seed", 0))
     level = run_python("").level.name.lower() if "HumanEval" in tasks else ""  # it refuses now, not after the other tasks
-    dtype = compute_dtype(ranks.device)
-    model.compute_dtype = dtype
-    if ranks.device.type == "cuda":
-        model.to(dtype)  # nothing is trained here: weights are read in the dtype they are used in
     tag = Path(meta["folder"]).name
     with RunLog(f"chat_eval_{config.source}", tag, asdict(config), enabled=ranks.is_main) as log:
         log.say(meta["loaded"])
