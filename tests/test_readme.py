@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
+from nanochat.cli import parse
 from scripts import speedrun
 from tests.conftest import ROOT
+from tests.server_helpers import Running
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {  # flags put behind those of the README: the last one counts
@@ -63,11 +65,15 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
         module, flags = words[words.index("-m") + 1], words[words.index("-m") + 2:]
         if module == "scripts.speedrun":
             continue  # below
+        if module in ("scripts.chat_web", "bench.serve"):  # a server goes on until it is told to end: one is started below
+            parse(importlib.import_module(module).Config, flags)
+            continue
         ran.add(module)
         importlib.import_module(module).main([*flags, *SMALL.get(module, [])])
     assert ran >= set(SMALL) | {"scripts.tok_eval", "nanochat.report"}
-    for block in python_blocks():
-        exec(compile(block, "README.md", "exec"), {})
+    with Running(tmp_path) as server:
+        for block in python_blocks():
+            exec(compile(block.replace("http://127.0.0.1:8000", server.url), "README.md", "exec"), {})
     out = capsys.readouterr().out
     assert "tokens" in out and "val bpb" in out and "small world, held-out phrasings" in out
 

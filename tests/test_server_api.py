@@ -139,7 +139,8 @@ def test_completions_echo_a_prompt_and_score_it(client, loaded):
         assert told.token_logprobs[:len(scores)] == pytest.approx(scores, abs=1e-4)
         for i, entry in enumerate(told.top_logprobs[:len(scores)]):
             assert max(entry.values()) == pytest.approx(float(logp[i].max()), abs=1e-4) and 2 <= len(entry) <= 3
-        assert [choice.text[start:].startswith(token) for token, start in zip(told.tokens[:4], told.text_offset)] == [True] * 4
+        whole = [(token, start) for token, start in zip(told.tokens, told.text_offset) if not token.startswith("bytes:")]
+        assert len(whole) >= 2 and all(choice.text[start:].startswith(token) for token, start in whole)
     ids = tokenizer.encode(text)
     [choice] = client.completions.create(model="sft", prompt=ids, max_tokens=1, echo=True, logprobs=1).choices
     assert choice.logprobs.token_logprobs[0] is None and len(choice.logprobs.tokens) == len(ids) + 1 and choice.text.startswith(text)
