@@ -378,7 +378,8 @@ def conclude(plan: Plan, seconds: float) -> None:
     prompt = facts()[0].prompt if plan.source == "small-world" else "Once upon a time"
     print(f"report    {base_dir() / 'report' / 'report.md'}, copied to ./report.md")
     if stages:
-        print(f"next      talk to it: .venv/bin/python -m scripts.chat_cli -i {stages[-1]}")
+        print(f"next      talk to it: .venv/bin/python -m scripts.chat_web -i {stages[-1]} (in a browser), or "
+              f"-m scripts.chat_cli -i {stages[-1]}")
     else:
         print(f"next      .venv/bin/python -m scripts.complete -p {shlex.quote(prompt)}")
     if plan.profile.name == "small":
