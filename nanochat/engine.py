@@ -78,6 +78,7 @@ class Batch:
         self.exact = exact and self.model.device.type == "cpu"
         self.rows: list[Row] = []
         self._state: State | None = None
+        self._keeps = self.exact                                  # whether the memory stays when the last row leaves
         self._logits: torch.Tensor | None = None                  # (B, V) for the next token of each row
         self._sampler = Sampler([], self.model.config.vocab_size, self.model.device)
 
@@ -120,8 +121,8 @@ class Batch:
 
         The state is taken over where the batch has none, unless capacity (tokens a row) and room (rows) say how much memory to make.
         """
-        before = len(self.rows)
-        if self._state is None and not room and not self.exact:
+        before, self._keeps = len(self.rows), self._keeps or room > 0
+        if self._state is None and not self._keeps:
             self._state = state
         else:
             if self._state is None:
@@ -192,7 +193,7 @@ class Batch:
         self.rows = [self.rows[i] for i in order]
         self._sampler.select(order)
         self._logits = self._logits[order]
-        if not order and not self.exact:
+        if not order and not self._keeps:
             self._state = self._logits = None
 
 

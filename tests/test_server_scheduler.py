@@ -66,6 +66,20 @@ def test_every_answer_is_bit_for_bit_the_one_given_alone(engine, lengths, max_ro
         assert told(events[r.id]) == told(alone[r.id])
 
 
+def test_where_exactness_is_not_to_be_had_rows_come_and_go_as_well(engine):
+    """As on a GPU: rows padded to the longest, in batches of any size."""
+    if engine.model.dtype == torch.bfloat16:
+        pytest.skip("the same up to rounding")
+    chance = random.Random(1)
+    requests = [request(i, [chance.randrange(256) for _ in range(chance.randint(1, 60))], max_tokens=chance.randint(1, 20), logprobs=None)
+                for i in range(12)]
+    alone = {r.id: tokens_of(run(scheduler(engine), [r])[r.id]) for r in requests}
+    crowd = scheduler(engine, max_rows=5, max_waiting=99)
+    crowd._batch.exact = crowd._batch._keeps = False
+    for _ in range(2):  # the second time, from what is kept
+        assert {id: tokens_of(events) for id, events in run(crowd, requests).items()} == alone
+
+
 def test_what_is_said_is_what_the_engine_says(engine):
     if engine.model.dtype == torch.bfloat16:
         pytest.skip("in bfloat16 other shapes of batches round otherwise")
