@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import page_browser
+from tests.conftest import ROOT
 from tests.page_browser import PHONE, answer, ask, button, expect, finished, picture, ready, shown
 from tests.page_helpers import DIE, GATE, RICH, STATIC, Tool
 
@@ -403,3 +404,10 @@ def test_the_vendored_files_are_the_ones_their_readme_names():
 def test_every_script_is_fetched_at_once():
     named = set(re.findall(r'<link rel="modulepreload" href="static/([^"]+)">', (STATIC / "index.html").read_text()))
     assert named == {file.relative_to(STATIC).as_posix() for file in STATIC.rglob("*.js")} - {"app.js", "theme.js"}
+
+
+def test_an_installed_package_holds_every_file_of_the_page():
+    patterns = re.search(r'^"nanochat.server" = \[(.*)\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    packed = {file for pattern in re.findall(r'"([^"]+)"', patterns) for file in STATIC.parent.glob(pattern)}
+    there = {file for file in STATIC.rglob("*") if file.is_file() and file.suffix != ".txt"}  # texts go in from everywhere
+    assert there <= packed
