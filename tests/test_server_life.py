@@ -23,7 +23,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small(folder):
     """A server that decodes two answers and lets one wait."""
-    with Running(folder, "--max-rows=2", "--max-waiting=1", "--cors=https://friend.example", "--timeout=60") as server:
+    with Running(folder, "--max-rows=2", "--max-waiting=1", "--cors=https://friend.example", "--timeout=60",
+                 "--max-body-bytes=20000") as server:
         yield server
 
 
@@ -89,6 +90,15 @@ def test_other_sites_may_not_use_it_unless_named(small):
     assert httpx.get(small.url + "/v1/models", headers={"Host": "evil.example"}).status_code == 403
 
 
+def test_a_body_that_is_too_large_is_refused_however_it_comes(small):
+    body = json.dumps({"prompt": "a", "max_tokens": 1, "user": "x" * 30_000}).encode()
+    pieces = (body[i:i + 1000] for i in range(0, len(body), 1000))
+    for content in (body, pieces, b"x" * 1_000_000):  # of a known length, of an unknown one, and so large that it is not read
+        said = httpx.post(small.url + "/v1/completions", content=content, headers={"Content-Type": "application/json"}, timeout=60)
+        assert said.status_code == 400 and "the limit is 20,000 bytes" in said.json()["error"]["message"]
+    assert ask(small, {"prompt": "a", "max_tokens": 1, "user": "x" * 10_000}).status_code == 200
+
+
 def test_a_worker_that_is_killed_ends_its_requests_with_an_error_and_comes_again(small):
     [worker] = small.workers()
     answers = []
@@ -115,32 +125,54 @@ def test_a_key_is_needed_where_one_was_set_and_a_request_has_its_time(folder):
         key = {"Authorization": "Bearer secret"}
         assert ask(server, {"prompt": "a", "max_tokens": 1}, headers=key).status_code == 200
         late = ask(server, LONG, headers=key)
-        assert late.status_code == 503 and "time" in late.json()["error"]["message"]
+        assert late.status_code == 503 and "time limit of 1 seconds" in late.json()["error"]["message"]
+        *_, error = [line for line in ask(server, {**LONG, "stream": True}, headers=key).text.split("\n\n") if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"  # in mid-stream; no [DONE] behind it
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_however_it_ends_no_process_is_left(folder, number):
-    with Running(folder, "--shutdown-seconds=1") as server:
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGKILL]],
+                         ids=["told", "told_twice", "killed"])
+def test_however_it_ends_no_process_is_left(folder, signals):
+    with Running(folder, f"--shutdown-seconds={1 if len(signals) == 1 else 600}") as server:
         connection = begin(server, LONG)
-        server.process.send_signal(number)
-        if number != signal.SIGKILL:
-            got = b""
+        for number in signals:
+            server.process.send_signal(number)
+            if number == signal.SIGINT:  # two at the same time would be one
+                server.wait("it has heard", lambda: stopping(server))
+        got = b""
+        try:
             while piece := connection.recv(65536):
                 got += piece
-            assert b"shut" in got.lower()  # the client is told why its answer ends
+        except ConnectionResetError:
+            assert signals != [signal.SIGTERM]
+        assert b"shutting down" in got or signals != [signal.SIGTERM]  # the client is told why its answer ends
         server.process.wait(60)
         server.wait("all processes have ended", server.all_gone)
         connection.close()
 
 
-def test_what_runs_may_end_before_the_server_does(folder):
-    with Running(folder, "--shutdown-seconds=60") as server:
+def stopping(server):
+    """Does it say that it ends, or is it gone?"""
+    try:
+        return httpx.get(server.url + "/health").json()["status"] == "stopping"
+    except httpx.TransportError:
+        return True
+
+
+def test_what_runs_may_end_before_the_server_does_but_nothing_new_begins(folder):
+    with Running(folder, "--shutdown-seconds=600") as server:
         answers = []
-        asking = threading.Thread(target=lambda: answers.append(ask(server, {**LONG, "max_tokens": 400})))
+        asking = threading.Thread(target=lambda: answers.append(ask(server, {**LONG, "max_tokens": 1500})))
         asking.start()
         server.wait("the row runs", lambda: server.metrics()["nanochat_running"] == 1)
         server.process.send_signal(signal.SIGTERM)
+        server.wait("it has heard", lambda: stopping(server))
+        if asking.is_alive():
+            try:
+                assert ask(server, {"prompt": "a", "max_tokens": 1}).status_code == 503
+            except httpx.TransportError:  # it was gone a moment later
+                pass
         asking.join(60)
-        assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 400
+        assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 1500
         server.process.wait(60)
         server.wait("all processes have ended", server.all_gone)

@@ -50,7 +50,7 @@ def _of_stage(stage: str, tag: str) -> Iterator[tuple[str, Path]]:
     except UserError:
         return
     yield stage, chosen
-    for folder in sorted((base_dir() / SOURCES[stage]).iterdir()):
+    for folder in sorted((base_dir() / SOURCES[stage]).glob("*")):
         if folder.is_dir() and folder != chosen:
             yield f"{stage}/{folder.name}", folder
 

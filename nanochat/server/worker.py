@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -231,14 +232,14 @@ class Host:
         if what == "loaded":
             return self._loaded(*rest)
         ask: Ask = rest[0]
-        ask = replace(ask, seconds=None if ask.seconds is None else time.monotonic() + ask.seconds)
-        self._rows[ask.id] = ask.model.key
-        if ask.model.key in self.schedulers:
-            return self._submit(ask)
-        if ask.model.key not in self._loading:
-            self._loading[ask.model.key] = []
+        ask, key = replace(ask, seconds=None if ask.seconds is None else time.monotonic() + ask.seconds), ask.model.key
+        self._rows[ask.id] = key
+        if key in self.schedulers:
+            return self._guarded(key, lambda: self._submit(ask))
+        if key not in self._loading:
+            self._loading[key] = []
             threading.Thread(target=self._load_aside, args=(ask.model,), daemon=True).start()
-        self._loading[ask.model.key].append(ask)
+        self._loading[key].append(ask)
         return []
 
     def _submit(self, ask: Ask) -> list[Event]:
@@ -256,17 +257,27 @@ class Host:
             return self._end([ask.id], "error", str(error))
         return []
 
+    def _guarded(self, key: Key, work: Callable[[], list[Event]]) -> list[Event]:
+        """Return work(). Where it fails in a way that nobody foresaw, the model's own requests end, and it is loaded anew when needed."""
+        try:
+            return work()
+        except Exception:
+            traceback.print_exc()
+            self._let_go(key)
+            return self._end([row for row, model in self._rows.items() if model == key], "error",
+                             "the server failed on this request; its terminal says how")
+
     def _end(self, ids: list[str], finish: str, message: str = "") -> list[Event]:
         for id in ids:
             del self._rows[id]
         return [Event(id, "ended", finish=finish, message=message) for id in ids]
 
     def _cancel(self, id: str) -> list[Event]:
-        model = self._rows.get(id)
-        if model in self.schedulers:
-            self.schedulers[model].cancel(id)
-        elif model in self._loading:
-            self._loading[model] = [ask for ask in self._loading[model] if ask.id != id]
+        key = self._rows.get(id)
+        if key in self.schedulers:
+            return self._guarded(key, lambda: self.schedulers[key].cancel(id) or [])
+        if key in self._loading:
+            self._loading[key] = [ask for ask in self._loading[key] if ask.id != id]
             return self._end([id], "cancelled")
         return []
 
@@ -276,25 +287,22 @@ class Host:
             print(f"the model {info.id} cannot be loaded: {loaded}", file=sys.stderr, flush=True)
             return self._end([ask.id for ask in waiting], "error", f"the model {info.id} cannot be loaded; the server's terminal says why")
         self._host(info.key, loaded)
-        return [event for ask in waiting for event in self._submit(ask)]
+        return self._guarded(info.key, lambda: [event for ask in waiting for event in self._submit(ask)])
 
     def step(self) -> list[Event]:
-        """Let each model that has work do a bounded piece of it. One that fails ends its own requests, and is loaded anew when needed."""
+        """Let each model that has work do a bounded piece of it."""
         events: list[Event] = []
         for key, scheduler in list(self.schedulers.items()):
-            if not scheduler.busy:
-                continue
-            try:
-                for event in scheduler.step():
-                    if event.kind == "ended":
-                        del self._rows[event.id]
-                    events.append(Event(event.id, event.kind, event.token, event.forced, event.logprob, event.top, event.prompt_logprobs,
-                                        event.finish, event.message, event.cached))
-            except Exception:
-                traceback.print_exc()
-                self._let_go(key)
-                events += self._end([row for row, model in self._rows.items() if model == key], "error",
-                                    "the server failed on this request; its terminal says how")
+            if scheduler.busy:
+                events += self._guarded(key, lambda scheduler=scheduler: self._step(scheduler))
+        return events
+
+    def _step(self, scheduler: "Scheduler") -> list[Event]:
+        events = [Event(event.id, event.kind, event.token, event.forced, event.logprob, event.top, event.prompt_logprobs, event.finish,
+                        event.message, event.cached) for event in scheduler.step()]
+        for event in events:
+            if event.kind == "ended":
+                del self._rows[event.id]
         return events
 
     def stats(self) -> dict[str, float]:
