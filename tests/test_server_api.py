@@ -177,6 +177,7 @@ def test_the_list_of_models_and_the_docs(client, server):
     models = {model.id: model for model in client.models.list()}
     assert set(models) == {"sft", "base"} and models["sft"].default and not models["base"].chat and models["sft"].chat
     assert models["base"].context_length == CONTEXT["base"] and models["sft"].step == 5 and models["sft"].created > 0
+    assert models["sft"].defaults == {"temperature": 0.8, "top_k": 5, "max_tokens": 512}  # what the page begins with
     assert "messages" in httpx.get(server.url + "/docs").text
     described = httpx.get(server.url + "/openapi.json").json()
     assert {"400", "401", "404", "429", "500", "503"} <= set(described["paths"]["/v1/chat/completions"]["post"]["responses"])

@@ -79,9 +79,12 @@ def make_app(serving: Serving) -> FastAPI:
     async def models() -> Json:
         """Every id can be given as `model`."""
         serving.pool.look_for_models()
+        config = serving.config
+        defaults = {"temperature": config.temperature, "top_k": config.top_k, "max_tokens": config.max_tokens}
         return Json({"object": "list", "data": [
             {"id": info.id, "object": "model", "created": info.created, "owned_by": "nanochat", "context_length": info.context_length,
-             "step": info.step, "chat": info.chat, "default": info.default, "description": info.description}
+             "step": info.step, "chat": info.chat, "default": info.default, "description": info.description,
+             "defaults": defaults}
             for info in serving.pool.models.values()]})
 
     @app.get("/health", summary="Is all well?", responses={**_ok("application/json"), **_errors(403), 503: {
