@@ -9,6 +9,7 @@ import pytest
 from nanochat.files import UserError
 from nanochat.server.models import find_models
 from nanochat.server.pool import Busy, Down, Pool
+from nanochat.server.serving import ServerConfig, Serving
 from nanochat.server.worker import Ask, Event, Host, ModelInfo, WorkerConfig
 from tests.server_helpers import make_models
 
@@ -167,3 +168,16 @@ def test_a_model_that_fails_ends_its_requests_and_is_loaded_anew(host, where, mo
     assert {event.finish for event in events if event.kind == "ended"} == {"error"} and "nobody foresaw this" in capsys.readouterr().err
     assert host._rows == {} and not host.schedulers
     assert run(host, ("submit", Ask("d", sft, [1], 3)))[-1].finish == "length"
+
+
+def test_a_file_of_chats_is_tried_before_it_is_needed_and_no_answer_fails_for_it(tmp_path, capsys):
+    with pytest.raises(UserError, match="--log-chats: .*cannot be written to"):
+        Serving(a_pool()[0], ServerConfig(log_chats=str(tmp_path / "nowhere" / "chats")))
+    path = tmp_path / "chats"
+    serving = Serving(a_pool()[0], ServerConfig(log_chats=str(path)))
+    serving.log({"a": "né"})
+    assert '"a": "né"' in path.read_text(encoding="utf-8") and path.stat().st_mode & 0o077 == 0
+    path.unlink()
+    path.mkdir()
+    serving.log({"a": 1})
+    assert "cannot be written to" in capsys.readouterr().err

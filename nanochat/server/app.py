@@ -244,5 +244,5 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise UserError(f"cannot listen on {host} port {port}: {error}. --port takes another.") from None
+        raise UserError(f"cannot listen on {host} port {port}: {str(error).rstrip('.')}. --port takes another.") from None
     return listener

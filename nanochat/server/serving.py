@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -65,12 +66,18 @@ class Serving:
     """A server's state."""
 
     def __init__(self, pool: Pool, config: ServerConfig):
+        """Raises UserError where the file of chats cannot be written."""
         self.pool, self.config = pool, config
         self.metrics = Metrics(pool)
         self.draining = False
         self.groups: set[Group] = set()
         self._tokenizers: dict[str, RustBPETokenizer] = {}
         self._mean_seconds = 1.0
+        if config.log_chats:
+            try:
+                self._append(None)
+            except OSError as error:
+                raise UserError(f"--log-chats: {config.log_chats} cannot be written to: {error.strerror}") from None
 
     async def model(self, name: str | None) -> tuple[ModelInfo, RustBPETokenizer]:
         """The model of a name, or the default, and its tokenizer. Raises ApiError."""
@@ -144,14 +151,20 @@ class Serving:
         self._mean_seconds += 0.1 * (min(seconds, 60.0) - self._mean_seconds)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write a line to the file of chats, where one was asked for."""
+        """Write a line to the file of chats, where one was asked for. A full disk is told in the terminal; no answer fails for it."""
         if self.config.log_chats:
-            line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **record}, ensure_ascii=False) + "\n"
-            handle = os.open(self.config.log_chats, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                os.write(handle, line.encode())
-            finally:
-                os.close(handle)
+                self._append({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **record})
+            except OSError as error:
+                print(f"{self.config.log_chats} cannot be written to, a chat is missing there: {error}", file=sys.stderr, flush=True)
+
+    def _append(self, record: dict[str, Any] | None) -> None:
+        handle = os.open(self.config.log_chats, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            if record is not None:
+                os.write(handle, (json.dumps(record, ensure_ascii=False) + "\n").encode())
+        finally:
+            os.close(handle)
 
 
 class Run:
