@@ -169,7 +169,8 @@ def test_other_settings_reach_the_sampler(client):
         return client.chat.completions.create(model="sft", messages=ask(), max_tokens=30, seed=1, extra_body=extra, **more
                                               ).choices[0].message.content
     greedy = text(temperature=0)
-    assert text(top_k=1) == greedy and text(top_p=1e-6) == greedy and text(temperature=0, repetition_penalty=50.0) != greedy
+    assert text(top_k=1) == greedy and text(temperature=0, repetition_penalty=50.0) != greedy
+    assert all(text(top_p=tiny) == greedy == text(temperature=tiny) for tiny in (1e-6, 1e-40, 5e-324))
     assert text(temperature=2.0, top_k=0) != text(temperature=2.0, top_k=2)
 
 

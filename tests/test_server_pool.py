@@ -120,6 +120,11 @@ def host(base):
     return host
 
 
+def row(id, model, max_tokens=3, **more):
+    """A message with a row that does not end by itself."""
+    return "submit", Ask(id, model, [1, 2], max_tokens, {"temperature": 0}, **more)
+
+
 def run(host, *messages):
     """All events until nothing is to be done."""
     events = [event for message in messages for event in host.take(message)]
@@ -132,23 +137,23 @@ def run(host, *messages):
 
 def test_a_model_is_loaded_when_it_is_asked_for_and_the_one_used_longest_ago_goes(host):
     sft, base = host.infos["sft"], host.infos["base"]
-    assert run(host, ("submit", Ask("a", sft, [1, 2], 3)))[-1].finish == "length" and list(host.schedulers) == [sft.key]
+    assert run(host, row("a", sft))[-1].finish == "length" and list(host.schedulers) == [sft.key]
     counted = host.stats()["generated_tokens_total"]
-    assert run(host, ("submit", Ask("b", base, [1, 2], 3)))[-1].finish == "length" and list(host.schedulers) == [base.key]
+    assert run(host, row("b", base))[-1].finish == "length" and list(host.schedulers) == [base.key]
     assert host.stats()["generated_tokens_total"] == 2 * counted and host._rows == {}
 
 
 def test_a_row_can_be_cancelled_or_be_late_while_its_model_loads(host):
     sft = host.infos["sft"]
-    events = run(host, ("submit", Ask("a", sft, [1], 3)), ("submit", Ask("b", sft, [1], 3)), ("cancel", "a"), ("cancel", "nobody"),
-                 ("submit", Ask("c", sft, [1], 3, seconds=-time.monotonic())))
+    events = run(host, row("a", sft), row("b", sft), ("cancel", "a"), ("cancel", "nobody"),
+                 row("c", sft, seconds=-time.monotonic()))
     assert {event.id: event.finish for event in events if event.kind == "ended"} == {"a": "cancelled", "b": "length", "c": "timeout"}
 
 
 def test_a_model_that_cannot_be_loaded_ends_only_its_own_requests(host, capsys):
     sft = host.infos["sft"]
     broken = ModelInfo("broken", sft.folder, 6, 128, sft.tokenizer, True, 0, "")
-    events = run(host, ("submit", Ask("a", broken, [1], 3)), ("submit", Ask("b", sft, [1], 3)))
+    events = run(host, row("a", broken), row("b", sft))
     ends = {event.id: event for event in events if event.kind == "ended"}
     assert ends["a"].finish == "error" and "cannot be loaded" in ends["a"].message and ends["b"].finish == "length"
     assert "no checkpoint of step 6" in capsys.readouterr().err
@@ -157,17 +162,17 @@ def test_a_model_that_cannot_be_loaded_ends_only_its_own_requests(host, capsys):
 @pytest.mark.parametrize("where", ["step", "cancel", "submit"])
 def test_a_model_that_fails_ends_its_requests_and_is_loaded_anew(host, where, monkeypatch, capsys):
     sft = host.infos["sft"]
-    run(host, ("submit", Ask("a", sft, [1], 3)))
+    run(host, row("a", sft))
 
     def fail(*_):
         raise RuntimeError("nobody foresaw this")
 
-    host.take(("submit", Ask("b", sft, [1], 30)))
+    host.take(row("b", sft, 30))
     monkeypatch.setattr(host.schedulers[sft.key], where, fail)
-    events = run(host, *{"step": [], "cancel": [("cancel", "b")], "submit": [("submit", Ask("c", sft, [1], 3))]}[where])
+    events = run(host, *{"step": [], "cancel": [("cancel", "b")], "submit": [row("c", sft)]}[where])
     assert {event.finish for event in events if event.kind == "ended"} == {"error"} and "nobody foresaw this" in capsys.readouterr().err
     assert host._rows == {} and not host.schedulers
-    assert run(host, ("submit", Ask("d", sft, [1], 3)))[-1].finish == "length"
+    assert run(host, row("d", sft))[-1].finish == "length"
 
 
 def test_a_file_of_chats_is_tried_before_it_is_needed_and_no_answer_fails_for_it(tmp_path, capsys):

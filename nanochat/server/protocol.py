@@ -70,7 +70,7 @@ class Asked(Body):
     temperature: float | None = Field(None, ge=0, le=100, description="0 takes the likeliest token; higher is more varied")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest tokens that have this much of the probability")
     top_k: int | None = Field(None, ge=0, le=BIG, description="draw from this many of the likeliest tokens; 0 = all")
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="above 1 makes tokens seen before less likely")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="above 1 makes tokens seen before less likely")
     seed: int | None = Field(None, ge=-BIG, lt=2 * BIG, description="the same seed and request give the same answer")
     stop: Text | list[Text] | None = Field(None, description="the answer ends before this text, or the first of up to 4")
     n: int | None = Field(None, ge=1, le=BIG, description="answers for each prompt")
