@@ -12,6 +12,8 @@ from torch import Tensor
 
 from nanochat.files import UserError
 
+COLD = 1e-5  # a temperature below is as good as 0, and may be 0 in float32
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -70,7 +72,7 @@ def draw(logits: Tensor, u: Tensor, temperature: Tensor, top_k: Tensor, top_p: T
     if nucleus:
         ranked = p.topk(nucleus, dim=-1).values
         before = ranked.cumsum(dim=-1, dtype=precise) - ranked
-        least = ranked.masked_fill(before >= top_p.unsqueeze(1), torch.inf).amin(dim=-1, keepdim=True)
+        least = ranked.masked_fill((before >= top_p.unsqueeze(1)) & (before > 0), torch.inf).amin(dim=-1, keepdim=True)
         p = p.masked_fill((p < least) & (top_p < 1).unsqueeze(1), 0.0)
     sums = p.cumsum(dim=-1, dtype=precise)
     below = torch.minimum(u.unsqueeze(1) * sums[:, -1:], sums[:, -1:] * (1 - 2 ** -23))  # also where rounding would reach the sum itself
@@ -113,7 +115,7 @@ class Sampler:
     def _prepare(self) -> None:
         V = self.vocab_size
         ks = [min(row.top_k or V, V) for row in self.rows]
-        self.greedy = [row.temperature == 0 or k == 1 for row, k in zip(self.rows, ks)]
+        self.greedy = [row.temperature < COLD or k == 1 for row, k in zip(self.rows, ks)]
         drawing = [(k, row.top_p or 1.0) for row, k, greedy in zip(self.rows, ks, self.greedy) if not greedy]
         self.widest = max((k for k, _ in drawing if k < V), default=0)
         self.nucleus = max((k for k, top_p in drawing if top_p < 1), default=0)
@@ -121,7 +123,8 @@ class Sampler:
         def tensor(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(list(values), dtype=dtype, device=self.device)
 
-        self.temperature, self.top_p = tensor(row.temperature or 1.0 for row in self.rows), tensor(row.top_p or 1.0 for row in self.rows)
+        self.temperature = tensor(1.0 if greedy else row.temperature for row, greedy in zip(self.rows, self.greedy))
+        self.top_p = tensor(row.top_p or 1.0 for row in self.rows)
         self.top_k, self.penalty = tensor(ks, torch.long), tensor(row.repetition_penalty for row in self.rows)
         self.likeliest = tensor(self.greedy, torch.bool)
 

@@ -48,6 +48,22 @@ def test_a_token_without_mass_is_never_drawn():
         assert draw(logits, one, torch.ones(1), torch.tensor([4]), torch.ones(1), 4).item() in (0, 2)
 
 
+@pytest.mark.parametrize("tiny", [{"temperature": 1e-50}, {"temperature": 1e-8}, {"top_p": 1e-60}])
+def test_what_is_nothing_in_float32_takes_the_likeliest(tiny):
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
+    for seed in range(5):
+        assert Sampler([Settings(**tiny, seed=seed), Settings(seed=seed)], 50)(logits.expand(2, -1))[0] == logits.argmax()
+
+
+def test_what_is_drawn_hangs_on_no_order_of_a_sort_nor_on_other_rows_settings():
+    logits = torch.randint(0, 4, (1, 400), generator=torch.Generator().manual_seed(2)).float()  # ties, also at every border
+    for seed, (k, p) in enumerate([(50, 0.9), (50, 1.0), (0, 0.3), (7, 0.5)] * 5):
+        own = Settings(1.0, k, p, seed=seed)
+        alone = Sampler([own], 400)(logits)[0]
+        for other in (Settings(0.5, 300, 0.99, seed=9), Settings(2.0, seed=9), Settings(0.0)):
+            assert Sampler([own, other], 400)(logits.expand(2, -1))[0] == alone
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.7, 1.5]), st.sampled_from([None, 0, 1, 4]), st.sampled_from([None, 0.5, 1.0]),
                           st.sampled_from([1.0, 1.3])), min_size=2, max_size=5), st.integers(0, 9))
