@@ -17,6 +17,7 @@ import torch
 from nanochat.distributed import Ranks, gather_objects
 from nanochat.engine import Engine
 from nanochat.files import UserError
+from nanochat.gpt import padded
 
 BATCH_TOKENS = 1 << 14  # of multiple-choice prompts in one call of the model, padding included
 
@@ -92,11 +93,8 @@ def _choices(model, tokenizer, task: Any, indices: range, batch_size: int) -> It
         longest = len(prompts[order[0]][1])
         part = order[:max(1, min(batch_size, BATCH_TOKENS // longest))]
         order = order[len(part):]
-        counts = [len(prompts[index][1]) for index in part]
-        ids = torch.zeros(len(part), longest, dtype=torch.long)
-        for i, index in enumerate(part):
-            ids[i, :counts[i]] = torch.tensor(prompts[index][1])
-        logits = model(ids.to(model.device), counts=counts, last_only=True)[:, 0].cpu()
+        ids, counts = padded([prompts[index][1] for index in part], model.device)
+        logits = model(ids, counts=counts, last_only=True)[:, 0].cpu()
         for i, index in enumerate(part):
             conversation = prompts[index][0]
             letters = conversation["letters"]

@@ -26,6 +26,7 @@ from torch import Tensor
 from nanochat.core_bundle import Bundle, CoreTask, open_bundle
 from nanochat.distributed import Ranks, broadcast_object, gather_objects
 from nanochat.files import UserError
+from nanochat.gpt import padded
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 POSITIONS = 10  # prompts may be this many times as long as sequence_len, as in the published code, which then fails; ours cuts on the left
@@ -279,18 +280,18 @@ def _passes(model, groups: Iterator[tuple[int, list[_Row]]], budget: int) -> Ite
     alone.sort(key=lambda entry: -len(entry[1][0].ids))
     for part in _batches(alone, lambda part: len(part) * len(part[0][1][0].ids) <= budget):
         rows = [row for _, (row,) in part]
-        ids, counts = _padded([row.ids for row in rows], model.device)
+        ids, counts = padded([row.ids for row in rows], model.device)
         yield rows, model.hidden(ids, counts=counts), [0] * len(rows)
     together.sort(key=lambda entry: -entry[0])
     for part in _batches(together, lambda part: _fits(part, budget)):
         begun = [group[0].ids[:shared] for shared, group in part]
         state = model.new_state(len(part), capacity=max(len(row.ids) for _, group in part for row in group))
-        ids, counts = _padded(begun, model.device)
+        ids, counts = padded(begun, model.device)
         model.hidden(ids, state, counts)
         state = state.select([i for i, (_, group) in enumerate(part) for _ in group])
         rows = [row for _, group in part for row in group]
         offsets = [shared for shared, group in part for _ in group]
-        ids, counts = _padded([row.ids[offset:] for row, offset in zip(rows, offsets)], model.device)
+        ids, counts = padded([row.ids[offset:] for row, offset in zip(rows, offsets)], model.device)
         yield rows, model.hidden(ids, state, counts), offsets
 
 
@@ -312,15 +313,6 @@ def _batches(entries: list, fits: Callable[[list], bool]) -> Iterator[list]:
         part.append(entry)
     if part:
         yield part
-
-
-def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, list[int]]:
-    """ids (B, T) with zeros on the right, and how many of each row are real."""
-    counts = [len(row) for row in rows]
-    ids = torch.zeros(len(rows), max(counts), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, :len(row)] = torch.tensor(row)
-    return ids.to(device), counts
 
 
 def _score(model, questions: list[Question], rows: list[_Row], hidden: Tensor, offsets: list[int], losses: list[list[float]],

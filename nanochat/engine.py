@@ -20,6 +20,7 @@ import torch
 
 from nanochat.calculator import calculate
 from nanochat.files import UserError
+from nanochat.gpt import padded
 from nanochat.sampling import Sampler, Settings
 from nanochat.state import State
 
@@ -62,8 +63,12 @@ class Row:
 def scored(logits: torch.Tensor, token: int, n: int) -> tuple[float, list[tuple[int, float]]]:
     """Return the log-probability of a token and the n likeliest as (id, log-probability), likeliest first; logits (V,)."""
     logp = logits.log_softmax(dim=-1)
-    values, ids = logp.sort(descending=True, stable=True)
-    return float(logp[token]), list(zip(ids[:n].tolist(), values[:n].tolist()))
+    if not n:
+        return float(logp[token]), []
+    least = logp.topk(min(n, len(logp))).values[-1]
+    ids = (logp >= least).nonzero().squeeze(1)  # all that are as likely as the last one: which of them topk takes is not said
+    values, order = logp[ids].sort(descending=True, stable=True)
+    return float(logp[token]), list(zip(ids[order][:n].tolist(), values[:n].tolist()))
 
 
 class Batch:
@@ -104,13 +109,10 @@ class Batch:
             heads, rows = heads[count:], rows[count * samples:]
 
     def _prefill(self, heads: list[Row], rows: list[Row], samples: int) -> None:
-        counts = [len(row.prompt) for row in heads]
-        ids = torch.zeros(len(heads), max(counts), dtype=torch.long)
-        for i, row in enumerate(heads):
-            ids[i, :counts[i]] = torch.tensor(row.prompt)
+        ids, counts = padded([row.prompt for row in heads], self.model.device)
         state = self.model.new_state(len(heads), max(counts) + min(max(row.max_tokens for row in rows), 128))
         ragged = counts if min(counts) < max(counts) else None
-        logits = self.model(ids.to(self.model.device), state=state, counts=ragged, last_only=True)[:, -1]
+        logits = self.model(ids, state=state, counts=ragged, last_only=True)[:, -1]
         if samples > 1:
             state, logits = state.fork(samples), logits.repeat_interleave(samples, dim=0)
         self.join(rows, state, logits)

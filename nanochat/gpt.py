@@ -8,7 +8,7 @@ Parameter names and numbers are those of the published checkpoints, which load w
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,6 +75,15 @@ class GPTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields for a meta file. layer_pattern is left out where it is not set, so that published code can read the rest."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, list[int]]:
+    """Return ids (B, T) of rows of different lengths, with zeros on the right, and how many of each are real: `counts` of the model."""
+    counts = [len(row) for row in rows]
+    ids = torch.zeros(len(rows), max(counts), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, :counts[i]] = torch.tensor(row)
+    return ids.to(device), counts
 
 
 class MLP(nn.Module):

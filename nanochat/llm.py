@@ -64,7 +64,7 @@ class LLM:
         Raises UserError where there is no such model.
         """
         if source not in SOURCES and not Path(source).expanduser().is_dir():
-            source = _from_hub(str(source), revision)
+            source = from_hub(str(source), revision)
         self.device = init_ranks(device).device
         self.model, self.tokenizer, self.meta = load_for_decoding(source, self.device, model_tag=model_tag, step=step, quantize=quantize)
         self.engine = Engine(self.model, self.tokenizer)
@@ -103,7 +103,7 @@ class LLM:
         return "".join([*map(shown.feed, (token for token in row.tokens if token not in self.engine.stops)), shown.finish()])
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def from_hub(name: str, revision: str | None) -> Path:
     """Fetch a repository of the hub in the published format, and return its folder. Raises UserError where that cannot be done."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

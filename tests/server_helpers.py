@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 import torch
 
 from nanochat.checkpoint import save_checkpoint
@@ -23,16 +24,24 @@ CONTEXT = {"sft": 128, "base": 4096}  # base: for answers that take seconds
 PATIENCE = 90  # seconds until a test gives up
 
 
-def make_models(folder: Path) -> None:
-    """A base directory with a tokenizer and the models sft and base. Neither ends an answer by itself where top_k is small."""
+def make_models(folder: Path, context: dict[str, int] = CONTEXT) -> None:
+    """A base directory with a tokenizer and the models sft and base, of these contexts. None ends an answer by itself at a small top_k."""
     tokenizer = RustBPETokenizer.train_from_iterator([TEXT], 290)
     tokenizer.save(folder / "tokenizer")
     for stage, name in (("sft", "chatsft_checkpoints"), ("base", "base_checkpoints")):
-        model = small_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=CONTEXT[stage], n_layer=2)
+        model = small_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=context[stage], n_layer=2)
         with torch.no_grad():
             for special in SPECIAL_TOKENS:
                 model.lm_head.weight[tokenizer.encode_special(special)] = 0
         save_checkpoint(folder / name / "d2", 5, model.state_dict(), {"model_config": model.config})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base directory with models; a file of tests takes it in by its name."""
+    folder = tmp_path_factory.mktemp("server")
+    make_models(folder)
+    return folder
 
 
 class Running:

@@ -1,21 +1,15 @@
 """The chat page in a real browser against the real server, with a tiny random model."""
 
-import importlib.util
-import os
 import re
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
 import urllib.request
 
 import pytest
 
 from tests import page_browser
-from tests.conftest import ROOT
 from tests.page_browser import answer, ask, button, expect, finished, picture, shown
 from tests.page_helpers import CSP
+from tests.server_helpers import Running, make_models
 
 FIXTURES = ("browser", "page", "running_server", "server", "shared_page", "window")
 browser, page, running_server, server, shared_page, window = (getattr(page_browser, name) for name in FIXTURES)
@@ -25,43 +19,10 @@ CONTEXT = 4096
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """The address of `python -m scripts.chat_web` with a random model that never ends an answer by itself."""
-    if importlib.util.find_spec("nanochat.server.app") is None:
-        pytest.skip("there is no nanochat.server.app")
-    import torch
-
-    from nanochat.checkpoint import save_checkpoint
-    from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
-    from tests.helpers import small_model
-    base = tmp_path_factory.mktemp("real") / "base"
-    tokenizer = RustBPETokenizer.train_from_iterator(["the cat sat on the mat, 2+2 = 4 and so on. " * 3], 280)
-    model = small_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=CONTEXT)
-    with torch.no_grad():
-        for name in SPECIAL_TOKENS:
-            model.lm_head.weight[tokenizer.encode_special(name)] = 0
-    tokenizer.save(base / "tokenizer")
-    meta = {"model_config": model.config.to_dict(), "tokenizer": tokenizer.fingerprint()}
-    for stage in ("base_checkpoints", "chatsft_checkpoints"):
-        save_checkpoint(base / stage / "d1", 7, model.state_dict(), meta)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environ = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
-    with open(base / "log.txt", "wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "scripts.chat_web", "-p", str(port)], cwd=ROOT, env=environ,
-                                   stdout=log, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}/"
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(url + "health", timeout=5).close()
-                break
-            except (OSError, urllib.error.URLError):
-                assert process.poll() is None, (base / "log.txt").read_text()
-                time.sleep(0.1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
+    folder = tmp_path_factory.mktemp("real")
+    make_models(folder, {"base": CONTEXT, "sft": CONTEXT})
+    with Running(folder) as server:
+        yield server.url + "/"
 
 
 def running_rows(url):

@@ -8,14 +8,10 @@ import pytest
 import torch
 
 from nanochat.llm import load_for_decoding
-from tests.server_helpers import CONTEXT, Running, make_models
+from tests import server_helpers
+from tests.server_helpers import CONTEXT, Running
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    make_models(folder)
-    return folder
+folder = server_helpers.folder
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,18 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.server_helpers import Running, make_models
+from tests import server_helpers
+from tests.server_helpers import Running
 
 QUIET = {"deadline": None, "derandomize": True, "phases": [Phase.explicit, Phase.generate],
          "suppress_health_check": list(HealthCheck)}
 
 
+folder = server_helpers.folder
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    make_models(folder)
+def server(folder):
     with Running(folder, "--max-tokens=8", "--max-n=4", "--timeout=20") as server:
         yield server
 

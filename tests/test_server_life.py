@@ -8,16 +8,13 @@ import threading
 import httpx
 import pytest
 
-from tests.server_helpers import Running, make_models
+from tests import server_helpers
+from tests.server_helpers import Running
 
 LONG = {"model": "base", "prompt": "the cat", "max_tokens": 3500, "seed": 1}  # seconds of work
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    make_models(folder)
-    return folder
+folder = server_helpers.folder
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,17 @@ import time
 import pytest
 
 from nanochat.files import UserError
+from nanochat.server.event import Event
 from nanochat.server.models import find_models
 from nanochat.server.pool import Busy, Down, Pool
 from nanochat.server.serving import ServerConfig, Serving
-from nanochat.server.worker import Ask, Event, Host, ModelInfo, WorkerConfig
-from tests.server_helpers import make_models
+from nanochat.server.worker import Ask, Host, ModelInfo, WorkerConfig
+from tests import server_helpers
 
 INFO = ModelInfo("sft", "folder", 5, 128, "tokenizer", True, 0, "")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    make_models(folder)
-    return folder
+folder = server_helpers.folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nanochat.engine import Engine
 from nanochat.files import UserError
 from nanochat.sampling import Settings
-from nanochat.server.scheduler import QueueFull, Request, Scheduler, run
+from nanochat.server.scheduler import QueueFull, Request, Scheduler
 from nanochat.tokenizer import RustBPETokenizer
 from tests.helpers import small_model
 
@@ -31,6 +31,18 @@ def engine(request, tokenizer):
 
 def scheduler(engine, **options):
     return Scheduler(engine, **{"chunk": CHUNK, **options})
+
+
+def run(scheduler, requests):
+    """Return all events of some requests, by id, done to the end."""
+    events = {}
+    for request in requests:
+        scheduler.submit(request)
+        events[request.id] = []
+    while any(not mine or mine[-1].kind != "ended" for mine in events.values()):
+        for event in scheduler.step():
+            events.setdefault(event.id, []).append(event)
+    return events
 
 
 def request(number, prompt, **options):

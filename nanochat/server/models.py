@@ -36,8 +36,8 @@ def _default(config: WorkerConfig) -> ModelInfo:
         if Path(source).expanduser().is_dir():
             id = Path(source).expanduser().resolve().name
         else:
-            from nanochat.llm import _from_hub
-            source = str(_from_hub(source, None))
+            from nanochat.llm import from_hub
+            source = str(from_hub(source, None))
     folder = checkpoint_dir(source, config.model_tag or None)
     stage = source if source in SOURCES else next((stage for stage, name in SOURCES.items() if name in folder.resolve().parts), "")
     return _info(id, folder, None if config.step < 0 else config.step, stage, default=True)

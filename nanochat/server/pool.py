@@ -22,7 +22,8 @@ from dataclasses import replace
 from typing import Any
 
 from nanochat.files import UserError
-from nanochat.server.worker import Ask, Event, ModelInfo, WorkerConfig, run_worker
+from nanochat.server.event import Event
+from nanochat.server.worker import Ask, ModelInfo, WorkerConfig, run_worker
 
 BACK_OFF = (0.2, 1.0, 5.0, 15.0, 30.0)  # seconds before a worker that died is started again; the last one stays
 STEADY = 60.0                           # seconds a worker has to live for the next death to count as the first again

@@ -16,21 +16,19 @@ request alone would give, on a GPU up to rounding.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from nanochat.engine import ROWS_TOGETHER, Batch, Engine, Row, scored
 from nanochat.files import UserError
 from nanochat.sampling import Settings
+from nanochat.server.event import Event, Scores
 from nanochat.server.prefix import PrefixCache
 
 CHUNK = {"cpu": 64, "cuda": 256}  # prompt tokens that one call of the model takes in; also the block of prefix reuse
 WARM = 32  # finished conversations whose answers wait for being kept
-
-Scores = tuple[float | None, list[tuple[int, float]]]
 
 
 class QueueFull(UserError):
@@ -55,26 +53,6 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     deadline: float | None = None
-
-
-@dataclass
-class Event:
-    """What happened to a request.
-
-    started: its prompt is being taken in; `cached` tokens of it had been before. prompt: prompt_logprobs, one (log-probability, likeliest)
-    a token, None for the first. token: one more; the closing one is not told. ended: why, and for errors a message.
-    """
-
-    id: str
-    kind: Literal["started", "prompt", "token", "ended"]
-    token: int = -1
-    forced: bool = False
-    logprob: float | None = None
-    top: list[tuple[int, float]] | None = None
-    prompt_logprobs: list[Scores] | None = None
-    finish: Literal["stop", "length", "cancelled", "timeout", "error", ""] = ""
-    message: str = ""
-    cached: int = 0
 
 
 @dataclass(eq=False)
@@ -316,15 +294,3 @@ class Scheduler:
         self._warming.clear()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def run(scheduler: Scheduler, requests: Iterable[Request]) -> dict[str, list[Event]]:
-    """Return all events of some requests, by id, done to the end."""
-    events: dict[str, list[Event]] = {}
-    for request in requests:
-        scheduler.submit(request)
-        events[request.id] = []
-    while any(not mine or mine[-1].kind != "ended" for mine in events.values()):
-        for event in scheduler.step():
-            events.setdefault(event.id, []).append(event)
-    return events

@@ -27,7 +27,7 @@ LONG = 20_000      # characters from which on a prompt is made into tokens in a 
 GRACE = 5.0        # seconds a worker has to end a row whose time is over
 PING = 10.0        # seconds of silence after which a stream shows that it lives
 
-LEAST = 1e-5       # temperatures and top_p below are as good as 0; those near the smallest number there is would be 0 in float32
+LEAST = 1e-5       # of top_p: a worker may take the smallest numbers there are for 0, which is none
 
 R = TypeVar("R")
 
@@ -178,8 +178,7 @@ class Run:
         config, self.n = serving.config, body.n or 1
         self.serving, self.info, self.prompts, self.began = serving, info, prompts, time.monotonic()
         seed = secrets.randbits(48) if body.seed is None else body.seed % 2 ** 64
-        temperature = config.temperature if body.temperature is None else body.temperature
-        settings = {"temperature": temperature if temperature >= LEAST else 0.0,
+        settings = {"temperature": config.temperature if body.temperature is None else body.temperature,
                     "top_k": min(config.top_k if body.top_k is None else body.top_k, 2 ** 31),
                     "top_p": None if body.top_p is None else max(body.top_p, LEAST),
                     "repetition_penalty": body.repetition_penalty or 1.0, "seed": seed}

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from nanochat.files import UserError
+from nanochat.server.event import Event
 
 if TYPE_CHECKING:
     from nanochat.server.scheduler import Scheduler
@@ -81,21 +82,6 @@ class Ask:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     seconds: float | None = None
-
-
-class Event(NamedTuple):
-    """What happened to a row: nanochat.server.scheduler.Event, field by field. finish may be "refused", too: too many wait."""
-
-    id: str
-    kind: str
-    token: int = -1
-    forced: bool = False
-    logprob: float | None = None
-    top: list[tuple[int, float]] | None = None
-    prompt_logprobs: list[tuple[float | None, list[tuple[int, float]]]] | None = None
-    finish: str = ""
-    message: str = ""
-    cached: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,8 +284,7 @@ class Host:
         return events
 
     def _step(self, scheduler: "Scheduler") -> list[Event]:
-        events = [Event(event.id, event.kind, event.token, event.forced, event.logprob, event.top, event.prompt_logprobs, event.finish,
-                        event.message, event.cached) for event in scheduler.step()]
+        events = scheduler.step()
         for event in events:
             if event.kind == "ended":
                 del self._rows[event.id]
