@@ -20,17 +20,23 @@ export async function open() {
   return promised(objects("readonly").getAll());
 }
 
-export async function save(conversation) {
+/** One change, committed at once: left to commit by itself, it is undone where the page is closed in that moment. */
+async function change(id, act) {
   if (!database) return;
-  await promised(objects("readwrite").put(conversation));
-  channel?.postMessage(conversation.id);
-}
-
-export async function remove(id) {
-  if (!database) return;
-  await promised(objects("readwrite").delete(id));
+  const store = objects("readwrite");
+  const {transaction} = store;
+  const kept = new Promise((resolve, reject) => {
+    transaction.oncomplete = resolve;
+    transaction.onabort = () => reject(transaction.error); // a disk that is full is told here alone
+  });
+  act(store);
+  transaction.commit();
+  await kept;
   channel?.postMessage(id);
 }
+
+export const save = (conversation) => change(conversation.id, (store) => store.put(conversation));
+export const remove = (id) => change(id, (store) => store.delete(id));
 
 /** Call `changed(id, conversation or undefined)` when another tab has saved or removed one. */
 export function watch(changed) {
