@@ -8,11 +8,10 @@ import torch
 
 from bench.decode import Endless
 from nanochat import gpt, llm, quantize
-from nanochat.attention import Attention
 from nanochat.engine import Batch, Engine, Row
 from nanochat.files import UserError
 from nanochat.layers import Linear, join, project
-from nanochat.llm import ready_to_decode
+from nanochat.llm import PROJECTIONS, ready_to_decode
 from nanochat.quantize import QuantLinear, cpu_multiplies_whole_numbers, rounded, whole_product, whole_product_twin
 from nanochat.sampling import Settings
 from tests.helpers import small_model
@@ -137,7 +136,7 @@ def test_joined_matrices_keep_names_and_numbers_and_follow_what_is_written(kind)
         assert list(layer.state_dict()) == list(state) and all(torch.equal(layer.state_dict()[name], state[name]) for name in state)
         assert len(list(layer.modules())) == 1
     calls = []
-    hook = layers[0].joined.whole.register_forward_hook(lambda *args: calls.append(1))
+    hook = layers[0].joined[0].register_forward_hook(lambda *args: calls.append(1))
     for got, wanted in zip(together(), apart):
         torch.testing.assert_close(got, wanted)
     assert calls == [1], "not one product"
@@ -250,8 +249,10 @@ def test_an_unknown_way_is_refused_in_words():
 def test_all_projections_of_one_input_are_joined():
     model = ready_to_decode(small_model(n_layer=5))
     for block in model.transformer.h:
-        sizes = block.attn.c_q.joined.sizes if isinstance(block.attn, Attention) else block.attn.x_proj.joined.sizes
-        assert len(sizes) == (3 if isinstance(block.attn, Attention) else 4)
+        names = PROJECTIONS[type(block.attn)]
+        whole, = getattr(block.attn, names[0]).joined
+        rows = sum(getattr(block.attn, name).weight.shape[0] for name in names)
+        assert rows <= whole.weight.shape[0] < rows + 16 and whole.weight.shape[0] % 16 == 0 and not whole.weight[rows:].any()
 
 
 def test_rounding_is_to_the_nearest_of_255_steps():
