@@ -1,5 +1,6 @@
 """The training step weighs tokens equally, and a run that is stopped goes on as if it had not been."""
 
+import gc
 import json
 import os
 import signal
@@ -126,6 +127,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
         train(model, MuonAdamW(parameter_groups(model), ALONE), batches, Plan(9, 1, 16), ALONE, log, flops_per_token=1, peak=None,
               save=lambda step: pytest.fail("a broken model was saved"))
     assert [row["step"] for row in read_log(log.path) if row["kind"] == "diverged"] == [3]
+
+
+def test_a_step_makes_no_garbage_and_what_was_there_before_is_not_walked_over_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    model, frozen, unreachable = small_model(), [], []
+    optimizer = MuonAdamW(parameter_groups(model), ALONE)
+    ids = torch.randint(97, (2, 9))
+
+    def before_step(step, last):
+        frozen.append(gc.get_freeze_count())
+        if step > 3:
+            unreachable.append(gc.collect())
+    with RunLog("base", "collected", {}) as log:
+        train(model, optimizer, lambda step: [(ids[:, :-1], ids[:, 1:])], Plan(8, 1, 16), ALONE, log, flops_per_token=1.0, peak=None,
+              before_step=before_step)
+    assert frozen[0] == frozen[1] == 0 and min(frozen[2:]) > 10_000
+    assert max(unreachable[1:]) == 0, unreachable
+    assert gc.get_freeze_count() == 0
 
 
 def test_clock_reads_well():
