@@ -57,6 +57,52 @@ def typical(seconds: Iterable[float]) -> float:
     return statistics.median(seconds)
 
 
+def paced(cases: dict[K, Callable[[int], object]], device: torch.device, rounds: int, sets: int = 1, least: float = 0.003
+          ) -> dict[K, list[float]]:
+    """Seconds of one call of each case: `rounds` measurements each, in turns, every one the mean of as many calls as take `least` seconds.
+
+    A call is given the number of the set of inputs it is to take; they go round, so that a cache does not hold what comes next. CUDA: times
+    are those of the device between two events, behind a wait that lets the host get ahead: what the host needs for a launch is left out.
+    """
+    calls, ahead = {}, {}
+    for name, fn in cases.items():
+        for number in range(max(2, sets)):  # compilation and first allocations stay out
+            fn(number % sets)
+        synchronize(device)
+        start = time.perf_counter()
+        fn(0)
+        ahead[name] = time.perf_counter() - start
+        synchronize(device)
+        calls[name] = max(1, min(100, round(least / max(time.perf_counter() - start, 1e-6))))
+    seconds: dict[K, list[float]] = {name: [] for name in cases}
+    for turn in range(rounds):
+        for name, fn in cases.items():
+            numbers = [(turn * calls[name] + i) % sets for i in range(calls[name])]
+            if device.type == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(int(2e9 * min(0.2, 1.5 * ahead[name] * calls[name])))  # cycles, of a clock of about 2 GHz
+                begin.record()
+                for number in numbers:
+                    fn(number)
+                end.record()
+                end.synchronize()
+                whole = begin.elapsed_time(end) / 1000
+            else:
+                start = time.perf_counter()
+                for number in numbers:
+                    fn(number)
+                synchronize(device)
+                whole = time.perf_counter() - start
+            seconds[name].append(whole / len(numbers))
+    return seconds
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖ in float64, wherever the two lie."""
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
 class _Alive(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, from their making to their end."""
 

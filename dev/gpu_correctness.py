@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import lively, table, text_batches
+from bench.measure import lively, off, table, text_batches
 from bench.twin import TwinGPT
 from nanochat.distributed import Ranks, compute_dtype
 from nanochat.engine import Engine
@@ -71,12 +71,6 @@ class Report:
 
     def table(self, headers: list[str], rows: list[list[object]], left: tuple[int, ...] = (0,)) -> None:
         self.tables.append(table(headers, rows, left))
-
-
-def off(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖ / ‖b‖ in float64, wherever the two lie."""
-    a, b = a.detach().double().cpu(), b.detach().double().cpu()
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
 def largest(values: Iterable[float]) -> float:

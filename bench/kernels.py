@@ -1,0 +1,398 @@
+"""Each fused operation of the model by itself: ours beside its plain twin, torch.compile of the twin, and the field's unfused way.
+
+    python -m bench.kernels --depth=4 --device-batch-size=16 --max-seq-len=256
+    python -m bench.kernels --depth=20 --device-batch-size=32 --max-seq-len=2048 --vocab-size=65536      # on a GPU
+    python -m bench.kernels --only=slc2,step --dtype=float32 --compile=yes
+
+Forward is timed as in training (what backward needs is kept), and backward alone. "of the copy": bytes that must move at least (every
+input read once, every output written once) over the time, against the copy bandwidth measured in the run; what fits into a CPU's caches
+can be faster than that. "of the product": FLOPs over the time, against a large matrix product. "error": ‖out − exact‖ / ‖exact‖ for one row
+of fresh random inputs, exact being the twin in float64; for backward the worst gradient's. "memory": bytes alive at the peak that were not
+alive before. On a GPU inputs go round among several sets, so that its cache holds none of them, and the host's time is left out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from bench.measure import (
+    circumstances,
+    command_line,
+    copy_bandwidth,
+    in_a_line,
+    matmul_flops,
+    nbytes,
+    off,
+    paced,
+    peak_growth,
+    si,
+    table,
+    typical,
+    write_json,
+)
+from nanochat.cli import flag, parse, run_main
+from nanochat.distributed import close_ranks, compute_dtype, init_ranks
+from nanochat.files import UserError
+from nanochat.gpt import GPTConfig
+from nanochat.kernels import one_query, relu2, slc2, slc2_step
+from nanochat.layers import ALIGNED, Linear, project
+from nanochat.optim import newton_schulz
+
+TWIN, COMPILED = "twin, eager", "twin, torch.compile"
+ROTATED = 1 << 28  # bytes of inputs on a GPU, all sets together: some times its cache
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+@dataclass
+class Config:
+    """Flags of bench.kernels."""
+
+    depth: int = flag(4, "layers of the model whose shapes are taken")
+    device_batch_size: int = flag(16, "rows")
+    max_seq_len: int = flag(256, "tokens in a row; keys that a decoding step sees")
+    vocab_size: int = flag(2048, "tokens the model knows")
+    decode_rows: int = flag(64, "rows of a decoding step")
+    dtype: str = flag("auto", "bfloat16, float32, or auto: what the model computes in on this device")
+    rounds: int = flag(7, "measurements of each way; the median counts")
+    compile: str = flag("auto", "time torch.compile of the twins too: yes, no, or auto (on GPUs)")
+    only: str = flag("", "operations, by words their names hold, with commas between; unset is all")
+    threads: int = flag(0, "CPU threads; 0 leaves it to torch")
+    device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+    json: str = flag("", "file to write all numbers to")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What inputs are made of: a model's config, the rows and their length, rows of a decoding step, where and in which precision."""
+
+    model: GPTConfig
+    B: int
+    T: int
+    decode_rows: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number."""
+        return self.dtype.itemsize
+
+    def random(self, *shape: int) -> Tensor:
+        """Fresh numbers on the device."""
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+
+@dataclass
+class Operation:
+    """One operation in several ways, TWIN among them: its definition.
+
+    inputs(rows): fresh random ones for so many rows. bytes, flops: of forward and of backward, for all rows; at least so many bytes must
+    move. backward: is it trained through?
+    """
+
+    name: str
+    rows: int
+    inputs: Callable[[int], tuple[Tensor, ...]]
+    ways: dict[str, Callable[..., Outputs]]
+    bytes: tuple[int, int] = (0, 0)
+    flops: tuple[float, float] = (0, 0)
+    backward: bool = True
+
+
+# --- bytes and FLOPs ---------------------------------------------------------------------------------------------------
+
+def slc2_bytes(tokens: int, E: int, H: int, size: int) -> tuple[int, int]:
+    """Bytes that the core of SLC2 must move: forward reads x, B, A, alpha and writes y; backward reads dy and those, and writes their
+    gradients. The taps are next to nothing. d20 in bfloat16: 7,956 and 13,352 a token.
+    """
+    small = E // H + H
+    return tokens * size * (3 * E + small), tokens * size * (5 * E + 2 * small)
+
+
+def slc2_step_bytes(rows: int, E: int, H: int, K: int, size: int) -> int:
+    """Bytes of one token of each row: what the core moves, the memory of K−1 rows read and written, and the taps."""
+    return slc2_bytes(rows, E, H, size)[0] + size * (2 * rows * (K - 1) * E + E * K)
+
+
+def elementwise_bytes(count: int, size: int) -> tuple[int, int]:
+    """Bytes of a function of `count` numbers: x read and y written; dy and x read and dx written."""
+    return 2 * count * size, 3 * count * size
+
+
+def product_flops(tokens: int, fan_in: int, fan_out: int) -> tuple[float, float]:
+    """FLOPs of a matrix forward; twice that backward."""
+    return 2.0 * tokens * fan_in * fan_out, 4.0 * tokens * fan_in * fan_out
+
+
+def newton_schulz_flops(count: int, rows: int, columns: int, steps: int = 5) -> float:
+    """FLOPs of Muon's plain iteration on `count` matrices."""
+    n, m = sorted((rows, columns))
+    return count * steps * (4.0 * n * n * m + 2.0 * n ** 3)
+
+
+# --- operations --------------------------------------------------------------------------------------------------------
+
+def columns(z: Tensor, E: int, H: int) -> tuple[Tensor, ...]:
+    """x, B, A, alpha as the columns of z that the joined projection gives."""
+    D = E // H
+    return z.split([E, E, D, H, z.shape[-1] - 2 * E - D - H], dim=-1)[:4]
+
+
+def joined_width(E: int, H: int) -> int:
+    """How wide z is: a multiple of ALIGNED."""
+    return -(-(2 * E + E // H + H) // ALIGNED) * ALIGNED
+
+
+def unfused_core(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor) -> Tensor:
+    """The core as the field does such blocks: gate by torch, nn.Conv1d's convolution, output gate by torch."""
+    E, K = taps.shape
+    u = F.silu((F.silu(alpha).unsqueeze(-1) * A.unsqueeze(-2)).flatten(-2)) * x
+    c = F.conv1d(u.transpose(1, 2), taps.unsqueeze(1), padding=K - 1, groups=E)[..., :x.shape[1]]
+    return B * F.silu(c.transpose(1, 2))
+
+
+def dao_core(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor) -> Tensor:
+    """The same with causal-conv1d's convolution, which does the silu behind it too."""
+    from causal_conv1d import causal_conv1d_fn
+    u = F.silu((F.silu(alpha).unsqueeze(-1) * A.unsqueeze(-2)).flatten(-2)) * x
+    return B * causal_conv1d_fn(u.transpose(1, 2), taps, activation="silu").transpose(1, 2)
+
+
+def core_operation(shape: Shape) -> Operation:
+    """Gate, convolution and output gate of SLC2."""
+    E, H, K = shape.model.n_embd, shape.model.n_head, shape.model.n_kernel
+
+    def inputs(rows: int) -> tuple[Tensor, ...]:
+        return shape.random(rows, shape.T, joined_width(E, H)), shape.random(E, K)
+    ways = {"ours": slc2.slc2_core, TWIN: slc2.slc2_core_twin, "unfused, F.conv1d": unfused_core}
+    if shape.device.type == "cuda" and _installed("causal_conv1d"):
+        ways["unfused, causal-conv1d"] = dao_core
+    return Operation("slc2 core", shape.B, inputs,
+                     {how: lambda z, taps, way=way: way(*columns(z, E, H), taps) for how, way in ways.items()},
+                     slc2_bytes(shape.B * shape.T, E, H, shape.size))
+
+
+def step_operation(shape: Shape) -> Operation:
+    """One token through the core, its memory moved on."""
+    E, H, K, rows = shape.model.n_embd, shape.model.n_head, shape.model.n_kernel, shape.decode_rows
+
+    def inputs(rows: int) -> tuple[Tensor, ...]:
+        return shape.random(rows, 1, joined_width(E, H)), shape.random(E, K), shape.random(rows, K - 1, E)
+
+    def way(next_tap: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def step(z: Tensor, taps: Tensor, past: Tensor) -> Tensor:
+            x, B, A, alpha = columns(z, E, H)
+            return B * F.silu(next_tap(slc2.gated_input(x, A, alpha), taps, past))
+        return step
+    return Operation("slc2 step", rows, inputs, {"ours": way(slc2_step.next_tap), TWIN: way(slc2_step.next_tap_twin)},
+                     (slc2_step_bytes(rows, E, H, K, shape.size), 0), backward=False)
+
+
+def relu2_operation(shape: Shape) -> Operation:
+    """The MLP's activation."""
+    width = 4 * shape.model.n_embd
+    return Operation("relu²", shape.B, lambda rows: (shape.random(rows, shape.T, width),),
+                     {"ours": relu2.relu_squared, TWIN: relu2.relu_squared_twin},
+                     elementwise_bytes(shape.B * shape.T * width, shape.size))
+
+
+def one_query_operation(shape: Shape) -> Operation:
+    """Attention of one new token of each row over max_seq_len keys."""
+    H, G, D, rows = shape.model.n_head, shape.model.n_kv_head, shape.model.n_embd // shape.model.n_head, shape.decode_rows
+
+    def inputs(rows: int) -> tuple[Tensor, ...]:
+        return shape.random(rows, 1, H, D), shape.random(rows, shape.T, G, D), shape.random(rows, shape.T, G, D)
+    return Operation("one query", rows, inputs, {"ours": one_query.one_query, TWIN: one_query.one_query_twin},
+                     (shape.size * rows * D * (2 * H + 2 * shape.T * G), 0), backward=False)
+
+
+def projections_operation(shape: Shape) -> Operation:
+    """The four matrices of one input before the core, from float32 weights."""
+    E, H = shape.model.n_embd, shape.model.n_head
+    widths = (E, E, E // H, H)
+    with torch.device(shape.device):
+        layers = torch.nn.ModuleList(Linear(E, width) for width in widths)
+    layers.forward = lambda h: project(h, *layers)
+    weights = [layer.weight.detach() for layer in layers]
+
+    def joined(h: Tensor, *weights: Tensor) -> Outputs:
+        return functional_call(layers, {f"{i}.weight": weight for i, weight in enumerate(weights)}, h)
+    return Operation("projections", shape.B, lambda rows: (shape.random(rows, shape.T, E), *weights),
+                     {"ours, one product": joined, TWIN: lambda h, *weights: tuple(F.linear(h, weight.to(h.dtype)) for weight in weights)},
+                     flops=product_flops(shape.B * shape.T, E, sum(widths)))
+
+
+def muon_operation(shape: Shape) -> Operation:
+    """Muon's iteration on the first matrices of all MLPs."""
+    count, E = shape.model.n_layer, shape.model.n_embd
+
+    def one_by_one(x: Tensor) -> Outputs:
+        return tuple(newton_schulz(matrix.unsqueeze(0), _wide(x, shape.dtype)) for matrix in x)
+
+    def plain(x: Tensor) -> Outputs:
+        """The formula, a matrix after the other."""
+        found = []
+        for matrix in x:
+            y = matrix.to(_wide(x, shape.dtype)).T
+            y = y / (y.norm() + 1e-7)
+            for _ in range(5):
+                gram = y @ y.T
+                y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
+            found.append(y.T.unsqueeze(0))
+        return tuple(found)
+    return Operation("newton-schulz", count, lambda rows: (torch.randn(rows, 4 * E, E, device=shape.device),),
+                     {"ours, batched": lambda x: newton_schulz(x, _wide(x, shape.dtype)), "ours, one by one": one_by_one, TWIN: plain},
+                     flops=(newton_schulz_flops(count, 4 * E, E), 0), backward=False)
+
+
+def _wide(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """dtype, but float64 where x is."""
+    return x.dtype if x.dtype == torch.float64 else dtype
+
+
+def _installed(package: str) -> bool:
+    from importlib.util import find_spec
+    return find_spec(package) is not None
+
+
+OPERATIONS = {"slc2 core": core_operation, "slc2 step": step_operation, "relu²": relu2_operation, "one query": one_query_operation,
+              "projections": projections_operation, "newton-schulz": muon_operation}
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------------
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def errors(operation: Operation) -> dict[str, tuple[float, float | None]]:
+    """How far each way is from the twin in float64 on one row of fresh inputs: its worst output, and its worst gradient."""
+    given, slopes = operation.inputs(1), []
+
+    def of(way: Callable[..., Outputs], exactly: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        mine = [x.detach().to(torch.float64 if exactly and x.is_floating_point() else x.dtype, copy=True) for x in given]
+        wanted = [x.requires_grad_() for x in mine if operation.backward and x.is_floating_point()]
+        outputs = as_tuple(way(*mine))
+        if not wanted:
+            return list(outputs), []
+        slopes[:] = slopes or [torch.randn_like(y) for y in outputs]  # of the first way, in the precision of its output
+        return list(outputs), list(torch.autograd.grad(outputs, wanted, [dy.to(y.dtype) for dy, y in zip(slopes, outputs)]))
+    got = {how: of(way) for how, way in operation.ways.items() if how != COMPILED}
+    exact = of(operation.ways[TWIN], exactly=True)
+    worst = {how: [max((off(a, b) for a, b in zip(*pair)), default=None) for pair in zip(both, exact)] for how, both in got.items()}
+    return {how: (forward, backward) for how, (forward, backward) in worst.items()}
+
+
+def timed(operation: Operation, shape: Shape, rounds: int) -> tuple[dict[str, list[float]], ...]:
+    """Seconds of each way, forward and backward, and the bytes each needs more while it runs."""
+    first = operation.inputs(operation.rows)
+    sets = 1 if shape.device.type == "cpu" else max(2, min(64, -(-ROTATED // nbytes(first))))
+    given = [first, *(operation.inputs(operation.rows) for _ in range(sets - 1))]
+    if operation.backward:
+        given = [tuple(x.requires_grad_() if x.is_floating_point() else x for x in one) for one in given]
+    forward = {how: lambda i, way=way: way(*given[i]) for how, way in operation.ways.items()}
+    seconds = {"forward": paced(forward, shape.device, rounds, sets)}
+    memory = {"forward": {how: peak_growth(lambda fn=fn: fn(0), shape.device) for how, fn in forward.items()}}
+    if operation.backward:
+        made = {how: [as_tuple(fn(i)) for i in range(sets)] for how, fn in forward.items()}
+        slopes = [[torch.randn_like(y) for y in outputs] for outputs in made[TWIN]]
+        wanted = [[x for x in one if x.requires_grad] for one in given]
+        backward = {how: lambda i, outputs=outputs: torch.autograd.grad(outputs[i], wanted[i], slopes[i], retain_graph=True)
+                    for how, outputs in made.items()}
+        seconds["backward"] = paced(backward, shape.device, rounds, sets)
+        memory["backward"] = {how: peak_growth(lambda fn=fn: fn(0), shape.device) for how, fn in backward.items()}
+    return seconds, memory
+
+
+def compare(operation: Operation, shape: Shape, rounds: int, compiled: bool, ceilings: dict[str, float]) -> list[dict[str, Any]]:
+    """A row of numbers for each way and pass."""
+    wrong = errors(operation)
+    if compiled:
+        operation.ways[COMPILED] = torch.compile(operation.ways[TWIN], dynamic=False)
+    seconds, memory = timed(operation, shape, rounds)
+    rows = []
+    for number, way in enumerate(seconds):
+        least, flops = operation.bytes[number], operation.flops[number]
+        for how, times in seconds[way].items():
+            took = typical(times)
+            unseen = how == COMPILED and shape.device.type == "cpu"  # what compiled code takes is not counted
+            rows.append({"operation": operation.name, "pass": way, "how": how, "seconds": took, "all_seconds": times,
+                         "vs_twin": typical(b / a for a, b in zip(times, seconds[way][TWIN])), "bytes": least, "flops": flops,
+                         "of_the_copy": least / took / ceilings["copy_bandwidth"] if least else None,
+                         "of_the_product": flops / took / ceilings["matmul_flops"] if flops else None,
+                         "error": wrong[how][number] if how in wrong else None, "memory": None if unseen else memory[way][how]})
+    return rows
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    """The table of all rows."""
+    def percent(part: float | None) -> str:
+        return "-" if part is None else f"{100 * part:.0f}%"
+    return table(["operation", "pass", "how", "ms", "vs twin", "of the copy", "of the product", "error", "memory"],
+                 [[row["operation"], row["pass"], row["how"], f"{1000 * row['seconds']:.3f}", f"{row['vs_twin']:.2f}×",
+                   percent(row["of_the_copy"]), percent(row["of_the_product"]), "-" if row["error"] is None else f"{row['error']:.1e}",
+                   "-" if row["memory"] is None else si(row["memory"]) + "B"] for row in rows], (0, 1, 2))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare as the flags say. Raises UserError for what the user can mend, and where an error of ours is far beyond the twin's."""
+    config = parse(Config, argv, __doc__)
+    if config.compile not in ("auto", "yes", "no"):
+        raise UserError(f"--compile is yes, no or auto, not {config.compile!r}")
+    if config.dtype not in ("auto", "bfloat16", "float32"):
+        raise UserError(f"--dtype is bfloat16, float32 or auto, not {config.dtype!r}")
+    if min(config.device_batch_size, config.max_seq_len, config.decode_rows, config.rounds) < 1:
+        raise UserError("--device-batch-size, --max-seq-len, --decode-rows and --rounds must be at least 1")
+    words = [word.strip() for word in config.only.split(",") if word.strip()]
+    names = [name for name in OPERATIONS if not words or any(word in name for word in words)]
+    if not names:
+        raise UserError(f"--only={config.only} names none of: {', '.join(OPERATIONS)}")
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    model = GPTConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size)
+    device = init_ranks(config.device).device
+    try:
+        about = circumstances(command_line("bench.kernels", argv))
+        dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+        shape = Shape(model, config.device_batch_size, config.max_seq_len, config.decode_rows, dtype, device)
+        compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
+        rows, ceilings = measured(shape, names, config.rounds, compiled)
+    finally:
+        close_ranks()
+    print(f"{in_a_line(about)}\nshapes of d{config.depth}, {shape.B} rows of {shape.T} tokens, decoding {shape.decode_rows} rows, {dtype}, "
+          f"on {device}; copy {ceilings['copy_bandwidth'] / 1e9:,.1f} GB/s, product {si(ceilings['matmul_flops'])}FLOP/s\n\n{shown(rows)}",
+          flush=True)
+    if config.json:
+        write_json(config.json, {"about": about, "config": asdict(config), **ceilings, "rows": rows})
+    if bad := too_far(rows):
+        raise UserError(f"the numbers of these are wrong, and the times above worth nothing: {', '.join(bad)}")
+
+
+def measured(shape: Shape, names: Sequence[str], rounds: int, compiled: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows of these operations, and the ceilings of the same run."""
+    torch.manual_seed(0)
+    if compiled:
+        from torch._functorch import config
+        config.donated_buffer = False  # a backward pass is run more than once
+    side = 2048 if shape.device.type == "cpu" else 8192
+    ceilings = {"copy_bandwidth": copy_bandwidth(shape.device), "matmul_flops": matmul_flops(shape.device, shape.dtype, side)}
+    rows = []
+    for name in names:
+        rows += compare(OPERATIONS[name](shape), shape, rounds, compiled, ceilings)
+    return rows, ceilings
+
+
+def too_far(rows: list[dict[str, Any]], factor: float = 3.0) -> list[str]:
+    """The ways of ours whose error is more than some times the twin's, or no number."""
+    twins = {(row["operation"], row["pass"]): row["error"] for row in rows if row["how"] == TWIN}
+    return [f"{row['operation']} {row['pass']}, {row['how']}" for row in rows if row["how"].startswith("ours") and row["error"] is not None
+            and not row["error"] <= factor * twins[row["operation"], row["pass"]] + 1e-6]
+
+
+if __name__ == "__main__":
+    run_main(main)

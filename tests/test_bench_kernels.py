@@ -1,0 +1,74 @@
+"""The benchmark of single operations runs at a tiny size, counts what it says, and sees wrong numbers. No speed is asserted."""
+
+import pytest
+import torch
+
+from bench import kernels
+from nanochat.files import UserError
+from nanochat.gpt import GPTConfig
+from nanochat.kernels import slc2
+from tests.test_bench import run, table_of
+
+TINY = ["--depth=2", "--device-batch-size=2", "--max-seq-len=9", "--vocab-size=97", "--decode-rows=3", "--rounds=1", "--device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(kernels, "matmul_flops", lambda *_: 1e9)
+    monkeypatch.setattr(kernels, "paced", lambda cases, device, rounds, sets: {how: [fn(0) is None or 1.0] for how, fn in cases.items()})
+
+
+def test_every_operation_is_tabled_in_all_its_ways_beside_its_twin(capsys, tmp_path):
+    text, found = run(kernels.main, capsys, tmp_path, *TINY)
+    header, *lines = table_of(text)
+    assert header == ["operation", "pass", "how", "ms", "vs twin", "of the copy", "of the product", "error", "memory"]
+    assert {line[0] for line in lines} == set(kernels.OPERATIONS)
+    assert {(line[0], line[1]) for line in lines} >= {("slc2 core", "forward"), ("slc2 core", "backward"), ("slc2 step", "forward")}
+    for row in found["rows"]:
+        assert row["seconds"] == 1 and row["memory"] > 0 and (row["of_the_copy"] is None) == (row["bytes"] == 0)
+        assert row["error"] < 1e-5, row
+    for name in kernels.OPERATIONS:
+        hows = [line[2] for line in lines if line[:2] == [name, "forward"]]
+        assert kernels.TWIN in hows and any(how.startswith("ours") for how in hows)
+
+
+def test_the_bytes_that_must_move_are_those_of_the_inputs_and_outputs():
+    E, H, K, tokens = 1280, 10, 3, 7
+    assert kernels.slc2_bytes(1, E, H, 2) == (7956, 13352)
+    x, A, alpha, past, taps = (torch.zeros(*shape) for shape in ((tokens, E), (tokens, E // H), (tokens, H), (tokens, K - 1, E), (E, K)))
+    forward = kernels.nbytes([x, x, A, alpha, x])
+    assert kernels.slc2_bytes(tokens, E, H, 4) == (forward, kernels.nbytes([x, x, x, A, alpha, x, x, A, alpha]))
+    assert kernels.slc2_step_bytes(tokens, E, H, K, 4) == forward + kernels.nbytes([past, past, taps])
+    from torch.utils.flop_counter import FlopCounterMode
+    w = torch.randn(5, 3)
+    with FlopCounterMode(display=False) as count:
+        for _ in range(5):
+            gram = w.T @ w
+            gram = gram @ gram
+            w = w @ gram
+    assert kernels.newton_schulz_flops(2, 5, 3) == 2 * count.get_total_flops() == kernels.newton_schulz_flops(2, 3, 5)
+
+
+def test_wrong_numbers_are_told(monkeypatch, capsys):
+    def wrong(x, B, A, alpha, taps):
+        return slc2.slc2_core_twin(x, B, A, alpha, taps) + 0 * x[:, :1] + x[:, -1:] * 1e-3
+    monkeypatch.setattr(slc2, "slc2_core", wrong)
+    with pytest.raises(UserError, match="slc2 core forward, ours"):
+        kernels.main([*TINY, "--only=core"])
+    assert "slc2 core" in capsys.readouterr().out
+
+
+def test_torch_compile_of_a_twin_is_one_of_the_ways(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic: lambda *inputs: fn(*inputs) * 1)
+    model = GPTConfig.from_depth(2)
+    shape = kernels.Shape(model, 2, 9, 3, torch.float32, torch.device("cpu"))
+    rows, _ = kernels.measured(shape, ["relu²"], 1, True)
+    assert [row["how"] for row in rows] == ["ours", kernels.TWIN, kernels.COMPILED] * 2
+    assert all((row["memory"] is None) == (row["error"] is None) == (row["how"] == kernels.COMPILED) for row in rows)
+
+
+@pytest.mark.parametrize("flags", [["--only=nothing"], ["--dtype=half"], ["--compile=maybe"], ["--rounds=0"]])
+def test_flags_that_make_no_sense_are_refused_in_words(flags):
+    with pytest.raises(UserError, match=flags[0].split("=")[0]):
+        kernels.main([*TINY, *flags])
