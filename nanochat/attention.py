@@ -1,9 +1,9 @@
 """Causal softmax attention with rotary positions and normalised queries and keys; fewer key/value heads than query heads may be used."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat.kernels.attention import attend
 from nanochat.kernels.one_query import one_query
 from nanochat.layers import Linear, norm, project
 from nanochat.state import KeysValues
@@ -35,7 +35,6 @@ class Attention(nn.Module):
         super().__init__()
         E, D = config.n_embd, config.n_embd // config.n_head
         self.head_width = D
-        self.grouped = config.n_kv_head != config.n_head
         self.c_q = Linear(E, config.n_head * D)
         self.c_k = Linear(E, config.n_kv_head * D)
         self.c_v = Linear(E, config.n_kv_head * D)
@@ -47,7 +46,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, D)) for y in project(h, self.c_q, self.c_k, self.c_v))
         q, k = norm(rotate(q, rope)).to(v.dtype), norm(rotate(k, rope)).to(v.dtype)
         if state is None:
-            y = self._attend(q, k, v, causal=True)
+            y = attend(q, k, v, causal=True)
         else:
             memory, T = state.state, q.shape[1]
             k, v = (t.to(q.dtype) for t in state.append(k, v))
@@ -57,10 +56,5 @@ class Attention(nn.Module):
             elif (mask := memory.mask(T)) is None and T == 1:
                 y = one_query(q, k, v)
             else:
-                y = self._attend(q, k, v, mask, causal=mask is None)  # no mask: a first chunk, which is plainly causal
+                y = attend(q, k, v, mask=mask, causal=mask is None)  # no mask: a first chunk, which is plainly causal
         return self.c_proj(y.flatten(2))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Return (B, T, H, D) of q (B, T, H, D) and k, v (B, S, Hkv, D)."""
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal,
-                                              enable_gqa=self.grouped).transpose(1, 2)
