@@ -1,6 +1,7 @@
 """Markers, and the shared data that some tests use where it is present."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_configure(config):
     os.environ["NANOCHAT_DTYPE"] = "float32"  # its tolerances hold on every CPU; for processes that tests start, too
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under nohup: tests that press Ctrl-C would wait for ever
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
