@@ -9,13 +9,14 @@ agree is printed (NANOCHAT_DTYPE=float32 leaves no room for near ties). The toke
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import Any
 
 from bench.measure import circumstances, command_line, in_a_line, interleaved, lively, table, typical, write_json
 from nanochat.chat_eval import evaluate_task
 from nanochat.cli import flag, parse, run_main
-from nanochat.distributed import close_ranks, compute_dtype, init_ranks
+from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
 from nanochat.files import UserError
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.base import Task
@@ -36,6 +37,26 @@ class Config:
     json: str = flag("", "file to write all numbers to")
 
 
+def small_world_tasks() -> list[Task]:
+    """What is graded: facts, sums, spelling."""
+    return [WorldQuestions("test"), WorldSums("test"), SpellingBee("test", source="invented")]
+
+
+def compare(model: GPT, tokenizer, tasks: Sequence[Task], ranks: Ranks, problems: int, max_tokens: int, rounds: int
+            ) -> list[dict[str, Any]]:
+    """Grade these tasks in both ways, in turns; a row of numbers for each."""
+    rows = []
+    for task in tasks:
+        def graded(batch_size: int, task: Task = task):
+            return evaluate_task(model, tokenizer, task, ranks, max_problems=problems, max_tokens=max_tokens, batch_size=batch_size)
+
+        together, alone = graded(problems).rows, graded(1).rows
+        seconds = interleaved({"together": lambda: graded(problems), "alone": lambda: graded(1)}, ranks.device, rounds, warmup=0)
+        rows.append({"task": task.name, "problems": len(together), "seconds": typical(seconds["together"]),
+                     "alone_seconds": typical(seconds["alone"]), "same": sum(a == b for a, b in zip(together, alone))})
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare as the flags say. Raises UserError for what the user can mend, and where the answers differ."""
     config = parse(Config, argv, __doc__)
@@ -44,22 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = RustBPETokenizer.train_from_iterator(islice(documents(), 2000), config.vocab_size)
     shape = GPTConfig.from_depth(config.depth, vocab_size=tokenizer.get_vocab_size(), sequence_len=1024)
     ranks = init_ranks(config.device)
-    tasks: list[Task] = [WorldQuestions("test"), WorldSums("test"), SpellingBee("test", source="invented")]
     try:
         about = circumstances(command_line("bench.chat", argv))
         model = lively(shape, ranks.device).eval()
         model.compute_dtype = compute_dtype(ranks.device)
-        rows = []
-        for task in tasks:
-            def graded(batch_size: int, task: Task = task):
-                return evaluate_task(model, tokenizer, task, ranks, max_problems=config.problems, max_tokens=config.max_tokens,
-                                     batch_size=batch_size)
-
-            together, alone = graded(config.problems).rows, graded(1).rows
-            seconds = interleaved({"together": lambda: graded(config.problems), "alone": lambda: graded(1)}, ranks.device, config.rounds,
-                                  warmup=0)
-            rows.append({"task": task.name, "problems": len(together), "seconds": typical(seconds["together"]),
-                         "alone_seconds": typical(seconds["alone"]), "same": sum(a == b for a, b in zip(together, alone))})
+        rows = compare(model, tokenizer, small_world_tasks(), ranks, config.problems, config.max_tokens, config.rounds)
     finally:
         close_ranks()
     lines = [[row["task"], row["problems"], f"{row['seconds']:.2f}", f"{row['alone_seconds']:.2f}",

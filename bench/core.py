@@ -10,10 +10,11 @@ the same answers, example by example; how many do is printed. The times hold the
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from bench.measure import circumstances, command_line, in_a_line, lively, table, write_json
 from nanochat.cli import flag, parse, run_main
-from nanochat.core_bundle import open_bundle
+from nanochat.core_bundle import CoreTask, open_bundle
 from nanochat.core_eval import TaskResult, evaluate_task, examples_of, judge_plain
 from nanochat.distributed import close_ranks, init_ranks
 from nanochat.files import UserError
@@ -47,6 +48,24 @@ def same(a: TaskResult, b: TaskResult) -> int:
     return sum(x.correct == y.correct for x, y in zip(a.verdicts, b.verdicts))
 
 
+def compare(model, tokenizer, tasks: Sequence[CoreTask], max_per_task: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Judge these tasks in both ways; a row of numbers for each task, and their sums."""
+    rows = []
+    for task in tasks:
+        examples = examples_of(task, max_per_task)
+        evaluate_task(model, tokenizer, task, examples[:task.shots + 2])  # kernels load, memory grows
+        fast, plain = [], []
+        for _ in range(rounds):
+            fast.append(evaluate_task(model, tokenizer, task, examples))
+            plain.append(evaluate_task(model, tokenizer, task, examples, judge=one_at_a_time))
+        ours, theirs = (statistics.median(result.seconds for result in results) for results in (fast, plain))
+        rows.append({"task": task.label, "kind": task.kind, "shots": task.shots, "examples": len(examples), "seconds": ours,
+                     "plain_seconds": theirs, "same": same(fast[0], plain[0]), "right": sum(v.correct for v in plain[0].verdicts)})
+    total = {"task": "all", "kind": "", "shots": "", **{key: sum(row[key] for row in rows)
+                                                          for key in ("examples", "seconds", "plain_seconds", "same", "right")}}
+    return rows, total
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare as the flags say. Raises UserError for what the user can mend, and where the answers differ."""
     config = parse(Config, argv, __doc__)
@@ -65,21 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         about = circumstances(command_line("bench.core", argv))
         model = lively(shape, device).eval()
-        rows = []
-        for task in (task for task in tasks if not wanted or task.label in wanted):
-            examples = examples_of(task, config.max_per_task)
-            evaluate_task(model, tokenizer, task, examples[:task.shots + 2])  # kernels load, memory grows
-            fast, plain = [], []
-            for _ in range(config.rounds):
-                fast.append(evaluate_task(model, tokenizer, task, examples))
-                plain.append(evaluate_task(model, tokenizer, task, examples, judge=one_at_a_time))
-            ours, theirs = (statistics.median(result.seconds for result in results) for results in (fast, plain))
-            rows.append({"task": task.label, "kind": task.kind, "shots": task.shots, "examples": len(examples), "seconds": ours,
-                         "plain_seconds": theirs, "same": same(fast[0], plain[0]), "right": sum(v.correct for v in plain[0].verdicts)})
+        rows, total = compare(model, tokenizer, [task for task in tasks if not wanted or task.label in wanted], config.max_per_task,
+                              config.rounds)
     finally:
         close_ranks()
-    total = {"task": "all", "kind": "", "shots": "", **{key: sum(row[key] for row in rows)
-                                                          for key in ("examples", "seconds", "plain_seconds", "same", "right")}}
     lines = [[row["task"], row["kind"].replace("_", " "), row["shots"], f"{row['seconds']:.2f}", f"{row['plain_seconds']:.2f}",
               f"{row['plain_seconds'] / row['seconds']:.1f}×", f"{row['same']} of {row['examples']}"] for row in [*rows, total]]
     print(f"{in_a_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {shape.vocab_size:,}, float32, on {device}\n\n"

@@ -2,6 +2,7 @@
 
     python -m bench.decode --depth=4 --vocab-size=2048 --prompt=128 --new-tokens=64 --batches=1,64
     python -m bench.decode --depth=12 --vocab-size=65536 --batches=1     # the shape that the goals for CPUs are of
+    python -m bench.decode --peer=../another-checkout                    # times the decoding of that checkout too
 
 Ours decodes through the engine, with all it does between two tokens, and so does the published engine's twin (bench/published_engine.py,
 float32); they take turns, some steps each, so that what else the machine does falls on all alike. The naive way runs the whole text through
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench import published_engine
+from bench import peer, published_engine
 from bench.measure import (
     circumstances,
     command_line,
@@ -33,6 +34,7 @@ from bench.measure import (
     typical,
     write_json,
 )
+from bench.peer import Endless
 from bench.twin import TwinGPT
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import close_ranks, compute_dtype, init_ranks
@@ -56,19 +58,10 @@ class Config:
     batches: str = flag("1,64", "rows at a time, one measurement each")
     naive_points: int = flag(3, "lengths at which the naive way is timed")
     prefills: int = flag(3, "timed prefills; the median counts")
+    peer: str = flag("", "a checkout that offers nanochat.gpt, to time its decoding too")
     threads: int = flag(0, "CPU threads; 0 leaves it to torch")
     device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     json: str = flag("", "file to write all numbers to")
-
-
-class Endless:
-    """A tokenizer's place in the engine: no token ends a row."""
-
-    def encode_special(self, name: str) -> int:
-        return -1
-
-    def get_bos_token_id(self) -> int:
-        return -1
 
 
 @torch.inference_mode()
@@ -194,7 +187,21 @@ def compare(shape: GPTConfig, config: Config, batches: list[int], device: torch.
                          "vs_naive": speed / naive_speed, **more})
         rows.append({"case": "twin, float32, full forwards", "batch": B, "tokens_per_second": naive_speed,
                      "vs_published": naive_speed * seconds[PUBLISHED] / B, "vs_naive": 1.0})
+        if config.peer:
+            rows += peer_rows(shape, config, B, device, seconds[PUBLISHED], naive_speed)
     return {"rows": rows, "copy_bandwidth": bandwidth, "agreed": agreed, "compared": compared}
+
+
+def peer_rows(shape: GPTConfig, config: Config, B: int, device: torch.device, published: float, naive_speed: float) -> list[dict[str, Any]]:
+    """Time the decoding of another checkout, in a process of its own. published: seconds of a step of the published engine."""
+    rows = []
+    for found in peer.ask(config.peer, "generate", shape, B, config.prompt, steps=config.new_tokens, warmup=3, device=device.type):
+        row = {"case": f"peer {found['peer']}, {found['how']}", "batch": B, **found}
+        if seconds := found.get("seconds"):
+            speed = B / typical(seconds)
+            row |= {"tokens_per_second": speed, "vs_published": speed * published / B, "vs_naive": speed / naive_speed}
+        rows.append(row)
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -215,14 +222,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = compare(shape, config, batches, ranks.device)
     finally:
         close_ranks()
-    lines = [[row["case"], row["batch"], si(row["tokens_per_second"]), f"{row['vs_published']:.2f}×", f"{row['vs_naive']:.1f}×",
-              si(row.get("prefill_tokens_per_second")), si(row["state_bytes"]) + "B" if "state_bytes" in row else "-",
+    lines = [[row["case"], row["batch"], si(row.get("tokens_per_second")), f"{row['vs_published']:.2f}×" if "vs_published" in row else "-",
+              f"{row['vs_naive']:.1f}×" if "vs_naive" in row else "-", si(row.get("prefill_tokens_per_second")),
+              si(row["state_bytes"]) + "B" if "state_bytes" in row else "-",
               f"{100 * row['of_the_limit']:.0f}%" if "of_the_limit" in row else "-"] for row in found["rows"]]
     headers = ["greedy decoding", "batch", "tok/s", "vs published", "vs naive", "prefill tok/s", "state", "of the limit"]
     print(f"{in_a_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {config.vocab_size:,}, prompt {config.prompt}, "
           f"{config.new_tokens} new tokens, on {ranks.device}; copy bandwidth {found['copy_bandwidth'] / 1e9:,.1f} GB/s\n\n"
           + table(headers, lines)
           + f"\n\ngreedy tokens equal to the twin's full forwards (float32): {found['agreed']} of {found['compared']}", flush=True)
+    for row in found["rows"]:
+        if "error" in row:
+            print(f"{row['case']}: {row['error']}")
     if config.json:
         write_json(config.json, {"about": about, "config": asdict(config), **found})
     if found["agreed"] < found["compared"]:

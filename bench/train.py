@@ -8,18 +8,14 @@ The twin (bench/twin.py) runs in float32, eagerly, with the optimizers as publis
 device's best precision, as ours), torch's AdamW for the rest. Forward and backward are timed without the optimizer too. Cases take turns.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench import peer
 from bench.measure import (
     circumstances,
     command_line,
@@ -188,20 +184,12 @@ def compare(config: Config, shape: GPTConfig, ranks: Ranks) -> list[dict[str, An
 
 def peer_rows(config: Config, shape: GPTConfig, device: torch.device, twin: dict[str, Any]) -> list[dict[str, Any]]:
     """Time the forward and backward of another checkout's nanochat.gpt, in a process of its own. Raises UserError where it has none."""
-    folder = Path(config.peer).expanduser().resolve()
-    if not (folder / "nanochat" / "gpt.py").is_file():
-        raise UserError(f"--peer={config.peer}: there is no nanochat/gpt.py in {folder}; name the top folder of a checkout.")
-    job = {"shape": asdict(shape), "B": config.device_batch_size, "T": config.max_seq_len, "steps": config.steps, "warmup": config.warmup,
-           "threads": torch.get_num_threads(), "device": device.type}
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("peer.py")), json.dumps(job)], cwd=folder, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(folder)})
-    if done.returncode:
-        raise UserError(f"the peer in {folder} did not run: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no word'}")
     rows = []
-    for found in json.loads(done.stdout.strip().splitlines()[-1]):
-        row = {"case": f"peer {folder.name}, {found['how']}", **found}
-        if "pass_seconds" in found:
-            row["pass_tokens_per_second"] = config.device_batch_size * config.max_seq_len / typical(found["pass_seconds"])
+    for found in peer.ask(config.peer, "pass", shape, config.device_batch_size, config.max_seq_len, steps=config.steps,
+                          warmup=config.warmup, device=device.type):
+        row = {"case": f"peer {found['peer']}, {found['how']}", **found}
+        if seconds := found.get("seconds"):
+            row["pass_tokens_per_second"] = config.device_batch_size * config.max_seq_len / typical(seconds)
             row["pass_vs_twin"] = row["pass_tokens_per_second"] / twin["pass_tokens_per_second"]
         rows.append(row)
     return rows
