@@ -1,16 +1,30 @@
 """The head and the loss in one: softcapped cross-entropy, without ever holding all logits.
 
-`head_loss_twin` is the definition. `head_loss` walks over the tokens in chunks and, where a gradient is wanted, computes it on the way,
-so that at most a chunk of float32 logits lives at a time: for 65,536 tokens and V = 65,536 that is 0.27 GB instead of 17 GB.
+`head_loss_twin` is the definition. `head_loss` walks over the tokens in chunks: a product gives a chunk's logits in x's dtype, one pass
+over them gives the losses and, where a gradient is wanted, leaves the logits' gradient in their place, and two products take it on to x
+and to the weight. What lives at a time is a chunk: for 65,536 tokens and V = 65,536 in bfloat16 on a GPU 1 GB instead of 77 GB.
 """
+
+from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    from nanochat.kernels import native
+except ImportError:
+    native = None
+
 SOFTCAP = 15.0
 IGNORE = -1
-CHUNK_ELEMENTS = 1 << 26  # logits in a chunk: 256 MB of float32
+CHUNK_ELEMENTS = 1 << 29  # logits in a chunk, at most: 1 GB of bfloat16
+TOKENS = {"cpu": 2048}  # in a chunk, at most; see `_rows`
+MANY_TOKENS = 8192  # the same on accelerators
+PIECE = {"cpu": 1 << 17}  # logits in hand at a time in plain PyTorch: with what is made of them, they stay in a CPU's cache
+LARGE_PIECE = 1 << 26
 
 
 def softcap(logits: Tensor) -> Tensor:
@@ -30,43 +44,101 @@ def head_loss_twin(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = 
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
-def _chunks(N: int, V: int) -> list[slice]:
-    rows = max(1, min(N, CHUNK_ELEMENTS // V))
+@lru_cache(1)
+def _triton() -> ModuleType | None:
+    """The Triton kernel, where there is Triton."""
+    try:
+        from nanochat.kernels.triton import cross_entropy
+    except ImportError:
+        return None
+    return cross_entropy
+
+
+def softcapped_(z: Tensor, targets: Tensor, factors: Tensor | None, losses: Tensor, want_grad: bool = True) -> None:
+    """Write the loss of each row of raw logits z to losses; with want_grad, overwrite z with the gradient of Σ factors·losses.
+
+    z (n, V) bfloat16 or float32, contiguous; targets (n,) int64, where −1 the loss and the gradient are 0; factors (n,) float32, or None
+    for 1; losses (n,) float32, not multiplied with the factors. Without want_grad z stays as it is.
+    """
+    if z.is_cuda and (kernel := _triton()) is not None:
+        kernel.softcapped_(z, targets, factors, losses, want_grad)
+    elif native is not None and native.ready(z):
+        native.softcapped_(z, targets, factors, losses, want_grad)
+    else:
+        softcapped_plain_(z, targets, factors, losses, want_grad)
+
+
+def softcapped_plain_(z: Tensor, targets: Tensor, factors: Tensor | None, losses: Tensor, want_grad: bool = True) -> None:
+    """`softcapped_` in PyTorch, a piece of z at a time.
+
+    With r = sigmoid(−2z/15) the softcapped logit is 15 − 30·r, its softmax that of −30·r, and its slope 4·r·(1 − r): a sigmoid costs a
+    CPU a sixth of a tanh. A probability is never below e^−30 / V, which float32 holds, so its logarithm is the loss.
+    """
+    rows = max(1, PIECE.get(z.device.type, LARGE_PIECE) // z.shape[1])
+    for part in (slice(i, i + rows) for i in range(0, z.shape[0], rows)):
+        piece, target = z[part], targets[part]
+        counted = target != IGNORE
+        index = target.where(counted, 0).unsqueeze(1)
+        r = (piece.float() * (-2 / SOFTCAP)).sigmoid_()
+        p = (r * (-2 * SOFTCAP)).softmax(1)
+        at_target = p.gather(1, index)
+        losses[part] = torch.where(counted, -at_target.squeeze(1).log(), 0.0)
+        if want_grad:
+            p.scatter_(1, index, at_target - 1)
+            scale = counted * 4.0 if factors is None else torch.where(counted, 4 * factors[part], 0.0)
+            r.addcmul_(r, r, value=-1).mul_(scale.unsqueeze(1))
+            piece.copy_(p.mul_(r)) if piece.dtype != p.dtype else torch.mul(p, r, out=piece)
+
+
+def _rows(x: Tensor, weight: Tensor) -> int:
+    """Tokens in a chunk.
+
+    Each chunk reads and writes the weight's gradient, 8·V·E bytes, beside its 6·n·V·E FLOPs: whatever V and E are, what that costs falls
+    with n and is a few percent at 8,192 tokens on a GPU, which does some 240 FLOPs in the time of a byte, and at 2,048 on a CPU.
+    More would only cost memory. Fewer, where that is needed to save some: a quarter of the tokens, but not so few that their
+    logits are smaller than the weight's gradient, which has to be held anyway.
+    """
+    (N, E), V = x.shape, weight.shape[0]
+    return max(1, min(TOKENS.get(x.device.type, MANY_TOKENS), max(-(-N // 4), 4 * E // x.element_size()), CHUNK_ELEMENTS // V))
+
+
+def _chunks(N: int, rows: int) -> list[slice]:
     return [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
 
 
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, total in float32: in the product's own epilogue where the device can do that."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def _losses_and_gradients(x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses (N,) in float32, and of Σ factors·losses the gradients of x (in its dtype) and of weight (in float32)."""
+    w, rows = weight.to(x.dtype), _rows(x, weight)
+    losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+    logits = x.new_empty(min(rows, x.shape[0]), weight.shape[0])
+    for part in _chunks(x.shape[0], rows):
+        z = torch.mm(x[part], w.T, out=logits[:part.stop - part.start])
+        softcapped_(z, targets[part], None if factors is None else factors[part], losses[part])
+        torch.mm(z, w, out=dx[part])
+        _add_product_(dweight, z.T, x[part])
+    return losses, dx, dweight
+
+
 class _SumLoss(torch.autograd.Function):
-    """Sum of losses over all tokens, each times its factor; the gradients of x and weight are made in the forward pass, chunk by chunk."""
+    """Σ factors·losses; the gradients are made in the forward pass, chunk by chunk, and saved: N·E in x's dtype, V·E in float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
-        w = weight.to(x.dtype)
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        dx = torch.empty_like(x)
-        dweight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in _chunks(*(x.shape[0], weight.shape[0])):
-            chunk, target = x[part], targets[part]
-            counted = (target != IGNORE).float()
-            if factors is not None:
-                counted *= factors[part]
-            z = F.linear(chunk, w).float().div_(SOFTCAP).tanh_()  # logits / 15, within ±1
-            slope = 1 - z.square()  # d softcap / d logit
-            z.mul_(SOFTCAP)
-            lse = z.logsumexp(dim=1, keepdim=True)
-            index = target.clamp_min(0).unsqueeze(1)
-            total += ((lse - z.gather(1, index)).squeeze(1) * counted).sum()
-            grad = z.sub_(lse).exp_()  # softmax
-            grad.scatter_add_(1, index, torch.full_like(lse, -1.0))
-            grad.mul_(slope).mul_(counted.unsqueeze(1))
-            grad = grad.to(x.dtype)
-            torch.mm(grad, w, out=dx[part])
-            if dweight.dtype == x.dtype:
-                dweight.addmm_(grad.T, chunk)
-            else:
-                dweight += grad.T @ chunk
-        ctx.save_for_backward(dx, dweight)
+        losses, *gradients = _losses_and_gradients(x, weight, targets, factors)
+        ctx.save_for_backward(*gradients)
         ctx.weight_dtype = weight.dtype
-        return total
+        return (losses if factors is None else losses * factors).sum()
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -74,22 +146,49 @@ class _SumLoss(torch.autograd.Function):
         return dx * upstream.to(dx.dtype), (dweight * upstream).to(ctx.weight_dtype), None, None
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", factors: Tensor | None = None) -> Tensor:
-    """Return what `head_loss_twin` returns (arguments and shapes as there), holding one chunk of logits at a time.
+class _TokenLosses(torch.autograd.Function):
+    """Each token's loss; saves its inputs and makes the logits again in the backward pass, when the losses' factors are known."""
 
-    "none" is for evaluation; where a gradient of it is wanted, the twin serves.
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, targets)
+        return token_losses(x, weight, targets)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, targets = ctx.saved_tensors
+        _, dx, dweight = _losses_and_gradients(x, weight, targets, upstream.contiguous())
+        return dx, dweight.to(weight.dtype), None
+
+
+@torch.no_grad()
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor, product: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return the loss of each token, (N,) float32, without a gradient; arguments as in `head_loss_twin`.
+
+    product: gives the raw logits of hidden states, where that is no plain product with the weight; only the weight's shape counts then.
     """
+    w = weight.to(x.dtype) if product is None else weight
+    losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    for part in _chunks(x.shape[0], _rows(x, weight)):
+        softcapped_(x[part] @ w.T if product is None else product(x[part]), targets[part], None, losses[part], want_grad=False)
+    return losses
+
+
+@torch.compiler.disable
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", factors: Tensor | None = None) -> Tensor:
+    """Return what `head_loss_twin` returns (arguments and shapes as there), holding one chunk of logits at a time."""
     if factors is not None and reduction != "sum":
         raise ValueError(f"factors go with the reduction 'sum', not {reduction!r}")
-    if reduction == "none":
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return head_loss_twin(x, weight, targets, reduction)
-        return torch.cat([head_loss_twin(x[part], weight, targets[part], "none") for part in _chunks(x.shape[0], weight.shape[0])])
-    if reduction not in ("mean", "sum"):
+    if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        total = _SumLoss.apply(x, weight, targets, factors)
-    else:
-        total = torch.stack([head_loss_twin(x[part], weight, targets[part], "sum", None if factors is None else factors[part])
-                             for part in _chunks(x.shape[0], weight.shape[0])]).sum()
-    return total if reduction == "sum" else total / (targets != IGNORE).sum()
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if reduction == "none":
+        return _TokenLosses.apply(x, weight, targets) if trained else token_losses(x, weight, targets)
+    if reduction == "mean":
+        factors = (1 / (targets != IGNORE).sum()).expand(len(targets))
+    if factors is not None:
+        factors = factors.float().contiguous()
+    if trained:
+        return _SumLoss.apply(x, weight, targets, factors)
+    losses = token_losses(x, weight, targets)
+    return (losses if factors is None else losses * factors).sum()
