@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.kernels.attention import attend
-from nanochat.kernels.one_query import one_query
+from nanochat.kernels.one_query import next_query, one_query
 from nanochat.layers import Linear, norm, project
-from nanochat.state import KeysValues
+from nanochat.state import Fixed, KeysValues
 
 ROPE_BASE = 10_000.0
 
@@ -47,6 +47,8 @@ class Attention(nn.Module):
         q, k = norm(rotate(q, rope)).to(v.dtype), norm(rotate(k, rope)).to(v.dtype)
         if state is None:
             y = attend(q, k, v, causal=True)
+        elif isinstance(state.state, Fixed):
+            y = next_query(q, k, v, state.k, state.v, state.state.at)
         else:
             memory, T = state.state, q.shape[1]
             k, v = (t.to(q.dtype) for t in state.append(k, v))

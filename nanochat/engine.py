@@ -10,6 +10,7 @@ A row ends at <|assistant_end|> or <|bos|>. What it writes between <|python_star
 result, if there is one, is put behind it between <|output_start|> and <|output_end|>: forced, mask 0.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ import torch
 from nanochat.calculator import calculate
 from nanochat.files import UserError
 from nanochat.gpt import padded
+from nanochat.graphs import SHORTEST, Steps, bucket
 from nanochat.sampling import Sampler, Settings
 from nanochat.state import State
 
@@ -85,6 +87,8 @@ class Batch:
         self._state: State | None = None
         self._keeps = self.exact                                  # whether the memory stays when the last row leaves
         self._logits: torch.Tensor | None = None                  # (B, V) for the next token of each row
+        self._steps: Steps | None = None                          # whose state and logits are used, while there are rows
+        self._ahead = False                                       # whether the model runs on the tokens drawn last already
         self._sampler = Sampler([], self.model.config.vocab_size, self.model.device)
 
     @property
@@ -123,17 +127,27 @@ class Batch:
 
         The state is taken over where the batch has none, unless capacity (tokens a row) and room (rows) say how much memory to make.
         """
-        before, self._keeps = len(self.rows), self._keeps or room > 0
+        before, count, self._keeps = len(self.rows), len(self.rows) + len(rows), self._keeps or room > 0
+        if not before and self.engine.steps is not None and not self.exact and self.engine.steps.lend(self):
+            self._steps = self.engine.steps
+        if self._steps is not None:
+            soon = max(length + min(row.max_tokens - len(row.tokens), 128) for row, length in zip(rows, state.lengths))
+            self._steps.reserve(room or bucket(count), capacity or bucket(soon, SHORTEST))
+            self._state, self._sampler.seen = self._steps.state, self._steps.seen
         if self._state is None and not self._keeps:
             self._state = state
         else:
             if self._state is None:
                 self._state = self.model.new_state(max(room, len(rows)), max(capacity, state.capacity))
                 self._state.by_row = self.exact
-            self._state.resize(before + len(rows))
+            self._state.resize(count)
             for i in range(len(rows)):
                 self._state.put(before + i, state, i)
-        self._logits = logits if not before else torch.cat([self._logits, logits])
+        if self._steps is not None:
+            self._steps.logits[before:count] = logits
+            self._logits = self._steps.logits[:count]
+        else:
+            self._logits = logits if not before else torch.cat([self._logits, logits])
         self._sampler.extend([row.settings for row in rows], [row.random for row in rows])
         self.rows = self.rows + rows
         for i, row in enumerate(rows, before):
@@ -151,22 +165,42 @@ class Batch:
         live = self.live
         if not live:
             return []
-        drawn = self._sampler(self._logits).tolist()
+        drawn = self._drawn()
         for i, (row, token) in enumerate(zip(self.rows, drawn)):
             if not row.ended:
                 self.engine.take(row, token)
                 if row.logprobs is not None:
                     row.scores.append(scored(self._logits[i], row.tokens[-1], row.logprobs))
-                self._sampler.saw(i, row.tokens[-1:])
+                if self._steps is None:
+                    self._sampler.saw(i, row.tokens[-1:])
         ended = [row for row in self.rows if row.ended]
         if self.exact or 4 * len(ended) >= len(self.rows):  # moving rows costs as much as a few steps of the dead
             self.drop(ended)
         return live
 
+    def _drawn(self) -> list[int]:
+        """The next token of each row. With steps at fixed addresses, the model may be running on them already: where there is a token
+        after these, and nobody wants to see the logits that they came from."""
+        if not self._on_steps():
+            return self._sampler(self._logits).tolist()
+        self._ahead = (any(not row.ended and len(row.tokens) + 1 < row.max_tokens for row in self.rows)
+                       and all(row.logprobs is None for row in self.rows))
+        return self._steps.draw(self.rows, self._sampler, self._ahead)
+
+    def _on_steps(self) -> bool:
+        """Can the next half of a step be one at fixed addresses? If not, the rows go on without until the last one has left."""
+        if self._steps is not None and not self._steps.ready(self.rows, self._sampler):
+            self._logits, self._steps = self._logits.clone(), None
+        return self._steps is not None
+
     @torch.inference_mode()
     def advance(self) -> None:
         """The second half of a step: run the model on the last token of each row."""
-        if not self.rows:
+        if not self.rows or self._ahead:
+            self._ahead = False
+            return
+        if self._on_steps():
+            self._steps.advance(self.rows)
             return
         B, ids = len(self.rows), [row.tokens[-1:] for row in self.rows]
         padding = -B % ROWS_TOGETHER if self.exact else 0
@@ -194,19 +228,35 @@ class Batch:
             self._state.resize(len(order))
         self.rows = [self.rows[i] for i in order]
         self._sampler.select(order)
-        self._logits = self._logits[order]
-        if not order and not self._keeps:
-            self._state = self._logits = None
+        if self._steps is not None:
+            self._steps.select(order)
+            self._logits = self._steps.logits[:len(order)]
+        else:
+            self._logits = self._logits[order]
+        if not order and (not self._keeps or self.engine.holds(self._state)):
+            self._state = self._logits = self._steps = self._sampler.seen = None
+            self._ahead = False
 
 
 class Engine:
-    """Decodes with a model and its tokenizer. `calculate`: the tool, from an expression to the text of its value, None for no value."""
+    """Decodes with a model and its tokenizer. `calculate`: the tool, from an expression to the text of its value, None for no value.
 
-    def __init__(self, model, tokenizer, calculate: Callable[[str], str | None] = calculate):
+    graphs: whether a step runs at fixed addresses, captured as CUDA graphs (nanochat/graphs.py); None: on CUDA, unless the environment
+    has NANOCHAT_GRAPHS=0. On other devices True computes the same, uncaptured.
+    """
+
+    def __init__(self, model, tokenizer, calculate: Callable[[str], str | None] = calculate, graphs: bool | None = None):
         self.model, self.tokenizer, self.calculate = model, tokenizer, calculate
+        if graphs is None:
+            graphs = model.device.type == "cuda" and os.environ.get("NANOCHAT_GRAPHS") != "0"
+        self.steps = Steps(model) if graphs else None
         self.stops = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
         self._python_start, self._python_end, self._output_start, self._output_end = (
             tokenizer.encode_special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end"))
+
+    def holds(self, state: State | None) -> bool:
+        """Is this the state that batches without rows lend to others?"""
+        return self.steps is not None and state is self.steps.state
 
     def take(self, row: Row, drawn: int) -> None:
         """Give a row its next token: the one that is forced on it, else `drawn`; and do what that token asks for."""

@@ -79,61 +79,84 @@ def draw(logits: Tensor, u: Tensor, temperature: Tensor, top_k: Tensor, top_p: T
     return torch.searchsorted(sums, below, right=True).squeeze(1).clamp(max=V - 1)  # right: never on a token without mass
 
 
+def choose(logits: Tensor, u: Tensor, likeliest: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, widest: int, nucleus: int
+           ) -> Tensor:
+    """Return the likeliest id of the rows where `likeliest` (B,) is true, what `draw` gives for the others."""
+    return torch.where(likeliest, logits.argmax(dim=-1), draw(logits, u, temperature, top_k, top_p, widest, nucleus))
+
+
+def reorder(memory: Tensor, order: list[int]) -> None:
+    """Let memory[i] be what memory[order[i]] was. It never waits for the device, as an index made of a list would."""
+    for i, row in [(i, memory[source].clone()) for i, source in enumerate(order) if i != source]:
+        memory[i] = row
+
+
 class Sampler:
-    """Draws the next token of each row. Rows come (`extend`) and go (`select`)."""
+    """Draws the next token of each row. Rows come (`extend`) and go (`select`).
+
+    The settings of all rows as numbers on the host, (…, B) each: `whole` top_k and whether the likeliest is taken, `real` temperature,
+    top_p and penalty. widest, nucleus: as in `draw`; penalises: whether a row has a repetition penalty. seen: which tokens stand in each
+    row, (room, V) bool with room for as many rows as there are at least; there once a row has a penalty, or where it was given.
+    """
 
     def __init__(self, rows: Iterable[Settings], vocab_size: int, device: torch.device | str = "cpu"):
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self.rows: list[Settings] = []
         self.random: list[np.random.Generator] = []
-        self.seen: Tensor | None = None  # (B, V) bool, kept where a row has a repetition penalty
+        self.seen: Tensor | None = None
         self.extend(rows)
 
     def extend(self, rows: Iterable[Settings], random: Iterable[np.random.Generator] | None = None) -> None:
         """Add rows behind those there are. random: where the random numbers of rows that were here before go on."""
-        rows = list(rows)
+        rows, before = list(rows), len(self.rows)
         self.rows += rows
         self.random += [row.random() for row in rows] if random is None else random
-        if self.seen is not None:
-            self.seen = torch.cat([self.seen, self.seen.new_zeros(len(rows), self.vocab_size)])
-        elif any(row.repetition_penalty != 1 for row in rows):
-            self.seen = torch.zeros(len(self.rows), self.vocab_size, dtype=torch.bool, device=self.device)
         self._prepare()
+        if self.seen is None and self.penalises:
+            self.seen = torch.zeros(len(self.rows), self.vocab_size, dtype=torch.bool, device=self.device)
+        elif self.seen is not None:
+            self.seen[before:len(self.rows)] = False
+            if (more := len(self.rows) - len(self.seen)) > 0:
+                self.seen = torch.cat([self.seen, self.seen.new_zeros(more, self.vocab_size)])
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order."""
         self.rows, self.random = [self.rows[i] for i in rows], [self.random[i] for i in rows]
         if self.seen is not None:
-            self.seen = self.seen[rows]
+            reorder(self.seen, rows)
         self._prepare()
 
     def saw(self, row: int, ids: list[int]) -> None:
         """Tell that these tokens stand in a row; needed by the repetition penalty alone."""
-        if self.seen is not None:
+        if self.rows[row].repetition_penalty != 1:
             self.seen[row, ids] = True
 
     def _prepare(self) -> None:
         V = self.vocab_size
         ks = [min(row.top_k or V, V) for row in self.rows]
-        self.greedy = [row.temperature < COLD or k == 1 for row, k in zip(self.rows, ks)]
-        drawing = [(k, row.top_p or 1.0) for row, k, greedy in zip(self.rows, ks, self.greedy) if not greedy]
+        greedy = [row.temperature < COLD or k == 1 for row, k in zip(self.rows, ks)]
+        drawing = [(k, row.top_p or 1.0) for row, k, likeliest in zip(self.rows, ks, greedy) if not likeliest]
+        self.greedy = len(drawing) == 0
         self.widest = max((k for k, _ in drawing if k < V), default=0)
         self.nucleus = max((k for k, top_p in drawing if top_p < 1), default=0)
+        self.penalises = any(row.repetition_penalty != 1 for row in self.rows)
+        self.whole = np.array([ks, greedy], dtype=np.int32)
+        self.real = np.array([[1.0 if likeliest else row.temperature for row, likeliest in zip(self.rows, greedy)],
+                              [row.top_p or 1.0 for row in self.rows], [row.repetition_penalty for row in self.rows]], dtype=np.float32)
+        self._on_device: tuple[Tensor, Tensor] | None = None
 
-        def tensor(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(list(values), dtype=dtype, device=self.device)
-
-        self.temperature = tensor(1.0 if greedy else row.temperature for row, greedy in zip(self.rows, self.greedy))
-        self.top_p = tensor(row.top_p or 1.0 for row in self.rows)
-        self.top_k, self.penalty = tensor(ks, torch.long), tensor(row.repetition_penalty for row in self.rows)
-        self.likeliest = tensor(self.greedy, torch.bool)
+    def uniform(self) -> np.ndarray:
+        """The next random number of each row, (B,) float32 in [0, 1)."""
+        return np.array([random.random(dtype=np.float32) for random in self.random], dtype=np.float32)  # 24 bits: below 1
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the next ids (B,) for float32 logits (B, V) of the rows in their order."""
-        if self.seen is not None:
-            logits = penalised(logits, self.seen, self.penalty)
-        if all(self.greedy):
+        if self._on_device is None:
+            self._on_device = torch.from_numpy(self.whole).to(self.device), torch.from_numpy(self.real).to(self.device)
+        (top_k, likeliest), (temperature, top_p, penalty) = self._on_device
+        if self.penalises:
+            logits = penalised(logits, self.seen[:len(self.rows)], penalty)
+        if self.greedy:
             return logits.argmax(dim=-1)
-        u = torch.tensor([random.random(dtype=np.float32) for random in self.random], device=self.device)  # 24 bits: below 1 in float32
-        drawn = draw(logits, u, self.temperature, self.top_k, self.top_p, self.widest, self.nucleus)
-        return torch.where(self.likeliest, logits.argmax(dim=-1), drawn) if any(self.greedy) else drawn
+        u = torch.from_numpy(self.uniform()).to(self.device)
+        return choose(logits, u, likeliest > 0, temperature, top_k.long(), top_p, self.widest, self.nucleus)

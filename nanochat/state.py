@@ -100,19 +100,19 @@ class State:
         self.ends = None if counts is None else torch.tensor(counts, device=self.device)
         need = max(self.lengths) + T
         if need > self.capacity:
-            self._grow(max(need, self.capacity + max(64, self.capacity // 2)), self.room)
+            self.grow(max(need, self.capacity + max(64, self.capacity // 2)), self.room)
 
     def resize(self, batch: int) -> None:
         """Have `batch` rows: the last ones go, or new ones, that have seen nothing, come behind. Memory grows when it has to, by half."""
         if batch > self.room:
-            self._grow(self.capacity, max(batch, self.room + self.room // 2))
+            self.grow(self.capacity, max(batch, self.room + self.room // 2))
         old, self.lengths = self.batch, self.lengths[:batch] + [0] * (batch - self.batch)
         for layer in self.layers:
             if isinstance(layer, Taps):
                 layer.all[old:batch] = 0
 
-    def _grow(self, capacity: int, room: int) -> None:
-        """Have memory for `room` rows of `capacity` tokens."""
+    def grow(self, capacity: int, room: int) -> None:
+        """Have memory for `room` rows of `capacity` tokens, neither less than there is."""
         def larger(old: Tensor, *shape: int) -> Tensor:
             new = torch.zeros(room, *shape, device=self.device, dtype=self.dtype)
             new[tuple(slice(n) for n in old.shape)] = old
@@ -129,7 +129,7 @@ class State:
         """Let a row be what a row of `source` (this state, or another of the same model) is. One copy of what it has seen."""
         length = source.lengths[source_row]
         if length > self.capacity:
-            self._grow(max(length, self.capacity + self.capacity // 2), self.room)
+            self.grow(max(length, self.capacity + self.capacity // 2), self.room)
         for mine, other in zip(self.layers, source.layers):
             end = (slice(length),) if isinstance(mine, KeysValues) else ()
             for to, of in zip(mine.tensors(), other.tensors()):
@@ -169,3 +169,29 @@ class State:
     def fork(self, n: int) -> "State":
         """Return a new state with each row n times: row 0 n times, then row 1, …"""
         return self.select([row for row in range(self.batch) for _ in range(n)])
+
+
+class Fixed:
+    """The first B rows of a state, and S positions of each, for a step of one token a row whose shapes and addresses stay the same.
+
+    It stands for a state where a model runs on it, and moves on what a state holds, but counts nothing: `at` (B,), where each row stands,
+    lies on the device and may be another one in each step. Every row must stand before S.
+    """
+
+    def __init__(self, state: State, S: int, at: Tensor):
+        self.at, self.batch, self.ends, self.by_row = at, len(at), None, False
+        self.lengths = [S - 1]  # as far as any row may stand: what the model makes its tables for
+        self.layers = [Taps(self, layer.all) if isinstance(layer, Taps)
+                       else KeysValues(self, layer.k[:self.batch, :S], layer.v[:self.batch, :S]) for layer in state.layers]
+
+    def reserve(self, T: int, counts: list[int] | None = None) -> None:
+        """There is room."""
+        if T != 1 or counts is not None:
+            raise ValueError(f"a step at fixed addresses is one of one token a row, not of {T}")
+
+    def advance(self, T: int, counts: list[int] | None = None) -> None:
+        """Whose `at` this is moves it on."""
+
+    def positions(self, T: int) -> Tensor:
+        """Return the position (B, 1) of each row's token."""
+        return self.at.unsqueeze(1)

@@ -1,16 +1,23 @@
-"""Attention of one new token a row over all its keys. On CPUs torch's own is slow in bfloat16: it is done in float32, and is more exact.
+"""Attention of one new token a row over its keys: over all there are, or, where they lie in a buffer, up to where the row stands.
 
-6 heads, one thread of a CPU with AVX512_BF16: 61 instead of 169 µs over 100 keys, 1.1 instead of 2.7 ms over 2,000 (dev/LOG.md).
+On CPUs torch's own attention is slow in bfloat16: it is done in float32, and is more exact. 6 heads, one thread of a CPU with
+AVX512_BF16: 61 instead of 169 µs over 100 keys, 1.1 instead of 2.7 ms over 2,000 (dev/LOG.md).
 """
+
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def one_query_twin(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q · k / √D) · v of shape (B, 1, H, D), from q (B, 1, H, D) and k, v (B, S, Hkv, D). The definition."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+def one_query_twin(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return softmax(q · k / √D) · v of shape (B, 1, H, D), from q (B, 1, H, D) and k, v (B, S, Hkv, D). The definition.
+
+    mask: bool (B, 1, 1, S), the keys that count.
+    """
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
                                           enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
 
 
@@ -19,3 +26,36 @@ def one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return one_query_twin(q, k, v)
     return one_query_twin(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+def next_query_twin(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor, window: int | None = None) -> Tensor:
+    """Put each row's new key and value in their place, and return its attention, (B, 1, H, D), over the keys up to there. The definition.
+
+    q (B, 1, H, D), k, v (B, 1, Hkv, D): the new token's, of one dtype. keys, values (B, S, Hkv, D): buffers; what lies behind a row's place
+    may be anything. at (B,) whole numbers below S: where each row's token stands. window: how many keys it sees at most, itself
+    included; None for all. Nothing waits for the device: `at` is read there alone.
+    """
+    row, place, S = torch.arange(len(at), device=at.device), at.long(), keys.shape[1]
+    keys[row, place], values[row, place] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
+    position = torch.arange(S, device=at.device)
+    seen = position <= at.unsqueeze(1)
+    if window is not None:
+        seen &= position > at.unsqueeze(1) - window
+    unseen = ~seen[:, :, None, None]  # what is there may be NaN, and 0 · NaN is NaN
+    return one_query_twin(q, keys.to(q.dtype).masked_fill(unseen, 0), values.to(q.dtype).masked_fill(unseen, 0), seen[:, None, None])
+
+
+def next_query(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor, window: int | None = None) -> Tensor:
+    """Return and write what `next_query_twin` does, up to rounding; on CUDA in one pass over the keys that a row sees."""
+    fused = _triton() if q.device.type == "cuda" and q.dtype == keys.dtype else None
+    return (next_query_twin if fused is None else fused.next_query)(q, k, v, keys, values, at, window)
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The Triton kernels, or None where there is no Triton."""
+    try:
+        from nanochat.kernels.triton import one_query as fused
+        return fused
+    except ImportError:
+        return None
