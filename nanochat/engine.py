@@ -88,6 +88,7 @@ class Batch:
         self._keeps = self.exact                                  # whether the memory stays when the last row leaves
         self._logits: torch.Tensor | None = None                  # (B, V) for the next token of each row
         self._steps: Steps | None = None                          # whose state and logits are used, while there are rows
+        self._lent = False                                        # whether the state is that of the engine's steps
         self._ahead = False                                       # whether the model runs on the tokens drawn last already
         self._sampler = Sampler([], self.model.config.vocab_size, self.model.device)
 
@@ -132,8 +133,10 @@ class Batch:
             self._steps = self.engine.steps
         if self._steps is not None:
             soon = max(length + min(row.max_tokens - len(row.tokens), 128) for row, length in zip(rows, state.lengths))
-            self._steps.reserve(room or bucket(count), capacity or bucket(soon, SHORTEST))
-            self._state, self._sampler.seen = self._steps.state, self._steps.seen
+            if self._steps.fits(room or bucket(count), capacity or bucket(soon, SHORTEST)):
+                self._state, self._sampler.seen, self._lent = self._steps.state, self._steps.seen, True
+            else:
+                self._leave_steps()
         if self._state is None and not self._keeps:
             self._state = state
         else:
@@ -188,10 +191,14 @@ class Batch:
         return self._steps.draw(self.rows, self._sampler, self._ahead)
 
     def _on_steps(self) -> bool:
-        """Can the next half of a step be one at fixed addresses? If not, the rows go on without until the last one has left."""
+        """Is the next half of a step one at fixed addresses?"""
         if self._steps is not None and not self._steps.ready(self.rows, self._sampler):
-            self._logits, self._steps = self._logits.clone(), None
+            self._leave_steps()
         return self._steps is not None
+
+    def _leave_steps(self) -> None:
+        """Go on without, until the last row has left."""
+        self._logits, self._steps = self._logits.clone() if self.rows else None, None
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -233,9 +240,9 @@ class Batch:
             self._logits = self._steps.logits[:len(order)]
         else:
             self._logits = self._logits[order]
-        if not order and (not self._keeps or self.engine.holds(self._state)):
+        if not order and (self._lent or not self._keeps):
             self._state = self._logits = self._steps = self._sampler.seen = None
-            self._ahead = False
+            self._lent = self._ahead = False
 
 
 class Engine:
@@ -253,10 +260,6 @@ class Engine:
         self.stops = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
         self._python_start, self._python_end, self._output_start, self._output_end = (
             tokenizer.encode_special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end"))
-
-    def holds(self, state: State | None) -> bool:
-        """Is this the state that batches without rows lend to others?"""
-        return self.steps is not None and state is self.steps.state
 
     def take(self, row: Row, drawn: int) -> None:
         """Give a row its next token: the one that is forced on it, else `drawn`; and do what that token asks for."""

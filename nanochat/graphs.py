@@ -55,7 +55,7 @@ class Steps:
     def __init__(self, model):
         self.model = model
         self.state = None
-        self._user: Callable[[], object] = lambda: None
+        self._aside = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # to practise and capture on
         self._weights: list[int] = []
         self._captures = True
         self.clear()
@@ -93,7 +93,8 @@ class Steps:
         elif room > self.state.room or capacity > self.state.capacity:
             self._forget()
             self.state.grow(max(capacity, self.state.capacity), max(room, self.state.room))
-        if self.tokens is None or len(self.tokens) < room:
+        if self.tokens is None or len(self.tokens) < self.state.room:
+            room = self.state.room
             old, pin = (self.logits, self.tokens, self.seen), device.type == "cuda"
             self.logits = torch.zeros(room, V, device=device)
             self.tokens = torch.zeros(room, dtype=torch.long, device=device)
@@ -108,6 +109,19 @@ class Steps:
             self._tokens_host = torch.zeros(room, dtype=torch.long, pin_memory=pin)
             self._sent, self._drawn = (torch.cuda.Event(), torch.cuda.Event()) if pin else (None, None)
 
+    def fits(self, room: int, capacity: int) -> bool:
+        """`reserve`, or False where there is too little memory; then what was captured is gone."""
+        try:
+            self.reserve(room, capacity)
+        except torch.OutOfMemoryError:
+            self._short()
+            return False
+        return True
+
+    def _short(self) -> None:
+        self._forget()
+        log.warning("decoding: too little memory for steps at fixed addresses; these rows go on without")
+
     def select(self, order: list[int]) -> None:
         """Let row i be what row order[i] was; the state is the batch's to reorder."""
         reorder(self.logits, order)
@@ -116,9 +130,8 @@ class Steps:
     # ---- what the host does for a step
 
     def ready(self, rows: Sequence, sampler: Sampler) -> bool:
-        """Get memory, graphs and places ready for one step more of these rows. False if there is not memory enough: nothing is changed
-        then, but what was captured is gone."""
-        need = 1 + max(length for row, length in zip(rows, self.state.lengths, strict=True) if not row.ended)
+        """Get memory, graphs and places ready for one step more of these rows; False as `fits`."""
+        need = 1 + max((length for row, length in zip(rows, self.state.lengths, strict=True) if not row.ended), default=0)
         try:
             if need > self.state.capacity:
                 self.reserve(self.state.room, bucket(need))
@@ -126,8 +139,7 @@ class Steps:
             self._piece(self._forward_key)
             self._piece(self._sample_key(sampler))
         except torch.OutOfMemoryError:
-            self._forget()
-            log.warning("decoding: too little memory for steps at fixed addresses; these rows go on without")
+            self._short()
             return False
         return True
 
@@ -229,24 +241,23 @@ class Steps:
         """Run it for practice, which compiles and allocates what is made once, put back what it wrote, and capture it."""
         self._send()
         kept = [tensor.clone() for tensor in writes]
-        if self.model.device.type != "cuda":
+        if self._aside is None:
             run()
         else:
-            here = torch.cuda.current_stream()
-            aside = torch.cuda.Stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
+            here = torch.cuda.current_stream(self.model.device)
+            self._aside.wait_stream(here)
+            with torch.cuda.stream(self._aside):
                 run()
                 run()
-            here.wait_stream(aside)
+            here.wait_stream(self._aside)
         for tensor, before in zip(writes, kept):
             tensor.copy_(before)
-        if self.model.device.type != "cuda" or not self._captures:
+        if self._aside is None or not self._captures:
             return run
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+            with CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
                 run()
         except RuntimeError as error:
             for cause in (error, error.__context__):  # what ends a capture too early says so itself, on top of why
