@@ -34,7 +34,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, D = config.n_embd, config.n_embd // config.n_head
-        self.head_width = D
+        self.head_width, self.window = D, config.window
         self.c_q = Linear(E, config.n_head * D)
         self.c_k = Linear(E, config.n_kv_head * D)
         self.c_v = Linear(E, config.n_kv_head * D)
@@ -46,17 +46,24 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, D)) for y in project(h, self.c_q, self.c_k, self.c_v))
         q, k = norm(rotate(q, rope)).to(v.dtype), norm(rotate(k, rope)).to(v.dtype)
         if state is None:
-            y = attend(q, k, v, causal=True)
+            y = attend(q, k, v, causal=True, window=self.window)
         elif isinstance(state.state, Fixed):
-            y = next_query(q, k, v, state.k, state.v, state.state.at)
+            y = next_query(q, k, v, state.k, state.v, state.state.at, self.window)
         else:
             memory, T = state.state, q.shape[1]
             k, v = (t.to(q.dtype) for t in state.append(k, v))
             if T == 1 and memory.by_row:
-                y = torch.cat([one_query(q[b:b + 1], k[b:b + 1, :length + 1], v[b:b + 1, :length + 1])
+                y = torch.cat([self._next(q[b:b + 1], k[b:b + 1, :length + 1], v[b:b + 1, :length + 1])
                                for b, length in enumerate(memory.lengths)])
-            elif (mask := memory.mask(T)) is None and T == 1:
-                y = one_query(q, k, v)
-            else:
-                y = attend(q, k, v, mask=mask, causal=mask is None)  # no mask: a first chunk, which is plainly causal
+            elif (mask := memory.mask(T)) is not None:
+                y = attend(q, k, v, mask=mask)
+            elif T == 1:
+                y = self._next(q, k, v)
+            else:  # a first chunk
+                y = attend(q, k, v, causal=True, window=self.window)
         return self.c_proj(y.flatten(2))
+
+    def _next(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the last token, q (B, 1, H, D), over what it sees of k, v (B, S, Hkv, D)."""
+        last = slice(None if self.window is None else -self.window, None)
+        return one_query(q, k[:, last], v[:, last])

@@ -78,8 +78,7 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
         contents[f"optim_{step:06d}.pt"] = optimizer_state
     config = meta["model_config"]
     config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
-    if config.get("layer_pattern") is None:  # published code does not know the field
-        config.pop("layer_pattern", None)
+    config = {name: value for name, value in config.items() if value is not None}  # published code does not know such fields
     meta = {**meta, "step": step, "model_config": config, "files": {}, "periodical": keep is not None}
 
     if folder.is_dir():

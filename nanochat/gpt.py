@@ -29,7 +29,8 @@ from nanochat.state import KeysValues, State, Taps
 class GPTConfig:
     """The shape of a model. layer_pattern spells the mixers, one letter a layer: S for SLC2, A for attention, "SAS…".
 
-    Left out, the published rule holds: layer i is attention where i % slc_rate == 1 or i is the last.
+    Left out, the published rule holds: layer i is attention where i % slc_rate == 1 or i is the last. window: how many tokens attention
+    sees at most, each itself and the window − 1 before it; all of them where it is None.
     """
 
     sequence_len: int = 1024
@@ -41,6 +42,7 @@ class GPTConfig:
     n_kernel: int = 3
     slc_rate: int = 3
     layer_pattern: str | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel", "slc_rate"):
@@ -54,6 +56,8 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.layer_pattern is not None and (len(self.layer_pattern) != self.n_layer or set(self.layer_pattern) - set("SA")):
             raise ValueError(f"layer_pattern {self.layer_pattern!r} must be {self.n_layer} letters, S for SLC2 or A for attention")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, or None for all tokens, not {self.window}")
 
     @classmethod
     def from_depth(cls, depth: int, **given: Any) -> "GPTConfig":
@@ -73,7 +77,7 @@ class GPTConfig:
         return "".join("A" if i % self.slc_rate == 1 or i == self.n_layer - 1 else "S" for i in range(self.n_layer))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for a meta file. layer_pattern is left out where it is not set, so that published code can read the rest."""
+        """The fields for a meta file, but layer_pattern and window where they are not set: published code can read the rest."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -241,11 +245,13 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int | None = None) -> float:
         """Training FLOPs a token at rows of T (sequence_len where None): 6 a matrix weight, and causal attention where there is some.
 
-        Attention of one layer costs 2·2·E FLOPs a key forward, three times that with backward, over (T+1)/2 ≈ T/2 keys: 6·E·T a token.
+        Attention of one layer costs 2·2·E FLOPs a key forward, three times that with backward, over (T+1)/2 ≈ T/2 keys: 6·E·T a token;
+        with a window of W < T over W − W²/2T keys.
         """
         T = T or self.config.sequence_len
+        W = min(T, self.config.window or T)
         matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2) - self.transformer.wte.weight.numel()
-        return 6 * matrices + 6 * self.config.n_embd * T * self.config.pattern().count("A")
+        return 6 * matrices + 12 * self.config.n_embd * (W - W * W / (2 * T)) * self.config.pattern().count("A")
 
     def estimate_flops(self) -> float:
         """Training FLOPs a token at rows of sequence_len (the published name)."""

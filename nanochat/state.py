@@ -147,12 +147,15 @@ class State:
         return torch.tensor(starts, device=self.device)[:, None] + torch.arange(T, device=self.device)
 
     def mask(self, T: int) -> Tensor | None:
-        """Return which keys the next T tokens may see: bool (B or 1, 1, T, S'); None where plain causal attention says the same."""
+        """Return which keys the next T tokens may see: bool (B or 1, 1, T, S'); None where causal attention says the same."""
         if self.uniform and (self.lengths[0] == 0 or T == 1):
             return None
         if self._mask[0] != (self.lengths, T):  # made once, for all attention layers
-            keys = torch.arange(max(self.lengths) + T, device=self.device)
-            self._mask = (self.lengths, T), (keys <= self.positions(T).unsqueeze(-1)).unsqueeze(1)
+            keys, own = torch.arange(max(self.lengths) + T, device=self.device), self.positions(T).unsqueeze(-1)
+            seen = keys <= own
+            if self.config.window is not None:
+                seen &= keys > own - self.config.window
+            self._mask = (self.lengths, T), seen.unsqueeze(1)
         return self._mask[1]
 
     def select(self, rows: list[int]) -> "State":

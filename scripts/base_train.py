@@ -47,6 +47,7 @@ class Config:
     depth: int = flag(20, "layers; sets width (64 a layer) and heads too")
     max_seq_len: int = flag(2048, "tokens in a row")
     layer_pattern: str = flag("", "mixer of each layer, S for SLC2 and A for attention; one letter stands for all layers")
+    window: int = flag(0, "tokens that attention sees, each itself and those before it; 0 = all")
     n_kernel: int = flag(3, "taps of the SLC2 convolution")
     slc_rate: int = flag(3, "every how manyth layer is attention")
     num_iterations: int = flag(-1, "optimizer steps; goes before the two that follow; -1 = unset")
@@ -89,7 +90,7 @@ def model_shape(config: Config, vocab_size: int) -> GPTConfig:
     pattern = config.layer_pattern * (config.depth if len(config.layer_pattern) == 1 else 1)
     try:
         return GPTConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=vocab_size, n_kernel=config.n_kernel,
-                                    slc_rate=config.slc_rate, layer_pattern=pattern or None)
+                                    slc_rate=config.slc_rate, layer_pattern=pattern or None, window=config.window or None)
     except ValueError as error:
         raise UserError(f"these flags make no model: {error}") from error
 
