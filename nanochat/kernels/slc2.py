@@ -1,7 +1,13 @@
 """The core of SLC2: gate, causal depthwise convolution and output gate, between the input projections and c_proj.
 
-`slc2_core_twin` is the definition, in a few lines. `slc2_core` gives the same numbers with less memory traffic in training.
+`slc2_core_twin` is the definition, in a few lines. `slc2_mix` gives the same numbers, up to rounding, from the joined projection, as one
+operator that torch.compile and checkpointing see whole: on GPUs a Triton kernel each way, on CPUs our crate's, elsewhere plain PyTorch that
+keeps no more for backward. `slc2_core` is the same for four separate tensors.
 """
+
+import functools
+import importlib.util
+import types
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +29,12 @@ def causal_taps(u: Tensor, taps: Tensor, past: Tensor | None = None) -> Tensor:
     return sum(taps[:, j] * padded[:, j:j + T] for j in range(K))
 
 
-def slc2_core_twin(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor) -> Tensor:
+def slc2_core_twin(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor | None = None) -> Tensor:
     """Return y = B · silu(c) of shape (B, T, E), where c convolves the gated input; the definition of the fused form.
 
-    x, B (B, T, E); A (B, T, D); alpha (B, T, H); taps (E, K). The formula is that of the published code.
+    x, B (B, T, E); A (B, T, D); alpha (B, T, H); taps (E, K); past as in `causal_taps`. The formula is that of the published code.
     """
-    return B * F.silu(causal_taps(gated_input(x, A, alpha), taps))
+    return B * F.silu(causal_taps(gated_input(x, A, alpha), taps, past))
 
 
 def _silu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,32 +43,77 @@ def _silu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
     return z * s, s * (1 + z * (1 - s))
 
 
+def _plain_forward(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor | None = None) -> Tensor:
+    return slc2_core_twin(x, B, A, alpha, taps.to(x.dtype), None if past is None else past.to(x.dtype))
+
+
+def _plain_backward(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor | None,
+                    dx: Tensor, dB: Tensor, dA: Tensor, dalpha: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Write the gradients of the twin into dx, dB, dA, dalpha, recomputing gate and convolution; return dtaps in float32, and dpast."""
+    K, T, taps = taps.shape[1], x.shape[1], taps.to(x.dtype)
+    silu_alpha, slope_alpha = _silu_and_slope(alpha)
+    gate, slope_gate = _silu_and_slope(silu_alpha.unsqueeze(-1) * A.unsqueeze(-2))  # (B, T, H, D)
+    gate, slope_gate = gate.flatten(-2), slope_gate.flatten(-2)
+    u = F.pad(gate * x, (0, 0, K - 1, 0)) if past is None else torch.cat([past.to(x.dtype), gate * x], dim=1)
+    silu_c, slope_c = _silu_and_slope(sum(taps[:, j] * u[:, j:j + T] for j in range(K)))
+    torch.mul(dy, silu_c, out=dB)
+    dc = dy * B * slope_c
+    dtaps = torch.stack([(dc * u[:, j:j + T]).sum((0, 1), dtype=torch.float32) for j in range(K)], dim=1)
+    before = 0 if past is None else K - 1
+    dc = F.pad(dc, (0, 0, before, K - 1))
+    du = sum(taps[:, j] * dc[:, K - 1 - j:K - 1 - j + T + before] for j in range(K))  # of past, too, where there is one
+    dpast, du = None if past is None else du[:, :before].to(past.dtype, copy=True), du[:, before:]
+    torch.mul(du, gate, out=dx)
+    dz = (du * x * slope_gate).unflatten(-1, (alpha.shape[-1], A.shape[-1]))  # gradient of silu(alpha) ⊗ A
+    dA.copy_((dz * silu_alpha.unsqueeze(-1)).sum(-2))
+    torch.mul((dz * A.unsqueeze(-2)).sum(-1), slope_alpha, out=dalpha)
+    return dtaps, dpast
+
+
+_PLAIN = types.SimpleNamespace(forward=_plain_forward, backward=_plain_backward)
+
+
+@functools.cache
+def _triton_runs_on(device: torch.device) -> bool:
+    """Is Triton installed, and this a GPU of NVIDIA's, Ampere or later?"""
+    return (importlib.util.find_spec("triton") is not None and torch.version.hip is None
+            and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def uses_triton(z: Tensor, K: int = 3) -> bool:
+    """Do SLC2's operations on z, with K taps, run our Triton kernels?"""
+    return z.is_cuda and K <= 4 and z.dtype in (torch.bfloat16, torch.float16, torch.float32) and _triton_runs_on(z.device)
+
+
+def kernels_for(x: Tensor, *others: Tensor, K: int):
+    """Return what offers forward, backward (and step) for these tensors: Triton kernels, those for CPUs, or None."""
+    if uses_triton(x, K):
+        from nanochat.kernels.triton import slc2
+        return slc2
+    return None
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    """Return t with its last dimension contiguous."""
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
 class _Core(torch.autograd.Function):
-    """The twin with a backward that recomputes gate and convolution: only the inputs are kept for it."""
+    """The core with a backward that recomputes gate and convolution: only the inputs are kept for it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor) -> Tensor:
+        x, B, A, alpha = map(_dense, (x, B, A, alpha))
         ctx.save_for_backward(x, B, A, alpha, taps)
-        return slc2_core_twin(x, B, A, alpha, taps)
+        return (kernels_for(x, B, A, alpha, taps, K=taps.shape[1]) or _PLAIN).forward(x, B, A, alpha, taps)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
-        x, B, A, alpha, taps = ctx.saved_tensors
-        K, T = taps.shape[1], x.shape[1]
-        silu_alpha, slope_alpha = _silu_and_slope(alpha)
-        gate, slope_gate = _silu_and_slope(silu_alpha.unsqueeze(-1) * A.unsqueeze(-2))  # (B, T, H, D)
-        gate, slope_gate = gate.flatten(-2), slope_gate.flatten(-2)
-        u = F.pad(gate * x, (0, 0, K - 1, 0))
-        silu_c, slope_c = _silu_and_slope(sum(taps[:, j] * u[:, j:j + T] for j in range(K)))
-        dB = dy * silu_c
-        dc = dy * B * slope_c
-        dtaps = torch.stack([(dc * u[:, j:j + T]).sum((0, 1), dtype=torch.float32) for j in range(K)], dim=1).to(taps.dtype)
-        dc = F.pad(dc, (0, 0, 0, K - 1))
-        du = sum(taps[:, j] * dc[:, K - 1 - j:K - 1 - j + T] for j in range(K))
-        dz = (du * x * slope_gate).unflatten(-1, (alpha.shape[-1], A.shape[-1]))  # gradient of silu(alpha) ⊗ A
-        dA = (dz * silu_alpha.unsqueeze(-1)).sum(-2)
-        dalpha = (dz * A.unsqueeze(-2)).sum(-1) * slope_alpha
-        return du * gate, dB, dA, dalpha, dtaps
+        inputs = ctx.saved_tensors
+        gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[:4]]
+        kernels = kernels_for(*inputs, K=inputs[-1].shape[1]) or _PLAIN
+        dtaps, _ = kernels.backward(_dense(dy), *inputs, None, *gradients)
+        return *gradients, dtaps.to(inputs[-1].dtype)
 
 
 def slc2_core(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor) -> Tensor:
@@ -70,6 +121,72 @@ def slc2_core(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor) -> T
 
     Under torch.compile the twin is used: the compiler fuses it and its backward itself.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return slc2_core_twin(x, B, A, alpha, taps)
     return _Core.apply(x, B, A, alpha, taps)
+
+
+def columns(z: Tensor, n_head: int, head_width: int) -> list[Tensor]:
+    """Return x, B, A, alpha and what is left, which is padding, of the joined projection z (B, T, N): its columns in this order."""
+    E = n_head * head_width
+    used = 2 * E + head_width + n_head
+    if z.dim() != 3 or z.shape[-1] < used:
+        raise ValueError(f"z must be (B, T, N) with N of at least 2·E + D + H = {used}, not {tuple(z.shape)}")
+    return list(z.split([E, E, head_width, n_head, z.shape[-1] - used], dim=-1))
+
+
+@torch.library.custom_op("nanochat::slc2_mix", mutates_args=(),
+                         schema="(Tensor z, Tensor taps, Tensor? past, int n_head, int head_width) -> Tensor")
+def _mix(z: Tensor, taps: Tensor, past: Tensor | None, n_head: int, head_width: int) -> Tensor:
+    *inputs, _ = columns(_dense(z), n_head, head_width)
+    kernels = kernels_for(*inputs, taps, K=taps.shape[1]) or _PLAIN
+    return kernels.forward(*inputs, taps, _dense(past))
+
+
+@_mix.register_fake
+def _(z, taps, past, n_head, head_width):
+    return z.new_empty(z.shape[0], z.shape[1], n_head * head_width)
+
+
+@torch.library.custom_op("nanochat::slc2_mix_backward", mutates_args=(),
+                         schema="(Tensor dy, Tensor z, Tensor taps, Tensor? past, int n_head, int head_width) -> (Tensor, Tensor, Tensor)")
+def _mix_backward(dy: Tensor, z: Tensor, taps: Tensor, past: Tensor | None, n_head: int, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dz, zero in the padding; dtaps; and dpast, empty where there is no past."""
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    *inputs, _ = columns(_dense(z), n_head, head_width)
+    *gradients, padding = columns(dz, n_head, head_width)
+    kernels = kernels_for(*inputs, taps, K=taps.shape[1]) or _PLAIN
+    dtaps, dpast = kernels.backward(_dense(dy), *inputs, taps, _dense(past), *gradients)
+    padding.zero_()
+    return dz, dtaps.to(taps.dtype), z.new_empty(0) if dpast is None else dpast
+
+
+@_mix_backward.register_fake
+def _(dy, z, taps, past, n_head, head_width):
+    return z.new_empty(z.shape), taps.new_empty(taps.shape), z.new_empty(0) if past is None else past.new_empty(past.shape)
+
+
+def _keep_inputs(ctx, inputs, output) -> None:
+    z, taps, past, *ctx.heads = inputs
+    ctx.save_for_backward(z, taps, past)
+
+
+def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    past = ctx.saved_tensors[2]
+    dz, dtaps, dpast = _mix_backward(dy, *ctx.saved_tensors, *ctx.heads)
+    return dz, dtaps, None if past is None else dpast, None, None
+
+
+_mix.register_autograd(_gradients, setup_context=_keep_inputs)
+
+
+def slc2_mix(z: Tensor, taps: Tensor, past: Tensor | None = None, *, n_head: int, head_width: int) -> Tensor:
+    """Return y = B · silu(c) of shape (B, T, E), E = n_head · head_width, of the joined projection z.
+
+    z (B, T, N): columns x (E), B (E), A (head_width), alpha (n_head), then padding, whose gradient is zero. taps (E, K) and past
+    (B, K−1, E), the gated inputs before z, oldest first, may have dtypes of their own. Nothing but the inputs is kept for backward.
+    Under torch.compile on other devices than GPUs the twin is used, which the compiler fuses itself.
+    """
+    if torch.compiler.is_compiling() and not z.is_cuda:
+        return _plain_forward(*columns(z, n_head, head_width)[:4], taps, past)
+    return _mix(z, taps, past, n_head, head_width)
