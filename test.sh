@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set-up, then all checks: ruff, the crate's own tests, pytest. Arguments go to pytest:
+# Set-up, then all checks: ruff, the crates' own tests, pytest. Arguments go to pytest:
 #
 #     bash test.sh
 #     bash test.sh -k tokenizer
@@ -24,7 +24,9 @@ echo "== ruff"
 
 echo "== cargo test"
 # in release mode it shares what the set-up has built
-(cd rustbpe && cargo test -q --release --locked) || failed="$failed cargo test,"
+for crate in rustbpe cpukernels; do
+    (cd $crate && cargo test -q --release --locked) || failed="$failed cargo test ($crate),"
+done
 
 echo "== pytest"
 color=no

@@ -4,7 +4,8 @@
 #     bash dev/setup.sh
 #
 # The machine needs Python 3.10 to 3.14 and a C compiler. The rest is found or fetched: uv, a Rust toolchain, exactly the
-# packages of requirements.lock, and our own rustbpe, built here in release mode. Run again, it takes well under a second.
+# packages of requirements.lock, and our own crates, rustbpe and cpukernels, built here in release mode. Run again, it takes well
+# under a second.
 #
 #     NANOCHAT_PYTHON=/path/to/python    the Python to use, where the first good one found is not the one wanted
 #     NANOCHAT_TORCH=cu126|cpu|...       another build of torch than the pinned one: a name of `uv pip install --torch-backend`.
@@ -22,7 +23,8 @@ CARGO_BIN=${CARGO_HOME:-$HOME/.cargo}/bin
 TOOLS=$ROOT/.cache/setup           # the lock, a private uv, the built wheel, the log of the last failure
 PYTHON=.venv/bin/python
 PACKAGES_STAMP=.venv/.nanochat-packages
-RUSTBPE_STAMP=.venv/.nanochat-rustbpe
+CRATES="rustbpe cpukernels"        # a folder and a Python module each
+CRATES_STAMP=.venv/.nanochat-crates
 TORCH_CHOICE=.venv/.nanochat-torch
 UV_OLDEST=0.8
 NETWORK_ERRORS='dns error|resolve host|name resolution|connection (refused|reset|failed)|connect error|error sending request|timed out|network is unreachable|no route to host|failed to fetch|failed to download|could not connect|tunnel'
@@ -78,21 +80,22 @@ packages_key() { # the folder counts: programs in .venv/bin name it, so .venv is
     printf 'lock %s\ntorch %s\nfolder %s\n' "$(sha256 <requirements.lock)" "$(torch_choice)" "$ROOT"
 }
 
-rustbpe_key() {
-    find rustbpe -name target -prune -o -type f ! -name '*.so' ! -name '*.pyc' -print | LC_ALL=C sort |
+crates_key() {
+    # shellcheck disable=SC2086 # names without spaces
+    find $CRATES -name target -prune -o -type f ! -name '*.so' ! -name '*.pyc' -print | LC_ALL=C sort |
         while IFS= read -r f; do printf '%s\n' "$f"; cat "$f"; done | sha256
 }
 
-# -I: isolated, or the folder rustbpe/ here would pass for the package
+# -I: isolated, or the folders rustbpe/ and cpukernels/ here would pass for the packages
 has_torch() { "$PYTHON" -I -c 'import importlib.util as u; raise SystemExit(u.find_spec("torch") is None)' 2>/dev/null; }
 
 packages_ready() {
     [ "$(cat "$PACKAGES_STAMP" 2>/dev/null)" = "$(packages_key)" ] && python_fits "$PYTHON" && wanted_python && has_torch
 }
 
-rustbpe_ready() {
-    [ "$(cat "$RUSTBPE_STAMP" 2>/dev/null)" = "$(rustbpe_key)" ] && "$PYTHON" -I -c 'from rustbpe import Tokenizer' 2>/dev/null
-}
+crates_import() { "$PYTHON" -I -c 'from rustbpe import Tokenizer; from cpukernels import runs_on'; }
+
+crates_ready() { [ "$(cat "$CRATES_STAMP" 2>/dev/null)" = "$(crates_key)" ] && crates_import 2>/dev/null; }
 
 # ---- Python
 
@@ -161,10 +164,10 @@ check_compiler() { # a linker that links: rustc calls `cc`, and headers or the C
             return
         fi
     done
-    die "no working C compiler (cc, gcc or clang), which building rustbpe needs: apt-get install build-essential, dnf install gcc, or xcode-select --install."
+    die "no working C compiler (cc, gcc or clang), which building $CRATES needs: apt-get install build-essential, dnf install gcc, or xcode-select --install."
 }
 
-# good_rust FOLDER: a rustc and cargo there (or, with "", on PATH) that are new enough for the crate. Sets CARGO_DIR.
+# good_rust FOLDER: a rustc and cargo there (or, with "", on PATH) that are new enough for the crates, which want the same. Sets CARGO_DIR.
 good_rust() {
     local dir=${1:-$(dirname "$(command -v rustc || echo /nonexistent/rustc)")}
     [ -x "$dir/cargo" ] && at_least "$(cd rustbpe && PATH="$dir:$PATH" "$dir/rustc" --version 2>/dev/null | cut -d' ' -f2)" "$RUST_OLDEST" && CARGO_DIR=$dir
@@ -247,7 +250,7 @@ install_packages() {
     local choice key filtered
     choice=$(torch_choice)
     key=$(packages_key)
-    rm -f "$PACKAGES_STAMP" "$RUSTBPE_STAMP" # until the end, what stands is half done
+    rm -f "$PACKAGES_STAMP" "$CRATES_STAMP" # until the end, what stands is half done
     if [ "$(need_gb)" = 7 ]; then
         say "installing the packages of requirements.lock: 3 GB to fetch, 5.6 GB on disk (torch for Linux brings CUDA along, GPU or not)"
     else
@@ -269,19 +272,22 @@ install_packages() {
     printf '%s\n' "$key" >"$PACKAGES_STAMP"
 }
 
-install_rustbpe() {
-    local key locked=""
-    key=$(rustbpe_key)
-    rm -f "$RUSTBPE_STAMP"
+install_crates() {
+    local key crate locked
+    key=$(crates_key)
+    rm -f "$CRATES_STAMP"
     rm -rf "$TOOLS/wheels"
-    say "building rustbpe (Rust, release mode)"
     export PATH="$CARGO_DIR:$PATH"
-    [ ! -f rustbpe/Cargo.lock ] || locked=--locked
-    # shellcheck disable=SC2086 # $locked is one flag or nothing
-    attempt "building rustbpe" "$PYTHON" -m maturin build -q --release $locked --manifest-path rustbpe/Cargo.toml \
-        --interpreter "$PYTHON" --out "$TOOLS/wheels"
-    attempt "installing rustbpe" "$UV" pip install -q --python "$PYTHON" --no-deps --no-index --reinstall "$TOOLS"/wheels/*.whl
-    "$PYTHON" -I -c 'from rustbpe import Tokenizer' || die "rustbpe was built but does not import; see above."
+    for crate in $CRATES; do
+        say "building $crate (Rust, release mode)"
+        locked=""
+        [ ! -f "$crate/Cargo.lock" ] || locked=--locked
+        # shellcheck disable=SC2086 # $locked is one flag or nothing
+        attempt "building $crate" "$PYTHON" -m maturin build -q --release $locked --manifest-path "$crate/Cargo.toml" \
+            --interpreter "$PYTHON" --out "$TOOLS/wheels"
+    done
+    attempt "installing $CRATES" "$UV" pip install -q --python "$PYTHON" --no-deps --no-index --reinstall "$TOOLS"/wheels/*.whl
+    crates_import || die "$CRATES were built but do not import; see above."
     # the same compiler for `cargo test` in test.sh
     {
         # shellcheck disable=SC2016 # $PATH is for the one who reads the file
@@ -289,11 +295,13 @@ install_rustbpe() {
         [ -z "${RUSTUP_TOOLCHAIN:-}" ] || printf 'export RUSTUP_TOOLCHAIN=%q\n' "$RUSTUP_TOOLCHAIN"
         [ -z "${RUSTFLAGS:-}" ] || printf 'export RUSTFLAGS=%q\n' "$RUSTFLAGS"
     } >.venv/.nanochat-rust
-    printf '%s\n' "$key" >"$RUSTBPE_STAMP"
+    printf '%s\n' "$key" >"$CRATES_STAMP"
 }
 
-[ -f rustbpe/Cargo.toml ] || die "rustbpe/Cargo.toml is missing: this copy of the project is not whole. Clone it again."
-if packages_ready && rustbpe_ready; then
+for crate in $CRATES; do
+    [ -f "$crate/Cargo.toml" ] || die "$crate/Cargo.toml is missing: this copy of the project is not whole. Clone it again."
+done
+if packages_ready && crates_ready; then
     say "ready (.venv)"
     exit
 fi
@@ -304,19 +312,19 @@ if have flock; then # two set-ups at once: the second waits, then finds the work
     flock -n 9 || { say "another set-up is at work here; waiting for it"; flock 9; }
 fi
 todo=""
-if ! packages_ready; then todo="packages rustbpe"; elif ! rustbpe_ready; then todo=rustbpe; fi
+if ! packages_ready; then todo="packages crates"; elif ! crates_ready; then todo=crates; fi
 wants() { case $todo in *$1*) ;; *) return 1 ;; esac; }
 careful() { [ "${NANOCHAT_SKIP_CHECKS:-}" != 1 ]; }
 
 # first everything that can be wrong, then everything that takes long
 if wants packages; then find_python; else BASE_PYTHON=$PYTHON; fi
-if wants rustbpe; then check_compiler; fi
+if wants crates; then check_compiler; fi
 if wants packages && careful; then check_driver; fi
 if [ -n "$todo" ]; then get_uv; fi
 if wants packages && careful; then check_disk; fi
-if wants rustbpe; then get_rust; fi
+if wants crates; then get_rust; fi
 if wants packages; then install_packages; fi
-if wants rustbpe; then install_rustbpe; fi
+if wants crates; then install_crates; fi
 say "ready: .venv with Python $(version_of "$PYTHON"), torch $("$PYTHON" -I -c 'from importlib.metadata import version; print(version("torch"))')"
 if have nvidia-smi && ! "$PYTHON" -I -c 'import os, sysconfig as s; raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))'; then
     say "note: this Python has no Python.h, which torch.compile needs on a GPU: apt-get install python3-dev (or the one of your version)"

@@ -16,15 +16,17 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = "bash sh awk sed grep cat cut sort find dirname mkdir rm mv tee id sha256sum shasum openssl cp touch sleep tail env ls flock".split()
+CRATES = ["rustbpe", "cpukernels"]
 
 # What the stand-in uv puts at .venv/bin/python: answers set-up's questions from files beside it.
 VENV_PYTHON = """#!/bin/sh
 here=$(dirname "$0")/..
 case "$*" in
     *find_spec*) [ -f "$here/torch" ] ;;
-    *"from rustbpe"*) [ -f "$here/rustbpe" ] ;;
+    *"from rustbpe"*"from cpukernels"*) [ -f "$here/rustbpe" ] && [ -f "$here/cpukernels" ] ;;
     *maturin*) [ ! -f fail_build ] || { cat fail_build >&2; exit 1; }
-        while [ "$1" != --out ]; do shift; done; mkdir -p "$2"; echo > "$2/rustbpe-0.1.0.whl"; echo maturin >> calls ;;
+        while [ "$1" != --manifest-path ]; do shift; done; crate=${2%/Cargo.toml}
+        while [ "$1" != --out ]; do shift; done; mkdir -p "$2"; echo > "$2/$crate-0.1.0.whl"; echo "maturin $crate" >> calls ;;
     *importlib.metadata*) echo 2.15.0 ;;
     *sched_getaffinity*) echo 2 ;;
     *"-m ruff"*) [ ! -f fail_ruff ] ;;
@@ -42,9 +44,9 @@ echo "uv $*" >> calls
 [ ! -f fail_uv ] || { cat fail_uv >&2; exit 1; }
 case "$*" in
     venv*) rm -rf .venv; mkdir -p .venv/bin; cp venv_python .venv/bin/python; echo "VIRTUAL_ENV=$PWD/.venv" > .venv/bin/activate ;;
-    *"pip sync"*) sleep ${UV_SLEEP:-0}; rm -f .venv/rustbpe; touch .venv/torch ;;
+    *"pip sync"*) sleep ${UV_SLEEP:-0}; rm -f .venv/rustbpe .venv/cpukernels; touch .venv/torch ;;
     *--torch-backend*) touch .venv/torch ;;
-    *whl*) touch .venv/rustbpe ;;
+    *whl*) for wheel in "$@"; do case $wheel in *-0.1.0.whl) wheel=${wheel##*/}; touch ".venv/${wheel%-0.1.0.whl}" ;; esac; done ;;
 esac
 """
 
@@ -56,14 +58,15 @@ class Project:
         self.root = folder / "project"
         self.bin = folder / "bin"
         self.home = folder / "home"
-        for path in (self.root / "dev", self.root / "rustbpe/src", self.bin, self.home):
+        for path in (self.root / "dev", self.root / "rustbpe/src", self.root / "cpukernels/src", self.bin, self.home):
             path.mkdir(parents=True)
         for name in ("dev/setup.sh", "test.sh"):
             shutil.copy(ROOT / name, self.root / name)
         self.write("requirements.lock", "numpy==2 \\\n    --hash=sha256:aa\ntorch==2.15 ; python_full_version >= '3.11' \\\n"
                    "    --hash=sha256:bb\nnvidia-nccl-cu13==2 \\\n    --hash=sha256:cc\n")
-        self.write("rustbpe/Cargo.toml", '[package]\nname = "rustbpe"\nrust-version = "1.74"\n')
-        self.write("rustbpe/src/lib.rs", "// 1\n")
+        for crate in CRATES:
+            self.write(f"{crate}/Cargo.toml", f'[package]\nname = "{crate}"\nrust-version = "1.74"\n')
+            self.write(f"{crate}/src/lib.rs", "// 1\n")
         self.write("venv_python", VENV_PYTHON).chmod(0o755)
         for name in REAL:
             if found := shutil.which(name):
@@ -133,7 +136,7 @@ def project(tmp_path) -> Project:
 def test_first_run_installs_and_the_second_does_nothing(project):
     assert "torch 2.15.0" in project.succeeds()
     first = project.calls()
-    assert any(c.startswith("uv venv") for c in first) and "maturin" in first
+    assert any(c.startswith("uv venv") for c in first) and {"maturin rustbpe", "maturin cpukernels"} <= set(first)
     sync = next(c for c in first if "pip sync" in c)
     assert "--require-hashes" in sync and "--no-build" in sync and sync.endswith("requirements.lock")
     assert any("--no-deps --no-index" in c and c.endswith(".whl") for c in first)
@@ -151,7 +154,7 @@ def test_interrupted_installation_is_finished_by_the_next_run(project):
     (project.root / "fail_build").unlink()
     project.succeeds()
     calls = project.calls()
-    assert "maturin" in calls and not any("pip sync" in c for c in calls)  # the packages were done
+    assert "maturin rustbpe" in calls and not any("pip sync" in c for c in calls)  # the packages were done
 
 
 def test_half_done_update_is_not_taken_for_the_state_before_it(project):
@@ -167,30 +170,32 @@ def test_half_done_update_is_not_taken_for_the_state_before_it(project):
     assert any("pip sync" in c for c in project.calls())
 
 
-def test_changed_crate_rebuilds_the_crate_alone(project):
+@pytest.mark.parametrize("crate", CRATES)
+def test_changed_crate_rebuilds_the_crates_alone(project, crate):
     project.succeeds()
     project.calls()
-    project.write("rustbpe/src/lib.rs", "// 2\n")
+    project.write(f"{crate}/src/lib.rs", "// 2\n")
     project.succeeds()
     calls = project.calls()
-    assert "maturin" in calls and not any("pip sync" in c for c in calls)
+    assert f"maturin {crate}" in calls and not any("pip sync" in c for c in calls)
 
 
-def test_changed_lock_installs_again_and_keeps_rustbpe(project):
+def test_changed_lock_installs_again_and_keeps_the_crates(project):
     project.succeeds()
     project.calls()
     project.write("requirements.lock", "numpy==3 \\\n    --hash=sha256:dd\n")
     project.succeeds()
     calls = project.calls()
     assert any("pip sync" in c for c in calls) and not any("uv venv" in c for c in calls)
-    assert (project.root / ".venv/rustbpe").exists()
+    assert all((project.root / ".venv" / crate).exists() for crate in CRATES)
 
 
 def test_package_that_vanished_is_installed_again(project):
     project.succeeds()
-    (project.root / ".venv/rustbpe").unlink()
-    project.succeeds()
-    assert (project.root / ".venv/rustbpe").exists()
+    for crate in CRATES:
+        (project.root / ".venv" / crate).unlink()
+        project.succeeds()
+        assert (project.root / ".venv" / crate).exists()
     (project.root / ".venv/torch").unlink()
     project.succeeds()
     assert (project.root / ".venv/torch").exists()
@@ -290,9 +295,15 @@ def test_rustup_with_an_old_default_uses_its_stable(project):
     assert "RUSTUP_TOOLCHAIN=stable" in (project.root / ".venv/.nanochat-rust").read_text()
 
 
-def test_missing_crate_is_said(project):
-    shutil.rmtree(project.root / "rustbpe")
-    project.refuses("rustbpe/Cargo.toml is missing")
+@pytest.mark.parametrize("crate", CRATES)
+def test_missing_crate_is_said(project, crate):
+    shutil.rmtree(project.root / crate)
+    project.refuses(f"{crate}/Cargo.toml is missing")
+
+
+def test_crates_ask_for_one_rust():
+    """dev/setup.sh looks at the first one's."""
+    assert len({tomllib.loads((ROOT / crate / "Cargo.toml").read_text())["package"]["rust-version"] for crate in CRATES}) == 1
 
 
 def test_small_disk_is_said_before_anything_is_fetched(project):
@@ -343,7 +354,7 @@ def test_test_sh_passes_arguments_on_and_ends_with_pytests_last_line(project):
     assert code == 0 and output.splitlines()[-1] == "== 3 passed in 1.00s =="
     calls = project.calls()
     assert any(c.startswith("pytest 1 ") and c.endswith("-k two words") for c in calls)
-    assert any(c.startswith("cargo test") for c in calls)
+    assert sum(c.startswith("cargo test") for c in calls) == len(CRATES)
 
 
 @pytest.mark.parametrize("stage", ["ruff", "cargo", "pytest"])
@@ -373,13 +384,13 @@ def test_lock_pins_every_package_by_hash_and_names_no_address():
     assert "://" not in "".join(blocks)
 
 
-def test_lock_holds_what_pyproject_asks_for_and_never_rustbpe():
+def test_lock_holds_what_pyproject_asks_for_and_none_of_our_crates():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
     names = {re.match(r"[A-Za-z0-9_-]+", w).group().lower().replace("_", "-") for w in wanted}
     locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements.lock").read_text(), re.M))
     assert names <= locked, f"make requirements.lock again: {names - locked} is not in it"
-    assert "rustbpe" not in locked | names
+    assert not set(CRATES) & (locked | names)
 
 
 def tracked(*arguments: str) -> list[str]:

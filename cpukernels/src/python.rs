@@ -1,0 +1,243 @@
+//! The Python module. It takes addresses and strides on trust: nanochat/kernels/native.py checks them, and nothing else calls it.
+//! A tensor is (address, stride, stride) in elements, its last dimension contiguous; `bf16` says the dtype of all that have one in
+//! common; a tensor with a dtype of its own is (is bf16, (address, stride, stride)). The GIL is released during the work.
+
+use crate::math::{Bf16, Elem};
+use crate::pool::{blocks, run, shares_threads, Panicked};
+use crate::rows::{Heads, Relu2, RmsNorm, RopeNorm, BLOCK};
+use crate::simd::{best, Kernel};
+use crate::slc2::{Backward, Forward, Inputs, Shape, Step, SumTaps, SUM_BLOCK};
+use crate::softcap::{Softcapped, IGNORE};
+use crate::view::{AnyView, Dtype, View};
+use pyo3::exceptions::{PyIndexError, PyRuntimeError};
+use pyo3::prelude::*;
+use std::marker::PhantomData;
+
+type Rows = (usize, isize, isize);
+type AnyRows = (bool, Rows);
+
+fn view((address, i, j): Rows) -> View {
+    View { address, strides: [i, j] }
+}
+
+fn any_view((bf16, rows): AnyRows) -> AnyView {
+    AnyView { view: view(rows), dtype: if bf16 { Dtype::Bf16 } else { Dtype::F32 } }
+}
+
+fn work<K: Kernel>(py: Python<'_>, kernel: K, items: usize, operations: usize, threads: usize) -> PyResult<()> {
+    let done = py.detach(|| run(&kernel, items, operations, threads));
+    done.map_err(|Panicked| PyRuntimeError::new_err("a kernel failed; its message is on stderr"))
+}
+
+/// The same call for either dtype: `with_dtype!(bf16, function(arguments))` calls `function::<T>`.
+macro_rules! with_dtype {
+    ($bf16:expr, $function:ident($($argument:expr),*)) => {
+        if $bf16 { $function::<Bf16>($($argument),*) } else { $function::<f32>($($argument),*) }
+    };
+}
+
+/// The instructions in use, and whether the threads are torch's own.
+#[pyfunction]
+fn runs_on() -> (String, bool) {
+    (format!("{:?}", best()), shares_threads())
+}
+
+#[pyfunction]
+fn relu2(py: Python<'_>, threads: usize, bf16: bool, n: usize, x: usize, dy: Option<usize>, y: usize) -> PyResult<()> {
+    fn go<T: Elem>(py: Python<'_>, threads: usize, n: usize, x: usize, dy: Option<usize>, y: usize) -> PyResult<()> {
+        work(py, Relu2::<T> { x, dy, y, n, dtype: PhantomData }, blocks(n, BLOCK), n, threads)
+    }
+    with_dtype!(bf16, go(py, threads, n, x, dy, y))
+}
+
+/// Rows `n` of `width`; strides are (row to row, 0).
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn rms_norm(
+    py: Python<'_>,
+    threads: usize,
+    bf16: bool,
+    n: usize,
+    width: usize,
+    x: Rows,
+    dy: Option<Rows>,
+    y: Rows,
+) -> PyResult<()> {
+    fn go<T: Elem>(py: Python<'_>, threads: usize, n: usize, width: usize, x: View, dy: Option<View>, y: View) -> PyResult<()> {
+        work(py, RmsNorm::<T> { x, dy, y, width, dtype: PhantomData }, n, 2 * n * width, threads)
+    }
+    with_dtype!(bf16, go(py, threads, n, width, view(x), dy.map(view), view(y)))
+}
+
+/// shape: (B, T, H, D). x, dy and y come with the stride from head to head.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn rope_norm(
+    py: Python<'_>,
+    threads: usize,
+    bf16: bool,
+    shape: (usize, usize, usize, usize),
+    x: (Rows, isize),
+    dy: Option<(Rows, isize)>,
+    y: (Rows, isize),
+    cos: Rows,
+    sin: Rows,
+) -> PyResult<()> {
+    fn go<T: Elem>(
+        py: Python<'_>,
+        threads: usize,
+        (B, times, heads, width): (usize, usize, usize, usize),
+        [x, y]: [Heads; 2],
+        dy: Option<Heads>,
+        [cos, sin]: [View; 2],
+    ) -> PyResult<()> {
+        let kernel = RopeNorm::<T> { x, dy, y, cos, sin, times, heads, width, dtype: PhantomData };
+        work(py, kernel, B * times, 4 * B * times * heads * width, threads)
+    }
+    let heads = |(rows, stride): (Rows, isize)| Heads { tokens: view(rows), stride };
+    with_dtype!(bf16, go(py, threads, shape, [heads(x), heads(y)], dy.map(heads), [view(cos), view(sin)]))
+}
+
+/// targets (n,) of int64, factors and losses (n,) of float32, contiguous. IndexError, and nothing written, where a target is neither
+/// −1 nor in the vocabulary.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn softcapped_(
+    py: Python<'_>,
+    threads: usize,
+    bf16: bool,
+    n: usize,
+    vocab: usize,
+    z: Rows,
+    targets: usize,
+    factors: Option<usize>,
+    losses: usize,
+    grad: bool,
+) -> PyResult<()> {
+    // SAFETY: native.py gives n targets
+    let all = unsafe { std::slice::from_raw_parts(targets as *const i64, n) };
+    if let Some(wrong) = all.iter().find(|&&target| target != IGNORE && !(0..vocab as i64).contains(&target)) {
+        return Err(PyIndexError::new_err(format!("target {wrong} is neither −1 nor one of the {vocab} tokens")));
+    }
+    fn go<T: Elem>(
+        py: Python<'_>,
+        threads: usize,
+        n: usize,
+        vocab: usize,
+        z: View,
+        [targets, losses]: [usize; 2],
+        factors: Option<usize>,
+        grad: bool,
+    ) -> PyResult<()> {
+        let kernel = Softcapped::<T> { z, targets, factors, losses, vocab, grad, dtype: PhantomData };
+        work(py, kernel, n, 16 * n * vocab, threads)
+    }
+    with_dtype!(bf16, go(py, threads, n, vocab, view(z), [targets, losses], factors, grad))
+}
+
+/// (B, T, H, D, K); x, B, A, alpha; taps (E, K); past
+type Slc2 = ((usize, usize, usize, usize, usize), Rows, Rows, Rows, Rows, AnyRows, Option<AnyRows>);
+
+/// The number of sequences, the taps as rows of time, and what the kernels take; the taps must live as long as that.
+fn slc2_inputs((shape, x, b, a, alpha, (taps_bf16, taps), past): Slc2) -> (usize, Vec<f32>, Inputs) {
+    let (sequences, T, H, D, K) = shape;
+    let E = H * D;
+    let mut rows = vec![0.0f32; K * E];
+    let mut row = vec![0.0f32; K];
+    let (address, by_row, by_tap) = taps;
+    for e in 0..E {
+        for (j, tap) in row.iter_mut().enumerate() {
+            let place = by_row * e as isize + by_tap * j as isize;
+            // SAFETY: native.py gives (E, K) of this dtype
+            *tap = unsafe {
+                if taps_bf16 {
+                    (*(address as *const Bf16).offset(place)).get()
+                } else {
+                    *(address as *const f32).offset(place)
+                }
+            };
+            rows[j * E + e] = *tap;
+        }
+    }
+    let inputs = Inputs {
+        shape: Shape { T, H, D, K },
+        x: view(x),
+        B: view(b),
+        A: view(a),
+        alpha: view(alpha),
+        taps: rows.as_ptr() as usize,
+        past: past.map(any_view),
+    };
+    (sequences, rows, inputs)
+}
+
+#[pyfunction]
+fn slc2_forward(py: Python<'_>, threads: usize, bf16: bool, inputs: Slc2, y: Rows) -> PyResult<()> {
+    fn go<T: Elem>(py: Python<'_>, threads: usize, sequences: usize, inputs: Inputs, y: View) -> PyResult<()> {
+        let Shape { T: length, H, D, .. } = inputs.shape;
+        let kernel = Forward::<T> { inputs, y, dtype: PhantomData };
+        work(py, kernel, sequences * inputs.shape.chunks(), 16 * sequences * length * H * D, threads)
+    }
+    let (sequences, _taps, inputs) = slc2_inputs(inputs);
+    with_dtype!(bf16, go(py, threads, sequences, inputs, view(y)))
+}
+
+/// past is there, and moved on in place; T is 1.
+#[pyfunction]
+fn slc2_step(py: Python<'_>, threads: usize, bf16: bool, inputs: Slc2, y: Rows) -> PyResult<()> {
+    fn go<T: Elem>(py: Python<'_>, threads: usize, sequences: usize, inputs: Inputs, y: View) -> PyResult<()> {
+        let operations = 16 * sequences * inputs.shape.H * inputs.shape.D;
+        work(py, Step::<T> { inputs, y, dtype: PhantomData }, sequences, operations, threads)
+    }
+    let (sequences, _taps, inputs) = slc2_inputs(inputs);
+    with_dtype!(bf16, go(py, threads, sequences, inputs, view(y)))
+}
+
+/// gradients: dx, dB, dA, dalpha. dtaps: (E, K) of float32, contiguous.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn slc2_backward(
+    py: Python<'_>,
+    threads: usize,
+    bf16: bool,
+    inputs: Slc2,
+    dy: Rows,
+    gradients: (Rows, Rows, Rows, Rows),
+    dtaps: usize,
+    dpast: Option<AnyRows>,
+) -> PyResult<()> {
+    fn go<T: Elem>(
+        py: Python<'_>,
+        threads: usize,
+        sequences: usize,
+        inputs: Inputs,
+        dy: View,
+        [dx, dB, dA, dalpha]: [View; 4],
+        dtaps: usize,
+        dpast: Option<AnyView>,
+    ) -> PyResult<()> {
+        let Shape { T: length, H, D, K } = inputs.shape;
+        let (E, count) = (H * D, sequences * inputs.shape.chunks());
+        let mut parts = Vec::<f32>::with_capacity(count * K * E); // written whole by the kernel
+        let at = parts.as_mut_ptr() as usize;
+        let kernel = Backward::<T> { inputs, dy, dx, dB, dA, dalpha, dtaps: at, dpast, dtype: PhantomData };
+        work(py, kernel, count, 32 * sequences * length * E, threads)?;
+        let sums = SumTaps { parts: at, count, E, K, dtaps };
+        work(py, sums, blocks(K * E, SUM_BLOCK), count * K * E, threads)
+    }
+    let (sequences, _taps, inputs) = slc2_inputs(inputs);
+    let gradients = [gradients.0, gradients.1, gradients.2, gradients.3].map(view);
+    with_dtype!(bf16, go(py, threads, sequences, inputs, view(dy), gradients, dtaps, dpast.map(any_view)))
+}
+
+#[pymodule]
+fn cpukernels(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(runs_on, module)?)?;
+    module.add_function(wrap_pyfunction!(relu2, module)?)?;
+    module.add_function(wrap_pyfunction!(rms_norm, module)?)?;
+    module.add_function(wrap_pyfunction!(rope_norm, module)?)?;
+    module.add_function(wrap_pyfunction!(softcapped_, module)?)?;
+    module.add_function(wrap_pyfunction!(slc2_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(slc2_step, module)?)?;
+    module.add_function(wrap_pyfunction!(slc2_backward, module)?)
+}
