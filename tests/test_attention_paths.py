@@ -190,10 +190,21 @@ def stand_in(monkeypatch, custom):
         module._flash_attn_forward = torch.library.custom_op("standin::forward", lambda x: x.clone(), mutates_args=(),
                                                              schema="(Tensor x) -> Tensor")
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    monkeypatch.setattr(attention, "_hopper", lambda device: True)
-    attention._flash3.cache_clear()
-    monkeypatch.setattr(attention, "_flash3", attention._flash3.__wrapped__)
+    monkeypatch.setattr(attention, "_flash_attn_func", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    load = attention._load_flash3.__wrapped__
+    monkeypatch.setattr(attention, "_flash3", torch.compiler.assume_constant_result(lambda device: load(torch.device("cuda"))))
     return calls
+
+
+@pytest.mark.parametrize("custom", [True, False])
+def test_the_compiler_sees_flash_attention_3_or_goes_around_an_older_one(custom, monkeypatch):
+    torch._dynamo.reset()
+    calls = stand_in(monkeypatch, custom)
+    q, k, v, _ = draw(2, 9, 4, 2, 16, torch.bfloat16)
+    compiled = torch.compile(lambda q, k, v: attend(q * 2, k, v, causal=True) * 2, backend="eager", fullgraph=custom)
+    assert torch.equal(compiled(q, k, v), attend_twin(q * 2, k, v, causal=True) * 2)
+    assert calls == [(True, (-1, -1))]
 
 
 def test_flash_attention_3_is_called_as_it_wants_to_be(monkeypatch):

@@ -12,6 +12,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -52,10 +53,14 @@ def _kept_mask(T: int, window: int, device: torch.device) -> Tensor:
 
 # ---- FlashAttention 3
 
-@torch.compiler.assume_constant_result
+_flash_attn_func: Callable | None = None  # a global, since the compiler looks into what such a one holds
+
+
 @cache
-def _flash3():
-    """FlashAttention 3's `flash_attn_func`, or None where it is not installed."""
+def _load_flash3(device: torch.device) -> bool:
+    global _flash_attn_func
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
     try:
         if hub := os.environ.get("NANOCHAT_FA3_HUB"):
             from kernels import get_kernel
@@ -64,17 +69,18 @@ def _flash3():
         else:
             import flash_attn_interface as module
     except ImportError:
-        return None
-    attention = module.flash_attn_func
-    own = getattr(sys.modules.get(attention.__module__), "_flash_attn_forward", None)
-    # older ones are no custom ops: the compiler cannot look into them, and has to go around
-    return attention if isinstance(own, torch.library.CustomOpDef) else torch.compiler.disable(attention)
+        return False
+    _flash_attn_func = module.flash_attn_func
+    own = getattr(sys.modules.get(_flash_attn_func.__module__), "_flash_attn_forward", None)
+    if not isinstance(own, torch.library.CustomOpDef):  # an older one: the compiler cannot look into it, and has to go around
+        _flash_attn_func = torch.compiler.disable(_flash_attn_func)
+    return True
 
 
 @torch.compiler.assume_constant_result
-@cache
-def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+def _flash3(device: torch.device) -> bool:
+    """Whether FlashAttention 3 is there for this device, a Hopper GPU; it is loaded at the first question."""
+    return _load_flash3(device)
 
 
 # ---- blocks of queries, for CPUs
@@ -173,7 +179,7 @@ LEAST, MOST = 64, 512  # positions over which `_Blocks` is faster than PyTorch, 
 
 def path(q: Tensor, *, causal: bool = True, mask: Tensor | None = None, window: int | None = None) -> str:
     """Return the name of the path that `attend` takes for such a q: FLASH3, BLOCKS or PYTORCH."""
-    if mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and _hopper(q.device) and _flash3() is not None:
+    if mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and _flash3(q.device):
         return FLASH3
     T = q.shape[1]
     if (causal and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float32) and q.requires_grad and torch.is_grad_enabled()
@@ -196,7 +202,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tenso
         window = None
     way = path(q, causal=causal, mask=mask, window=window)
     if way == FLASH3:
-        y = _flash3()(q, k, v, causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0))
+        y = _flash_attn_func(q, k, v, causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0))
         return y[0] if isinstance(y, tuple) else y  # older ones return the log of the sums too
     if way == BLOCKS:
         return _Blocks.apply(q, k, v, window)
