@@ -192,7 +192,7 @@ def test_a_gradient_can_be_asked_for_twice():
 def test_a_head_that_is_no_plain_matrix_gives_its_own_logits():
     torch.manual_seed(6)
     x, weight, targets = torch.randn(30, 4), torch.randn(9, 4), torch.randint(-1, 9, (30,))
-    got = cross_entropy.token_losses(x, torch.empty(9, 4, dtype=torch.int8), targets, lambda part: part @ weight.T)
+    got = cross_entropy.token_losses(x, lambda part: part @ weight.T, 9, targets)
     torch.testing.assert_close(got, head_loss_twin(x, weight, targets, "none"))
 
 
@@ -207,14 +207,18 @@ def test_memory_is_a_quarter_of_the_plain_ones():
         assert peak(head_loss) <= peak(head_loss_twin) / 4
 
 
-def test_compiling_what_calls_it_gives_the_same():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_model_compiled_as_a_whole_gives_the_same(reduction):
     torch.manual_seed(7)
-    x, weight, targets = torch.randn(6, 4), torch.randn(9, 4, requires_grad=True), torch.randint(9, (6,))
+    x, weight, targets = torch.randn(6, 4), torch.randn(9, 4, requires_grad=True), torch.randint(-1, 9, (6,))
 
     def model(x: Tensor) -> Tensor:
-        return head_loss(x * 2, weight, targets, "mean") + 1
-    (wanted,), (got,) = (torch.autograd.grad(f(x), weight) for f in (model, torch.compile(model, backend="aot_eager")))
+        return (head_loss(x * 2, weight, targets, reduction) ** 2).sum()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    (wanted,), (got,) = (torch.autograd.grad(f(x), weight) for f in (model, compiled))
     torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_the_kernel_compiles_for_hopper_without_spilling():
@@ -242,3 +246,27 @@ def test_the_kernel_on_a_gpu_gives_float64s_losses_and_gradient(dtype, V):
     cross_entropy.softcapped_(z, targets.cuda(), factors.cuda(), losses)
     torch.testing.assert_close(losses.cpu().double(), wanted, rtol=4e-6, atol=4e-6)
     torch.testing.assert_close(z.cpu().double(), wanted_grad, rtol=1e-5 + (2.0 ** -8 if dtype == torch.bfloat16 else 0), atol=1e-7)
+
+
+# ---- its benchmark
+
+def test_the_benchmark_tables_ours_beside_the_twin_and_says_why_liger_is_left_out(monkeypatch, capsys, tmp_path):
+    import json
+
+    from bench import head
+    monkeypatch.setattr(head, "matmul_flops", lambda *_: 1e9)
+    head.main(["--depth=1", "--tokens=40", "--vocab-size=97", "--rounds=1", "--device=cpu", "--dtype=float32",
+               f"--json={tmp_path / 'head.json'}"])
+    text = capsys.readouterr().out
+    assert "Liger is left out: it needs a GPU." in text
+    rows = json.loads((tmp_path / "head.json").read_text())["rows"]
+    assert [(row["pass"], row["how"]) for row in rows] == [(name, how) for name in head.PASSES for how in ("ours", head.TWIN)]
+    for row in rows:
+        assert f"| {row['pass']} " in text and row["error"] < 1e-5 and row["seconds"] > 0 and row["memory"] > 0
+
+
+def test_the_benchmark_sees_wrong_numbers():
+    from bench import head
+    wrong = {"ours": lambda *given: head_loss_twin(*given) * 1.01, head.TWIN: head_loss_twin}
+    rows = head.compare("training", wrong, head.inputs(20, 8, 31, torch.float32, torch.device("cpu")), 1, 1e9)
+    assert rows[0]["error"] > 5e-3 > 1e-5 > rows[1]["error"]

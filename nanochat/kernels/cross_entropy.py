@@ -23,7 +23,7 @@ IGNORE = -1
 CHUNK_ELEMENTS = 1 << 29  # logits in a chunk, at most: 1 GB of bfloat16
 TOKENS = {"cpu": 2048}  # in a chunk, at most; see `_rows`
 MANY_TOKENS = 8192  # the same on accelerators
-PIECE = {"cpu": 1 << 17}  # logits in hand at a time in plain PyTorch: with what is made of them, they stay in a CPU's cache
+PIECE = {"cpu": 1 << 18}  # logits in hand at a time in plain PyTorch: with what is made of them, they stay in a CPU's cache
 LARGE_PIECE = 1 << 26
 
 
@@ -90,7 +90,7 @@ def softcapped_plain_(z: Tensor, targets: Tensor, factors: Tensor | None, losses
             piece.copy_(p.mul_(r)) if piece.dtype != p.dtype else torch.mul(p, r, out=piece)
 
 
-def _rows(x: Tensor, weight: Tensor) -> int:
+def _rows(x: Tensor, V: int) -> int:
     """Tokens in a chunk.
 
     Each chunk reads and writes the weight's gradient, 8·V·E bytes, beside its 6·n·V·E FLOPs: whatever V and E are, what that costs falls
@@ -98,7 +98,7 @@ def _rows(x: Tensor, weight: Tensor) -> int:
     More would only cost memory. Fewer, where that is needed to save some: a quarter of the tokens, but not so few that their
     logits are smaller than the weight's gradient, which has to be held anyway.
     """
-    (N, E), V = x.shape, weight.shape[0]
+    N, E = x.shape
     return max(1, min(TOKENS.get(x.device.type, MANY_TOKENS), max(-(-N // 4), 4 * E // x.element_size()), CHUNK_ELEMENTS // V))
 
 
@@ -116,18 +116,37 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _losses_and_gradients(x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses (N,) in float32, and of Σ factors·losses the gradients of x (in its dtype) and of weight (in float32)."""
-    w, rows = weight.to(x.dtype), _rows(x, weight)
-    losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-    logits = x.new_empty(min(rows, x.shape[0]), weight.shape[0])
-    for part in _chunks(x.shape[0], rows):
+def _walk(x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None, want_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses (N,) in float32, and of Σ factors·losses the gradients of x, in its dtype, and of weight, in float32.
+
+    Without want_grad the gradients are empty.
+    """
+    (N, _), w, rows = x.shape, weight.to(x.dtype), _rows(x, len(weight))
+    losses, dx, dweight = _room(x, weight, want_grad)
+    logits = x.new_empty(min(rows, N), len(weight))
+    for part in _chunks(N, rows):
         z = torch.mm(x[part], w.T, out=logits[:part.stop - part.start])
-        softcapped_(z, targets[part], None if factors is None else factors[part], losses[part])
-        torch.mm(z, w, out=dx[part])
-        _add_product_(dweight, z.T, x[part])
+        softcapped_(z, targets[part], None if factors is None else factors[part], losses[part], want_grad)
+        if want_grad:
+            torch.mm(z, w, out=dx[part])
+            _add_product_(dweight, z.T, x[part])
     return losses, dx, dweight
+
+
+def _room(x: Tensor, weight: Tensor, want_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_walk` returns, yet to be filled."""
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    if not want_grad:
+        return losses, x.new_empty(0), losses.new_empty(0)
+    return losses, torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+
+
+_opaque_walk = torch.library.custom_op("nanochat::head_loss", _walk, mutates_args=())  # for compilers, which shall not look inside
+_opaque_walk.register_fake(lambda x, weight, targets, factors, want_grad: _room(x, weight, want_grad))
+
+
+def _losses(*given: Tensor | None | bool) -> tuple[Tensor, Tensor, Tensor]:
+    return (_opaque_walk if torch.compiler.is_compiling() else _walk)(*given)
 
 
 class _SumLoss(torch.autograd.Function):
@@ -135,8 +154,8 @@ class _SumLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
-        losses, *gradients = _losses_and_gradients(x, weight, targets, factors)
-        ctx.save_for_backward(*gradients)
+        losses, dx, dweight = _losses(x, weight, targets, factors, True)
+        ctx.save_for_backward(dx, dweight)
         ctx.weight_dtype = weight.dtype
         return (losses if factors is None else losses * factors).sum()
 
@@ -152,43 +171,37 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, targets)
-        return token_losses(x, weight, targets)
+        return _losses(x, weight, targets, None, False)[0]
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, targets = ctx.saved_tensors
-        _, dx, dweight = _losses_and_gradients(x, weight, targets, upstream.contiguous())
+        _, dx, dweight = _losses(x, weight, targets, upstream.contiguous(), True)
         return dx, dweight.to(weight.dtype), None
 
 
-@torch.no_grad()
-def token_losses(x: Tensor, weight: Tensor, targets: Tensor, product: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Return the loss of each token, (N,) float32, without a gradient; arguments as in `head_loss_twin`.
-
-    product: gives the raw logits of hidden states, where that is no plain product with the weight; only the weight's shape counts then.
-    """
-    w = weight.to(x.dtype) if product is None else weight
-    losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    for part in _chunks(x.shape[0], _rows(x, weight)):
-        softcapped_(x[part] @ w.T if product is None else product(x[part]), targets[part], None, losses[part], want_grad=False)
-    return losses
-
-
-@torch.compiler.disable
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", factors: Tensor | None = None) -> Tensor:
     """Return what `head_loss_twin` returns (arguments and shapes as there), holding one chunk of logits at a time."""
     if factors is not None and reduction != "sum":
         raise ValueError(f"factors go with the reduction 'sum', not {reduction!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")
-    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if reduction == "none":
-        return _TokenLosses.apply(x, weight, targets) if trained else token_losses(x, weight, targets)
     if reduction == "mean":
         factors = (1 / (targets != IGNORE).sum()).expand(len(targets))
     if factors is not None:
         factors = factors.float().contiguous()
-    if trained:
-        return _SumLoss.apply(x, weight, targets, factors)
-    losses = token_losses(x, weight, targets)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _TokenLosses.apply(x, weight, targets) if reduction == "none" else _SumLoss.apply(x, weight, targets, factors)
+    losses = _losses(x, weight, targets, factors, False)[0]
+    if reduction == "none":
+        return losses
     return (losses if factors is None else losses * factors).sum()
+
+
+@torch.no_grad()
+def token_losses(x: Tensor, product: Callable[[Tensor], Tensor], V: int, targets: Tensor) -> Tensor:
+    """Return the loss of each token, (N,) float32, of a head that is no plain matrix: product gives raw logits (n, V) of x (n, E)."""
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    for part in _chunks(len(x), _rows(x, V)):
+        softcapped_(product(x[part]), targets[part], None, losses[part], want_grad=False)
+    return losses
