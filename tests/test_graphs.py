@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from nanochat import engine as engine_module
 from nanochat import graphs
@@ -119,7 +119,7 @@ def test_a_step_reads_nothing_on_the_host_and_hangs_on_shapes_alone(model, token
         steps._sample(4, False, 8, 16, True)
         steps._sample(4, True, 0, 0, False)
         for forbidden in (lambda: int(steps.tokens[0]), lambda: torch.tensor([1]), lambda: steps.seen.nonzero()):
-            with pytest.raises(AssertionError):  # so that the test can fail
+            with pytest.raises((AssertionError, DataDependentOutputException, DynamicOutputShapeException)):  # so the test can fail
                 forbidden()
 
 
