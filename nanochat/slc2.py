@@ -3,12 +3,11 @@
 By Rikka Botan, after the short convolution blocks of LFM2. The formula is that of the published code, which the weights were trained with.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.kernels.slc2 import causal_taps, gated_input, slc2_core
-from nanochat.kernels.slc2_step import next_tap
-from nanochat.layers import Linear, project
+from nanochat.kernels.slc2 import columns, gated_input, slc2_mix
+from nanochat.kernels.slc2_step import slc2_step
+from nanochat.layers import Linear, together
 from nanochat.state import Taps
 
 
@@ -18,6 +17,7 @@ class SLC2(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, H = config.n_embd, config.n_head
+        self.heads = {"n_head": H, "head_width": E // H}
         self.x_proj = Linear(E, E)
         self.alpha_proj = Linear(E, H)
         self.A_proj = Linear(E, E // H)
@@ -30,14 +30,15 @@ class SLC2(nn.Module):
 
         rope is not used: the convolution knows the order by itself.
         """
-        x, B, A, alpha = project(h, self.x_proj, self.B_proj, self.A_proj, self.alpha_proj)
+        z = together(h, self.x_proj, self.B_proj, self.A_proj, self.alpha_proj)
         taps = self.conv1d.weight.squeeze(1).to(h.dtype)
         if state is None:
-            return self.c_proj(slc2_core(x, B, A, alpha, taps))
-        u = gated_input(x, A, alpha)
-        if h.shape[1] == 1 and state.state.ends is None:
-            c = next_tap(u, taps, state.past)
-        else:
-            c = causal_taps(u, taps, state.past.to(u.dtype))
-            state.append(u)
-        return self.c_proj(B * F.silu(c))
+            return self.c_proj(slc2_mix(z, taps, **self.heads))
+        x, B, A, alpha, _ = columns(z, **self.heads)
+        ragged = state.state.ends is not None
+        if h.shape[1] == 1 and not ragged:
+            return self.c_proj(slc2_step(x, B, A, alpha, taps, state.past))
+        y = slc2_mix(z, taps, state.past, **self.heads)
+        kept = slice(None) if ragged else slice(-max(taps.shape[1] - 1, 1), None)  # of the gated inputs, the last are remembered
+        state.append(gated_input(x[:, kept], A[:, kept], alpha[:, kept]))
+        return self.c_proj(y)
