@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.kernels import native
+
 
 def gated_input(x: Tensor, A: Tensor, alpha: Tensor) -> Tensor:
     """Return u = silu(silu(alpha) ⊗ A) · x of shape (..., E), from x (..., E), A (..., D), alpha (..., H); head-major, E = H·D."""
@@ -70,6 +72,7 @@ def _plain_backward(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, 
     return dtaps, dpast
 
 
+_NATIVE = types.SimpleNamespace(forward=native.slc2_forward, backward=native.slc2_backward, step=native.slc2_step)
 _PLAIN = types.SimpleNamespace(forward=_plain_forward, backward=_plain_backward)
 
 
@@ -85,12 +88,12 @@ def uses_triton(z: Tensor, K: int = 3) -> bool:
     return z.is_cuda and K <= 4 and z.dtype in (torch.bfloat16, torch.float16, torch.float32) and _triton_runs_on(z.device)
 
 
-def kernels_for(x: Tensor, *others: Tensor, K: int):
-    """Return what offers forward, backward (and step) for these tensors: Triton kernels, those for CPUs, or None."""
+def kernels_for(x: Tensor, *others: Tensor, K: int) -> types.ModuleType | types.SimpleNamespace | None:
+    """Return what offers forward, backward and step for these tensors: Triton's kernels, those for CPUs, or None."""
     if uses_triton(x, K):
         from nanochat.kernels.triton import slc2
         return slc2
-    return None
+    return _NATIVE if x.numel() and native.ready(x, *others) else None
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -135,21 +138,16 @@ def columns(z: Tensor, n_head: int, head_width: int) -> list[Tensor]:
     return list(z.split([E, E, head_width, n_head, z.shape[-1] - used], dim=-1))
 
 
-@torch.library.custom_op("nanochat::slc2_mix", mutates_args=(),
-                         schema="(Tensor z, Tensor taps, Tensor? past, int n_head, int head_width) -> Tensor")
 def _mix(z: Tensor, taps: Tensor, past: Tensor | None, n_head: int, head_width: int) -> Tensor:
     *inputs, _ = columns(_dense(z), n_head, head_width)
     kernels = kernels_for(*inputs, taps, K=taps.shape[1]) or _PLAIN
     return kernels.forward(*inputs, taps, _dense(past))
 
 
-@_mix.register_fake
-def _(z, taps, past, n_head, head_width):
+def _mix_shape(z, taps, past, n_head, head_width):
     return z.new_empty(z.shape[0], z.shape[1], n_head * head_width)
 
 
-@torch.library.custom_op("nanochat::slc2_mix_backward", mutates_args=(),
-                         schema="(Tensor dy, Tensor z, Tensor taps, Tensor? past, int n_head, int head_width) -> (Tensor, Tensor, Tensor)")
 def _mix_backward(dy: Tensor, z: Tensor, taps: Tensor, past: Tensor | None, n_head: int, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return dz, zero in the padding; dtaps; and dpast, empty where there is no past."""
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
@@ -161,8 +159,7 @@ def _mix_backward(dy: Tensor, z: Tensor, taps: Tensor, past: Tensor | None, n_he
     return dz, dtaps.to(taps.dtype), z.new_empty(0) if dpast is None else dpast
 
 
-@_mix_backward.register_fake
-def _(dy, z, taps, past, n_head, head_width):
+def _mix_backward_shapes(dy, z, taps, past, n_head, head_width):
     return z.new_empty(z.shape), taps.new_empty(taps.shape), z.new_empty(0) if past is None else past.new_empty(past.shape)
 
 
@@ -172,12 +169,21 @@ def _keep_inputs(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    past = ctx.saved_tensors[2]
-    dz, dtaps, dpast = _mix_backward(dy, *ctx.saved_tensors, *ctx.heads)
+    z, taps, past = ctx.saved_tensors  # read once, as checkpointing demands
+    dz, dtaps, dpast = torch.ops.nanochat.slc2_mix_backward(dy, z, taps, past, *ctx.heads)
     return dz, dtaps, None if past is None else dpast, None, None
 
 
-_mix.register_autograd(_gradients, setup_context=_keep_inputs)
+# Not by `torch.library.custom_op`: its first call imports the whole compiler, which takes seconds.
+_LIBRARY = torch.library.Library("nanochat", "FRAGMENT")
+_INPUTS = "Tensor z, Tensor taps, Tensor? past, int n_head, int head_width"
+for name, schema, run, shapes in (
+        ("slc2_mix", f"({_INPUTS}) -> Tensor", _mix, _mix_shape),
+        ("slc2_mix_backward", f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor)", _mix_backward, _mix_backward_shapes)):
+    _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nanochat::{name}", shapes, lib=_LIBRARY)
+torch.library.register_autograd("nanochat::slc2_mix", _gradients, setup_context=_keep_inputs, lib=_LIBRARY)
 
 
 def slc2_mix(z: Tensor, taps: Tensor, past: Tensor | None = None, *, n_head: int, head_width: int) -> Tensor:
@@ -189,4 +195,4 @@ def slc2_mix(z: Tensor, taps: Tensor, past: Tensor | None = None, *, n_head: int
     """
     if torch.compiler.is_compiling() and not z.is_cuda:
         return _plain_forward(*columns(z, n_head, head_width)[:4], taps, past)
-    return _mix(z, taps, past, n_head, head_width)
+    return torch.ops.nanochat.slc2_mix(z, taps, past, n_head, head_width)
