@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from nanochat.kernels.attention import attend
 from nanochat.kernels.one_query import next_query, one_query
-from nanochat.layers import Linear, norm, project
+from nanochat.kernels.rope_norm import rope_norm
+from nanochat.layers import Linear, project
 from nanochat.state import Fixed, KeysValues
 
 ROPE_BASE = 10_000.0
@@ -16,16 +17,6 @@ def rope_table(length: int, head_width: int, device: torch.device | str) -> tupl
     channels = torch.arange(0, head_width, 2, dtype=torch.float32, device=device)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), ROPE_BASE ** -(channels / head_width))
     return angles.cos().bfloat16().float(), angles.sin().bfloat16().float()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x[d], x[d + D/2]) of x (B, T, H, D) by its position's angle; rope is cos, sin (T, D/2) or (B, T, D/2).
-
-    The result is float32: what follows (a norm) wants it.
-    """
-    cos, sin = (table.unsqueeze(-2) for table in rope)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
 class Attention(nn.Module):
@@ -44,7 +35,7 @@ class Attention(nn.Module):
         """Mix h (B, T, E) along time; returns (B, T, E). With a state, h goes on where the state ends, and the state takes it in."""
         D = self.head_width
         q, k, v = (y.unflatten(-1, (-1, D)) for y in project(h, self.c_q, self.c_k, self.c_v))
-        q, k = norm(rotate(q, rope)).to(v.dtype), norm(rotate(k, rope)).to(v.dtype)
+        q, k = rope_norm(q, rope), rope_norm(k, rope)
         if state is None:
             y = attend(q, k, v, causal=True, window=self.window)
         elif isinstance(state.state, Fixed):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from nanochat.attention import Attention, rope_table
 from nanochat.kernels.cross_entropy import CHUNK_ELEMENTS, IGNORE, head_loss, softcap
 from nanochat.kernels.relu2 import relu_squared
-from nanochat.layers import Linear, norm
+from nanochat.kernels.rms_norm import rms_norm
+from nanochat.layers import Linear
 from nanochat.sampling import Sampler, Settings
 from nanochat.slc2 import SLC2
 from nanochat.state import KeysValues, State, Taps
@@ -111,8 +112,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], state: KeysValues | Taps | None = None) -> Tensor:
-        x = x + self.attn(norm(x), rope, state)
-        return x + self.mlp(norm(x))
+        x = x + self.attn(rms_norm(x), rope, state)
+        return x + self.mlp(rms_norm(x))
 
 
 class GPT(nn.Module):
@@ -201,14 +202,14 @@ class GPT(nn.Module):
             cos, sin = self.rope(max(state.lengths) + T)
             at = state.positions(T)
             rope = (cos[at], sin[at])
-        x = norm(F.embedding(ids, self.transformer.wte.weight).to(self.dtype))
+        x = rms_norm(F.embedding(ids, self.transformer.wte.weight).to(self.dtype))
         compiled = state is None and tuple(ids.shape) == self._compiled_for
         for i, block in enumerate(self.transformer.h):
             run = block if compiled else block.forward
             x = run(x, rope, None if state is None else state.layers[i])
         if state is not None:
             state.advance(T, counts)
-        return norm(x)
+        return rms_norm(x)
 
     def head(self, x: Tensor) -> Tensor:
         """Return float32 logits (..., V) of hidden states x (..., E)."""

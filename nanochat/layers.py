@@ -1,4 +1,4 @@
-"""What both mixers and the model are made of: a matrix without bias, and RMS norm without parameters."""
+"""What both mixers and the model are made of: matrices without bias, each alone or several in one product."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-
 
 ALIGNED = 16  # columns: rows of a product that begin at multiples of 32 bytes are read and written fast on GPUs
 
@@ -57,8 +56,3 @@ def join(layers: list[nn.Module]) -> None:
         for layer, part in zip(layers, all_rows.split([*sizes, padding])):
             getattr(layer, name).data = part
     layers[0].joined = [whole]  # in a list: a submodule would stand in the state_dict
-
-
-def norm(x: Tensor) -> Tensor:
-    """Divide x by its root mean square over the last dimension (PyTorch's default eps)."""
-    return F.rms_norm(x, (x.shape[-1],))
