@@ -44,20 +44,28 @@ SHAPES = [(2, 64, 2, 2, 32), (3, 97, 4, 2, 16), (1, 200, 6, 1, 64), (2, 256, 2, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("B, T, H, G, D", SHAPES)
 def test_blocks_err_from_float64_as_the_twin_does(B, T, H, G, D, dtype, monkeypatch):
-    monkeypatch.setattr(attention, "MOST", 1024)
+    monkeypatch.setattr(attention, "path", lambda *_, **__: BLOCKS)
     for window in (None, 1, 2, 37, T - 1, T, T + 9):
         inputs = draw(B, T, H, G, D, dtype, seed=T)
         options = {"causal": True, "window": window}
-        assert path(inputs[0].requires_grad_(), **options) == BLOCKS
         exact = answers(attend_twin, *(x.double() for x in inputs), **options)
         twin, got = far(answers(attend_twin, *inputs, **options), exact), far(answers(attend, *inputs, **options), exact)
         tiny = torch.finfo(dtype).eps * 0.05  # a window of 1 has gradients of 0 in q and k
         assert all(a <= 1.5 * b + tiny for a, b in zip(got, twin)), (window, got, twin)
 
 
+def test_blocks_are_for_training_with_a_short_window_in_a_long_row():
+    q = torch.randn(1, 512, 1, 8, requires_grad=True)
+    assert path(q, window=128) == BLOCKS
+    for other, window in ((q, None), (q, 129), (q[:, 1:], 99), (q.detach(), 99), (q.double(), 99)):
+        assert path(other, window=window) == PYTORCH
+    with torch.no_grad():
+        assert path(q, window=128) == PYTORCH
+
+
 def test_blocks_walk_over_groups_of_heads_and_long_rows(monkeypatch):
     monkeypatch.setattr(attention, "GROUP", 1 << 13)
-    monkeypatch.setattr(attention, "MOST", 1024)
+    monkeypatch.setattr(attention, "path", lambda *_, **__: BLOCKS)
     inputs = draw(2, 333, 6, 3, 16, torch.float32)
     for window in (None, 50):
         for a, b in zip(answers(attend, *inputs, causal=True, window=window), answers(attend_twin, *inputs, causal=True, window=window)):
@@ -66,6 +74,7 @@ def test_blocks_walk_over_groups_of_heads_and_long_rows(monkeypatch):
 
 def test_blocks_leave_their_inputs_alone_and_write_all_of_their_outputs(monkeypatch):
     """Memory that nobody wrote is NaN here."""
+    monkeypatch.setattr(attention, "path", lambda *_, **__: BLOCKS)
     inputs = draw(2, 130, 4, 2, 16, torch.float32)
     before, whole = [x.clone() for x in inputs], answers(attend, *inputs, causal=True, window=40)
     empty, empty_like = torch.empty, torch.empty_like
@@ -152,11 +161,8 @@ def test_a_window_trains_through_blocks_as_through_torch(monkeypatch):
     model = small_model(window=20, sequence_len=128)
     ids = torch.randint(97, (2, 101))
     gradients = []
-    for least in (1, 1000):
-        monkeypatch.setattr(attention, "LEAST", least)
-        monkeypatch.setattr(attention, "MOST", 512)
-        if least == 1000:
-            monkeypatch.setattr(attention, "path", lambda q, **kwargs: PYTORCH)
+    for way in (BLOCKS, PYTORCH):
+        monkeypatch.setattr(attention, "path", lambda *_, way=way, **__: way)
         loss = model(ids[:, :-1], ids[:, 1:])
         gradients.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for a, b in zip(*gradients):

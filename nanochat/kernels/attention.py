@@ -6,7 +6,7 @@
 
 - Hopper GPUs, 16-bit: FlashAttention 3 where it is installed (a module `flash_attn_interface`), or, with NANOCHAT_FA3_HUB set to the
   name of a repository of kernels, through the package `kernels`. That one downloads, so it is done only where it is asked for.
-- CPUs, training: blocks of queries, each over only the keys it sees (`_Blocks`).
+- CPUs, training with a window of at most a quarter of a long row: blocks of queries, each over only the keys it sees (`_Blocks`).
 - Everything else: PyTorch's scaled_dot_product_attention.
 """
 
@@ -174,16 +174,12 @@ class _Blocks(torch.autograd.Function):
 
 # ---- the choice
 
-LEAST, MOST = 64, 512  # positions over which `_Blocks` is faster than PyTorch, on one thread and on two
-
-
 def path(q: Tensor, *, causal: bool = True, mask: Tensor | None = None, window: int | None = None) -> str:
     """Return the name of the path that `attend` takes for such a q: FLASH3, BLOCKS or PYTORCH."""
     if mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and _flash3(q.device):
         return FLASH3
-    T = q.shape[1]
-    if (causal and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float32) and q.requires_grad and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling() and (LEAST <= T <= MOST or window is not None and 2 * window <= T)):
+    if (causal and window is not None and q.shape[1] >= max(512, 4 * window) and q.device.type == "cpu" and q.requires_grad
+            and torch.is_grad_enabled() and q.dtype in (torch.bfloat16, torch.float32) and not torch.compiler.is_compiling()):
         return BLOCKS
     return PYTORCH
 
