@@ -75,12 +75,13 @@ def prefill_seconds(model: GPT, B: int, T: int, times: int = 3) -> list[float]:
     return [seconds_of(once, model.device) for _ in range(times)]
 
 
-def decoding(model: GPT | TwinGPT, B: int, prompt: int, new: int) -> Iterator[float]:
+def decoding(model: GPT | TwinGPT, B: int, prompt: int, new: int, graphs: bool | None = None) -> Iterator[float]:
     """Yield the seconds of each of `new` greedy decoding steps of B rows behind a prompt, through the engine; a TwinGPT through the
     published one. A step is from one column of tokens on the host to the next; the first ones, in which memory grows, are left out.
+    graphs: of Engine.
     """
     ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
-    generate = Engine(model, Endless()).generate if isinstance(model, GPT) else partial(published_engine.generate, model)
+    generate = Engine(model, Endless(), graphs=graphs).generate if isinstance(model, GPT) else partial(published_engine.generate, model)
     columns = generate(ids, num_samples=B, max_tokens=new + 4, temperature=0)
     for _ in range(4):
         next(columns)
@@ -91,9 +92,9 @@ def decoding(model: GPT | TwinGPT, B: int, prompt: int, new: int) -> Iterator[fl
         yield time.perf_counter() - start
 
 
-def decode_seconds(model: GPT | TwinGPT, B: int, prompt: int, new: int) -> list[float]:
+def decode_seconds(model: GPT | TwinGPT, B: int, prompt: int, new: int, graphs: bool | None = None) -> list[float]:
     """Seconds of each decoding step of B rows."""
-    return list(decoding(model, B, prompt, new))
+    return list(decoding(model, B, prompt, new, graphs))
 
 
 def decode_in_turns(models: dict[str, GPT | TwinGPT], B: int, prompt: int, new: int) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
     python -m bench.kernels --depth=4 --device-batch-size=16 --max-seq-len=256
     python -m bench.kernels --depth=20 --device-batch-size=32 --max-seq-len=2048 --vocab-size=65536      # on a GPU
+    python -m bench.kernels --peer=../another-checkout              # times the whole model of that checkout too
     python -m bench.kernels --only=slc2,step --dtype=float32 --compile=yes
 
 Forward is timed as in training (what backward needs is kept), and backward alone. "of the copy": bytes that must move at least (every
@@ -11,39 +12,48 @@ of fresh random inputs, exact being the twin in float64; for backward the worst 
 alive before. On a GPU inputs go round among several sets, so that its cache holds none of them, and the host's time is left out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from bench import head, peer
 from bench.measure import (
     circumstances,
     command_line,
     copy_bandwidth,
     in_a_line,
+    interleaved,
     matmul_flops,
     nbytes,
     off,
     paced,
     peak_growth,
+    random_batch,
     si,
     table,
     typical,
     write_json,
 )
+from bench.train import our_case, twin_case
+from nanochat.attention import rope_table
 from nanochat.cli import flag, parse, run_main
-from nanochat.distributed import close_ranks, compute_dtype, init_ranks
+from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
 from nanochat.files import UserError
 from nanochat.gpt import GPTConfig
-from nanochat.kernels import one_query, relu2, slc2, slc2_step
+from nanochat.kernels import attention, native, one_query, relu2, rms_norm, rope_norm, slc2, slc2_step
 from nanochat.layers import ALIGNED, Linear, project
 from nanochat.optim import newton_schulz
 
-TWIN, COMPILED = "twin, eager", "twin, torch.compile"
+TWIN, COMPILED, PLAIN, HEAD = "twin, eager", "twin, torch.compile", "ours, plain torch", "head+loss"
+ATTENTION_ROWS = 8  # the twin holds all scores, in float32
 ROTATED = 1 << 28  # bytes of inputs on a GPU, all sets together: some times its cache
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -61,6 +71,7 @@ class Config:
     rounds: int = flag(7, "measurements of each way; the median counts")
     compile: str = flag("auto", "time torch.compile of the twins too: yes, no, or auto (on GPUs)")
     only: str = flag("", "operations, by words their names hold, with commas between; unset is all")
+    peer: str = flag("", "a checkout that offers nanochat.gpt: its whole model is timed beside ours and the twin")
     threads: int = flag(0, "CPU threads; 0 leaves it to torch")
     device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     json: str = flag("", "file to write all numbers to")
@@ -135,6 +146,24 @@ def newton_schulz_flops(count: int, rows: int, columns: int, steps: int = 5) -> 
     return count * steps * (4.0 * n * n * m + 2.0 * n ** 3)
 
 
+# --- ways -------------------------------------------------------------------------------------------------------------
+
+def ours(fn: Callable[..., Outputs], device: torch.device, on_cuda: str = "") -> dict[str, Callable[..., Outputs]]:
+    """A function of ours by each backend that runs here: the one it takes, and plain PyTorch. on_cuda: what it takes on a GPU."""
+    backend = on_cuda if device.type == "cuda" else "native" if device.type == "cpu" and native.cpukernels is not None else ""
+    return {**({f"ours, {backend}": fn} if backend else {}), PLAIN: fn}
+
+
+@contextmanager
+def through(how: str) -> Iterator[None]:
+    """Within the block our functions take the backend that `how` names."""
+    if how != PLAIN:
+        yield
+        return
+    with patch.object(native, "cpukernels", None), patch.object(slc2, "uses_triton", lambda *_: False):
+        yield
+
+
 # --- operations --------------------------------------------------------------------------------------------------------
 
 def columns(z: Tensor, E: int, H: int) -> tuple[Tensor, ...]:
@@ -169,12 +198,12 @@ def core_operation(shape: Shape) -> Operation:
 
     def inputs(rows: int) -> tuple[Tensor, ...]:
         return shape.random(rows, shape.T, joined_width(E, H)), shape.random(E, K)
-    ways = {"ours": slc2.slc2_core, TWIN: slc2.slc2_core_twin, "unfused, F.conv1d": unfused_core}
+    ways: dict[str, Callable[..., Outputs]] = ours(partial(slc2.slc2_mix, n_head=H, head_width=E // H), shape.device, "Triton")
+    plain = {TWIN: slc2.slc2_core_twin, "unfused, F.conv1d": unfused_core}
     if shape.device.type == "cuda" and _installed("causal_conv1d"):
-        ways["unfused, causal-conv1d"] = dao_core
-    return Operation("slc2 core", shape.B, inputs,
-                     {how: lambda z, taps, way=way: way(*columns(z, E, H), taps) for how, way in ways.items()},
-                     slc2_bytes(shape.B * shape.T, E, H, shape.size))
+        plain["unfused, causal-conv1d"] = dao_core
+    ways |= {how: lambda z, taps, way=way: way(*columns(z, E, H), taps) for how, way in plain.items()}
+    return Operation("slc2 core", shape.B, inputs, ways, slc2_bytes(shape.B * shape.T, E, H, shape.size))
 
 
 def step_operation(shape: Shape) -> Operation:
@@ -184,31 +213,72 @@ def step_operation(shape: Shape) -> Operation:
     def inputs(rows: int) -> tuple[Tensor, ...]:
         return shape.random(rows, 1, joined_width(E, H)), shape.random(E, K), shape.random(rows, K - 1, E)
 
-    def way(next_tap: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def step(z: Tensor, taps: Tensor, past: Tensor) -> Tensor:
-            x, B, A, alpha = columns(z, E, H)
-            return B * F.silu(next_tap(slc2.gated_input(x, A, alpha), taps, past))
-        return step
-    return Operation("slc2 step", rows, inputs, {"ours": way(slc2_step.next_tap), TWIN: way(slc2_step.next_tap_twin)},
+    def way(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda z, taps, past: step(*columns(z, E, H), taps, past)
+    return Operation("slc2 step", rows, inputs,
+                     {**ours(way(slc2_step.slc2_step), shape.device, "Triton"), TWIN: way(slc2_step.slc2_step_twin)},
                      (slc2_step_bytes(rows, E, H, K, shape.size), 0), backward=False)
+
+
+def elementwise_operation(shape: Shape, name: str, fn: Callable[..., Tensor], twin: Callable[..., Tensor], width: int) -> Operation:
+    """A function of rows of `width` numbers each."""
+    return Operation(name, shape.B, lambda rows: (shape.random(rows, shape.T, width),), {**ours(fn, shape.device), TWIN: twin},
+                     elementwise_bytes(shape.B * shape.T * width, shape.size))
 
 
 def relu2_operation(shape: Shape) -> Operation:
     """The MLP's activation."""
-    width = 4 * shape.model.n_embd
-    return Operation("relu²", shape.B, lambda rows: (shape.random(rows, shape.T, width),),
-                     {"ours": relu2.relu_squared, TWIN: relu2.relu_squared_twin},
-                     elementwise_bytes(shape.B * shape.T * width, shape.size))
+    return elementwise_operation(shape, "relu²", relu2.relu_squared, relu2.relu_squared_twin, 4 * shape.model.n_embd)
+
+
+def rms_norm_operation(shape: Shape) -> Operation:
+    """The norm before each mixer and each MLP."""
+    return elementwise_operation(shape, "rms_norm", rms_norm.rms_norm, rms_norm.rms_norm_twin, shape.model.n_embd)
+
+
+def rope_norm_operation(shape: Shape) -> Operation:
+    """Rotary positions and the norm of queries (keys alike)."""
+    H, D = shape.model.n_head, shape.model.n_embd // shape.model.n_head
+    rope = rope_table(shape.T, D, shape.device)
+
+    def way(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x: fn(x, tuple(table.to(_wide(x, torch.float32)) for table in rope))
+    return Operation("rope_norm", shape.B, lambda rows: (shape.random(rows, shape.T, H, D),),
+                     {**ours(way(rope_norm.rope_norm), shape.device), TWIN: way(rope_norm.rope_norm_twin)},
+                     elementwise_bytes(shape.B * shape.T * H * D, shape.size))
+
+
+def attention_operation(shape: Shape) -> Operation:
+    """Causal attention of whole rows, at most ATTENTION_ROWS of them. Backward is five products where forward is two."""
+    H, G, D, rows = shape.model.n_head, shape.model.n_kv_head, shape.model.n_embd // shape.model.n_head, min(shape.B, ATTENTION_ROWS)
+    flops = 2.0 * rows * H * D * shape.T * shape.T
+
+    def inputs(rows: int) -> tuple[Tensor, ...]:
+        return shape.random(rows, shape.T, H, D), shape.random(rows, shape.T, G, D), shape.random(rows, shape.T, G, D)
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                              enable_gqa=H != G).transpose(1, 2)
+    path = attention.path(shape.random(1, 1, H, D))
+    ways = {f"ours, {path}": partial(attention.attend, causal=True), TWIN: partial(attention.attend_twin, causal=True)}
+    return Operation("attention", rows, inputs, ways if path == "PyTorch" else {**ways, "PyTorch": torchs}, flops=(flops, 2.5 * flops))
 
 
 def one_query_operation(shape: Shape) -> Operation:
-    """Attention of one new token of each row over max_seq_len keys."""
+    """Attention of one new token of each row at the end of max_seq_len keys that lie in buffers."""
     H, G, D, rows = shape.model.n_head, shape.model.n_kv_head, shape.model.n_embd // shape.model.n_head, shape.decode_rows
 
     def inputs(rows: int) -> tuple[Tensor, ...]:
-        return shape.random(rows, 1, H, D), shape.random(rows, shape.T, G, D), shape.random(rows, shape.T, G, D)
-    return Operation("one query", rows, inputs, {"ours": one_query.one_query, TWIN: one_query.one_query_twin},
-                     (shape.size * rows * D * (2 * H + 2 * shape.T * G), 0), backward=False)
+        new = shape.random(rows, 1, H, D), shape.random(rows, 1, G, D), shape.random(rows, 1, G, D)
+        return *new, shape.random(rows, shape.T, G, D), shape.random(rows, shape.T, G, D), torch.full((rows,), shape.T - 1,
+                                                                                                      device=shape.device)
+
+    def grown(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
+        keys[:, -1:], values[:, -1:] = k, v
+        return one_query.one_query(q, keys, values)
+    mine = "ours, Triton" if shape.device.type == "cuda" else PLAIN
+    ways = {mine: one_query.next_query, "ours, without a buffer": grown, TWIN: one_query.next_query_twin}
+    return Operation("one query", rows, inputs, ways, (shape.size * rows * D * (2 * H + 2 * shape.T * G), 0), backward=False)
 
 
 def projections_operation(shape: Shape) -> Operation:
@@ -260,8 +330,10 @@ def _installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-OPERATIONS = {"slc2 core": core_operation, "slc2 step": step_operation, "relu²": relu2_operation, "one query": one_query_operation,
-              "projections": projections_operation, "newton-schulz": muon_operation}
+OPERATIONS = {"slc2 core": core_operation, "slc2 step": step_operation, "attention": attention_operation, "one query": one_query_operation,
+              "projections": projections_operation, "rope_norm": rope_norm_operation, "rms_norm": rms_norm_operation,
+              "relu²": relu2_operation, "newton-schulz": muon_operation}
+NAMES = (*OPERATIONS, HEAD)
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------------
@@ -282,28 +354,42 @@ def errors(operation: Operation) -> dict[str, tuple[float, float | None]]:
             return list(outputs), []
         slopes[:] = slopes or [torch.randn_like(y) for y in outputs]  # of the first way, in the precision of its output
         return list(outputs), list(torch.autograd.grad(outputs, wanted, [dy.to(y.dtype) for dy, y in zip(slopes, outputs)]))
-    got = {how: of(way) for how, way in operation.ways.items() if how != COMPILED}
+    got = {}
+    for how, way in operation.ways.items():
+        if how != COMPILED:
+            with through(how):
+                got[how] = of(way)
     exact = of(operation.ways[TWIN], exactly=True)
     worst = {how: [max((off(a, b) for a, b in zip(*pair)), default=None) for pair in zip(both, exact)] for how, both in got.items()}
     return {how: (forward, backward) for how, (forward, backward) in worst.items()}
 
 
-def timed(operation: Operation, shape: Shape, rounds: int) -> tuple[dict[str, list[float]], ...]:
-    """Seconds of each way, forward and backward, and the bytes each needs more while it runs."""
+def within(how: str, fn: Callable[[int], object]) -> Callable[[int], object]:
+    """fn, its backend as `how` names it."""
+    def call(number: int) -> object:
+        with through(how):
+            return fn(number)
+    return call if how == PLAIN else fn
+
+
+def timed(operation: Operation, shape: Shape, rounds: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, int | None]]]:
+    """By pass and way: seconds, and the bytes that are alive at its peak beyond those before."""
     first = operation.inputs(operation.rows)
     sets = 1 if shape.device.type == "cpu" else max(2, min(64, -(-ROTATED // nbytes(first))))
     given = [first, *(operation.inputs(operation.rows) for _ in range(sets - 1))]
     if operation.backward:
         given = [tuple(x.requires_grad_() if x.is_floating_point() else x for x in one) for one in given]
-    forward = {how: lambda i, way=way: way(*given[i]) for how, way in operation.ways.items()}
+    forward = {how: within(how, lambda i, way=way: way(*given[i])) for how, way in operation.ways.items()}
     seconds = {"forward": paced(forward, shape.device, rounds, sets)}
     memory = {"forward": {how: peak_growth(lambda fn=fn: fn(0), shape.device) for how, fn in forward.items()}}
     if operation.backward:
         made = {how: [as_tuple(fn(i)) for i in range(sets)] for how, fn in forward.items()}
         slopes = [[torch.randn_like(y) for y in outputs] for outputs in made[TWIN]]
         wanted = [[x for x in one if x.requires_grad] for one in given]
-        backward = {how: lambda i, outputs=outputs: torch.autograd.grad(outputs[i], wanted[i], slopes[i], retain_graph=True)
-                    for how, outputs in made.items()}
+
+        def gradients(i: int, outputs: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(outputs[i], wanted[i], [dy.to(y.dtype) for dy, y in zip(slopes[i], outputs[i])], retain_graph=True)
+        backward = {how: within(how, partial(gradients, outputs=outputs)) for how, outputs in made.items()}
         seconds["backward"] = paced(backward, shape.device, rounds, sets)
         memory["backward"] = {how: peak_growth(lambda fn=fn: fn(0), shape.device) for how, fn in backward.items()}
     return seconds, memory
@@ -329,14 +415,51 @@ def compare(operation: Operation, shape: Shape, rounds: int, compiled: bool, cei
     return rows
 
 
+def head_rows(shape: Shape, rounds: int, compiled: bool, ceilings: dict[str, float]) -> list[dict[str, Any]]:
+    """The head and the loss, as bench.head compares them; it tells more."""
+    given = head.inputs(shape.B * shape.T, shape.model.n_embd, shape.model.vocab_size, shape.dtype, shape.device)
+    ways: dict[str, head.Loss] = {"ours": head.head_loss, TWIN: head.head_loss_twin}
+    if compiled:
+        ways[COMPILED] = torch.compile(head.head_loss_twin, dynamic=False)
+    liger, ceiling = head.liger(shape.device), ceilings["matmul_flops"]
+    rows = head.compare("training", ways if isinstance(liger, str) else {**ways, head.LIGER: liger}, given, rounds, ceiling)
+    rows += head.compare("evaluation", ways, given, rounds, ceiling)
+    return [{"operation": HEAD, "bytes": 0, **row} for row in rows]
+
+
+def model_rows(shape: Shape, rounds: int, compiled: bool, path: str) -> list[dict[str, Any]]:
+    """The whole model: losses of an evaluation, and forward and backward of a training step; ours, the twin, the checkout at `path`."""
+    ranks, batch = Ranks(0, 0, 1, shape.device), random_batch(shape.B, shape.T, shape.model.vocab_size, shape.device)
+    mine, twin = our_case("ours", shape.model, batch, ranks, shape.dtype, compiled), twin_case(shape.model, batch, ranks)
+
+    @torch.no_grad()
+    def losses(model: torch.nn.Module, *how: str) -> None:
+        model(*batch, *how)
+    work = {"forward": {"ours": lambda: losses(mine.model, "none"), TWIN: lambda: losses(twin.model)},
+            "pass": {"ours": mine.forward_backward, TWIN: twin.forward_backward}}
+    rows = []
+    for what, ways in work.items():
+        seconds = interleaved(ways, shape.device, rounds)
+        told = peer.ask(path, what, shape.model, shape.B, shape.T, steps=rounds, warmup=2, device=shape.device.type)
+        for found in told:
+            if "error" in found:
+                rows.append({"operation": "model", "pass": what, "how": f"peer {found['peer']}, {found['how']}", "failed": found["error"]})
+            else:
+                seconds[f"peer {found['peer']}, {found['how']}"] = found["seconds"]
+        rows += [{"operation": "model", "pass": what, "how": how, "seconds": typical(times), "all_seconds": times,
+                  "vs_twin": typical(seconds[TWIN]) / typical(times)} for how, times in seconds.items()]
+    return rows
+
+
 def shown(rows: list[dict[str, Any]]) -> str:
     """The table of all rows."""
-    def percent(part: float | None) -> str:
-        return "-" if part is None else f"{100 * part:.0f}%"
+    def cell(row: dict[str, Any], key: str, form: Callable[[float], str]) -> str:
+        return "-" if row.get(key) is None else form(row[key])
     return table(["operation", "pass", "how", "ms", "vs twin", "of the copy", "of the product", "error", "memory"],
-                 [[row["operation"], row["pass"], row["how"], f"{1000 * row['seconds']:.3f}", f"{row['vs_twin']:.2f}×",
-                   percent(row["of_the_copy"]), percent(row["of_the_product"]), "-" if row["error"] is None else f"{row['error']:.1e}",
-                   "-" if row["memory"] is None else si(row["memory"]) + "B"] for row in rows], (0, 1, 2))
+                 [[row["operation"], row["pass"], row["how"],
+                   f"{1000 * row['seconds']:.3f}" if "seconds" in row else row.get("failed", "out of memory"), cell(row, "vs_twin", lambda r: f"{r:.2f}×"),
+                   cell(row, "of_the_copy", lambda r: f"{100 * r:.0f}%"), cell(row, "of_the_product", lambda r: f"{100 * r:.0f}%"),
+                   cell(row, "error", lambda e: f"{e:.1e}"), cell(row, "memory", lambda b: si(b) + "B")] for row in rows], (0, 1, 2))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -349,9 +472,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(config.device_batch_size, config.max_seq_len, config.decode_rows, config.rounds) < 1:
         raise UserError("--device-batch-size, --max-seq-len, --decode-rows and --rounds must be at least 1")
     words = [word.strip() for word in config.only.split(",") if word.strip()]
-    names = [name for name in OPERATIONS if not words or any(word in name for word in words)]
+    names = [name for name in NAMES if not words or any(word in name for word in words)]
     if not names:
-        raise UserError(f"--only={config.only} names none of: {', '.join(OPERATIONS)}")
+        raise UserError(f"--only={config.only} names none of: {', '.join(NAMES)}")
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     model = GPTConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size)
@@ -362,6 +485,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = Shape(model, config.device_batch_size, config.max_seq_len, config.decode_rows, dtype, device)
         compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
         rows, ceilings = measured(shape, names, config.rounds, compiled)
+        if config.peer:
+            rows += model_rows(shape, config.rounds, compiled, config.peer)
     finally:
         close_ranks()
     print(f"{in_a_line(about)}\nshapes of d{config.depth}, {shape.B} rows of {shape.T} tokens, decoding {shape.decode_rows} rows, {dtype}, "
@@ -369,29 +494,35 @@ def main(argv: Sequence[str] | None = None) -> None:
           flush=True)
     if config.json:
         write_json(config.json, {"about": about, "config": asdict(config), **ceilings, "rows": rows})
-    if bad := too_far(rows):
+    if bad := too_far(rows, dtype):
         raise UserError(f"the numbers of these are wrong, and the times above worth nothing: {', '.join(bad)}")
 
 
-def measured(shape: Shape, names: Sequence[str], rounds: int, compiled: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The rows of these operations, and the ceilings of the same run."""
+def measured(shape: Shape, names: Sequence[str], rounds: int, compiled: bool, tiny: bool = False
+             ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows of these operations, and the ceilings of the same run. tiny: ceilings of something small, which say nothing."""
     torch.manual_seed(0)
     if compiled:
         from torch._functorch import config
         config.donated_buffer = False  # a backward pass is run more than once
-    side = 2048 if shape.device.type == "cpu" else 8192
-    ceilings = {"copy_bandwidth": copy_bandwidth(shape.device), "matmul_flops": matmul_flops(shape.device, shape.dtype, side)}
+    side = 256 if tiny else 2048 if shape.device.type == "cpu" else 8192
+    ceilings = {"copy_bandwidth": copy_bandwidth(shape.device, 1 << 22 if tiny else 0),
+                "matmul_flops": matmul_flops(shape.device, shape.dtype, side)}
     rows = []
     for name in names:
-        rows += compare(OPERATIONS[name](shape), shape, rounds, compiled, ceilings)
+        if name == HEAD:
+            rows += head_rows(shape, rounds, compiled, ceilings)
+        else:
+            rows += compare(OPERATIONS[name](shape), shape, rounds, compiled, ceilings)
     return rows, ceilings
 
 
-def too_far(rows: list[dict[str, Any]], factor: float = 3.0) -> list[str]:
-    """The ways of ours whose error is more than some times the twin's, or no number."""
-    twins = {(row["operation"], row["pass"]): row["error"] for row in rows if row["how"] == TWIN}
-    return [f"{row['operation']} {row['pass']}, {row['how']}" for row in rows if row["how"].startswith("ours") and row["error"] is not None
-            and not row["error"] <= factor * twins[row["operation"], row["pass"]] + 1e-6]
+def too_far(rows: list[dict[str, Any]], dtype: torch.dtype, factor: float = 3.0) -> list[str]:
+    """The ways of ours whose error is no number, or more than some times the twin's and what rounding to dtype makes of any number."""
+    judged = [row for row in rows if row.get("error") is not None]
+    twins = {(row["operation"], row["pass"]): max(row["error"], torch.finfo(dtype).eps / 4) for row in judged if row["how"] == TWIN}
+    return [f"{row['operation']} {row['pass']}, {row['how']}" for row in judged
+            if row["how"].startswith("ours") and not row["error"] <= factor * twins[row["operation"], row["pass"]]]
 
 
 if __name__ == "__main__":

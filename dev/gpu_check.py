@@ -5,7 +5,8 @@
 
 Needs Python, torch (with triton, to compile), tiktoken and numpy; pyarrow and our rustbpe for the loader's part. On a CPU, or with
 --tiny, it runs small shapes, which shows that it works. Sections stand in order of worth; none starts when the time is up, and one that
-fails does not stop the rest. Exit code 0 where every check of correctness held, 1 where one failed, broke or found no time.
+fails does not stop the rest. Exit code 0 where every check of correctness held, 1 where one failed, broke or found no time. Goals of speed
+stand in a table of their own; whether they are held does not count.
 """
 
 import os
@@ -23,6 +24,8 @@ if str(ROOT) not in sys.path:  # run as a file, with nothing installed
 
 from bench.measure import circumstances, in_a_line, table, write_json  # noqa: E402
 from dev import gpu_correctness as right  # noqa: E402
+from dev import gpu_kernels as single  # noqa: E402
+from dev import gpu_parts as parts  # noqa: E402
 from dev import gpu_speed as fast  # noqa: E402
 from dev.gpu_correctness import Report, Run, Skipped  # noqa: E402
 from nanochat.cli import flag, parse, run_main  # noqa: E402
@@ -56,19 +59,30 @@ class Section:
 SECTIONS = (
     Section("environment", fast.environment, False, 5),
     Section("ceilings", fast.ceilings, False, 10),
-    Section("golden", right.golden, True, 15),
+    Section("slc2", single.slc2, True, 60),
+    Section("loss_kernel", single.loss_kernel, True, 15),
+    Section("attention", single.attention, True, 10),
+    Section("one_token", single.one_token, True, 20),
+    Section("projections", single.projections, True, 5),
     Section("twin", right.twin, True, 10),
+    Section("golden", right.golden, True, 15),
     Section("head_loss", right.head_loss, True, 5),
     Section("state", right.state, True, 15),
+    Section("graphs", single.graphs, True, 30),
+    Section("slc2_speed", parts.slc2_speed, False, 40),
+    Section("compiled", right.compiled, True, 60),
+    Section("training", fast.training, False, 60),
+    Section("decoding", fast.decoding, False, 50),
+    Section("head_speed", parts.head_speed, False, 15),
     Section("engine", right.engine, True, 20),
     Section("optimizer", right.optimizer, True, 5),
-    Section("compiled", right.compiled, True, 60),
     Section("no_waiting", right.no_waiting, True, 40),
     Section("learning", right.learning, True, 15),
-    Section("training", fast.training, False, 60),
-    Section("decoding", fast.decoding, False, 40),
+    Section("fp8", parts.fp8, False, 10),
+    Section("kernels", fast.kernels, False, 30),
     Section("loader", fast.loader, True, 20),
-    Section("kernels", fast.kernels, False, 40),
+    Section("kernel_table", parts.kernel_table, False, 25),
+    Section("evaluation", parts.evaluation, False, 25),
     Section("training_more", fast.training_more, False, 30),
 )
 
@@ -104,6 +118,10 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]], tiny: bool) -
         rows.append([r["name"], r["status"], held, f"{r['seconds']:.1f}", "; ".join(worst) or r.get("why", "").split("\n")[0][:200]])
     text = ["# GPU check" + (" (small shapes: no speed below means anything)" if tiny else ""), "", in_a_line(about), "",
             table(["section", "status", "checks", "seconds", "what"], rows, (0, 1, 4))]
+    goals = [[g["goal"], f"{g['sign']} {show(g['wish'])}", "-" if g["measured"] is None else show(g["measured"]),
+              {True: "yes", False: "no", None: "-"}[g["held"]]] for r in results for g in r["goals"]]
+    if goals:
+        text += ["", "## goals", "", table(["goal", "wished for", "measured", "held"], goals)]
     for r in results:
         for part in r["tables"]:
             text += ["", f"## {r['name']}", "", part]
@@ -118,7 +136,10 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]], tiny: bool) -
 
 
 def show(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """A value for people: three digits, or all of a large one."""
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

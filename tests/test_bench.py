@@ -13,6 +13,7 @@ from dev import gpu_correctness as right
 from nanochat.engine import Engine
 from nanochat.files import UserError
 from nanochat.gpt import GPTConfig
+from nanochat.kernels import native
 from nanochat.logs import read_log
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
 from tests.conftest import ROOT
@@ -211,8 +212,9 @@ def test_the_gpu_check_works_on_a_cpu(capsys, tmp_path):
     assert found["good"] and found["tiny"] and page in capsys.readouterr().out
     status = {section["name"]: section["status"] for section in found["sections"]}
     assert list(status) == [section.name for section in gpu_check.SECTIONS]
-    for name in ("twin", "head_loss", "state", "optimizer", "learning"):
+    for name in ("twin", "head_loss", "state", "optimizer", "learning", "attention", "one_token", "projections", "graphs", "slc2_speed"):
         assert status[name] == "passed", name
+    assert status["slc2"] == status["loss_kernel"] == ("skipped" if native.cpukernels is None else "passed")
     assert status["compiled"] == status["no_waiting"] == status["kernels"] == "skipped"
     numbers = {section["name"]: section["numbers"] for section in found["sections"]}
     assert numbers["ceilings"]["copy_bandwidth"] > 0 and numbers["environment"]["torch"] == torch.__version__
@@ -220,8 +222,12 @@ def test_the_gpu_check_works_on_a_cpu(capsys, tmp_path):
     assert {"model", "batch", "tokens_per_second", "mfu", "pass_seconds", "optimizer_seconds", "memory"} <= rows[0].keys()
     assert {"hybrid", "attention"} == {row["model"].split()[1] for row in rows}
     assert {"tokens_per_second", "prefill_tokens_per_second", "of_the_bandwidth"} <= numbers["decoding"]["rows"][0].keys()
-    for heading in ("## training", "## decoding", "## ceilings", "## checks"):
+    assert {row["graphs"] for row in numbers["decoding"]["rows"]} == {True, False}
+    for heading in ("## goals", "## training", "## decoding", "## ceilings", "## checks", "## fp8", "## kernel_table", "## evaluation"):
         assert heading in page
+    goals = {goal["goal"]: goal for section in found["sections"] for goal in section["goals"]}
+    assert len(goals) >= 12 and goals["training d20: tokens/s"]["wish"] == 190_000
+    assert all((goal["measured"] is None) == (goal["held"] is None) for goal in goals.values())
 
 
 def test_golden_values_are_checked_where_they_are(shared, tmp_path):
@@ -250,12 +256,21 @@ def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_chec
     assert late["status"] == "no time"
     assert not any(gpu_check.good([result]) for result in (failed, broken, late)) and gpu_check.good([skipped])
     assert gpu_check.good([small_check(lambda run, out: 1 / 0, counts=False)]), "a measurement that broke is no wrong result"
+    def wishes(run, out):
+        out.goal("fast", 1234.5, at_least=2000)
+        out.goal("small", 0.5, at_most=1)
+        out.goal("unknown", None, at_most=1)
+    wished = small_check(wishes, counts=False)
+    assert wished["status"] == "measured" and gpu_check.good([wished]), "no goal is a check"
+    assert [goal["held"] for goal in wished["goals"]] == [False, True, None]
+    assert [row[1:] for row in table_of(gpu_check.markdown(measure.circumstances("x"), [wished], False).split("## goals")[1])[1:4]] == [
+        ["≥ 2,000", "1,234", "no"], ["≤ 1", "0.5", "yes"], ["≤ 1", "-", "-"]]
     page = gpu_check.markdown(measure.circumstances("x"), [failed, broken], False)
     assert "small: 0.5 (must be ≤ 0.1)" in page and "x broke:" in page and "division by zero" in page
 
 
 @pytest.mark.parametrize("section, where, broken", [
-    (right.twin, "nanochat.slc2.slc2_core", lambda x, B, A, alpha, taps: x * B),
+    (right.twin, "nanochat.slc2.slc2_mix", lambda z, taps, past=None, *, n_head, head_width: z[..., :n_head * head_width] * taps.sum()),
     (right.state, "nanochat.state.Taps.append", lambda self, u: None),
     (right.optimizer, "nanochat.optim.newton_schulz",
      lambda x, dtype, steps=5, whole=newton_schulz: whole(x, dtype, 4 if dtype == torch.bfloat16 else 5)),

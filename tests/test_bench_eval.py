@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from bench import core, decode, peer
+from bench import core, decode, kernels, peer
 from bench import eval as evaluation
 from nanochat import tokenizer
 from nanochat.files import UserError
+from nanochat.gpt import GPTConfig
 from tests.conftest import ROOT
 from tests.helpers import small_model
 from tests.test_bench import run, table_of
@@ -99,6 +100,21 @@ def test_decoding_of_a_peer_is_tabled(capsys, tmp_path, little_peer):
     for row in rows:
         assert row["tokens_per_second"] > 0 and row["vs_published"] > 0 and row["prefill_seconds"] > 0 and len(row["seconds"]) == 4
     assert sum(line[0].startswith("peer ") for line in table_of(text)) == 2
+
+
+def test_the_whole_model_of_a_peer_is_timed_beside_ours(monkeypatch):
+    asked = []
+
+    def ask(path, what, shape, B, T, **more):
+        asked.append((path, what, B, T))
+        return [{"peer": "p", "how": "good", "seconds": [1.0]}, {"peer": "p", "how": "bad", "error": "RuntimeError: no"}]
+    monkeypatch.setattr(peer, "ask", ask)
+    shape = kernels.Shape(GPTConfig.from_depth(1, vocab_size=97), 2, 5, 1, torch.float32, torch.device("cpu"))
+    rows = kernels.model_rows(shape, 1, False, "there")
+    assert asked == [("there", "forward", 2, 5), ("there", "pass", 2, 5)]
+    assert {(row["pass"], row["how"]) for row in rows if "seconds" in row} == {
+        (what, how) for what in ("forward", "pass") for how in ("ours", kernels.TWIN, "peer p, good")}
+    assert sum("RuntimeError: no" in line for line in kernels.shown(rows).splitlines()) == 2 and kernels.too_far(rows, torch.float32) == []
 
 
 def test_a_peer_with_an_engine_decodes_many_rows_and_one_without_says_that_it_cannot(monkeypatch):

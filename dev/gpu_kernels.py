@@ -1,0 +1,246 @@
+"""The checks of dev/gpu_check.py on single kernels: every backend that runs on this device, against float64 and beside its plain twin.
+
+A section is a function of (Run, Report), as in dev/gpu_correctness.py. Fresh random inputs, odd sizes, T = 1, columns of wider tensors;
+what a kernel is to write is NaN before. Its error may be half as large again as that of the twin in the same dtype, which rounds at every
+step. On a CPU the backend is our Rust crate, where it is built; TRITON_INTERPRET=1 has Triton's kernels run there, slowly.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.kernels import columns, joined_width
+from bench.measure import lively, off
+from bench.peer import Endless
+from dev.gpu_correctness import Report, Run, Skipped, largest, poisoned, small
+from nanochat.engine import Engine
+from nanochat.gpt import GPTConfig
+from nanochat.kernels import attention as attend_kernel
+from nanochat.kernels import cross_entropy, native, one_query
+from nanochat.kernels.slc2 import causal_taps, gated_input
+from nanochat.layers import Linear, project
+from nanochat.llm import ready_to_decode
+
+NOISE = 1.5  # how much larger than the twin's an error may be
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backends(run: Run, name: str) -> dict[str, Callable[..., Any]]:
+    """The raw functions `name` ("slc2_forward", "softcapped_"…) of each backend that works on this device. Raises Skipped without any."""
+    found = {}
+    if run.device.type == "cuda" or INTERPRETED:
+        from nanochat.kernels.triton import cross_entropy as triton_loss
+        from nanochat.kernels.triton import slc2 as triton_slc2
+        found["Triton"] = triton_loss.softcapped_ if name == "softcapped_" else getattr(triton_slc2, name.removeprefix("slc2_"))
+    if run.device.type == "cpu" and native.cpukernels is not None:
+        found["native"] = getattr(native, name)
+    if not found:
+        raise Skipped("no kernel of ours runs on this device")
+    return found
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def close(out: Report, name: str, got: list[Tensor], plain: list[Tensor], exact: list[Tensor], floor: float = 6e-7) -> None:
+    """Hold the worst error of `got` against that of `plain`, both from `exact`; what is smaller than `floor` does not count."""
+    mine, theirs = ([off(a, b) for a, b in zip(values, exact, strict=True)] for values in (got, plain))
+    out.expect(f"{name}: error {largest(mine):.1e}, over that of the twin", largest(a / max(b, floor) for a, b in zip(mine, theirs)),
+               at_most=NOISE)
+
+
+# --- SLC2 --------------------------------------------------------------------------------------------------------------
+
+# rows, T, H, D, K, dtype, whether there is a past; each costs Triton some seconds to compile
+SLC2_SHAPES = ((2, 300, 10, 128, 3, torch.bfloat16, False), (1, 1, 10, 128, 3, torch.bfloat16, True),
+               (3, 37, 10, 128, 3, torch.float32, True), (2, 65, 6, 64, 2, torch.bfloat16, True), (3, 9, 3, 48, 4, torch.float32, True),
+               (1, 2, 1, 2, 4, torch.float32, False), (5, 130, 4, 32, 4, torch.bfloat16, False), (1, 1, 3, 20, 2, torch.float32, False))
+
+
+def slc2_inputs(run: Run, B: int, T: int, H: int, D: int, K: int, dtype: torch.dtype, with_past: bool) -> tuple[Tensor, ...]:
+    """z, whose columns are x, B, A, alpha; dy, part of something wider; taps, past or None."""
+    E = H * D
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=run.device).to(dtype)
+    return random(B, T, joined_width(E, H)), random(B, T, E + 8)[..., 3:3 + E], random(E, K), random(B, K - 1, E) if with_past else None
+
+
+def slc2_twin(z: Tensor, dy: Tensor, taps: Tensor, past: Tensor | None, H: int) -> list[Tensor]:
+    """y, and the gradients of x, B, A, alpha, taps and past, by autograd through the definition, in z's dtype."""
+    E = taps.shape[0]
+    given = [part.detach().clone().requires_grad_() for part in (*columns(z, E, H), taps, *([] if past is None else [past]))]
+    x, B, A, alpha, taps, *past = given
+    y = B * F.silu(causal_taps(gated_input(x, A, alpha), taps, *past))
+    return [y.detach(), *torch.autograd.grad(y, given, dy)]
+
+
+def slc2(run: Run, out: Report) -> None:
+    """The core: forward, all gradients, and one token with its memory moved on; nothing but its outputs is written."""
+    forwards, backwards, steps = (backends(run, f"slc2_{name}") for name in ("forward", "backward", "step"))
+    last = run.left() - (1e9 if run.tiny else 90)
+    for number, (B, T, H, D, K, dtype, with_past) in enumerate(SLC2_SHAPES):
+        if run.left() < last:
+            out.numbers["left_out"] = len(SLC2_SHAPES) - number
+            break
+        if run.tiny and T > 100:
+            T = 41
+        torch.manual_seed(number)
+        z, dy, taps, past = slc2_inputs(run, B, T, H, D, K, dtype, with_past)
+        wide = [None if t is None else t.double() for t in (z, dy, taps, past)]
+        exact, plain = slc2_twin(*wide, H), slc2_twin(z, dy, taps, past, H)
+        E, what = H * D, f"{B}×{T}×{H}·{D}, K {K}, {name_of(dtype)}{', with a past' if with_past else ''}"
+        for backend in forwards:
+            given = columns(z, E, H)
+            with poisoned():
+                y = forwards[backend](*given, taps, past)
+            dz = torch.full_like(z, float("nan"))
+            before = [None if t is None else t.clone() for t in (z, dy, taps, past)]
+            with poisoned():
+                dtaps, dpast = backwards[backend](dy, *given, taps, past, *columns(dz, E, H))
+            got = [y, *columns(dz, E, H), dtaps, *([] if dpast is None else [dpast])]
+            close(out, f"{backend}, {what}", got, plain, exact)
+            out.expect(f"{backend}, {what}: inputs stay", all(a is None or torch.equal(a, b) for a, b in zip((z, dy, taps, past), before)))
+            if with_past and K > 1:
+                memory, token = past.clone(), [part[:, :1] for part in given]
+                with poisoned():
+                    y1 = steps[backend](*token, taps, memory)
+                x, _, A, alpha = (part.double() for part in token)
+                moved = torch.cat([past, gated_input(x, A, alpha).to(dtype)], dim=1)[:, 1:]
+                close(out, f"{backend}, {what}: one token, and its memory", [y1, memory], [plain[0][:, :1], moved],
+                      [exact[0][:, :1], moved], floor=1e-6 if dtype == torch.float32 else 4e-3)
+
+
+# --- loss --------------------------------------------------------------------------------------------------------------
+
+def loss_kernel(run: Run, out: Report) -> None:
+    """Losses and gradients of softcapped logits in place, from any logits: rows of which some do not count, factors, extreme values."""
+    kernels = backends(run, "softcapped_")
+    shapes = ((5, 97), (3, 2)) if run.tiny else ((33, 65536), (64, 5003), (5, 97), (3, 2))
+    for dtype in (torch.bfloat16, torch.float32):
+        for n, V in shapes:
+            torch.manual_seed(n)
+            z = (torch.randn(n, V, device=run.device) * 8).to(dtype)
+            z[0, 0], z[-1, -1] = 300, -300
+            targets = torch.randint(V, (n,), device=run.device)
+            targets[1], factors = -1, torch.rand(n, device=run.device) * 2 - 0.5
+
+            def by_autograd(z: Tensor, wide: torch.dtype, targets: Tensor = targets, factors: Tensor = factors) -> list[Tensor]:
+                z = z.detach().clone().requires_grad_()
+                losses = F.cross_entropy(cross_entropy.softcap(z).to(wide), targets, ignore_index=-1, reduction="none")
+                return [losses.detach(), *torch.autograd.grad((losses * factors.to(wide)).sum(), z)]
+            exact, plain = by_autograd(z.double(), torch.float64), by_autograd(z, torch.float32)
+            for backend, kernel in kernels.items():
+                losses, kept, mine = torch.full((n,), float("nan"), device=run.device), z.clone(), z.clone()
+                kernel(kept, targets, None, losses, False)
+                out.expect(f"{backend}, {n}×{V} {name_of(dtype)}: logits stay where no gradient is wanted", torch.equal(kept, z))
+                alone = losses.clone()
+                kernel(mine, targets, factors, losses.fill_(float("nan")), True)
+                out.expect(f"{backend}, {n}×{V} {name_of(dtype)}: the same losses either way", torch.equal(alone, losses))
+                close(out, f"{backend}, {n}×{V} {name_of(dtype)}", [losses, mine], plain, exact, floor=1e-6)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------------
+
+def attention(run: Run, out: Report) -> None:
+    """Whole rows through the path the device has, and through PyTorch's: causal, in a sliding window, with a mask; gradients too."""
+    T, D = (19, 16) if run.tiny else (300, 128)
+    out.numbers["path"] = attend_kernel.path(torch.zeros(1, 1, 1, D, dtype=torch.bfloat16, device=run.device))
+    mask = torch.rand(2, 1, T, T, device=run.device) < 0.5
+    mask |= torch.eye(T, dtype=torch.bool, device=run.device)
+    ways = {"causal": {"causal": True}, "a window of 7": {"causal": True, "window": 7}, "a mask": {"mask": mask}, "all": {}}
+    for dtype in (torch.bfloat16, torch.float32):
+        for H, G in ((4, 4), (6, 2)):
+            q, k, v = (torch.randn(2, T, heads, 3 * D, device=run.device).to(dtype)[..., D:2 * D] for heads in (H, G, G))
+            dy = torch.randn(2, T, H, D, device=run.device).to(dtype)
+
+            def of(fn: Callable[..., Tensor], wide: torch.dtype, given: dict, q=q, k=k, v=v, dy=dy) -> list[Tensor]:
+                mine = [x.detach().to(wide).requires_grad_() for x in (q, k, v)]
+                y = fn(*mine, **given)
+                return [y.detach(), *torch.autograd.grad(y, mine, dy.to(y.dtype))]
+            for what, given in ways.items():
+                exact, got = of(attend_kernel.attend_twin, torch.float64, given), of(attend_kernel.attend, dtype, given)
+                # the twin is float32 inside, which no fast path is: the limits are those of products of bfloat16, or float32, numbers
+                out.expect(f"{what}, {H} heads on {G}, {name_of(dtype)}: relative error of output and gradients",
+                           largest(off(a, b) for a, b in zip(got, exact)), at_most=2e-2 if dtype == torch.bfloat16 else 2e-5)
+
+
+def one_token(run: Run, out: Report) -> None:
+    """One new token of each row over a buffer of keys up to where the row stands: rows at different places, NaN behind them."""
+    D, S = (16, 70) if run.tiny else (128, 3000)
+    for dtype in (torch.bfloat16, torch.float32):
+        for B, H, G, window in ((5, 6, 2, None), (3, 4, 4, 50), (1, 10, 10, None)):
+            torch.manual_seed(B)
+            q, k, v = (torch.randn(B, 1, heads, D, device=run.device).to(dtype) for heads in (H, G, G))
+            keys, values = (torch.randn(B, S, G, D, device=run.device).to(dtype) for _ in range(2))
+            at = torch.tensor([0, S - 1, S // 2, 1, 63][-B:], device=run.device)
+            for row, place in enumerate(at.tolist()):
+                keys[row, place:], values[row, place:] = float("nan"), float("nan")
+
+            def of(fn: Callable[..., Tensor], wide: torch.dtype, q=q, k=k, v=v, keys=keys, values=values, at=at, window=window):
+                mine = [x.to(wide, copy=True) for x in (q, k, v, keys, values)]
+                return [fn(*mine, at, window), *(x.nan_to_num() for x in mine[3:])]
+            twin = one_query.next_query_twin
+            exact = of(twin, torch.float64)
+            with poisoned():
+                got = of(one_query.next_query, dtype)
+            close(out, f"{B} rows, {H} heads on {G}, window {window}, {name_of(dtype)}", got, of(twin, dtype), exact,
+                  floor=1e-6 if dtype == torch.float32 else 2e-3)
+
+
+# --- graphs, joined projections ----------------------------------------------------------------------------------------
+
+def graphs(run: Run, out: Report) -> None:
+    """Steps at fixed addresses (on CUDA: captured graphs) write what ordinary steps write, greedily and drawn, as rows come and go."""
+    shape = {} if run.tiny else {"n_embd": 256, "n_head": 2, "n_kv_head": 2}
+    different = drawn = 0
+    for seed, pattern in enumerate(("SASA", "SSSS", "AAAA")):
+        model = small(run, seed, vocab_size=97, layer_pattern=pattern, **shape)
+        with torch.inference_mode():
+            model = ready_to_decode(model)
+            model.float().compute_dtype = torch.float32  # so that near ties are rare
+        dice = torch.Generator().manual_seed(seed)
+        prompts = [torch.randint(97, (n,), generator=dice).tolist() for n in (3, 17, 1, 9, 30)]
+        for options in ({"temperature": 0}, {"temperature": 1.1, "top_k": 20, "top_p": 0.9, "seed": list(range(5))}):
+            engines = [Engine(model, Endless(), graphs=fixed) for fixed in (False, True)]
+            rows = [[row.tokens for [row] in one.generate_many(prompts, max_tokens=24, batch_size=3, **options)] for one in engines]
+            different += sum(a != b for a, b in zip(*rows))
+            drawn += len(prompts)
+    out.numbers["rows"] = drawn
+    out.expect(f"rows, of {drawn}, that graphs decode differently", different, at_most=1)  # a near tie of two sums
+
+
+def each(h: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
+    """The products one by one, in h's dtype."""
+    return [layer(h) for layer in layers]
+
+
+def projections(run: Run, out: Report) -> None:
+    """Matrices of one input as one product: outputs and each matrix's gradient are those of the products one by one."""
+    E, widths = (48, (48, 48, 16, 3)) if run.tiny else (1280, (1280, 1280, 128, 10))
+    torch.manual_seed(0)
+    with torch.device(run.device):
+        layers = [Linear(E, width) for width in widths]
+    for dtype in (torch.float32, torch.bfloat16):
+        h = torch.randn(3, 37, E, device=run.device).to(dtype)
+        slopes = [torch.randn(3, 37, width, device=run.device).to(dtype) for width in widths]
+
+        def of(way: Callable[..., Sequence[Tensor]], wide: torch.dtype, h: Tensor = h, slopes: list[Tensor] = slopes) -> list[Tensor]:
+            h = h.detach().to(wide).requires_grad_()
+            outputs = way(h)
+            return [*outputs, *torch.autograd.grad(outputs, [h, *(layer.weight for layer in layers)], [dy.to(wide) for dy in slopes])]
+        one_by_one = partial(each, layers=layers)
+        close(out, name_of(dtype), of(lambda h: project(h, *layers), dtype), of(one_by_one, dtype), of(one_by_one, torch.float64))
+    model = lively(GPTConfig(sequence_len=64, vocab_size=331, n_layer=3, n_head=2, n_kv_head=2, n_embd=64), run.device).eval()
+    ids = torch.randint(331, (2, 21), device=run.device)
+    with torch.inference_mode():
+        before = model(ids)
+        after = ready_to_decode(model)(ids)
+    out.expect(f"ready to decode, in {name_of(model.dtype)}: logits, relative error", off(after, before),
+               at_most=3e-2 if model.dtype == torch.bfloat16 else 1e-5)
