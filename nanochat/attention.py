@@ -35,11 +35,11 @@ class Attention(nn.Module):
         """Mix h (B, T, E) along time; returns (B, T, E). With a state, h goes on where the state ends, and the state takes it in."""
         D = self.head_width
         q, k, v = (y.unflatten(-1, (-1, D)) for y in project(h, self.c_q, self.c_k, self.c_v))
+        if state is not None and isinstance(state.state, Fixed):
+            return self.c_proj(next_query(q, k, v, rope, state.k, state.v, state.state.at, self.window).flatten(2))
         q, k = rope_norm(q, rope), rope_norm(k, rope)
         if state is None:
             y = attend(q, k, v, causal=True, window=self.window)
-        elif isinstance(state.state, Fixed):
-            y = next_query(q, k, v, state.k, state.v, state.state.at, self.window)
         else:
             memory, T = state.state, q.shape[1]
             k, v = (t.to(q.dtype) for t in state.append(k, v))

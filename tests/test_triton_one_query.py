@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanochat.kernels.one_query import next_query, next_query_twin
+from nanochat.kernels.rope_norm import rope_norm_twin
 
 has_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -31,12 +32,22 @@ def case(B: int, S: int, H: int, Hkv: int, D: int, dtype: torch.dtype, seed: int
     rooms = [torch.full((B + 1, S + 3, Hkv, D), torch.nan) for _ in range(2)]
     for room in rooms:
         room[:B] = torch.randn(B, S + 3, Hkv, D, generator=draw).masked_fill(unwritten[:, :, None, None], torch.nan)
-    return [q, k, v, *(room.to(dtype).to(device) for room in rooms), at.to(device)]
+    angles = 9 * torch.rand(B, 1, D // 2, generator=draw)
+    return [q, k, v, (angles.cos().to(device), angles.sin().to(device)), *(room.to(dtype).to(device) for room in rooms), at.to(device)]
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor, window: int | None) -> Tensor:
-    """The definition in float64, a row and a head at a time."""
+def exact(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, at: Tensor, window: int | None
+          ) -> Tensor:
+    """The definition in float64, a row and a head at a time. Query and key are rounded where they are kept."""
     B, _, H, D = q.shape
+    turn = torch.complex(*rope).unsqueeze(2).conj()
+
+    def turned(x: Tensor) -> Tensor:
+        x1, x2 = x.double().chunk(2, dim=-1)
+        both = torch.complex(x1, x2) * turn
+        x = torch.cat([both.real, both.imag], dim=-1)
+        return (x * (x.square().mean(-1, keepdim=True) + 2.0 ** -23).rsqrt()).to(q.dtype)
+    q, k = turned(q), turned(k)
     y = torch.empty(B, 1, H, D, dtype=torch.float64)
     for b, place in enumerate(at.tolist()):
         for h in range(H):
@@ -52,11 +63,14 @@ def check(run, shape: tuple, dtype: torch.dtype, seed: int, device: str = "cpu")
     """Let `run` do a case; all it wrote is compared, and its error against float64 returned as a share of the twin's."""
     *sizes, window = shape
     B, S = sizes[:2]
-    q, k, v, keys, values, at = case(*sizes, dtype, seed, device)
-    wanted = exact(*(t.cpu() for t in (q, k, v, keys, values, at)), window)
+    q, k, v, rope, keys, values, at = case(*sizes, dtype, seed, device)
+    wanted = exact(*(t.cpu() for t in (q, k, v)), tuple(t.cpu() for t in rope), *(t.cpu() for t in (keys, values, at)), window)
     left, right = (keys.clone(), values.clone()), (keys.clone(), values.clone())
-    twin = next_query_twin(q, k, v, *(room[:B, :S] for room in left), at, window)
-    got, *right = run(q, k, v, *right, at, window, B, S)
+    twin = next_query_twin(q, k, v, rope, *(room[:B, :S] for room in left), at, window)
+    got, *right = run(q, k, v, rope, *right, at, window, B, S)
+    row = torch.arange(B, device=device)
+    assert torch.allclose(right[0][row, at], left[0][row, at], rtol=2 * torch.finfo(dtype).eps, atol=1e-6), "another key"
+    right[0][row, at] = left[0][row, at]
     for ours, theirs in zip(right, left):
         assert torch.equal(ours.nan_to_num(99.0), theirs.nan_to_num(99.0)), "the buffers differ from the twin's"
     assert got.shape == q.shape and got.dtype == dtype
@@ -65,7 +79,7 @@ def check(run, shape: tuple, dtype: torch.dtype, seed: int, device: str = "cpu")
     return float(error / (limit + torch.finfo(dtype).eps))
 
 
-def interpreted(q, k, v, keys, values, at, window, B, S):
+def interpreted(q, k, v, rope, keys, values, at, window, B, S):
     from nanochat.kernels.triton import one_query
 
     def poisoned(*shape, **given) -> Tensor:
@@ -73,13 +87,13 @@ def interpreted(q, k, v, keys, values, at, window, B, S):
 
     empty, torch.empty = torch.empty, poisoned
     try:
-        return one_query.next_query(q, k, v, keys[:B, :S], values[:B, :S], at, window), keys, values
+        return one_query.next_query(q, k, v, rope, keys[:B, :S], values[:B, :S], at, window), keys, values
     finally:
         torch.empty = empty
 
 
-def chosen(q, k, v, keys, values, at, window, B, S):
-    return next_query(q, k, v, keys[:B, :S], values[:B, :S], at, window), keys, values
+def chosen(q, k, v, rope, keys, values, at, window, B, S):
+    return next_query(q, k, v, rope, keys[:B, :S], values[:B, :S], at, window), keys, values
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +115,14 @@ def interpreter():
 def test_the_twin_is_attention_up_to_where_each_row_stands(shape, dtype):
     *sizes, window = shape
     for seed in range(3):
-        q, k, v, keys, values, at = case(*sizes, dtype, seed)
-        wanted, before = exact(q, k, v, keys, values, at, window), keys.clone()
-        got = next_query_twin(q, k, v, keys[:sizes[0], :sizes[1]], values[:sizes[0], :sizes[1]], at, window)
+        q, k, v, rope, keys, values, at = case(*sizes, dtype, seed)
+        wanted, before = exact(q, k, v, rope, keys, values, at, window), keys.clone()
+        got = next_query_twin(q, k, v, rope, keys[:sizes[0], :sizes[1]], values[:sizes[0], :sizes[1]], at, window)
         assert (got - wanted).norm() <= 4 * torch.finfo(dtype).eps * wanted.norm()
         row = torch.arange(len(at))
-        assert torch.equal(keys[row, at], k[:, 0]) and torch.equal(values[row, at], v[:, 0])
-        before[row, at] = k[:, 0]
+        turned = rope_norm_twin(k, rope)[:, 0]
+        assert torch.equal(keys[row, at], turned) and torch.equal(values[row, at], v[:, 0])
+        before[row, at] = turned
         assert torch.equal(keys.nan_to_num(99.0), before.nan_to_num(99.0)), "more than the new key was written"
 
 
@@ -136,7 +151,7 @@ def test_the_kernels_compile_for_hopper(dtype, width, G, D):
     wide = triton.next_power_of_2(D)
     kernels = {one_query._spans: {"G": G, "D": D, "SPAN": span, "N": N, "BLOCK_G": 1 if G == 1 else 16, "BLOCK_D": wide, "ONE": False},
                one_query._join: {"H": 10, "D": D, "SPAN": span, "SPANS": 32, "BLOCK_D": wide}}
-    kinds = {"at": "*i64", "scale": "fp32"} | dict.fromkeys(("parts", "tops", "sums"), "*fp32") | dict.fromkeys(
+    kinds = {"at": "*i64", "scale": "fp32"} | dict.fromkeys(("parts", "tops", "sums", "cos", "sin"), "*fp32") | dict.fromkeys(
         ("q", "k", "v", "keys", "values", "y"), "*" + dtype)
     for kernel, constants in kernels.items():
         signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}

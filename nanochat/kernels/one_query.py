@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.kernels.rope_norm import rope_norm_twin
+
 
 def one_query_twin(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return softmax(q · k / √D) · v of shape (B, 1, H, D), from q (B, 1, H, D) and k, v (B, S, Hkv, D). The definition.
@@ -28,13 +30,16 @@ def one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return one_query_twin(q.float(), k.float(), v.float()).to(q.dtype)
 
 
-def next_query_twin(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor, window: int | None = None) -> Tensor:
+def next_query_twin(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, at: Tensor,
+                    window: int | None = None) -> Tensor:
     """Put each row's new key and value in their place, and return its attention, (B, 1, H, D), over the keys up to there. The definition.
 
-    q (B, 1, H, D), k, v (B, 1, Hkv, D): the new token's, of one dtype. keys, values (B, S, Hkv, D): buffers; what lies behind a row's place
-    may be anything. at (B,) whole numbers below S: where each row's token stands. window: how many keys it sees at most, itself
-    included; None for all. Nothing waits for the device: `at` is read there alone.
+    q (B, 1, H, D), k, v (B, 1, Hkv, D): the new token's, of one dtype; q and k are turned by rope, cos and sin (B, 1, D/2), and normalised
+    first. keys, values (B, S, Hkv, D): buffers; what lies behind a row's place may be anything. at (B,) whole numbers below S: where each
+    row's token stands. window: how many keys it sees at most, itself included; None for all. Nothing waits for the device: `at` is
+    read there alone.
     """
+    q, k = rope_norm_twin(q, rope), rope_norm_twin(k, rope)
     row, place, S = torch.arange(len(at), device=at.device), at.long(), keys.shape[1]
     keys[row, place], values[row, place] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
     position = torch.arange(S, device=at.device)
@@ -45,10 +50,11 @@ def next_query_twin(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
     return one_query_twin(q, keys.to(q.dtype).masked_fill(unseen, 0), values.to(q.dtype).masked_fill(unseen, 0), seen[:, None, None])
 
 
-def next_query(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor, window: int | None = None) -> Tensor:
+def next_query(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, at: Tensor,
+               window: int | None = None) -> Tensor:
     """Return and write what `next_query_twin` does, up to rounding; on CUDA in one pass over the keys that a row sees."""
     fused = _triton() if q.device.type == "cuda" and q.dtype == keys.dtype else None
-    return (next_query_twin if fused is None else fused.next_query)(q, k, v, keys, values, at, window)
+    return (next_query_twin if fused is None else fused.next_query)(q, k, v, rope, keys, values, at, window)
 
 
 @cache
