@@ -265,20 +265,24 @@ def attention_operation(shape: Shape) -> Operation:
 
 
 def one_query_operation(shape: Shape) -> Operation:
-    """Attention of one new token of each row at the end of max_seq_len keys that lie in buffers."""
+    """Rotary positions, norms and attention of one new token of each row, at the end of max_seq_len keys that lie in buffers."""
     H, G, D, rows = shape.model.n_head, shape.model.n_kv_head, shape.model.n_embd // shape.model.n_head, shape.decode_rows
 
     def inputs(rows: int) -> tuple[Tensor, ...]:
-        new = shape.random(rows, 1, H, D), shape.random(rows, 1, G, D), shape.random(rows, 1, G, D)
-        return *new, shape.random(rows, shape.T, G, D), shape.random(rows, shape.T, G, D), torch.full((rows,), shape.T - 1,
-                                                                                                      device=shape.device)
+        rope = [table[-1:].expand(rows, 1, -1) for table in rope_table(shape.T, D, shape.device)]
+        new, buffers = [shape.random(rows, 1, heads, D) for heads in (H, G, G)], [shape.random(rows, shape.T, G, D) for _ in range(2)]
+        return *new, *rope, *buffers, torch.full((rows,), shape.T - 1, device=shape.device)
 
-    def grown(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
-        keys[:, -1:], values[:, -1:] = k, v
-        return one_query.one_query(q, keys, values)
+    def way(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda q, k, v, cos, sin, keys, values, at: fn(q, k, v, (cos, sin), keys, values, at)
+
+    def grown(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
+        keys[:, -1:], values[:, -1:] = rope_norm.rope_norm(k, rope), v
+        return one_query.one_query(rope_norm.rope_norm(q, rope), keys, values)
     mine = "ours, Triton" if shape.device.type == "cuda" else PLAIN
     ways = {mine: one_query.next_query, "ours, without a buffer": grown, TWIN: one_query.next_query_twin}
-    return Operation("one query", rows, inputs, ways, (shape.size * rows * D * (2 * H + 2 * shape.T * G), 0), backward=False)
+    return Operation("one query", rows, inputs, {how: way(fn) for how, fn in ways.items()},
+                     (shape.size * rows * D * (2 * H + 2 * shape.T * G), 0), backward=False)
 
 
 def projections_operation(shape: Shape) -> Operation:
@@ -457,7 +461,8 @@ def shown(rows: list[dict[str, Any]]) -> str:
         return "-" if row.get(key) is None else form(row[key])
     return table(["operation", "pass", "how", "ms", "vs twin", "of the copy", "of the product", "error", "memory"],
                  [[row["operation"], row["pass"], row["how"],
-                   f"{1000 * row['seconds']:.3f}" if "seconds" in row else row.get("failed", "out of memory"), cell(row, "vs_twin", lambda r: f"{r:.2f}×"),
+                   f"{1000 * row['seconds']:.3f}" if "seconds" in row else row.get("failed", "out of memory"),
+                   cell(row, "vs_twin", lambda r: f"{r:.2f}×"),
                    cell(row, "of_the_copy", lambda r: f"{100 * r:.0f}%"), cell(row, "of_the_product", lambda r: f"{100 * r:.0f}%"),
                    cell(row, "error", lambda e: f"{e:.1e}"), cell(row, "memory", lambda b: si(b) + "B")] for row in rows], (0, 1, 2))
 

@@ -18,6 +18,7 @@ from bench.kernels import columns, joined_width
 from bench.measure import lively, off
 from bench.peer import Endless
 from dev.gpu_correctness import Report, Run, Skipped, largest, poisoned, small
+from nanochat.attention import rope_table
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.kernels import attention as attend_kernel
@@ -180,12 +181,13 @@ def one_token(run: Run, out: Report) -> None:
             q, k, v = (torch.randn(B, 1, heads, D, device=run.device).to(dtype) for heads in (H, G, G))
             keys, values = (torch.randn(B, S, G, D, device=run.device).to(dtype) for _ in range(2))
             at = torch.tensor([0, S - 1, S // 2, 1, 63][-B:], device=run.device)
+            rope = tuple(table[at].unsqueeze(1) for table in rope_table(S, D, run.device))
             for row, place in enumerate(at.tolist()):
                 keys[row, place:], values[row, place:] = float("nan"), float("nan")
 
-            def of(fn: Callable[..., Tensor], wide: torch.dtype, q=q, k=k, v=v, keys=keys, values=values, at=at, window=window):
-                mine = [x.to(wide, copy=True) for x in (q, k, v, keys, values)]
-                return [fn(*mine, at, window), *(x.nan_to_num() for x in mine[3:])]
+            def of(fn: Callable[..., Tensor], wide: torch.dtype, q=q, k=k, v=v, rope=rope, keys=keys, values=values, at=at, window=window):
+                q, k, v, keys, values = (x.to(wide, copy=True) for x in (q, k, v, keys, values))
+                return [fn(q, k, v, rope, keys, values, at, window), keys.nan_to_num(), values.nan_to_num()]
             twin = one_query.next_query_twin
             exact = of(twin, torch.float64)
             with poisoned():
