@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.files import UserError
 
+BLOCK = 256  # tokens whose probabilities are summed up together
 COLD = 1e-5  # a temperature below is as good as 0, and may be 0 in float32
 
 
@@ -74,9 +76,19 @@ def draw(logits: Tensor, u: Tensor, temperature: Tensor, top_k: Tensor, top_p: T
         before = ranked.cumsum(dim=-1, dtype=precise) - ranked
         least = ranked.masked_fill((before >= top_p.unsqueeze(1)) & (before > 0), torch.inf).amin(dim=-1, keepdim=True)
         p = p.masked_fill((p < least) & (top_p < 1).unsqueeze(1), 0.0)
-    sums = p.cumsum(dim=-1, dtype=precise)
-    below = torch.minimum(u.unsqueeze(1) * sums[:, -1:], sums[:, -1:] * (1 - 2 ** -23))  # also where rounding would reach the sum itself
-    return torch.searchsorted(sums, below, right=True).squeeze(1).clamp(max=V - 1)  # right: never on a token without mass
+    blocks = F.pad(p, (0, -V % BLOCK)).unflatten(-1, (-1, BLOCK))  # one sum over all of V is slow: first the block, then the token in it
+    masses = blocks.sum(dim=-1, dtype=precise)
+    sums = masses.cumsum(dim=-1)
+    block, left = _passed(sums, u.unsqueeze(1) * sums[:, -1:])
+    left += masses.gather(1, block) - sums.gather(1, block)
+    inside, _ = _passed(blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).cumsum(dim=-1, dtype=precise), left)
+    return (block * BLOCK + inside).squeeze(1)
+
+
+def _passed(sums: Tensor, mark: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where running sums (B, n) first pass a mark (B, 1), and that mark: moved inside, should rounding have put it outside."""
+    mark = torch.minimum(mark.clamp(min=0), sums[:, -1:] * (1 - 2 ** -23))
+    return torch.searchsorted(sums, mark, right=True).clamp(max=sums.shape[-1] - 1), mark  # right: never on what has no mass
 
 
 def choose(logits: Tensor, u: Tensor, likeliest: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, widest: int, nucleus: int

@@ -251,6 +251,21 @@ def test_a_server_on_such_steps_says_what_one_without_says(one, tokenizer):
     assert fixed.steps._known
 
 
+def test_what_was_captured_goes_when_memory_moves(one, tokenizer):
+    engine = Engine(one, tokenizer, graphs=True)
+    steps = engine.steps
+    engine.generate_many([[1, 2]], max_tokens=5)
+    assert steps._known
+    for room, capacity in ((steps.state.room, 2 * steps.state.capacity), (2 * steps.state.room, 1)):
+        with torch.inference_mode():
+            steps.reserve(room, capacity)
+        assert not steps._known and len(steps.tokens) == steps.state.room
+        engine.generate_many([[1, 2]], max_tokens=5)
+        known = dict(steps._known)
+        engine.generate_many([[1, 2]], max_tokens=5)
+        assert steps._known == known and known
+
+
 def test_what_is_known_is_bounded(one, tokenizer, monkeypatch):
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
     plain, fixed = both(one, tokenizer)

@@ -41,6 +41,20 @@ def test_what_is_drawn_has_the_probabilities_it_should(seed, temperature, top_k,
         assert (share - p).abs().max() < 3 / N + 1e-5
 
 
+@pytest.mark.parametrize("V", [255, 256, 257, 1000])
+def test_of_a_large_vocabulary_the_token_is_the_one_where_the_sum_passes_u(V):
+    g = torch.Generator().manual_seed(V)
+    logits = 3 * torch.randn(V, generator=g)
+    logits[torch.rand(V, generator=g) < 0.9] = -torch.inf  # most have no mass, whole blocks too
+    logits[300:700] = -torch.inf
+    N = 5000
+    u = torch.cat([torch.rand(N - 2, generator=g), torch.tensor([0.0, 1 - 2 ** -24])])
+    ids = draw(logits.expand(N, -1), u, torch.ones(N), torch.full((N,), V), torch.ones(N), 0, 0)
+    sums = logits.double().softmax(0).cumsum(0)
+    assert logits[ids].isfinite().all()
+    assert ((sums[ids] > u - 1e-6) & (sums[ids] - logits.double().softmax(0)[ids] < u + 1e-6)).all()
+
+
 def test_a_token_without_mass_is_never_drawn():
     logits = torch.tensor([[5.0, -torch.inf, 1.0, -torch.inf]])
     for u in (0.0, 0.5, 1 - 2 ** -24):
