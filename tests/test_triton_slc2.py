@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nanochat.kernels.slc2 import slc2_core_twin
 from nanochat.kernels.slc2_step import slc2_step_twin
 
+ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -27,7 +28,7 @@ def in_process(code_or_file: str | Path, **env: str) -> str:
     pytest_on = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     arguments = ["-c", code_or_file] if isinstance(code_or_file, str) else [*pytest_on, code_or_file]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *arguments], env=environment | env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], env=environment | env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -36,6 +37,39 @@ def in_process(code_or_file: str | Path, **env: str) -> str:
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests below run here themselves")
 def test_the_kernels_are_right_in_the_interpreter():
     assert "passed" in in_process(Path(__file__), TRITON_INTERPRET="1")
+
+
+D20_ON_HOPPER = """
+import re
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from nanochat.kernels.triton import slc2
+
+x = torch.empty(32, 2048, 1280, dtype=torch.bfloat16, device="meta")
+heads = {"H": 10, "D": 128, "K": 3, "PAST": False}
+for kernel, constants in ((slc2._forward, heads | slc2._tile(slc2.FORWARD, x, 128)),
+                          (slc2._backward, heads | slc2._tile(slc2.BACKWARD, x, 128)),
+                          (slc2._step, {"E": 1280, "D": 128, "K": 3, "BLOCK": slc2.STEP, "num_warps": 4})):
+    warps, signature, attributes = constants.pop("num_warps"), {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        odd = name in ("pad", "chain", "total", "blocks")
+        number = odd or re.fullmatch("T|.*_[bt]", name)
+        kind = "i32" if number else "*fp32" if name in ("taps", "dtaps", "dpast") else "*bf16"
+        signature[name] = "constexpr" if name in constants else kind
+        if name not in constants and not odd:
+            attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["cubin"]
+    print(kernel.__name__, len(binary))
+"""
+
+
+@has_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+def test_the_kernels_compile_for_hopper_without_a_gpu():
+    assert [line.split()[0] for line in in_process(D20_ON_HOPPER).splitlines()] == ["_forward", "_backward", "_step"]
 
 
 def case(draw: st.DataObject, *, T: st.SearchStrategy) -> tuple[dict, torch.Tensor]:

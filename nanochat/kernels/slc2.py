@@ -153,9 +153,12 @@ def _mix_backward(dy: Tensor, z: Tensor, taps: Tensor, past: Tensor | None, n_he
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     *inputs, _ = columns(_dense(z), n_head, head_width)
     *gradients, padding = columns(dz, n_head, head_width)
-    kernels = kernels_for(*inputs, taps, K=taps.shape[1]) or _PLAIN
-    dtaps, dpast = kernels.backward(_dense(dy), *inputs, taps, _dense(past), *gradients)
-    padding.zero_()
+    kernels, pad = kernels_for(*inputs, taps, K=taps.shape[1]) or _PLAIN, {}
+    if uses_triton(z, taps.shape[1]):
+        pad = {"pad": padding.shape[-1]}  # written in passing
+    else:
+        padding.zero_()
+    dtaps, dpast = kernels.backward(_dense(dy), *inputs, taps, _dense(past), *gradients, **pad)
     return dz, dtaps.to(taps.dtype), z.new_empty(0) if dpast is None else dpast
 
 

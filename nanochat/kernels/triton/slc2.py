@@ -49,11 +49,12 @@ def _read(pointer, inside):
 
 
 @triton.jit
-def _taps(taps, h, d, D: tl.constexpr, K: tl.constexpr):
-    """The taps of one head, K tensors (1, BLOCK_D) in float32."""
+def _taps(taps, h, d, H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The taps of one head, K tensors (SEGMENTS, BLOCK_D) in float32: as wide as what they work on, so that no thread needs another's."""
+    d = tl.broadcast_to(d, (SEGMENTS, d.shape[1]))
     ws = ()
     for j in tl.static_range(K):
-        ws = ws + (_read(taps + (h * D + d) * K + j, d < D).to(tl.float32),)
+        ws = ws + (_read(taps + (j * H + h) * D + d, d < D).to(tl.float32),)
     return ws
 
 
@@ -83,7 +84,7 @@ def _forward(x, B, A, alpha, taps, past, y, T, blocks,
     y += b * y_b + t * y_t + d
     past += b * past_b + t * past_t + d  # of use where t is 0
     for h in range(H):
-        ws = _taps(taps, h, d, D, K)
+        ws = _taps(taps, h, d, H, D, K, SEGMENTS)
         x_, A_, alpha_, B_, y_ = x + h * D, A, alpha + h, B + h * D, y + h * D
         rows, us = (), ()
         for n in tl.static_range(ROWS + K - 1 + AHEAD):
@@ -124,7 +125,7 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
     pid = tl.program_id(0)
     lane, column = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)[None, :]
     d = lane[None, :]
-    dtaps += pid.to(tl.int64) * (H * D * K) + lane * K
+    dtaps += pid.to(tl.int64) * (K * H * D) + lane
     for number in range(pid * chain, tl.minimum(total, pid * chain + chain)):
         block, b = number % blocks, (number // blocks).to(tl.int64)
         first = block * (SEGMENTS * ROWS) + tl.arange(0, SEGMENTS)[:, None] * ROWS  # where each stretch begins
@@ -138,7 +139,7 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
         for _ in tl.static_range(ROWS):
             dAs = dAs + (tl.zeros((SEGMENTS, BLOCK_D), tl.float32),)
         for h in range(H):
-            ws, sums = _taps(taps, h, d, D, K), ()
+            ws, sums = _taps(taps, h, d, H, D, K, SEGMENTS), ()
             for _ in tl.static_range(K):
                 sums = sums + (tl.zeros((SEGMENTS, BLOCK_D), tl.float32),)
             x_, A_, alpha_, B_, dy_ = x_0 + h * D, A_0, alpha_0 + h, B_0 + h * D, dy_0 + h * D
@@ -212,8 +213,8 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
                         du += ws[j] * dcs[i - j]
                     tl.store(dpast + (b * (K - 1) + i + t) * (H * D) + h * D + d, du, mask=(first == 0) & (d < D))
             for j in tl.static_range(K):
-                before = _read(dtaps + h * D * K + j, lane < tl.minimum(number - pid * chain, 1) * D)  # nothing at first
-                tl.store(dtaps + h * D * K + j, before + tl.sum(sums[j], axis=0), mask=lane < D)
+                before = _read(dtaps + (j * H + h) * D, lane < tl.minimum(number - pid * chain, 1) * D)  # nothing at first
+                tl.store(dtaps + (j * H + h) * D, before + tl.sum(sums[j], axis=0), mask=lane < D)
         dA_ = dA + b * dA_b + t * dA_t + d
         for r in tl.static_range(ROWS):
             tl.store(dA_, dAs[r], mask=(first + r < T) & (d < D))
@@ -272,7 +273,7 @@ def forward(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: 
         blocks = triton.cdiv(T, tile["ROWS"] * tile["SEGMENTS"])
         first = x if past is None else past
         with _on(x):
-            _forward[(rows * blocks,)](x, B, A, alpha, taps.contiguous(), first, y, T, blocks, *_strides(x, B, A, alpha, first, y),
+            _forward[(rows * blocks,)](x, B, A, alpha, taps.t().contiguous(), first, y, T, blocks, *_strides(x, B, A, alpha, first, y),
                                        H=H, D=D, K=K, PAST=past is not None, **tile)
     return y
 
@@ -292,13 +293,14 @@ def backward(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: T
     total = rows * blocks
     chain = triton.cdiv(total, SUMS)
     programs = triton.cdiv(total, chain)
-    dtaps = torch.empty(programs, E, K, dtype=torch.float32, device=x.device)
+    dtaps = torch.empty(programs, K, E, dtype=torch.float32, device=x.device)
     first = x if past is None else past
     with _on(x):
-        _backward[(programs,)](dy, x, B, A, alpha, taps.contiguous(), first, dx, dB, dA, dalpha, dtaps, dtaps if dpast is None else dpast,
-                               T, blocks, total, chain, pad, *_strides(dy, x, B, A, alpha, first, dx, dB, dA, dalpha),
-                               H=H, D=D, K=K, PAST=past is not None, **tile)
-    return dtaps.sum(0), dpast
+        _backward[(programs,)](
+            dy, x, B, A, alpha, taps.t().contiguous(), first, dx, dB, dA, dalpha, dtaps, dtaps if dpast is None else dpast,
+            T, blocks, total, chain, pad, *_strides(dy, x, B, A, alpha, first, dx, dB, dA, dalpha),
+            H=H, D=D, K=K, PAST=past is not None, **tile)
+    return dtaps.sum(0).t().contiguous(), dpast
 
 
 def step(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor) -> Tensor:
