@@ -103,7 +103,7 @@ class Operation:
     """One operation in several ways, TWIN among them: its definition.
 
     inputs(rows): fresh random ones for so many rows. bytes, flops: of forward and of backward, for all rows; at least so many bytes must
-    move. backward: is it trained through?
+    move. backward: is it trained through? compiles: is torch.compile of the twin a rival?
     """
 
     name: str
@@ -113,6 +113,7 @@ class Operation:
     bytes: tuple[int, int] = (0, 0)
     flops: tuple[float, float] = (0, 0)
     backward: bool = True
+    compiles: bool = True
 
 
 # --- bytes and FLOPs ---------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def muon_operation(shape: Shape) -> Operation:
         return tuple(found)
     return Operation("newton-schulz", count, lambda rows: (torch.randn(rows, 4 * E, E, device=shape.device),),
                      {"ours, batched": lambda x: newton_schulz(x, _wide(x, shape.dtype)), "ours, one by one": one_by_one, TWIN: plain},
-                     flops=(newton_schulz_flops(count, 4 * E, E), 0), backward=False)
+                     flops=(newton_schulz_flops(count, 4 * E, E), 0), backward=False, compiles=False)
 
 
 def _wide(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -402,8 +403,9 @@ def timed(operation: Operation, shape: Shape, rounds: int) -> tuple[dict[str, di
 def compare(operation: Operation, shape: Shape, rounds: int, compiled: bool, ceilings: dict[str, float]) -> list[dict[str, Any]]:
     """A row of numbers for each way and pass."""
     wrong = errors(operation)
-    if compiled:
-        operation.ways[COMPILED] = torch.compile(operation.ways[TWIN], dynamic=False)
+    if compiled and operation.compiles:
+        twin = operation.ways[TWIN]
+        operation.ways[COMPILED] = torch.compile(lambda *inputs: twin(*inputs), dynamic=False)
     seconds, memory = timed(operation, shape, rounds)
     rows = []
     for number, way in enumerate(seconds):

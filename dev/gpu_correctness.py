@@ -164,6 +164,7 @@ def _golden_folder(run: Run, out: Report, folder: Path) -> None:
 
 SHAPES = ({}, {"n_kernel": 2, "n_kv_head": 1}, {"n_kernel": 4, "n_layer": 5, "slc_rate": 2}, {"layer_pattern": "AAAA"},
           {"layer_pattern": "SSSS", "n_head": 4, "n_kv_head": 2}, {"n_embd": 192, "n_head": 6, "n_kv_head": 3})
+WINDOWED = {"window": 5, "n_kv_head": 1}  # the twin knows no window
 
 
 def small(run: Run, seed: int = 0, **given: Any) -> GPT:
@@ -252,7 +253,7 @@ def poisoned() -> Iterator[None]:
 def state(run: Run, out: Report) -> None:
     """Decoding: any split through a state, rows of different lengths, forks and selections give the full forward's logits."""
     splits, ragged, forked = [], [], []
-    for seed, shape in enumerate(SHAPES):
+    for seed, shape in enumerate((*SHAPES, WINDOWED)):
         model = small(run, seed, **shape)
         ids = ids_for(run, 2, 29)
         full = model(ids)
@@ -297,7 +298,7 @@ def engine(run: Run, out: Report) -> None:
             return ""
 
     wrong = far = 0
-    for seed, shape in enumerate(SHAPES):
+    for seed, shape in enumerate((*SHAPES, WINDOWED)):
         model = small(run, seed, vocab_size=97, **shape)
         dice = torch.Generator().manual_seed(seed)
         prompts = [torch.randint(90, (n,), generator=dice).tolist() for n in (3, 17, 1, 9, 30, 8)]

@@ -202,8 +202,8 @@ def graphs(run: Run, out: Report) -> None:
     """Steps at fixed addresses (on CUDA: captured graphs) write what ordinary steps write, greedily and drawn, as rows come and go."""
     shape = {} if run.tiny else {"n_embd": 256, "n_head": 2, "n_kv_head": 2}
     different = drawn = 0
-    for seed, pattern in enumerate(("SASA", "SSSS", "AAAA")):
-        model = small(run, seed, vocab_size=97, layer_pattern=pattern, **shape)
+    for seed, (pattern, window) in enumerate((("SASA", None), ("SSSS", None), ("AAAA", 5))):
+        model = small(run, seed, vocab_size=97, layer_pattern=pattern, window=window, **shape)
         with torch.inference_mode():
             model = ready_to_decode(model)
             model.float().compute_dtype = torch.float32  # so that near ties are rare

@@ -3,7 +3,7 @@
 Like dev/gpu_correctness.py, a section is a function of (Run, Report); all shapes are those of a d20 at rows of 2048.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,9 +87,10 @@ def evaluation(run: Run, out: Report) -> None:
 # --- 8 bits ------------------------------------------------------------------------------------------------------------
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2  # activations and weights; gradients
+Eight = tuple[Tensor, Tensor, Tensor]  # of `quantised`
 
 
-def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def quantised(x: Tensor, dtype: torch.dtype) -> Eight:
     """x in 8 bits with one scale, once as it lies and once transposed (both contiguous), and what undoes the scale."""
     largest = torch.finfo(dtype).max
     scale = largest / x.abs().amax().float().clamp_min(1e-12)
@@ -97,15 +98,15 @@ def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return small, small.t().contiguous(), scale.reciprocal()
 
 
-def scaled(a: Tensor, b_transposed: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
-    """a (M, K) times the transpose of b_transposed (N, K), in bfloat16; the tensor cores want both so."""
-    return torch._scaled_mm(a, b_transposed.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+def scaled(a: Tensor, b_transposed: Tensor, a_scale: Tensor, b_scale: Tensor, fast: bool) -> Tensor:
+    """a (M, K) times the transpose of b_transposed (N, K), in bfloat16; the tensor cores want both so. fast: sums of fewer digits."""
+    return torch._scaled_mm(a, b_transposed.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
-def linear_in_8_bits(x: Tensor, w: Tensor, dy: Tensor, cast: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
-    """y, dx, dw of y = x @ w.T: x (M, K), w (N, K), dy (M, N), all bfloat16; every cast is paid for here."""
-    (x8, x8_t, x_s), (w8, w8_t, w_s), (d8, d8_t, d_s) = cast(x, E4), cast(w, E4), cast(dy, E5)
-    return scaled(x8, w8, x_s, w_s), scaled(d8, w8_t, d_s, w_s), scaled(d8_t, x8_t, d_s, x_s)
+def linear_in_8_bits(x: Eight, w: Eight, dy: Eight) -> tuple[Tensor, Tensor, Tensor]:
+    """y, dx, dw of y = x @ w.T: x (M, K), w (N, K), dy (M, N); gradients with full sums, as is the custom."""
+    (x8, x8_t, x_s), (w8, w8_t, w_s), (d8, d8_t, d_s) = x, w, dy
+    return scaled(x8, w8, x_s, w_s, True), scaled(d8, w8_t, d_s, w_s, False), scaled(d8_t, x8_t, d_s, x_s, False)
 
 
 def fp8(run: Run, out: Report) -> None:
@@ -118,19 +119,17 @@ def fp8(run: Run, out: Report) -> None:
     for name, fan_in, fan_out in (("c_fc", E, 4 * E), ("c_proj", 4 * E, E)):
         x, dy = (torch.randn(tokens, width, device=run.device).bfloat16() for width in (fan_in, fan_out))
         w = (torch.randn(fan_out, fan_in, device=run.device) * fan_in ** -0.5).bfloat16()
-        whole = linear_in_8_bits(x, w, dy, quantised)
+        eight = quantised(x, E4), quantised(w, E4), quantised(dy, E5)
         exact = F.linear(x[:64].double(), w.double())
-        error = off(whole[0][:64], exact)
-        eight = [quantised(x, E4), quantised(w, E4), quantised(dy, E5)]
+        error = off(linear_in_8_bits(*eight)[0][:64], exact)
 
         def plain(i: int, x=x, w=w, dy=dy) -> tuple[Tensor, ...]:
             return x @ w.T, dy @ w, dy.T @ x
 
-        def products(i: int, eight=eight) -> tuple[Tensor, ...]:
-            (x8, x8_t, x_s), (w8, w8_t, w_s), (d8, d8_t, d_s) = eight
-            return scaled(x8, w8, x_s, w_s), scaled(d8, w8_t, d_s, w_s), scaled(d8_t, x8_t, d_s, x_s)
-        work = {"bfloat16": plain, "8 bits, products alone": products, "casts alone": lambda i, x=x, w=w, dy=dy: (
-            cast(x, E4), cast(w, E4), cast(dy, E5)), "8 bits with casts": lambda i, x=x, w=w, dy=dy: linear_in_8_bits(x, w, dy, cast)}
+        def casts(i: int, x=x, w=w, dy=dy) -> tuple[Eight, ...]:
+            return cast(x, E4), cast(w, E4), cast(dy, E5)
+        work = {"bfloat16": plain, "8 bits, products alone": lambda i, eight=eight: linear_in_8_bits(*eight), "casts alone": casts,
+                "8 bits with casts": lambda i, casts=casts: linear_in_8_bits(*casts(i))}
         seconds = {how: typical(times) for how, times in paced(work, run.device, 1 if run.tiny else 7).items()}
         rows.append({"matrix": name, "seconds": seconds, "error": error, "bfloat16_error": off(plain(0)[0][:64], exact)})
         wrong = {"bfloat16": rows[-1]["bfloat16_error"], "8 bits with casts": error}
