@@ -1,6 +1,6 @@
 //! Cross-entropy of softcapped logits, c = 15 · tanh(z / 15): the losses, and the gradient in the place of the logits.
 
-use crate::math::{exp, sum, tanh_and_slope, Elem};
+use crate::math::{exp_within, sum, tanh_and_slope, Elem};
 use crate::simd::Kernel;
 use crate::view::View;
 use std::marker::PhantomData;
@@ -77,12 +77,12 @@ fn exponentials<const F: bool, T: Elem, const KEEP: bool>(z: &[T], slopes: &mut 
             let slopes = &mut slopes[i * BLOCK..][..z.len()];
             for ((z, e), slope) in z.iter().zip(part.iter_mut()).zip(slopes) {
                 let (t, slope_there) = tanh_and_slope::<F>(z.get() * (1.0 / SOFTCAP));
-                *e = exp::<F>(SOFTCAP * t);
+                *e = exp_within::<F>(SOFTCAP * t);
                 *slope = *e * slope_there;
             }
         } else {
             for (z, e) in z.iter().zip(part.iter_mut()) {
-                *e = exp::<F>(SOFTCAP * tanh_and_slope::<F>(z.get() * (1.0 / SOFTCAP)).0);
+                *e = exp_within::<F>(SOFTCAP * tanh_and_slope::<F>(z.get() * (1.0 / SOFTCAP)).0);
             }
         }
         total += sum(part) as f64;
