@@ -58,7 +58,7 @@ class Config:
     max_seq_len: int = flag(256, "tokens in a row")
     device_batch_size: int = flag(16, "rows in a batch of bits per byte")
     bundle: str = flag("", "folder with core.yaml and some tasks; unset is $NANOCHAT_BASE_DIR's, or random text where there is none")
-    max_per_task: int = flag(8, "examples of each CORE task")
+    max_per_task: int = flag(12, "examples of each CORE task")
     problems: int = flag(8, "problems of each chat task, and rows decoded together")
     max_tokens: int = flag(24, "tokens of an answer at most")
     rounds: int = flag(3, "times that each way is timed; the median counts")

@@ -402,12 +402,16 @@ def timed(operation: Operation, shape: Shape, rounds: int) -> tuple[dict[str, di
 
 def compare(operation: Operation, shape: Shape, rounds: int, compiled: bool, ceilings: dict[str, float]) -> list[dict[str, Any]]:
     """A row of numbers for each way and pass."""
-    wrong = errors(operation)
+    wrong, rows = errors(operation), []
     if compiled and operation.compiles:
         twin = operation.ways[TWIN]
-        operation.ways[COMPILED] = torch.compile(lambda *inputs: twin(*inputs), dynamic=False)
+        rival = torch.compile(lambda *inputs: twin(*inputs), dynamic=False)
+        try:
+            rival(*operation.inputs(operation.rows))
+            operation.ways[COMPILED] = rival
+        except Exception as error:  # whatever the compiler stumbles over: the others are worth knowing
+            rows.append({"operation": operation.name, "pass": "forward", "how": COMPILED, "failed": f"{type(error).__name__}"})
     seconds, memory = timed(operation, shape, rounds)
-    rows = []
     for number, way in enumerate(seconds):
         least, flops = operation.bytes[number], operation.flops[number]
         for how, times in seconds[way].items():

@@ -90,6 +90,13 @@ def test_torch_compile_of_a_twin_is_one_of_the_ways(monkeypatch):
     assert [row["how"] for row in rows] == [kernels.PLAIN, kernels.TWIN, kernels.COMPILED] * 2
     assert all((row["memory"] is None) == (row["error"] is None) == (row["how"] == kernels.COMPILED) for row in rows)
 
+    def fails(*inputs):
+        raise RuntimeError("no compiler")
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic: fails)
+    failed, *others = kernels.measured(shape, ["relu²"], 1, True)[0]
+    assert failed["failed"] == "RuntimeError" and {row["how"] for row in others} == {kernels.PLAIN, kernels.TWIN}
+    assert "RuntimeError" in kernels.shown([failed, *others])
+
 
 @pytest.mark.parametrize("flags", [["--only=nothing"], ["--dtype=half"], ["--compile=maybe"], ["--rounds=0"]])
 def test_flags_that_make_no_sense_are_refused_in_words(flags):
