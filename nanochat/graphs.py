@@ -241,10 +241,10 @@ class Steps:
         """Run it for practice, which compiles and allocates what is made once, put back what it wrote, and capture it."""
         self._send()
         kept = [tensor.clone() for tensor in writes]
-        if self._aside is None:
+        here = None if self._aside is None else torch.cuda.current_stream(self.model.device)
+        if here is None:
             run()
         else:
-            here = torch.cuda.current_stream(self.model.device)
             self._aside.wait_stream(here)
             with torch.cuda.stream(self._aside):
                 run()
@@ -252,7 +252,7 @@ class Steps:
             here.wait_stream(self._aside)
         for tensor, before in zip(writes, kept):
             tensor.copy_(before)
-        if self._aside is None or not self._captures:
+        if here is None or not self._captures:
             return run
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -260,6 +260,7 @@ class Steps:
             with CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
                 run()
         except RuntimeError as error:
+            torch.cuda.set_stream(here)  # where ending the capture failed, some versions of torch leave the other one
             for cause in (error, error.__context__):  # what ends a capture too early says so itself, on top of why
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from None

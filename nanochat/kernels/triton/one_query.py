@@ -16,6 +16,7 @@ from torch import Tensor
 
 PROGRAMS = 512       # wanted at least: a few for each multiprocessor
 SPAN = 64, 1024      # keys a program goes through, at least and at most
+SPANS = 128          # of one row, at most: one program joins them
 BLOCK_BYTES = 8192   # of keys in one load
 
 
@@ -117,7 +118,8 @@ def sizes(B: int, S: int, heads: int, D: int, width: int) -> tuple[int, int]:
     """Return (keys a program goes through, keys in one load) for B rows of S places, `heads` key heads, elements of `width` bytes."""
     least, most = SPAN
     span = triton.next_power_of_2(max(1, S * B * heads // PROGRAMS))
-    return min(max(span, least), most), max(16, min(64, BLOCK_BYTES // (triton.next_power_of_2(D) * width)))
+    span = max(least, min(span, most), triton.next_power_of_2(triton.cdiv(S, SPANS)))
+    return span, max(16, min(64, BLOCK_BYTES // (triton.next_power_of_2(D) * width)))
 
 
 def next_query(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, at: Tensor,
