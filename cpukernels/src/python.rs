@@ -138,25 +138,26 @@ fn softcapped_(
 /// (B, T, H, D, K); x, B, A, alpha; taps (E, K); past
 type Slc2 = ((usize, usize, usize, usize, usize), Rows, Rows, Rows, Rows, AnyRows, Option<AnyRows>);
 
+unsafe fn by_time<T: Elem>((address, by_row, by_tap): Rows, E: usize, rows: &mut [f32]) {
+    for (j, row) in rows.chunks_exact_mut(E).enumerate() {
+        let first = (address as *const T).offset(by_tap * j as isize);
+        for (e, to) in row.iter_mut().enumerate() {
+            *to = (*first.offset(by_row * e as isize)).get();
+        }
+    }
+}
+
 /// The number of sequences, the taps as rows of time, and what the kernels take; the taps must live as long as that.
 fn slc2_inputs((shape, x, b, a, alpha, (taps_bf16, taps), past): Slc2) -> (usize, Vec<f32>, Inputs) {
     let (sequences, T, H, D, K) = shape;
     let E = H * D;
     let mut rows = vec![0.0f32; K * E];
-    let mut row = vec![0.0f32; K];
-    let (address, by_row, by_tap) = taps;
-    for e in 0..E {
-        for (j, tap) in row.iter_mut().enumerate() {
-            let place = by_row * e as isize + by_tap * j as isize;
-            // SAFETY: native.py gives (E, K) of this dtype
-            *tap = unsafe {
-                if taps_bf16 {
-                    (*(address as *const Bf16).offset(place)).get()
-                } else {
-                    *(address as *const f32).offset(place)
-                }
-            };
-            rows[j * E + e] = *tap;
+    // SAFETY: native.py gives (E, K) of this dtype
+    unsafe {
+        if taps_bf16 {
+            by_time::<Bf16>(taps, E, &mut rows)
+        } else {
+            by_time::<f32>(taps, E, &mut rows)
         }
     }
     let inputs = Inputs {

@@ -32,19 +32,17 @@ def _dense(t: Tensor) -> bool:
     return t.dim() > 0 and (t.stride(-1) == 1 or t.shape[-1] == 1)
 
 
-def _check(holds: bool, what: str) -> None:
-    if not holds:
-        raise ValueError(what)
+def _wrong(what: str, **tensors: Tensor | None) -> ValueError:
+    """What to raise: the rule, and the tensors that break it."""
+    seen = (f"{name} {tuple(t.shape)} {t.dtype} with strides {t.stride()}" for name, t in tensors.items() if t is not None)
+    return ValueError(f"{what}; got {', '.join(seen)}")
 
 
-def _input(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    _check(t.shape == shape and t.dtype == dtype, f"{name} is {tuple(t.shape)} {t.dtype}, wanted {shape} {dtype}")
-    return t if _dense(t) else t.contiguous()
-
-
-def _output(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    _check(_dense(t), f"{name} is written in place: its last dimension must be contiguous")
-    return _input(name, t, shape, dtype)
+def _like(dy: Tensor, x: Tensor) -> Tensor:
+    """dy, of x's shape and dtype, with a contiguous last dimension."""
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        raise _wrong("dy has x's shape and dtype", dy=dy, x=x)
+    return dy if _dense(dy) else dy.contiguous()
 
 
 def _rows(t: Tensor) -> tuple[int, int, int]:
@@ -64,12 +62,13 @@ def softcapped_(z: Tensor, targets: Tensor, factors: Tensor | None, losses: Tens
     targets (n,) int64, −1 where nothing counts: loss and gradient are 0 there. factors (n,) float32 or None: what the gradient, not the
     loss, is multiplied with. losses (n,) float32. Raises IndexError, and writes nothing, for another target outside the vocabulary.
     """
+    if z.dim() != 2 or z.dtype not in _DTYPES or not z.numel() or not _dense(z):
+        raise _wrong("z is (n, V), float32 or bfloat16, its rows contiguous", z=z)
     n, V = z.shape
-    _check(z.dtype in _DTYPES and V > 0, f"z is {tuple(z.shape)} {z.dtype}")
-    _output("z", z, (n, V), z.dtype)
-    targets = _input("targets", targets, (n,), torch.int64).contiguous()
-    factors = None if factors is None else _input("factors", factors, (n,), torch.float32).contiguous()
-    _output("losses", losses, (n,), torch.float32)
+    for t, dtype in ((targets, torch.int64), (losses, torch.float32), (factors, torch.float32)):
+        if t is not None and (t.shape != (n,) or t.dtype != dtype or not _dense(t)):
+            raise _wrong("targets (n,) are int64, losses and factors (n,) float32, all contiguous", z=z, targets=targets, losses=losses,
+                         factors=factors)
     cpukernels.softcapped_(torch.get_num_threads(), _DTYPES[z.dtype], n, V, _rows(z), targets.data_ptr(),
                            None if factors is None else factors.data_ptr(), losses.data_ptr(), want_grad)
 
@@ -79,14 +78,15 @@ def softcapped_(z: Tensor, targets: Tensor, factors: Tensor | None, losses: Tens
 
 def _slc2_inputs(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor | None) -> tuple:
     """What the crate wants to know of the inputs, after checks."""
-    (b, T, E), D, H, K = x.shape, A.shape[-1], alpha.shape[-1], taps.shape[-1]
-    _check(x.dtype in _DTYPES and E == H * D > 0 and T > 0 and K > 0, f"x is {tuple(x.shape)} {x.dtype}, {H} heads of {D}, {K} taps")
-    _check(taps.dtype in _DTYPES and taps.shape == (E, K), f"taps are {tuple(taps.shape)} {taps.dtype}, wanted ({E}, K)")
-    _check(past is None or past.dtype in _DTYPES and past.shape == (b, K - 1, E) and (_dense(past) or past.numel() == 0),
-           f"past is wanted as ({b}, {K - 1}, {E}), its last dimension contiguous")
-    for name, t, shape in (("x", x, (b, T, E)), ("B", B, (b, T, E)), ("A", A, (b, T, D)), ("alpha", alpha, (b, T, H))):
-        _check(_dense(t), f"the last dimension of {name} must be contiguous")
-        _input(name, t, shape, x.dtype)
+    shape, dtype = x.shape, x.dtype
+    (b, T, E), D, H, K = shape, A.shape[-1], alpha.shape[-1], taps.shape[-1]
+    if not (dtype in _DTYPES and E == H * D > 0 and T > 0 and B.shape == shape and A.shape == (b, T, D) and alpha.shape == (b, T, H)
+            and B.dtype == A.dtype == alpha.dtype == dtype and _dense(x) and _dense(B) and _dense(A) and _dense(alpha)):
+        raise _wrong("x and B are (B, T, E), A (B, T, D), alpha (B, T, H), E = H·D, of one dtype, the last dimension contiguous",
+                     x=x, B=B, A=A, alpha=alpha)
+    if not (taps.dtype in _DTYPES and taps.shape == (E, K) and K > 0
+            and (past is None or past.dtype in _DTYPES and past.shape == (b, K - 1, E) and (_dense(past) or K == 1))):
+        raise _wrong("taps are (E, K) and past (B, K − 1, E), its last dimension contiguous", x=x, taps=taps, past=past)
     return ((b, T, H, D, K), _rows(x), _rows(B), _rows(A), _rows(alpha), _any_rows(taps), None if past is None else _any_rows(past))
 
 
@@ -109,9 +109,11 @@ def slc2_backward(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, ta
     dtaps is (E, K) float32; dpast has past's shape and dtype, None where past is.
     """
     inputs = _slc2_inputs(x, B, A, alpha, taps, past)
-    dy = _input("dy", dy, x.shape, x.dtype)
-    for name, given, like in (("dx", dx, x), ("dB", dB, B), ("dA", dA, A), ("dalpha", dalpha, alpha)):
-        _output(name, given, like.shape, x.dtype)
+    dy = _like(dy, x)
+    for given, like in ((dx, x), (dB, B), (dA, A), (dalpha, alpha)):
+        if given.shape != like.shape or given.dtype != x.dtype or not _dense(given):
+            raise _wrong("dx, dB, dA and dalpha have their inputs' shapes and dtype, the last dimension contiguous",
+                         dx=dx, dB=dB, dA=dA, dalpha=dalpha)
     dtaps = torch.empty(taps.shape, dtype=torch.float32)
     dpast = None if past is None else torch.empty(past.shape, dtype=past.dtype)
     cpukernels.slc2_backward(torch.get_num_threads(), _DTYPES[x.dtype], inputs, _rows(dy),
@@ -121,7 +123,8 @@ def slc2_backward(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, ta
 
 def slc2_step(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor) -> Tensor:
     """Return y (B, 1, E) of one token a sequence, as `slc2_forward` does, and move past (B, K−1, E) on by it, in place."""
-    _check(x.shape[1] == 1 and past is not None, "a step is of one token behind a past")
+    if x.shape[1] != 1 or past is None:
+        raise _wrong("a step is of one token behind a past", x=x, past=past)
     inputs = _slc2_inputs(x, B, A, alpha, taps, past)
     y = torch.empty(x.shape, dtype=x.dtype)
     cpukernels.slc2_step(torch.get_num_threads(), _DTYPES[x.dtype], inputs, _rows(y))
@@ -131,16 +134,18 @@ def slc2_step(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past
 # ---- rows
 
 
+def _matrix(t: Tensor) -> Tensor:
+    """t (…, E) as (n, E) with a contiguous last dimension; a copy where its strides do not allow that."""
+    return (t if _dense(t) else t.contiguous()).reshape(-1, t.shape[-1])
+
+
 def _rms_norm(x: Tensor, dy: Tensor | None) -> Tensor:
-    _check(x.dtype in _DTYPES and x.dim() > 0, f"x is {tuple(x.shape)} {x.dtype}")
-    E = x.shape[-1]
+    if x.dtype not in _DTYPES or not x.dim():
+        raise _wrong("x is (…, E), float32 or bfloat16", x=x)
     y = torch.empty(x.shape, dtype=x.dtype)
     if y.numel():
-        rows = x.reshape(-1, E)
-        rows = rows if _dense(rows) else rows.contiguous()
-        if dy is not None:
-            dy = _input("dy", dy, x.shape, x.dtype).reshape(-1, E)
-        n = rows.shape[0]
+        rows, dy = _matrix(x), None if dy is None else _matrix(_like(dy, x))
+        n, E = rows.shape
         cpukernels.rms_norm(torch.get_num_threads(), _DTYPES[x.dtype], n, E, (rows.data_ptr(), rows.stride(0), 0),
                             None if dy is None else (dy.data_ptr(), dy.stride(0), 0), (y.data_ptr(), E, 0))
     return y
@@ -157,9 +162,9 @@ def rms_norm_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _relu2(x: Tensor, dy: Tensor | None) -> Tensor:
-    _check(x.dtype in _DTYPES, f"x is {x.dtype}")
-    x = x.contiguous()
-    dy = None if dy is None else _input("dy", dy, x.shape, x.dtype).contiguous()
+    if x.dtype not in _DTYPES:
+        raise _wrong("x is float32 or bfloat16", x=x)
+    x, dy = x.contiguous(), None if dy is None else _like(dy, x).contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
     cpukernels.relu2(torch.get_num_threads(), _DTYPES[x.dtype], x.numel(), x.data_ptr(), None if dy is None else dy.data_ptr(),
                      y.data_ptr())
@@ -180,20 +185,19 @@ def _heads(t: Tensor) -> tuple[tuple[int, int, int], int]:
     return _rows(t), t.stride(2)
 
 
-def _table(name: str, t: Tensor, B: int, T: int, half: int) -> Tensor:
-    t = t if t.dim() == 3 else t.unsqueeze(0)
-    return _input(name, t.expand(B, -1, -1), (B, T, half), torch.float32)
-
-
 def _rope_norm(x: Tensor, cos: Tensor, sin: Tensor, dy: Tensor | None) -> Tensor:
     B, T, H, D = x.shape
-    _check(x.dtype in _DTYPES and _dense(x) and D % 2 == 0, f"x is {tuple(x.shape)} {x.dtype}; heads are contiguous and of even width")
+    for table in (cos, sin):
+        if x.dtype not in _DTYPES or not _dense(x) or D % 2 or table.dtype != torch.float32 or not _dense(table) \
+                or table.shape not in ((T, D // 2), (B, T, D // 2)):
+            raise _wrong("x is (B, T, H, D), float32 or bfloat16, D even; cos and sin are (T, D/2) or (B, T, D/2), float32; "
+                         "the last dimension contiguous", x=x, cos=cos, sin=sin)
     y = torch.empty(x.shape, dtype=x.dtype)
-    dy = None if dy is None else _input("dy", dy, x.shape, x.dtype)
-    cos, sin = _table("cos", cos, B, T, D // 2), _table("sin", sin, B, T, D // 2)
     if y.numel():
+        dy = None if dy is None else _like(dy, x)
+        tables = [(t.data_ptr(), t.stride(0) if t.dim() == 3 else 0, t.stride(-2)) for t in (cos, sin)]
         cpukernels.rope_norm(torch.get_num_threads(), _DTYPES[x.dtype], (B, T, H, D), _heads(x), None if dy is None else _heads(dy),
-                             _heads(y), _rows(cos), _rows(sin))
+                             _heads(y), *tables)
     return y
 
 
