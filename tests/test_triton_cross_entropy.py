@@ -38,9 +38,10 @@ def interpreter():
 
 
 @pytest.fixture(params=["triton", "plain"])
-def softcapped(request) -> Pass:
+def softcapped(request, monkeypatch) -> Pass:
     """A backend's pass as a function (z, targets, factors, losses, want_grad) → (losses, what then is in z)."""
     if request.param == "plain":
+        monkeypatch.setitem(cross_entropy.PIECE, "cpu", 300)  # two or three rows, or one
         def run(*args):
             cross_entropy.softcapped_plain_(*args)
             return args[3], args[0]
@@ -65,12 +66,20 @@ def poison(*shape: int) -> Tensor:
     return torch.full(shape, float("nan"))
 
 
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written yet is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n, V, factored",
                          [(1, 97, True), (5, 97, True), (7, 1, False), (3, 8193, True), (2, 20001, False), (4, 64, False)])
 def test_a_pass_gives_float64s_losses_and_gradient(softcapped, dtype, n, V, factored):
     torch.manual_seed(n * V)
-    z = (torch.randn(n, V) * 12).to(dtype)
+    z = (torch.randn(n, V) * 3).to(dtype)
     targets = torch.randint(V, (n,))
     targets[1::3] = -1
     factors = torch.randn(n) if factored else None
@@ -83,14 +92,15 @@ def test_a_pass_gives_float64s_losses_and_gradient(softcapped, dtype, n, V, fact
     assert (losses[targets < 0] == 0).all() and (grad[targets < 0] == 0).all()
 
 
-@pytest.mark.parametrize("spread", [0.01, 3.0, 40.0])
+@pytest.mark.parametrize("spread", [0.01, 0.3, 3.0, 40.0])
 def test_a_pass_errs_no_more_than_the_twin(softcapped, spread):
-    torch.manual_seed(1)
+    torch.manual_seed(0)
     z, targets = torch.randn(8, 5003) * spread, torch.randint(5003, (8,))
     losses, grad = softcapped(z.clone(), targets, None, poison(8), True)
     wanted, twin = exact(z, targets, None), exact(z, targets, None, torch.float32)
-    for got, plain, true in zip((losses, grad), twin, wanted):
-        assert (got - true).norm() < 1.5 * (plain - true).norm() + 1e-6 * true.norm()
+    others = torch.ones_like(grad).scatter_(1, targets.unsqueeze(1), 0)  # beside a target's −1 the rest is too small to be seen
+    for got, plain, true in zip((losses, grad, grad * others), (*twin, twin[1] * others), (*wanted, wanted[1] * others)):
+        assert (got - true).norm() < 1.5 * (plain - true).norm() + 2e-7 * true.norm()
 
 
 def test_saturated_logits_are_finite_and_right(softcapped):
@@ -138,7 +148,7 @@ def test_strided_rows_are_read_and_written_in_place(softcapped):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_head_loss_errs_no_more_than_its_twin(monkeypatch, dtype, weight_dtype, reduction):
+def test_head_loss_errs_no_more_than_its_twin(monkeypatch, poisoned, dtype, weight_dtype, reduction):
     N, E, V = 53, 24, 331
     torch.manual_seed(4)
     x, weight = torch.randn(N, E).to(dtype), (torch.randn(V, E) * E ** -0.5 * 4).to(weight_dtype)
@@ -172,7 +182,7 @@ def test_all_ignored_gives_what_the_twin_gives():
             torch.testing.assert_close(got, wanted, equal_nan=True)
 
 
-def test_no_tokens_at_all():
+def test_no_tokens_at_all(poisoned):
     x, weight = torch.ones(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
     none = torch.zeros(0, dtype=torch.long)
     head_loss(x, weight, none, "sum").backward()
@@ -184,9 +194,11 @@ def test_a_gradient_can_be_asked_for_twice():
     torch.manual_seed(5)
     x, weight, targets = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True), torch.randint(9, (6,))
     loss = head_loss(x, weight, targets, "sum")
-    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(3 * loss, (x, weight))):
-        torch.testing.assert_close(3 * a, b)
+    first = torch.autograd.grad(3 * loss, (x, weight), retain_graph=True)
+    for _ in range(3):
+        loss.backward(retain_graph=True)  # into .grad, which must not be what was saved
+    for three, grad in zip(first, (x.grad, weight.grad)):
+        torch.testing.assert_close(grad, three)
 
 
 def test_a_head_that_is_no_plain_matrix_gives_its_own_logits():
