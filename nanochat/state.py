@@ -142,9 +142,10 @@ class State:
         self.ends = None
 
     def positions(self, T: int) -> Tensor:
-        """Return the positions (B, T) of the next T tokens of each row; (1, T) where all rows stand at one place."""
-        starts = self.lengths[:1] if self.uniform else self.lengths
-        return torch.tensor(starts, device=self.device)[:, None] + torch.arange(T, device=self.device)
+        """Return the positions (B, T) of the next T tokens of each row; (T,) where all rows stand at one place."""
+        if self.uniform:
+            return torch.arange(self.lengths[0], self.lengths[0] + T, device=self.device)
+        return torch.tensor(self.lengths, device=self.device)[:, None] + torch.arange(T, device=self.device)
 
     def mask(self, T: int) -> Tensor | None:
         """Return which keys the next T tokens may see: bool (B or 1, 1, T, S'); None where causal attention says the same."""
@@ -155,7 +156,7 @@ class State:
             seen = keys <= own
             if self.config.window is not None:
                 seen &= keys > own - self.config.window
-            self._mask = (self.lengths, T), seen.unsqueeze(1)
+            self._mask = (self.lengths, T), seen.view(-1, 1, *seen.shape[-2:])
         return self._mask[1]
 
     def select(self, rows: list[int]) -> "State":
