@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat import one_token
 from nanochat.sampling import Sampler, choose, penalised, reorder
 from nanochat.state import Fixed, Taps
 
@@ -205,7 +206,9 @@ class Steps:
     def _forward(self, B: int, S: int) -> None:
         """From tokens to logits, for B rows that stand before S."""
         memory = Fixed(self.state, S, self._inputs[AT, :B].long())
-        self.logits[:B] = self.model(self.tokens[:B].unsqueeze(1), state=memory)[:, -1]
+        ids, alone = self.tokens[:B].unsqueeze(1), B == 1 and one_token.can(self.model)
+        logits = one_token.one_token(self.model, ids, memory) if alone else self.model(ids, state=memory)
+        self.logits[:B] = logits[:, -1]
 
     def _sample(self, B: int, greedy: bool, widest: int, nucleus: int, penalises: bool) -> None:
         """From logits to tokens, for B rows."""

@@ -1,5 +1,6 @@
 """nanochat/graphs.py: steps at fixed addresses give what ordinary steps give. Without a GPU the same pieces run uncaptured."""
 
+import copy
 import random
 
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from nanochat import engine as engine_module
-from nanochat import graphs
+from nanochat import graphs, one_token
 from nanochat.engine import Batch, Engine, Row
 from nanochat.graphs import Steps, bucket
+from nanochat.llm import ready_to_decode
+from nanochat.quantize import quantize
 from nanochat.sampling import Settings
 from nanochat.server.scheduler import Request, Scheduler
 from nanochat.state import Fixed, Taps
@@ -83,6 +86,26 @@ def test_logits_and_state_are_those_of_ordinary_steps_while_rows_join_and_leave(
         for mine, other in zip(ours._state.layers if n else (), theirs._state.layers if n else ()):
             if isinstance(mine, Taps):
                 assert torch.allclose(mine.past[live], other.past[live], atol=1e-4)
+
+
+def test_a_single_row_of_a_model_that_only_decodes_gets_the_same_in_fewer_operations(model, tokenizer, monkeypatch):
+    ready = ready_to_decode(copy.deepcopy(model))
+    assert one_token.can(ready) and not one_token.can(model)
+    called, real = [0], one_token.one_token
+
+    def counted(*args):
+        called[0] += 1
+        return real(*args)
+
+    monkeypatch.setattr(one_token, "one_token", counted)
+    (ours, theirs), row = (Batch(engine) for engine in reversed(both(ready, tokenizer))), ([3, 1, 4, 1, 5], 30, Settings(seed=1))
+    for batch in (ours, theirs):
+        batch.add([Row(*row, stops=())])
+    for _ in range(29):
+        assert [row.tokens for row in ours.step()] == [row.tokens for row in theirs.step()]
+        assert torch.allclose(ours._logits, theirs._logits, atol=1e-4)
+    assert called[0] >= 29
+    assert not one_token.can(quantize(copy.deepcopy(model)))
 
 
 @settings(max_examples=25, deadline=None)
