@@ -11,6 +11,8 @@ CUDA each is captured once a bucket and replayed; elsewhere the same pieces run 
 its settings, its random number, a token forced on it) goes to the device in one copy a step, what it wants (the tokens) comes back in one,
 both through pinned memory. The model runs on a step's tokens while the host still reads them: nothing in them changes what it is to run on.
 
+A single row of a model that only decodes goes through it in fewer and larger operations (nanochat/one_token.py).
+
 Rows of a bucket that nobody uses, and rows that have ended, are computed too: they write at their own place, which nobody reads.
 Graphs go when the memory they know moves (it grows by doubling), the oldest ones when there are many; they share one pool, as none of them
 leaves anything in it.
