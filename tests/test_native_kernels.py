@@ -368,6 +368,13 @@ def test_kernels_stand_back_where_something_else_is_at_work():
     torch.testing.assert_close(torch.compile(rms_norm, backend="eager", fullgraph=True)(x), rms_norm_twin(x))
 
 
+def test_without_the_crate_all_goes_on_in_pytorch(monkeypatch):
+    x, rope = torch.randn(2, 3, 2, 8), (torch.randn(3, 4), torch.randn(3, 4))
+    monkeypatch.setattr(native, "cpukernels", None)
+    assert not native.ready(x)
+    assert same_bits([relu_squared(x), rms_norm(x), rope_norm(x, rope)], [relu_squared_twin(x), rms_norm_twin(x), rope_norm_twin(x, rope)])
+
+
 def test_second_derivative_is_refused_not_wrong():
     x = torch.randn(4, 8, requires_grad=True)
     grad, = torch.autograd.grad(rms_norm(x).square().sum(), x, create_graph=True)
