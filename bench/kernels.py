@@ -369,6 +369,11 @@ def errors(operation: Operation) -> dict[str, tuple[float, float | None]]:
     return {how: (forward, backward) for how, (forward, backward) in worst.items()}
 
 
+def leaves(operation: Operation) -> tuple[Tensor, ...]:
+    """Fresh inputs of all rows, that want gradients where the operation is trained through."""
+    return tuple(x.requires_grad_() if operation.backward and x.is_floating_point() else x for x in operation.inputs(operation.rows))
+
+
 def within(how: str, fn: Callable[[int], object]) -> Callable[[int], object]:
     """fn, its backend as `how` names it."""
     def call(number: int) -> object:
@@ -379,11 +384,9 @@ def within(how: str, fn: Callable[[int], object]) -> Callable[[int], object]:
 
 def timed(operation: Operation, shape: Shape, rounds: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, int | None]]]:
     """By pass and way: seconds, and the bytes that are alive at its peak beyond those before."""
-    first = operation.inputs(operation.rows)
+    first = leaves(operation)
     sets = 1 if shape.device.type == "cpu" else max(2, min(64, -(-ROTATED // nbytes(first))))
-    given = [first, *(operation.inputs(operation.rows) for _ in range(sets - 1))]
-    if operation.backward:
-        given = [tuple(x.requires_grad_() if x.is_floating_point() else x for x in one) for one in given]
+    given = [first, *(leaves(operation) for _ in range(sets - 1))]
     forward = {how: within(how, lambda i, way=way: way(*given[i])) for how, way in operation.ways.items()}
     seconds = {"forward": paced(forward, shape.device, rounds, sets)}
     memory = {"forward": {how: peak_growth(lambda fn=fn: fn(0), shape.device) for how, fn in forward.items()}}
@@ -405,9 +408,10 @@ def compare(operation: Operation, shape: Shape, rounds: int, compiled: bool, cei
     wrong, rows = errors(operation), []
     if compiled and operation.compiles:
         twin = operation.ways[TWIN]
+        torch._dynamo.reset()  # it compiles a function for so many callers, and then no more
         rival = torch.compile(lambda *inputs: twin(*inputs), dynamic=False)
         try:
-            rival(*operation.inputs(operation.rows))
+            rival(*leaves(operation))
             operation.ways[COMPILED] = rival
         except Exception as error:  # whatever the compiler stumbles over: the others are worth knowing
             rows.append({"operation": operation.name, "pass": "forward", "how": COMPILED, "failed": f"{type(error).__name__}"})
