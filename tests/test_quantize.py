@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from bench.decode import Endless
-from nanochat import gpt, llm, quantize
+from nanochat import llm, quantize
 from nanochat.engine import Batch, Engine, Row
 from nanochat.files import UserError
+from nanochat.kernels import cross_entropy
 from nanochat.layers import Linear, join, project
 from nanochat.llm import PROJECTIONS, ready_to_decode
 from nanochat.quantize import QuantLinear, cpu_multiplies_whole_numbers, rounded, whole_product, whole_product_twin
@@ -183,7 +184,7 @@ def test_a_quantised_model_has_int8_matrices_and_nearly_the_same_losses(monkeypa
     assert got.shape == losses.shape and not got[31::32].any()
     torch.testing.assert_close(got.sum() / 124, quant(ids, targets))
     torch.testing.assert_close(quant(ids, targets, loss_reduction="sum", factors=torch.full((4, 32), 2.0)), 2 * got.sum())
-    monkeypatch.setattr(gpt, "CHUNK_ELEMENTS", 97 * 5)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 97 * 5)
     torch.testing.assert_close(quant(ids, targets, loss_reduction="none"), got)
 
 
