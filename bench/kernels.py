@@ -260,9 +260,14 @@ def attention_operation(shape: Shape) -> Operation:
     def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
                                               enable_gqa=H != G).transpose(1, 2)
-    path = attention.path(shape.random(1, 1, H, D))
-    ways = {f"ours, {path}": partial(attention.attend, causal=True), TWIN: partial(attention.attend_twin, causal=True)}
-    return Operation("attention", rows, inputs, ways if path == "PyTorch" else {**ways, "PyTorch": torchs}, flops=(flops, 2.5 * flops))
+    mine, q = partial(attention.attend, causal=True), inputs(1)[0].requires_grad_()
+    ways: dict[str, Callable[..., Outputs]] = {f"ours, {attention.path(q)}": mine}
+    with through(PLAIN):
+        if f"ours, {attention.path(q)}" not in ways:
+            ways[PLAIN] = mine
+    if f"ours, {attention.PYTORCH}" not in ways:
+        ways[attention.PYTORCH] = torchs
+    return Operation("attention", rows, inputs, {**ways, TWIN: partial(attention.attend_twin, causal=True)}, flops=(flops, 2.5 * flops))
 
 
 def one_query_operation(shape: Shape) -> Operation:
