@@ -8,21 +8,21 @@ from hypothesis import strategies as st
 from nanochat.kernels import cross_entropy
 from nanochat.kernels.cross_entropy import head_loss, head_loss_twin
 from nanochat.kernels.relu2 import relu_squared, relu_squared_twin
-from nanochat.kernels.slc2 import _Core, slc2_core_twin
+from nanochat.kernels.slc2 import slc2_core_twin, slc2_mix
 
 
 @settings(max_examples=30, deadline=None)
 @given(B=st.integers(1, 3), T=st.integers(1, 9), H=st.integers(1, 3), D=st.integers(1, 5), K=st.integers(1, 4), seed=st.integers(0, 99))
-def test_slc2_core_backward_is_that_of_the_twin(B, T, H, D, K, seed):
+def test_slc2_mix_and_its_backward_are_those_of_the_twin(B, T, H, D, K, seed):
     torch.manual_seed(seed)
     E = H * D
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
               for shape in ((B, T, E), (B, T, E), (B, T, D), (B, T, H), (E, K))]
     dy = torch.randn(B, T, E, dtype=torch.float64)
     twin = slc2_core_twin(*inputs)
-    fused = _Core.apply(*inputs)
-    assert torch.equal(fused, twin)
-    for got, wanted in zip(torch.autograd.grad(fused, inputs, dy), torch.autograd.grad(twin, inputs, dy)):
+    mixed = slc2_mix(torch.cat(inputs[:4], dim=-1), inputs[4], n_head=H, head_width=D)
+    torch.testing.assert_close(mixed, twin, rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(torch.autograd.grad(mixed, inputs, dy), torch.autograd.grad(twin, inputs, dy)):
         # the taps' gradient is summed in float32
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-5 if wanted.shape == (E, K) else 1e-9)
 

@@ -2,7 +2,7 @@
 
 `slc2_core_twin` is the definition, in a few lines. `slc2_mix` gives the same numbers, up to rounding, from the joined projection, as one
 operator that torch.compile and checkpointing see whole: on GPUs a Triton kernel each way, on CPUs our crate's, elsewhere plain PyTorch that
-keeps no more for backward. `slc2_core` is the same for four separate tensors.
+keeps no more for backward.
 """
 
 import functools
@@ -99,34 +99,6 @@ def kernels_for(x: Tensor, *others: Tensor, K: int) -> types.ModuleType | types.
 def _dense(t: Tensor | None) -> Tensor | None:
     """Return t with its last dimension contiguous."""
     return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-class _Core(torch.autograd.Function):
-    """The core with a backward that recomputes gate and convolution: only the inputs are kept for it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor) -> Tensor:
-        x, B, A, alpha = map(_dense, (x, B, A, alpha))
-        ctx.save_for_backward(x, B, A, alpha, taps)
-        return (kernels_for(x, B, A, alpha, taps, K=taps.shape[1]) or _PLAIN).forward(x, B, A, alpha, taps)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, ...]:
-        inputs = ctx.saved_tensors
-        gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[:4]]
-        kernels = kernels_for(*inputs, K=inputs[-1].shape[1]) or _PLAIN
-        dtaps, _ = kernels.backward(_dense(dy), *inputs, None, *gradients)
-        return *gradients, dtaps.to(inputs[-1].dtype)
-
-
-def slc2_core(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor) -> Tensor:
-    """Return what `slc2_core_twin` returns, keeping only the inputs for backward. Shapes as there; taps in x's dtype.
-
-    Under torch.compile the twin is used: the compiler fuses it and its backward itself.
-    """
-    if torch.compiler.is_compiling():
-        return slc2_core_twin(x, B, A, alpha, taps)
-    return _Core.apply(x, B, A, alpha, taps)
 
 
 def columns(z: Tensor, n_head: int, head_width: int) -> list[Tensor]:
