@@ -40,7 +40,7 @@ def beginnings(tokenizer, folder: Path, count: int = 4, words: int = 6) -> list[
 
 def samples(model, tokenizer, prompts: list[str], max_tokens: int = 48) -> list[str]:
     """Return each prompt with the model's likeliest continuation, on one line."""
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, graphs=False)
     texts = []
     for prompt in prompts:
         ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())

@@ -144,7 +144,7 @@ class Stage:
         """Say and record how the model answers the first few conversations of a task; rank 0 alone does it."""
         if not self.ranks.is_main:
             return
-        engine, texts = Engine(self.model, self.tokenizer), []
+        engine, texts = Engine(self.model, self.tokenizer, graphs=False), []
         for i in range(min(count, len(task))):
             prompt = self.tokenizer.render_for_completion(task[i])
             rows, _ = engine.generate_batch(prompt, max_tokens=max_tokens, temperature=0)
