@@ -9,6 +9,7 @@
 
 #![allow(non_snake_case)] // B, T, E, H, D, K as everywhere in this project
 
+pub mod attention;
 pub mod math;
 pub mod pool;
 #[cfg(feature = "python")]

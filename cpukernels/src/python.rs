@@ -2,6 +2,7 @@
 //! A tensor is (address, stride, stride) in elements, its last dimension contiguous; `bf16` says the dtype of all that have one in
 //! common; a tensor with a dtype of its own is (is bf16, (address, stride, stride)). The GIL is released during the work.
 
+use crate::attention;
 use crate::math::{Bf16, Elem};
 use crate::pool::{blocks, run, shares_threads, Panicked};
 use crate::rows::{Heads, Relu2, RmsNorm, RopeNorm, BLOCK};
@@ -94,7 +95,6 @@ fn rope_norm(
         let kernel = RopeNorm::<T> { x, dy, y, cos, sin, times, heads, width, dtype: PhantomData };
         work(py, kernel, B * times, 4 * B * times * heads * width, threads)
     }
-    let heads = |(rows, stride): (Rows, isize)| Heads { tokens: view(rows), stride };
     with_dtype!(bf16, go(py, threads, shape, [heads(x), heads(y)], dy.map(heads), [view(cos), view(sin)]))
 }
 
@@ -231,9 +231,68 @@ fn slc2_backward(
     with_dtype!(bf16, go(py, threads, sequences, inputs, view(dy), gradients, dtaps, dpast.map(any_view)))
 }
 
+/// (B, T, H, G, D, window)
+type Attention = (usize, usize, usize, usize, usize, usize);
+
+fn heads((rows, stride): (Rows, isize)) -> Heads {
+    Heads { tokens: view(rows), stride }
+}
+
+fn attention_shape((B, T, H, G, D, window): Attention) -> (usize, attention::Shape) {
+    (B, attention::Shape { T, H, G, D, window })
+}
+
+/// tensors: q, k, v and y, each with the stride from head to head; sums: (B, H, T) of float32.
+#[pyfunction]
+fn attention_forward(
+    py: Python<'_>,
+    threads: usize,
+    bf16: bool,
+    shape: Attention,
+    tensors: [(Rows, isize); 4],
+    sums: Option<usize>,
+) -> PyResult<()> {
+    fn go<T: Elem>(
+        py: Python<'_>,
+        threads: usize,
+        (B, shape): (usize, attention::Shape),
+        [q, k, v, y]: [Heads; 4],
+        sums: Option<usize>,
+    ) -> PyResult<()> {
+        let kernel = attention::Forward::<T> { shape, q, k, v, y, sums, dtype: PhantomData };
+        work(py, kernel, B * shape.H * shape.blocks(), B * shape.H * shape.operations(), threads)
+    }
+    with_dtype!(bf16, go(py, threads, attention_shape(shape), tensors.map(heads), sums))
+}
+
+/// tensors: q, k, v, y, dy, dq, dk and dv.
+#[pyfunction]
+fn attention_backward(
+    py: Python<'_>,
+    threads: usize,
+    bf16: bool,
+    shape: Attention,
+    tensors: [(Rows, isize); 8],
+    sums: usize,
+) -> PyResult<()> {
+    fn go<T: Elem>(
+        py: Python<'_>,
+        threads: usize,
+        (B, shape): (usize, attention::Shape),
+        [q, k, v, y, dy, dq, dk, dv]: [Heads; 8],
+        sums: usize,
+    ) -> PyResult<()> {
+        let kernel = attention::Backward::<T> { shape, q, k, v, y, dy, sums, dq, dk, dv, dtype: PhantomData };
+        work(py, kernel, B * shape.G, B * shape.H * shape.operations(), threads)
+    }
+    with_dtype!(bf16, go(py, threads, attention_shape(shape), tensors.map(heads), sums))
+}
+
 #[pymodule]
 fn cpukernels(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(runs_on, module)?)?;
+    module.add_function(wrap_pyfunction!(attention_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(attention_backward, module)?)?;
     module.add_function(wrap_pyfunction!(relu2, module)?)?;
     module.add_function(wrap_pyfunction!(rms_norm, module)?)?;
     module.add_function(wrap_pyfunction!(rope_norm, module)?)?;

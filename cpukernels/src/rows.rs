@@ -122,7 +122,7 @@ pub struct Heads {
 
 impl Heads {
     #[inline(always)]
-    fn head<T>(&self, h: usize) -> View {
+    pub fn head<T>(&self, h: usize) -> View {
         let address = (self.tokens.address as *mut T).wrapping_offset(self.stride * h as isize) as usize;
         View { address, strides: self.tokens.strides }
     }

@@ -212,3 +212,46 @@ def rope_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope_norm_backward(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return the gradient of x, contiguous, from that of `rope_norm(x, cos, sin)`."""
     return _rope_norm(x, cos, sin, dy)
+
+
+# ---- attention
+
+
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[int, ...]:
+    """What the crate wants to know of the shape, after checks."""
+    same = q.dim() == k.dim() == 4 and k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES
+    if not same or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise _wrong("q is (B, T, H, D), k and v (B, T, G, D) with H a multiple of G, of one dtype", q=q, k=k, v=v)
+    if not (_dense(q) and _dense(k) and _dense(v)) or window is not None and window < 1:
+        raise _wrong(f"the last dimension is contiguous and a window at least 1, not {window}", q=q, k=k, v=v)
+    (B, T, H, D), G = q.shape, k.shape[2]
+    return B, T, H, G, D, T if window is None else min(window, T)
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return y (B, T, H, D), contiguous, and the logarithm (B, H, T), float32, of each query's sum of exponentials.
+
+    q (B, T, H, D) and k, v (B, T, G, D): any strides but the last; H/G neighbouring query heads share a key head. Each query sees
+    the keys up to its own place, with a window only the last so many of them; its result does not depend on what comes later.
+    """
+    shape = _attention_shape(q, k, v, window)
+    B, T, H = shape[:3]
+    y, sums = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, T)
+    if y.numel():
+        cpukernels.attention_forward(torch.get_num_threads(), _DTYPES[q.dtype], shape, [_heads(t) for t in (q, k, v, y)], sums.data_ptr())
+    return y, sums
+
+
+def attention_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor,
+                       window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv, contiguous, from dy and what `attention_forward` took and gave."""
+    shape = _attention_shape(q, k, v, window)
+    B, T, H = shape[:3]
+    dy, y = _like(dy, q), _like(y, q)
+    if sums.shape != (B, H, T) or sums.dtype != torch.float32 or not sums.is_contiguous():
+        raise _wrong("sums are what the forward pass gave", q=q, sums=sums)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    if y.numel():
+        cpukernels.attention_backward(torch.get_num_threads(), _DTYPES[q.dtype], shape, [_heads(t) for t in (q, k, v, y, dy, dq, dk, dv)],
+                                      sums.data_ptr())
+    return dq, dk, dv

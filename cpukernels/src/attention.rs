@@ -1,0 +1,487 @@
+//! Causal softmax attention with an optional window, and its gradients: each block of queries against one block of keys after the
+//! other, from the first that it sees, so that scores never leave the cache and what is not seen costs nothing.
+//!
+//! Blocks are converted once to float32 in `Panels` form, in which every operand of `multiply` is read in steps known to the compiler.
+
+use crate::math::{dot, exp, Elem};
+use crate::pool::{block, blocks};
+use crate::rows::Heads;
+use crate::simd::Kernel;
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Queries, or keys, in a block.
+const BLOCK: usize = 64;
+/// Columns of a panel: a matrix (rows, columns) lies as panels (rows, N) one behind the other.
+const N: usize = 16;
+/// Rows of a tile of M · N sums, which stay in registers.
+const M: usize = 4;
+
+/// q, y (B, T, H, D); k, v (B, T, G, D); H / G neighbouring query heads share a key head. A query sees the last `window` keys up to
+/// its own place.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub T: usize,
+    pub H: usize,
+    pub G: usize,
+    pub D: usize,
+    pub window: usize,
+}
+
+impl Shape {
+    pub fn blocks(&self) -> usize {
+        blocks(self.T, BLOCK)
+    }
+
+    /// About how much there is to do for a head.
+    pub fn operations(&self) -> usize {
+        self.T.saturating_mul(self.T.min(self.window)).saturating_mul(self.D)
+    }
+
+    /// D, rounded up to whole panels.
+    #[inline(always)]
+    fn depth(&self) -> usize {
+        self.D.div_ceil(N) * N
+    }
+
+    /// The i-th block of queries or keys.
+    #[inline(always)]
+    fn block(&self, i: usize) -> Range<usize> {
+        block(i, BLOCK, self.T)
+    }
+
+    /// Of the keys of a block those that one of these queries sees, counted from the block's start.
+    #[inline(always)]
+    fn keys(&self, queries: Range<usize>, keys: &Range<usize>) -> Range<usize> {
+        let first = (queries.start + 1).saturating_sub(self.window).clamp(keys.start, keys.end);
+        let end = queries.end.min(keys.end).max(first);
+        first - keys.start..end - keys.start
+    }
+
+    /// Of the queries of a block those that see one of these keys, counted from the block's start.
+    #[inline(always)]
+    fn queries(&self, keys: Range<usize>, queries: &Range<usize>) -> Range<usize> {
+        let first = keys.start.clamp(queries.start, queries.end);
+        let end = (keys.end - 1).saturating_add(self.window).min(queries.end).max(first);
+        first - queries.start..end - queries.start
+    }
+}
+
+/// Σ over `terms` of a[r, p] · b[p, l], added to sums. `a` begins with the tile's first row, `b` with the panel; with TURNED, a is
+/// given as its transpose.
+///
+/// # Safety
+/// These elements are there.
+#[inline(always)]
+unsafe fn tile<const F: bool, const TURNED: bool>(a: *const f32, b: *const f32, terms: Range<usize>, sums: &mut [[f32; N]; M]) {
+    let mut kept = *sums;
+    for p in terms {
+        let b = &*(b.add(p * N) as *const [f32; N]);
+        for r in 0..M {
+            let a = *a.add(if TURNED { p * N + r } else { r * N + p % N });
+            for l in 0..N {
+                kept[r][l] = crate::math::fma::<F>(a, b[l], kept[r][l]);
+            }
+        }
+    }
+    *sums = kept;
+}
+
+/// c = a · b, or with ADD c += a · b, in `tiles` rows of tiles. a and c have BLOCK rows, b `b_rows`, in panels; with TURNED, a is given
+/// as its transpose. The i-th row of tiles is done for the panels `columns(i)` of b alone, and sums over `terms(i)` alone.
+#[inline(always)]
+fn multiply<const F: bool, const TURNED: bool, const ADD: bool>(
+    (a, b, c): (&[f32], &[f32], &mut [f32]),
+    b_rows: usize,
+    tiles: usize,
+    columns: impl Fn(usize) -> Range<usize>,
+    terms: impl Fn(usize) -> Range<usize>,
+) {
+    for panel in 0..b.len() / (b_rows * N) {
+        let b = &b[panel * b_rows * N..(panel + 1) * b_rows * N];
+        let c = &mut c[panel * BLOCK * N..(panel + 1) * BLOCK * N];
+        for i in 0..tiles {
+            let terms = terms(i);
+            if !columns(i).contains(&panel) {
+                continue;
+            }
+            let c: &mut [f32; M * N] = (&mut c[i * M * N..(i + 1) * M * N]).try_into().expect("a tile");
+            let mut sums = [[0.0f32; N]; M];
+            if ADD {
+                for r in 0..M {
+                    for l in 0..N {
+                        sums[r][l] = c[r * N + l];
+                    }
+                }
+            }
+            assert!(terms.end <= b_rows);
+            if TURNED {
+                assert!(terms.end <= BLOCK && (i * M / N + 1) * BLOCK * N <= a.len());
+                // SAFETY: the panel with columns i · M and on has BLOCK rows, b has b_rows
+                unsafe { tile::<F, true>(a.as_ptr().add(i * M / N * BLOCK * N + i * M % N), b.as_ptr(), terms, &mut sums) };
+            } else {
+                assert!(terms.end.div_ceil(N) * BLOCK * N <= a.len() && (i + 1) * M <= BLOCK);
+                let mut start = terms.start;
+                while start < terms.end {
+                    let end = (start / N * N + N).min(terms.end);
+                    // SAFETY: the panel with column `start` has BLOCK rows, b has b_rows
+                    unsafe {
+                        tile::<F, false>(a.as_ptr().add(start / N * BLOCK * N + i * M * N), b.as_ptr(), start..end, &mut sums)
+                    };
+                    start = end;
+                }
+            }
+            for r in 0..M {
+                for l in 0..N {
+                    c[r * N + l] = sums[r][l];
+                }
+            }
+        }
+    }
+}
+
+/// Rows of a head times `factor`, as panels of BLOCK rows. What lies beside the rows and columns stays as it is, but for tiles of
+/// rows and panels begun, which are filled up with zeros.
+#[inline(always)]
+fn pack<T: Elem>(x: Heads, h: usize, b: usize, rows: &Range<usize>, D: usize, factor: f32, into: &mut [f32]) {
+    let view = x.head::<T>(h);
+    for (i, t) in rows.clone().enumerate() {
+        // SAFETY: native.py gives tensors of these shapes
+        let x = unsafe { view.row::<T>(b, t, D) };
+        for (x, panel) in x.chunks(N).zip(into.chunks_exact_mut(BLOCK * N)) {
+            let to = &mut panel[i * N..(i + 1) * N];
+            if x.len() < N {
+                to.fill(0.0);
+            }
+            for (x, to) in x.iter().zip(to) {
+                *to = x.get() * factor;
+            }
+        }
+    }
+    for i in rows.len()..rows.len().div_ceil(M) * M {
+        for panel in into.chunks_exact_mut(BLOCK * N) {
+            panel[i * N..(i + 1) * N].fill(0.0);
+        }
+    }
+}
+
+/// The transpose of a block in panels, (depth, BLOCK); columns beyond its rows may be anything.
+#[inline(always)]
+fn turn(from: &[f32], rows: usize, depth: usize, into: &mut [f32]) {
+    for (j, to) in into.chunks_exact_mut(depth * N).enumerate().take(rows.div_ceil(N)) {
+        for (from, to) in from.chunks_exact(BLOCK * N).zip(to.chunks_exact_mut(N * N)) {
+            // of an element's place, two digits of 4 bits, each step turns one bit round: the digits change places
+            let mut x: [f32; N * N] = from[j * N * N..(j + 1) * N * N].try_into().expect("N rows of N");
+            let mut y = [0.0f32; N * N];
+            interleave(&x, &mut y);
+            interleave(&y, &mut x);
+            interleave(&x, &mut y);
+            interleave(&y, to.try_into().expect("N rows of N"));
+        }
+    }
+}
+
+#[inline(always)]
+fn interleave(x: &[f32; N * N], y: &mut [f32; N * N]) {
+    for i in 0..N * N / 2 {
+        y[2 * i] = x[i];
+        y[2 * i + 1] = x[i + N * N / 2];
+    }
+}
+
+/// Rows of panels times what is given for each, to a tensor.
+#[inline(always)]
+fn unpack<T: Elem>(from: &[f32], x: Heads, h: usize, b: usize, rows: &Range<usize>, D: usize, factor: impl Fn(usize) -> f32) {
+    let view = x.head::<T>(h);
+    for (i, t) in rows.clone().enumerate() {
+        // SAFETY: native.py gives tensors of these shapes; a block of a head is one thread's
+        let x = unsafe { view.row_mut::<T>(b, t, D) };
+        let factor = factor(i);
+        for (x, panel) in x.chunks_mut(N).zip(from.chunks_exact(BLOCK * N)) {
+            for (x, from) in x.iter_mut().zip(&panel[i * N..(i + 1) * N]) {
+                *x = T::put(*from * factor);
+            }
+        }
+    }
+}
+
+/// What threads need while they work, kept for the next time: memory that is new costs as much as the work on it.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line(#[allow(dead_code)] [f32; 16]);
+
+thread_local! {
+    static KEPT: Cell<Vec<Line>> = const { Cell::new(Vec::new()) };
+}
+
+struct Scratch {
+    lines: Vec<Line>,
+    used: usize,
+}
+
+impl Scratch {
+    fn new(floats: usize) -> Scratch {
+        let mut lines = KEPT.with(|kept| kept.take());
+        if lines.len() * 16 < floats {
+            lines = vec![Line([0.0; 16]); floats.div_ceil(16)];
+        }
+        Scratch { lines, used: 0 }
+    }
+
+    /// So many numbers, a multiple of 16; what they are is not said.
+    fn take<'a>(&mut self, floats: usize) -> &'a mut [f32] {
+        assert!(floats % 16 == 0 && self.used + floats <= self.lines.len() * 16);
+        // SAFETY: each part is given once, and lives no longer than the kernel's run, which drops the scratch last
+        let part = unsafe { std::slice::from_raw_parts_mut((self.lines.as_mut_ptr() as *mut f32).add(self.used), floats) };
+        self.used += floats;
+        part
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        KEPT.with(|kept| kept.set(std::mem::take(&mut self.lines)));
+    }
+}
+
+/// y, and with `sums` (B, H, T) of float32 the logarithm of each query's sum of exponentials. Items are blocks of queries.
+pub struct Forward<T> {
+    pub shape: Shape,
+    pub q: Heads,
+    pub k: Heads,
+    pub v: Heads,
+    pub y: Heads,
+    pub sums: Option<usize>,
+    pub dtype: PhantomData<T>,
+}
+
+impl<T: Elem> Kernel for Forward<T> {
+    #[inline(always)]
+    fn run<const F: bool>(&self, items: Range<usize>) {
+        let s = &self.shape;
+        let (count, depth, panels) = (s.blocks(), s.depth(), s.depth() / N);
+        let size = BLOCK * depth;
+        let mut scratch = Scratch::new(2 * count * size + 3 * size + BLOCK * BLOCK);
+        let (keys, values) = (scratch.take(count * size), scratch.take(count * size));
+        let (q, y, spare, p) = (scratch.take(size), scratch.take(size), scratch.take(size), scratch.take(BLOCK * BLOCK));
+        let mut packed = vec![false; count];
+        let mut at = None;
+        for item in items {
+            let (b, h) = (item / (s.H * count), item / count % s.H);
+            // early and late ones by turns: so each thread has as much to do
+            let i = item % count;
+            let i = if i % 2 == 0 { i / 2 } else { count - 1 - i / 2 };
+            let g = h / (s.H / s.G);
+            if at != Some((b, g)) {
+                packed.fill(false);
+                at = Some((b, g));
+            }
+            let queries = s.block(i);
+            let tiles = queries.len().div_ceil(M);
+            pack::<T>(self.q, h, b, &queries, s.D, 1.0 / (s.D as f32).sqrt(), q);
+            y.fill(0.0);
+            let mut top = [f32::MIN; BLOCK];
+            let mut sums = [[0.0f32; N]; BLOCK];
+            for j in (queries.start + 1).saturating_sub(s.window) / BLOCK..i + 1 {
+                let seen = s.block(j);
+                let part = j * size..(j + 1) * size;
+                let (keys, values) = (&mut keys[part.clone()], &mut values[part]);
+                if !packed[j] {
+                    pack::<T>(self.k, g, b, &seen, s.D, 1.0, spare);
+                    turn(spare, seen.len(), depth, keys);
+                    pack::<T>(self.v, g, b, &seen, s.D, 1.0, values);
+                    packed[j] = true;
+                }
+                let of_tile = |r: usize| s.keys(queries.start + r * M..(queries.start + (r + 1) * M).min(queries.end), &seen);
+                let columns = |r: usize| {
+                    let keys = of_tile(r);
+                    keys.start / N..keys.end.div_ceil(N)
+                };
+                multiply::<F, false, false>((q, keys, p), depth, tiles, columns, |_| 0..s.D);
+                for (r, t) in queries.clone().enumerate() {
+                    let mine = s.keys(t..t + 1, &seen);
+                    let columns = columns(r / M);
+                    let before = top[r];
+                    top[r] = highest(p, r, &columns, &mine, before);
+                    if top[r] > before && before > f32::MIN {
+                        let factor = exp::<F>(before - top[r]);
+                        sums[r].iter_mut().for_each(|sum| *sum *= factor);
+                        for panel in y.chunks_exact_mut(BLOCK * N) {
+                            panel[r * N..(r + 1) * N].iter_mut().for_each(|y| *y *= factor);
+                        }
+                    }
+                    exponentials::<F>(p, r, &columns, &mine, top[r], &mut sums[r]);
+                }
+                multiply::<F, false, true>((p, values, y), BLOCK, tiles, |_| 0..panels, of_tile);
+            }
+            let mut total = [0.0f32; BLOCK];
+            for (total, sums) in total.iter_mut().zip(&sums) {
+                *total = crate::math::sum(sums);
+            }
+            unpack::<T>(y, self.y, h, b, &queries, s.D, |r| 1.0 / total[r]);
+            if let Some(address) = self.sums {
+                // SAFETY: native.py gives (B, H, T) of float32; a block of a head is one thread's
+                let to = unsafe {
+                    std::slice::from_raw_parts_mut((address as *mut f32).add((b * s.H + h) * s.T + queries.start), queries.len())
+                };
+                for ((to, top), total) in to.iter_mut().zip(&top).zip(&total) {
+                    *to = top + total.ln();
+                }
+            }
+        }
+    }
+}
+
+/// The highest score of row r among the columns `mine`, or `least`; `columns` are the panels to look into.
+#[inline(always)]
+fn highest(scores: &[f32], r: usize, columns: &Range<usize>, mine: &Range<usize>, least: f32) -> f32 {
+    let mut lanes = [least; N];
+    for c in columns.clone() {
+        let row: &[f32; N] = scores[c * BLOCK * N + r * N..][..N].try_into().expect("a row of a panel");
+        let (first, end) = (mine.start as i32 - (c * N) as i32, mine.end as i32 - (c * N) as i32);
+        for l in 0..N {
+            let x = if l as i32 >= first && (l as i32) < end { row[l] } else { least };
+            lanes[l] = if x > lanes[l] { x } else { lanes[l] };
+        }
+    }
+    let mut width = N / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] = if lanes[l + width] > lanes[l] { lanes[l + width] } else { lanes[l] };
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Overwrite row r of the scores with e^(score − top), 0 outside of `mine`, and add it up in lanes.
+#[inline(always)]
+fn exponentials<const F: bool>(
+    p: &mut [f32],
+    r: usize,
+    columns: &Range<usize>,
+    mine: &Range<usize>,
+    top: f32,
+    sums: &mut [f32; N],
+) {
+    let mut lanes = *sums;
+    for c in columns.clone() {
+        let row: &mut [f32; N] = (&mut p[c * BLOCK * N + r * N..][..N]).try_into().expect("a row of a panel");
+        let (first, end) = (mine.start as i32 - (c * N) as i32, mine.end as i32 - (c * N) as i32);
+        for l in 0..N {
+            let x = exp::<F>(row[l] - top);
+            row[l] = if l as i32 >= first && (l as i32) < end { x } else { 0.0 };
+            lanes[l] += row[l];
+        }
+    }
+    *sums = lanes;
+}
+
+/// dq, dk and dv, from y and the sums of the forward pass. Items are the key heads of all sequences.
+pub struct Backward<T> {
+    pub shape: Shape,
+    pub q: Heads,
+    pub k: Heads,
+    pub v: Heads,
+    pub y: Heads,
+    pub dy: Heads,
+    pub sums: usize,
+    pub dq: Heads,
+    pub dk: Heads,
+    pub dv: Heads,
+    pub dtype: PhantomData<T>,
+}
+
+impl<T: Elem> Kernel for Backward<T> {
+    #[inline(always)]
+    fn run<const F: bool>(&self, items: Range<usize>) {
+        let s = &self.shape;
+        let (D, count, depth, panels, sharing) = (s.D, s.blocks(), s.depth(), s.depth() / N, s.H / s.G);
+        let (size, scale) = (BLOCK * depth, 1.0 / (D as f32).sqrt());
+        let mut scratch = Scratch::new((3 * sharing * count + 6) * size + 2 * BLOCK * BLOCK + sharing * count * BLOCK);
+        let [q, dy, dq] = [(); 3].map(|_| scratch.take(sharing * count * size));
+        let [k, k_turned, v, v_turned, dk, dv] = [(); 6].map(|_| scratch.take(size));
+        let (p, ds) = (scratch.take(BLOCK * BLOCK), scratch.take(BLOCK * BLOCK));
+        let deltas = scratch.take(sharing * count * BLOCK);
+        for item in items {
+            let (b, g) = (item / s.G, item % s.G);
+            for part in 0..sharing * count {
+                let (h, queries, place) = (g * sharing + part / count, s.block(part % count), part * size..(part + 1) * size);
+                pack::<T>(self.q, h, b, &queries, D, scale, &mut q[place.clone()]);
+                pack::<T>(self.dy, h, b, &queries, D, 1.0, &mut dy[place.clone()]);
+                dq[place].fill(0.0);
+                let (dy, y) = (self.dy.head::<T>(h), self.y.head::<T>(h));
+                for (delta, t) in deltas[part * BLOCK..].iter_mut().zip(queries) {
+                    // SAFETY: native.py gives tensors of these shapes
+                    *delta = unsafe { dot::<F, T, T>(dy.row(b, t, D), y.row(b, t, D)) };
+                }
+            }
+            for j in 0..count {
+                let keys = s.block(j);
+                pack::<T>(self.k, g, b, &keys, D, 1.0, k);
+                turn(k, keys.len(), depth, k_turned);
+                pack::<T>(self.v, g, b, &keys, D, 1.0, v);
+                turn(v, keys.len(), depth, v_turned);
+                dk.fill(0.0);
+                dv.fill(0.0);
+                let last = (keys.end - 1).saturating_add(s.window - 1).min(s.T - 1) / BLOCK;
+                for part in (0..sharing).flat_map(|r| r * count + j..r * count + last + 1) {
+                    let queries = s.block(part % count);
+                    let place = part * size..(part + 1) * size;
+                    let (q, dy, dq) = (&q[place.clone()], &dy[place.clone()], &mut dq[place]);
+                    let tiles = queries.len().div_ceil(M);
+                    let of_tile = |r: usize| s.keys(queries.start + r * M..(queries.start + (r + 1) * M).min(queries.end), &keys);
+                    let columns = |r: usize| {
+                        let keys = of_tile(r);
+                        keys.start / N..keys.end.div_ceil(N)
+                    };
+                    multiply::<F, false, false>((q, k_turned, p), depth, tiles, columns, |_| 0..D);
+                    multiply::<F, false, false>((dy, v_turned, ds), depth, tiles, columns, |_| 0..D);
+                    let h = g * sharing + part / count;
+                    // SAFETY: native.py gives (B, H, T) of float32
+                    let sums = unsafe { std::slice::from_raw_parts((self.sums as *const f32).add((b * s.H + h) * s.T), s.T) };
+                    for (r, t) in queries.clone().enumerate() {
+                        slopes::<F>((p, ds), r, &columns(r / M), &s.keys(t..t + 1, &keys), sums[t], deltas[part * BLOCK + r]);
+                    }
+                    let by_key = |c: usize| s.queries(keys.start + c * M..(keys.start + (c + 1) * M).min(keys.end), &queries);
+                    let tiles_of_keys = keys.len().div_ceil(M);
+                    multiply::<F, true, true>((p, dy, dv), BLOCK, tiles_of_keys, |_| 0..panels, by_key);
+                    multiply::<F, true, true>((ds, q, dk), BLOCK, tiles_of_keys, |_| 0..panels, by_key);
+                    multiply::<F, false, true>((ds, k, dq), BLOCK, tiles, |_| 0..panels, of_tile);
+                }
+                unpack::<T>(dk, self.dk, g, b, &keys, D, |_| 1.0);
+                unpack::<T>(dv, self.dv, g, b, &keys, D, |_| 1.0);
+            }
+            for part in 0..sharing * count {
+                let h = g * sharing + part / count;
+                unpack::<T>(&dq[part * size..(part + 1) * size], self.dq, h, b, &s.block(part % count), D, |_| scale);
+            }
+        }
+    }
+}
+
+/// Overwrite row r of the scores with the probabilities p, and the gradients of the probabilities with those of the scores; both are
+/// 0 outside of `mine`.
+#[inline(always)]
+fn slopes<const F: bool>(
+    (p, ds): (&mut [f32], &mut [f32]),
+    r: usize,
+    columns: &Range<usize>,
+    mine: &Range<usize>,
+    sum: f32,
+    delta: f32,
+) {
+    for c in columns.clone() {
+        let at = c * BLOCK * N + r * N;
+        let p: &mut [f32; N] = (&mut p[at..at + N]).try_into().expect("a row of a panel");
+        let ds: &mut [f32; N] = (&mut ds[at..at + N]).try_into().expect("a row of a panel");
+        let (first, end) = (mine.start as i32 - (c * N) as i32, mine.end as i32 - (c * N) as i32);
+        for l in 0..N {
+            let seen = l as i32 >= first && (l as i32) < end;
+            let x = exp::<F>(p[l] - sum);
+            p[l] = if seen { x } else { 0.0 };
+            ds[l] = if seen { x * (ds[l] - delta) } else { 0.0 };
+        }
+    }
+}
