@@ -118,6 +118,19 @@ def slc2(run: Run, out: Report) -> None:
                       [exact[0][:, :1], moved], floor=1e-6 if dtype == torch.float32 else 4e-3)
 
 
+    B, T, H, D = (3, 41, 2, 16) if run.tiny else (32, 2048, 10, 128)
+    z, dy, taps, _ = slc2_inputs(run, B, T, H, D, 3, torch.bfloat16, False)
+    for backend in forwards:
+        def both(rows: slice, backend: str = backend) -> list[Tensor]:
+            given, dz = columns(z[rows], H * D, H), torch.full_like(z[rows], float("nan"))
+            y = forwards[backend](*given, taps, None)
+            dtaps, _ = backwards[backend](dy[rows], *given, taps, None, *columns(dz, H * D, H))
+            return [y[-1], *(part[-1] for part in columns(dz, H * D, H)), dtaps]
+        many, again, alone = both(slice(None)), both(slice(None)), both(slice(-1, None))
+        out.expect(f"{backend}: the same to the last bit on a second run", all(torch.equal(a, b) for a, b in zip(many, again)))
+        out.expect(f"{backend}: the last of {B} rows of {T} is what it is alone", all(torch.equal(a, b) for a, b in zip(many[:-1], alone)))
+
+
 # --- loss --------------------------------------------------------------------------------------------------------------
 
 def loss_kernel(run: Run, out: Report) -> None:
