@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from nanochat.gpt import GPTConfig
 from nanochat.graphs import Fixed
-from nanochat.kernels import attention
-from nanochat.kernels.attention import BLOCKS, FLASH3, PYTORCH, attend, attend_twin, path
+from nanochat.kernels import attention, native
+from nanochat.kernels.attention import FLASH3, NATIVE, PYTORCH, attend, attend_twin, path
 from tests.helpers import small_model
 
 
@@ -38,58 +38,23 @@ def far(got, exact):
     return [(a.double() - b).square().mean().sqrt().item() for a, b in zip(got, exact)]
 
 
-SHAPES = [(2, 64, 2, 2, 32), (3, 97, 4, 2, 16), (1, 200, 6, 1, 64), (2, 256, 2, 2, 128), (1, 301, 3, 3, 24), (1, 513, 2, 1, 64)]
+def test_path_is_ours_on_a_cpu_and_torchs_for_masks_and_what_ours_is_not_for(monkeypatch):
+    q = torch.randn(1, 9, 2, 8)
+    mask = torch.ones(9, 9, dtype=torch.bool)
+    assert path(q) == path(q.bfloat16()) == (PYTORCH if native.cpukernels is None else NATIVE)
+    assert path(q, mask=mask) == path(q, causal=False) == path(q.double()) == path(q.mT.contiguous().mT) == PYTORCH
+    assert path(q, q.mT.contiguous().mT, q) == PYTORCH
+    monkeypatch.setattr(native, "cpukernels", None)
+    assert path(q) == PYTORCH
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("B, T, H, G, D", SHAPES)
-def test_blocks_err_from_float64_as_the_twin_does(B, T, H, G, D, dtype, monkeypatch):
-    monkeypatch.setattr(attention, "path", lambda *_, **__: BLOCKS)
-    for window in (None, 1, 2, 37, T - 1, T, T + 9):
-        inputs = draw(B, T, H, G, D, dtype, seed=T)
-        options = {"causal": True, "window": window}
-        exact = answers(attend_twin, *(x.double() for x in inputs), **options)
-        twin, got = far(answers(attend_twin, *inputs, **options), exact), far(answers(attend, *inputs, **options), exact)
-        tiny = torch.finfo(dtype).eps * 0.05  # a window of 1 has gradients of 0 in q and k
-        assert all(a <= 1.5 * b + tiny for a, b in zip(got, twin)), (window, got, twin)
-
-
-def test_blocks_are_for_training_with_a_short_window_in_a_long_row():
-    q = torch.randn(1, 512, 1, 8, requires_grad=True)
-    assert path(q, window=128) == BLOCKS
-    for other, window in ((q, None), (q, 129), (q[:, 1:], 99), (q.detach(), 99), (q.double(), 99)):
-        assert path(other, window=window) == PYTORCH
-    with torch.no_grad():
-        assert path(q, window=128) == PYTORCH
-
-
-def test_blocks_walk_over_groups_of_heads_and_long_rows(monkeypatch):
-    monkeypatch.setattr(attention, "GROUP", 1 << 13)
-    monkeypatch.setattr(attention, "path", lambda *_, **__: BLOCKS)
-    inputs = draw(2, 333, 6, 3, 16, torch.float32)
-    for window in (None, 50):
-        for a, b in zip(answers(attend, *inputs, causal=True, window=window), answers(attend_twin, *inputs, causal=True, window=window)):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-def test_blocks_leave_their_inputs_alone_and_write_all_of_their_outputs(monkeypatch):
-    """Memory that nobody wrote is NaN here."""
-    monkeypatch.setattr(attention, "path", lambda *_, **__: BLOCKS)
-    inputs = draw(2, 130, 4, 2, 16, torch.float32)
-    before, whole = [x.clone() for x in inputs], answers(attend, *inputs, causal=True, window=40)
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
-    for a, b in zip(answers(attend, *inputs, causal=True, window=40), whole):
-        assert torch.equal(a, b)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
-
-
+@pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("T, window", [(1, None), (1, 1), (5, None), (33, 1), (33, 2), (33, 7), (33, 40)])
-def test_short_rows_and_evaluation_go_through_torch_and_are_the_twin_too(T, window, dtype):
+def test_attention_is_the_twin_in_training_and_evaluation_whether_the_crate_is_built_or_not(T, window, dtype, built, monkeypatch):
+    if not built:
+        monkeypatch.setattr(native, "cpukernels", None)
     q, k, v, dy = draw(2, T, 4, 2, 16, dtype)
-    assert path(q, window=window) == PYTORCH
     with torch.inference_mode():  # first: what it keeps must do for training
         quiet = attend(q, k, v, causal=True, window=window)
     got, twin = (answers(way, q, k, v, dy, causal=True, window=window) for way in (attend, attend_twin))
@@ -157,12 +122,12 @@ def test_a_window_over_rows_of_different_lengths_is_that_of_each_row(window):
             torch.testing.assert_close(logits[:, 0], whole[range(3), done], atol=2e-5, rtol=1e-4)
 
 
-def test_a_window_trains_through_blocks_as_through_torch(monkeypatch):
+def test_a_window_trains_through_ours_as_through_torch(monkeypatch):
     model = small_model(window=20, sequence_len=128)
     ids = torch.randint(97, (2, 101))
     gradients = []
-    for way in (BLOCKS, PYTORCH):
-        monkeypatch.setattr(attention, "path", lambda *_, way=way, **__: way)
+    for crate in (native.cpukernels, None):
+        monkeypatch.setattr(native, "cpukernels", crate)
         loss = model(ids[:, :-1], ids[:, 1:])
         gradients.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for a, b in zip(*gradients):
@@ -216,8 +181,8 @@ def test_the_compiler_sees_flash_attention_3_or_goes_around_an_older_one(custom,
 def test_flash_attention_3_is_called_as_it_wants_to_be(monkeypatch):
     calls = stand_in(monkeypatch, custom=True)
     q, k, v, dy = draw(2, 9, 4, 2, 16, torch.bfloat16)
-    assert path(q) == FLASH3 and path(q.float()) == PYTORCH and path(q, mask=torch.ones(9, 9, dtype=torch.bool)) == PYTORCH
-    assert path(q.new_zeros(1, 9, 2, 264)) == PYTORCH
+    assert path(q) == FLASH3 != path(q.float()) and path(q, mask=torch.ones(9, 9, dtype=torch.bool)) == PYTORCH
+    assert path(q.new_zeros(1, 9, 2, 264)) != FLASH3
     for window, wanted in ((None, (-1, -1)), (1, (0, 0)), (4, (3, 0)), (9, (-1, -1))):
         assert torch.equal(attend(q, k, v, causal=True, window=window), attend_twin(q, k, v, causal=True, window=window))
         assert calls.pop() == (True, wanted)
