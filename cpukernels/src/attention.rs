@@ -18,6 +18,9 @@ const N: usize = 16;
 /// Rows of a tile of M · N sums, which stay in registers.
 const M: usize = 4;
 
+/// A later score may be higher by so much than the one that is subtracted from all before what is summed up is scaled anew.
+const LEEWAY: f32 = 8.0;
+
 /// q, y (B, T, H, D); k, v (B, T, G, D); H / G neighbouring query heads share a key head. A query sees the last `window` keys up to
 /// its own place.
 #[derive(Clone, Copy)]
@@ -141,27 +144,30 @@ fn multiply<const F: bool, const TURNED: bool, const ADD: bool>(
     }
 }
 
-/// Rows of a head times `factor`, as panels of BLOCK rows. What lies beside the rows and columns stays as it is, but for tiles of
-/// rows and panels begun, which are filled up with zeros.
+/// Row i of a panel.
 #[inline(always)]
-fn pack<T: Elem>(x: Heads, h: usize, b: usize, rows: &Range<usize>, D: usize, factor: f32, into: &mut [f32]) {
+fn row(panel: &mut [f32], i: usize) -> &mut [f32; N] {
+    (&mut panel[i * N..(i + 1) * N]).try_into().expect("N columns")
+}
+
+/// Rows of a head times `factor`, as panels of BLOCK rows; columns beyond D, and what a tile of rows begun lacks, are filled up with
+/// zeros, further rows stay as they are. `line` is room for a row.
+#[inline(always)]
+fn pack<T: Elem>((x, b, h): (Heads, usize, usize), rows: &Range<usize>, D: usize, factor: f32, line: &mut [f32], into: &mut [f32]) {
     let view = x.head::<T>(h);
-    for (i, t) in rows.clone().enumerate() {
-        // SAFETY: native.py gives tensors of these shapes
-        let x = unsafe { view.row::<T>(b, t, D) };
-        for (x, panel) in x.chunks(N).zip(into.chunks_exact_mut(BLOCK * N)) {
-            let to = &mut panel[i * N..(i + 1) * N];
-            if x.len() < N {
-                to.fill(0.0);
-            }
-            for (x, to) in x.iter().zip(to) {
+    line[D..].fill(0.0);
+    for i in 0..rows.len().div_ceil(M) * M {
+        if i < rows.len() {
+            // SAFETY: native.py gives tensors of these shapes
+            let x = unsafe { view.row::<T>(b, rows.start + i, D) };
+            for (x, to) in x.iter().zip(line.iter_mut()) {
                 *to = x.get() * factor;
             }
+        } else {
+            line.fill(0.0);
         }
-    }
-    for i in rows.len()..rows.len().div_ceil(M) * M {
-        for panel in into.chunks_exact_mut(BLOCK * N) {
-            panel[i * N..(i + 1) * N].fill(0.0);
+        for (from, panel) in line.chunks_exact(N).zip(into.chunks_exact_mut(BLOCK * N)) {
+            row(panel, i).copy_from_slice(from);
         }
     }
 }
@@ -190,18 +196,26 @@ fn interleave(x: &[f32; N * N], y: &mut [f32; N * N]) {
     }
 }
 
-/// Rows of panels times what is given for each, to a tensor.
+/// Rows of panels times what is given for each, to a head; what `pack` does, back again.
 #[inline(always)]
-fn unpack<T: Elem>(from: &[f32], x: Heads, h: usize, b: usize, rows: &Range<usize>, D: usize, factor: impl Fn(usize) -> f32) {
+fn unpack<T: Elem>(
+    from: &[f32],
+    (x, b, h): (Heads, usize, usize),
+    rows: &Range<usize>,
+    D: usize,
+    factor: impl Fn(usize) -> f32,
+    line: &mut [f32],
+) {
     let view = x.head::<T>(h);
     for (i, t) in rows.clone().enumerate() {
+        for (to, panel) in line.chunks_exact_mut(N).zip(from.chunks_exact(BLOCK * N)) {
+            to.copy_from_slice(&panel[i * N..(i + 1) * N]);
+        }
+        let factor = factor(i);
         // SAFETY: native.py gives tensors of these shapes; a block of a head is one thread's
         let x = unsafe { view.row_mut::<T>(b, t, D) };
-        let factor = factor(i);
-        for (x, panel) in x.chunks_mut(N).zip(from.chunks_exact(BLOCK * N)) {
-            for (x, from) in x.iter_mut().zip(&panel[i * N..(i + 1) * N]) {
-                *x = T::put(*from * factor);
-            }
+        for (x, from) in x.iter_mut().zip(line.iter()) {
+            *x = T::put(*from * factor);
         }
     }
 }
@@ -262,9 +276,10 @@ impl<T: Elem> Kernel for Forward<T> {
         let s = &self.shape;
         let (count, depth, panels) = (s.blocks(), s.depth(), s.depth() / N);
         let size = BLOCK * depth;
-        let mut scratch = Scratch::new(2 * count * size + 3 * size + BLOCK * BLOCK);
+        let mut scratch = Scratch::new(2 * count * size + 3 * size + BLOCK * BLOCK + depth);
         let (keys, values) = (scratch.take(count * size), scratch.take(count * size));
         let (q, y, spare, p) = (scratch.take(size), scratch.take(size), scratch.take(size), scratch.take(BLOCK * BLOCK));
+        let line = scratch.take(depth);
         let mut packed = vec![false; count];
         let mut at = None;
         for item in items {
@@ -279,7 +294,7 @@ impl<T: Elem> Kernel for Forward<T> {
             }
             let queries = s.block(i);
             let tiles = queries.len().div_ceil(M);
-            pack::<T>(self.q, h, b, &queries, s.D, 1.0 / (s.D as f32).sqrt(), q);
+            pack::<T>((self.q, b, h), &queries, s.D, 1.0 / (s.D as f32).sqrt(), line, q);
             y.fill(0.0);
             let mut top = [f32::MIN; BLOCK];
             let mut sums = [[0.0f32; N]; BLOCK];
@@ -288,9 +303,9 @@ impl<T: Elem> Kernel for Forward<T> {
                 let part = j * size..(j + 1) * size;
                 let (keys, values) = (&mut keys[part.clone()], &mut values[part]);
                 if !packed[j] {
-                    pack::<T>(self.k, g, b, &seen, s.D, 1.0, spare);
+                    pack::<T>((self.k, b, g), &seen, s.D, 1.0, line, spare);
                     turn(spare, seen.len(), depth, keys);
-                    pack::<T>(self.v, g, b, &seen, s.D, 1.0, values);
+                    pack::<T>((self.v, b, g), &seen, s.D, 1.0, line, values);
                     packed[j] = true;
                 }
                 let of_tile = |r: usize| s.keys(queries.start + r * M..(queries.start + (r + 1) * M).min(queries.end), &seen);
@@ -302,13 +317,15 @@ impl<T: Elem> Kernel for Forward<T> {
                 for (r, t) in queries.clone().enumerate() {
                     let mine = s.keys(t..t + 1, &seen);
                     let columns = columns(r / M);
-                    let before = top[r];
-                    top[r] = highest(p, r, &columns, &mine, before);
-                    if top[r] > before && before > f32::MIN {
-                        let factor = exp::<F>(before - top[r]);
-                        sums[r].iter_mut().for_each(|sum| *sum *= factor);
-                        for panel in y.chunks_exact_mut(BLOCK * N) {
-                            panel[r * N..(r + 1) * N].iter_mut().for_each(|y| *y *= factor);
+                    let (before, now) = (top[r], highest(p, r, &columns, &mine));
+                    if now > before + LEEWAY {
+                        top[r] = now;
+                        if before > f32::MIN {
+                            let factor = exp::<F>(before - now);
+                            sums[r].iter_mut().for_each(|sum| *sum *= factor);
+                            for panel in y.chunks_exact_mut(BLOCK * N) {
+                                row(panel, r).iter_mut().for_each(|y| *y *= factor);
+                            }
                         }
                     }
                     exponentials::<F>(p, r, &columns, &mine, top[r], &mut sums[r]);
@@ -319,7 +336,7 @@ impl<T: Elem> Kernel for Forward<T> {
             for (total, sums) in total.iter_mut().zip(&sums) {
                 *total = crate::math::sum(sums);
             }
-            unpack::<T>(y, self.y, h, b, &queries, s.D, |r| 1.0 / total[r]);
+            unpack::<T>(y, (self.y, b, h), &queries, s.D, |r| 1.0 / total[r], line);
             if let Some(address) = self.sums {
                 // SAFETY: native.py gives (B, H, T) of float32; a block of a head is one thread's
                 let to = unsafe {
@@ -333,15 +350,15 @@ impl<T: Elem> Kernel for Forward<T> {
     }
 }
 
-/// The highest score of row r among the columns `mine`, or `least`; `columns` are the panels to look into.
+/// The highest score of row r among the columns `mine`; `columns` are the panels to look into.
 #[inline(always)]
-fn highest(scores: &[f32], r: usize, columns: &Range<usize>, mine: &Range<usize>, least: f32) -> f32 {
-    let mut lanes = [least; N];
+fn highest(scores: &[f32], r: usize, columns: &Range<usize>, mine: &Range<usize>) -> f32 {
+    let mut lanes = [f32::MIN; N];
     for c in columns.clone() {
         let row: &[f32; N] = scores[c * BLOCK * N + r * N..][..N].try_into().expect("a row of a panel");
         let (first, end) = (mine.start as i32 - (c * N) as i32, mine.end as i32 - (c * N) as i32);
         for l in 0..N {
-            let x = if l as i32 >= first && (l as i32) < end { row[l] } else { least };
+            let x = if l as i32 >= first && (l as i32) < end { row[l] } else { f32::MIN };
             lanes[l] = if x > lanes[l] { x } else { lanes[l] };
         }
     }
@@ -399,17 +416,17 @@ impl<T: Elem> Kernel for Backward<T> {
         let s = &self.shape;
         let (D, count, depth, panels, sharing) = (s.D, s.blocks(), s.depth(), s.depth() / N, s.H / s.G);
         let (size, scale) = (BLOCK * depth, 1.0 / (D as f32).sqrt());
-        let mut scratch = Scratch::new((3 * sharing * count + 6) * size + 2 * BLOCK * BLOCK + sharing * count * BLOCK);
+        let mut scratch = Scratch::new((3 * sharing * count + 6) * size + 2 * BLOCK * BLOCK + sharing * count * BLOCK + depth);
         let [q, dy, dq] = [(); 3].map(|_| scratch.take(sharing * count * size));
         let [k, k_turned, v, v_turned, dk, dv] = [(); 6].map(|_| scratch.take(size));
         let (p, ds) = (scratch.take(BLOCK * BLOCK), scratch.take(BLOCK * BLOCK));
-        let deltas = scratch.take(sharing * count * BLOCK);
+        let (deltas, line) = (scratch.take(sharing * count * BLOCK), scratch.take(depth));
         for item in items {
             let (b, g) = (item / s.G, item % s.G);
             for part in 0..sharing * count {
                 let (h, queries, place) = (g * sharing + part / count, s.block(part % count), part * size..(part + 1) * size);
-                pack::<T>(self.q, h, b, &queries, D, scale, &mut q[place.clone()]);
-                pack::<T>(self.dy, h, b, &queries, D, 1.0, &mut dy[place.clone()]);
+                pack::<T>((self.q, b, h), &queries, D, scale, line, &mut q[place.clone()]);
+                pack::<T>((self.dy, b, h), &queries, D, 1.0, line, &mut dy[place.clone()]);
                 dq[place].fill(0.0);
                 let (dy, y) = (self.dy.head::<T>(h), self.y.head::<T>(h));
                 for (delta, t) in deltas[part * BLOCK..].iter_mut().zip(queries) {
@@ -419,9 +436,9 @@ impl<T: Elem> Kernel for Backward<T> {
             }
             for j in 0..count {
                 let keys = s.block(j);
-                pack::<T>(self.k, g, b, &keys, D, 1.0, k);
+                pack::<T>((self.k, b, g), &keys, D, 1.0, line, k);
                 turn(k, keys.len(), depth, k_turned);
-                pack::<T>(self.v, g, b, &keys, D, 1.0, v);
+                pack::<T>((self.v, b, g), &keys, D, 1.0, line, v);
                 turn(v, keys.len(), depth, v_turned);
                 dk.fill(0.0);
                 dv.fill(0.0);
@@ -450,12 +467,12 @@ impl<T: Elem> Kernel for Backward<T> {
                     multiply::<F, true, true>((ds, q, dk), BLOCK, tiles_of_keys, |_| 0..panels, by_key);
                     multiply::<F, false, true>((ds, k, dq), BLOCK, tiles, |_| 0..panels, of_tile);
                 }
-                unpack::<T>(dk, self.dk, g, b, &keys, D, |_| 1.0);
-                unpack::<T>(dv, self.dv, g, b, &keys, D, |_| 1.0);
+                unpack::<T>(dk, (self.dk, b, g), &keys, D, |_| 1.0, line);
+                unpack::<T>(dv, (self.dv, b, g), &keys, D, |_| 1.0, line);
             }
             for part in 0..sharing * count {
                 let h = g * sharing + part / count;
-                unpack::<T>(&dq[part * size..(part + 1) * size], self.dq, h, b, &s.block(part % count), D, |_| scale);
+                unpack::<T>(&dq[part * size..(part + 1) * size], (self.dq, b, h), &s.block(part % count), D, |_| scale, line);
             }
         }
     }
