@@ -3,6 +3,9 @@
 import os
 import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,29 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set NANOCHAT_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def triton_interprets():
+    """Skips where there is no Triton, or one whose interpreter cannot read the numbers of this numpy."""
+    pytest.importorskip("triton")
+    import numpy
+    if version("triton") < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.skip(f"the interpreter of triton {version('triton')} does not run with numpy {numpy.__version__}")
+
+
+@pytest.fixture(scope="session")
+def interpreter(triton_interprets):
+    """A process whose Triton interprets: that is settled when Triton is first imported, which in this one may have happened already."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(abs, 0).result()  # it has started, with that environment
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+        yield pool
 
 
 @pytest.fixture(autouse=True)

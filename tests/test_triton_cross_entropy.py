@@ -1,10 +1,7 @@
 """The Triton kernel of the softcapped cross-entropy, in Triton's interpreter, and the pass in plain PyTorch, both against float64."""
 
 import importlib
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -20,21 +17,6 @@ def _called(module: str, name: str, *args) -> tuple:
     """Run a function that writes into its arguments; returns them."""
     getattr(importlib.import_module(module), name)(*args)
     return args
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """A process whose Triton interprets: that is settled when Triton is first imported, which in this one may have happened already."""
-    pytest.importorskip("triton")
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(abs, 0).result()  # the process has started, with that environment
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-        yield pool
 
 
 @pytest.fixture(params=["triton", "plain"])

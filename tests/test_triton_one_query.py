@@ -1,10 +1,7 @@
 """Attention of one new token over a buffer: the twin and the Triton kernel (in Triton's interpreter, or on a GPU) against float64."""
 
 import math
-import os
-from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -94,20 +91,6 @@ def interpreted(q, k, v, rope, keys, values, at, window, B, S):
 
 def chosen(q, k, v, rope, keys, values, at, window, B, S):
     return next_query(q, k, v, rope, keys[:B, :S], values[:B, :S], at, window), keys, values
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """A process whose Triton interprets: that is settled when Triton is first imported, which in this one may have happened already."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(abs, 0).result()  # it has started, with that environment
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-        yield pool
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,9 +1,6 @@
 """A matrix and one row: the twin and the Triton kernel (in Triton's interpreter, or on a GPU) against float64."""
 
-import os
-from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -51,20 +48,6 @@ def interpreted(x: Tensor, weight: Tensor, add: Tensor | None, **kind: bool) -> 
         return fused.one_row(x, weight, add, **kind)
     finally:
         torch.empty = empty
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """A process whose Triton interprets: that is settled when Triton is first imported, which in this one may have happened already."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(abs, 0).result()  # it has started, with that environment
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-        yield pool
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

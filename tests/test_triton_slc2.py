@@ -35,7 +35,7 @@ def in_process(code_or_file: str | Path, **env: str) -> str:
 
 @has_triton
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests below run here themselves")
-def test_the_kernels_are_right_in_the_interpreter():
+def test_the_kernels_are_right_in_the_interpreter(triton_interprets):
     assert "passed" in in_process(Path(__file__), TRITON_INTERPRET="1")
 
 
