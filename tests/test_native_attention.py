@@ -1,4 +1,4 @@
-"""Attention on a CPU by our crate against its twin and against float64, forward and all gradients; and what it does not depend on."""
+"""Attention on a CPU by our crate, of many queries with all gradients and of one, against its twin and float64."""
 
 from functools import partial
 
@@ -139,3 +139,54 @@ def test_attend_has_its_twins_gradients(dtype):
     leaves = [t.detach().requires_grad_() for t in inputs[:3]]
     y = attend(*leaves, causal=True, window=33)
     assert same_bits([y.detach(), *torch.autograd.grad(y, leaves, inputs[3])], ours(inputs, 33)[:4])
+
+
+# ---- one query a row
+
+
+def one_by_twin(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
+    first = [0 if window is None else max(0, n - window) for n in lengths]
+    return torch.cat([attend_twin(q[b:b + 1], k[b:b + 1, i:n], v[b:b + 1, i:n]) for b, (i, n) in enumerate(zip(first, lengths))])
+
+
+def draw_one(lengths: list[int], H: int, G: int, D: int, dtype: torch.dtype) -> list[Tensor]:
+    """A query a row, and keys and values in longer buffers, NaN behind the rows' ends."""
+    torch.manual_seed(len(lengths) + D)
+    q, k, v = (strided(torch.randn(len(lengths), n, heads * D).to(dtype)).unflatten(-1, (-1, D))
+               for n, heads in ((1, H), (max(lengths) + 3, G), (max(lengths) + 3, G)))
+    for b, n in enumerate(lengths):
+        k[b, n:], v[b, n:] = float("nan"), float("nan")
+    return [3 * q, k, v]
+
+
+@both_dtypes
+@pytest.mark.parametrize("lengths, H, G, D", [([1], 1, 1, 1), ([1, 2, 15, 16, 17], 4, 2, 16), ([127, 128, 129], 3, 1, 13),
+                                              ([700, 1], 6, 6, 128), ([257, 400], 2, 2, 40)])
+def test_one_query_is_as_exact_as_its_twin_and_reads_nothing_behind_the_row(lengths, H, G, D, dtype):
+    q, k, v = draw_one(lengths, H, G, D, dtype)
+    for window in (None, 1, 5, 128, 300):
+        exact = one_by_twin(q.double(), k.double(), v.double(), lengths, window)
+        no_worse(with_threads(2, partial(native.one_query, q, k, v, lengths, window)), one_by_twin(q, k, v, lengths, window), exact)
+
+
+@both_dtypes
+def test_one_query_hangs_on_nothing_but_its_row(dtype):
+    lengths = [300, 1, 129, 515]
+    q, k, v = draw_one(lengths, 4, 2, 24, dtype)
+    for window in (None, 140):
+        together = with_threads(1, partial(native.one_query, q, k, v, lengths, window))
+        for n in (2, 3, 5):
+            assert same_bits([together], [with_threads(n, partial(native.one_query, q, k, v, lengths, window))])
+        for b, n in enumerate(lengths):
+            alone = native.one_query(q[b:b + 1], k[b:b + 1, :n], v[b:b + 1, :n], window=window)
+            assert same_bits([alone], [together[b:b + 1]])
+
+
+def test_one_query_refuses_lengths_that_the_buffer_lacks():
+    q, k, v = draw_one([5, 5], 2, 1, 8, torch.float32)
+    for lengths in ([5], [5, 0], [5, 9]):
+        with pytest.raises(ValueError, match="length"):
+            native.one_query(q, k, v, lengths)
+    for wrong in ((q, k[:1], v[:1]), (q.expand(2, 2, 2, 8), k, v), (q, k, v[:, :4])):
+        with pytest.raises(ValueError):
+            native.one_query(*wrong)

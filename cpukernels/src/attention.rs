@@ -153,7 +153,14 @@ fn row(panel: &mut [f32], i: usize) -> &mut [f32; N] {
 /// Rows of a head times `factor`, as panels of BLOCK rows; columns beyond D, and what a tile of rows begun lacks, are filled up with
 /// zeros, further rows stay as they are. `line` is room for a row.
 #[inline(always)]
-fn pack<T: Elem>((x, b, h): (Heads, usize, usize), rows: &Range<usize>, D: usize, factor: f32, line: &mut [f32], into: &mut [f32]) {
+fn pack<T: Elem>(
+    (x, b, h): (Heads, usize, usize),
+    rows: &Range<usize>,
+    D: usize,
+    factor: f32,
+    line: &mut [f32],
+    into: &mut [f32],
+) {
     let view = x.head::<T>(h);
     line[D..].fill(0.0);
     for i in 0..rows.len().div_ceil(M) * M {
@@ -177,15 +184,21 @@ fn pack<T: Elem>((x, b, h): (Heads, usize, usize), rows: &Range<usize>, D: usize
 fn turn(from: &[f32], rows: usize, depth: usize, into: &mut [f32]) {
     for (j, to) in into.chunks_exact_mut(depth * N).enumerate().take(rows.div_ceil(N)) {
         for (from, to) in from.chunks_exact(BLOCK * N).zip(to.chunks_exact_mut(N * N)) {
-            // of an element's place, two digits of 4 bits, each step turns one bit round: the digits change places
-            let mut x: [f32; N * N] = from[j * N * N..(j + 1) * N * N].try_into().expect("N rows of N");
-            let mut y = [0.0f32; N * N];
-            interleave(&x, &mut y);
-            interleave(&y, &mut x);
-            interleave(&x, &mut y);
-            interleave(&y, to.try_into().expect("N rows of N"));
+            let from: &[f32; N * N] = from[j * N * N..(j + 1) * N * N].try_into().expect("N rows of N");
+            transpose(from, to.try_into().expect("N rows of N"));
         }
     }
+}
+
+/// The transpose of N rows of N: of an element's place, two digits of 4 bits, each step turns one bit round, till the digits have
+/// changed places.
+#[inline(always)]
+pub fn transpose(from: &[f32; N * N], to: &mut [f32; N * N]) {
+    let (mut x, mut y) = ([0.0f32; N * N], [0.0f32; N * N]);
+    interleave(from, to);
+    interleave(to, &mut x);
+    interleave(&x, &mut y);
+    interleave(&y, to);
 }
 
 #[inline(always)]

@@ -11,6 +11,7 @@
 
 pub mod attention;
 pub mod math;
+pub mod one_query;
 pub mod pool;
 #[cfg(feature = "python")]
 mod python;

@@ -4,6 +4,7 @@
 
 use crate::attention;
 use crate::math::{Bf16, Elem};
+use crate::one_query::{Joined, Parts, Shape as OneQuery};
 use crate::pool::{blocks, run, shares_threads, Panicked};
 use crate::rows::{Heads, Relu2, RmsNorm, RopeNorm, BLOCK};
 use crate::simd::{best, Kernel};
@@ -288,10 +289,36 @@ fn attention_backward(
     with_dtype!(bf16, go(py, threads, attention_shape(shape), tensors.map(heads), sums))
 }
 
+/// heads: (H, G, D); tensors: q, k, v and y; spans: of each row, the first key that counts and the one behind the last.
+#[pyfunction]
+fn one_query(
+    py: Python<'_>,
+    threads: usize,
+    bf16: bool,
+    heads_of: (usize, usize, usize),
+    tensors: [(Rows, isize); 4],
+    spans: Vec<(usize, usize)>,
+) -> PyResult<()> {
+    fn go<T: Elem>(py: Python<'_>, threads: usize, shape: OneQuery, [q, k, v, y]: [Heads; 4]) -> PyResult<()> {
+        let (B, H, G, most) = (shape.spans.len(), shape.H, shape.G, shape.most());
+        let size = B * most * H * shape.part();
+        let mut room = Vec::<f32>::with_capacity(size); // what is read of it is written before
+        let parts = room.as_mut_ptr() as usize;
+        let first = Parts::<T> { shape: &shape, q, k, v, parts, dtype: PhantomData };
+        work(py, first, B * G * most, 4 * shape.keys() * H * shape.D, threads)?;
+        let second = Joined::<T> { shape: &shape, parts, y, dtype: PhantomData };
+        work(py, second, B * H, size, threads)
+    }
+    let (H, G, D) = heads_of;
+    let spans = spans.into_iter().map(|(start, end)| start..end).collect();
+    with_dtype!(bf16, go(py, threads, OneQuery { H, G, D, spans }, tensors.map(heads)))
+}
+
 #[pymodule]
 fn cpukernels(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(runs_on, module)?)?;
     module.add_function(wrap_pyfunction!(attention_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(one_query, module)?)?;
     module.add_function(wrap_pyfunction!(attention_backward, module)?)?;
     module.add_function(wrap_pyfunction!(relu2, module)?)?;
     module.add_function(wrap_pyfunction!(rms_norm, module)?)?;

@@ -217,15 +217,15 @@ def rope_norm_backward(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tenso
 # ---- attention
 
 
-def _attention_shape(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[int, ...]:
-    """What the crate wants to know of the shape, after checks."""
-    same = q.dim() == k.dim() == 4 and k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES
-    if not same or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise _wrong("q is (B, T, H, D), k and v (B, T, G, D) with H a multiple of G, of one dtype", q=q, k=k, v=v)
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, window: int | None, queries: int) -> tuple[int, ...]:
+    """What the crate wants to know of the shape, after checks: B, S, H, G, D and what a query sees at most."""
+    fit = q.dim() == k.dim() == 4 and k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES
+    if not fit or q.shape != (k.shape[0], queries, q.shape[2], k.shape[3]) or not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise _wrong(f"q is (B, {queries}, H, D), k and v (B, S, G, D) with H a multiple of G, of one dtype", q=q, k=k, v=v)
     if not (_dense(q) and _dense(k) and _dense(v)) or window is not None and window < 1:
         raise _wrong(f"the last dimension is contiguous and a window at least 1, not {window}", q=q, k=k, v=v)
-    (B, T, H, D), G = q.shape, k.shape[2]
-    return B, T, H, G, D, T if window is None else min(window, T)
+    (B, S, G, D), H = k.shape, q.shape[2]
+    return B, S, H, G, D, S if window is None else min(window, S)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
@@ -234,7 +234,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None = None
     q (B, T, H, D) and k, v (B, T, G, D): any strides but the last; H/G neighbouring query heads share a key head. Each query sees
     the keys up to its own place, with a window only the last so many of them; its result does not depend on what comes later.
     """
-    shape = _attention_shape(q, k, v, window)
+    shape = _attention_shape(q, k, v, window, k.shape[1])
     B, T, H = shape[:3]
     y, sums = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, T)
     if y.numel():
@@ -245,7 +245,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None = None
 def attention_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor,
                        window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv, contiguous, from dy and what `attention_forward` took and gave."""
-    shape = _attention_shape(q, k, v, window)
+    shape = _attention_shape(q, k, v, window, k.shape[1])
     B, T, H = shape[:3]
     dy, y = _like(dy, q), _like(y, q)
     if sums.shape != (B, H, T) or sums.dtype != torch.float32 or not sums.is_contiguous():
@@ -255,3 +255,19 @@ def attention_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, s
         cpukernels.attention_backward(torch.get_num_threads(), _DTYPES[q.dtype], shape, [_heads(t) for t in (q, k, v, y, dy, dq, dk, dv)],
                                       sums.data_ptr())
     return dq, dk, dv
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None = None, window: int | None = None) -> Tensor:
+    """Return the attention, (B, 1, H, D), of one query a row over its first `lengths` keys, with a window over the last so many of these.
+
+    q (B, 1, H, D); k, v (B, S, G, D): any strides but the last. lengths: B numbers from 1 to S, or None for all keys. What lies behind
+    is not read, and a row's result does not depend on how much that is.
+    """
+    B, S, H, G, D, window = _attention_shape(q, k, v, window, 1)
+    lengths = [S] * B if lengths is None else lengths
+    if len(lengths) != B or any(not 1 <= n <= S for n in lengths):
+        raise _wrong(f"each row has a length from 1 to S, not {lengths}", q=q, k=k)
+    y = torch.empty(q.shape, dtype=q.dtype)
+    spans = [(max(0, n - window), n) for n in lengths]
+    cpukernels.one_query(torch.get_num_threads(), _DTYPES[q.dtype], (H, G, D), [_heads(t) for t in (q, k, v, y)], spans)
+    return y
