@@ -31,7 +31,7 @@ class SLC2(nn.Module):
         rope is not used: the convolution knows the order by itself.
         """
         z = together(h, self.x_proj, self.B_proj, self.A_proj, self.alpha_proj)
-        taps = self.conv1d.weight.squeeze(1)
+        taps = self.conv1d.weight.squeeze(1).to(h.dtype)  # as decoding holds them
         if state is None:
             return self.c_proj(slc2_mix(z, taps, **self.heads))
         x, B, A, alpha, _ = columns(z, **self.heads)

@@ -52,6 +52,10 @@ def move_aside(folder: Path) -> None:
     """Give the folder of an earlier run a name with the time, if there is one, and say so."""
     if folder.exists():
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        name, more = aside.name, 1
+        while aside.exists():  # a second run moved aside within a second
+            more += 1
+            aside = folder.with_name(f"{name}-{more}")
         folder.rename(aside)
         print(f"the run in {folder} was moved to {aside}")
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from nanochat.files import UserError
 from nanochat.logs import read_log
 from nanochat.sandbox import Level, best_level
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train
+from scripts.stages import move_aside
 from tasks import recipes
 from tests.conftest import ROOT
 from tests.test_distributed import start_ranks
@@ -137,6 +139,16 @@ def _rl(ranks: Ranks, base, flags):
     recipes.WorldSums.reward = lambda self, conversation, answer: float(len(answer) % 2)
     from nanochat.cli import parse
     chat_rl.run(parse(chat_rl.Config, flags), ranks)
+
+
+def test_runs_moved_aside_within_a_second_are_all_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda format: "now")
+    for i in range(3):
+        (tmp_path / "d2").mkdir()
+        (tmp_path / "d2" / f"run{i}").touch()
+        move_aside(tmp_path / "d2")
+    assert [[file.name for file in (tmp_path / name).iterdir()] for name in ("d2.now", "d2.now-2", "d2.now-3")] == [
+        ["run0"], ["run1"], ["run2"]]
 
 
 def test_a_rank_without_a_problem_changes_nothing(base, monkeypatch):
