@@ -26,7 +26,8 @@ def one_query_twin(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return what `one_query_twin` does, up to rounding."""
-    if native.ready(q, k, v):
+    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if native.ready(q, k, v) and not wants_grad:
         return native.one_query(q, k, v)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return one_query_twin(q, k, v)
