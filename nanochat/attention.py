@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.kernels.attention import attend
-from nanochat.kernels.one_query import next_query, one_query
+from nanochat.kernels.one_query import next_query, one_query, one_query_each
 from nanochat.kernels.rope_norm import rope_norm
 from nanochat.layers import Linear, project
 from nanochat.state import Fixed, KeysValues
@@ -44,17 +44,12 @@ class Attention(nn.Module):
             memory, T = state.state, q.shape[1]
             k, v = (t.to(q.dtype) for t in state.append(k, v))
             if T == 1 and memory.by_row:
-                y = torch.cat([self._next(q[b:b + 1], k[b:b + 1, :length + 1], v[b:b + 1, :length + 1])
-                               for b, length in enumerate(memory.lengths)])
+                y = one_query_each(q, k, v, [length + 1 for length in memory.lengths], self.window)
             elif (mask := memory.mask(T)) is not None:
                 y = attend(q, k, v, mask=mask)
             elif T == 1:
-                y = self._next(q, k, v)
+                last = slice(None if self.window is None else -self.window, None)
+                y = one_query(q, k[:, last], v[:, last])
             else:  # a first chunk
                 y = attend(q, k, v, causal=True, window=self.window)
         return self.c_proj(y.flatten(2))
-
-    def _next(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the last token, q (B, 1, H, D), over what it sees of k, v (B, S, Hkv, D)."""
-        last = slice(None if self.window is None else -self.window, None)
-        return one_query(q, k[:, last], v[:, last])

@@ -34,6 +34,17 @@ def one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return one_query_twin(q.float(), k.float(), v.float()).to(q.dtype)
 
 
+def one_query_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None = None) -> Tensor:
+    """Return the attention of each row over its first `lengths` keys, the last `window` of them if not None, shapes as `one_query_twin`.
+
+    To the last bit, a row's result does not depend on the rows beside it, nor on what lies behind its keys.
+    """
+    if native.ready(q, k, v):
+        return native.one_query(q, k, v, lengths, window)
+    spans = [slice(0 if window is None else max(0, n - window), n) for n in lengths]
+    return torch.cat([one_query(q[b:b + 1], k[b:b + 1, span], v[b:b + 1, span]) for b, span in enumerate(spans)])
+
+
 def next_query_twin(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, at: Tensor,
                     window: int | None = None) -> Tensor:
     """Put each row's new key and value in their place, and return its attention, (B, 1, H, D), over the keys up to there. The definition.
