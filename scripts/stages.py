@@ -13,7 +13,7 @@ from nanochat.checkpoint import SOURCES, checkpoint_dir, latest_step, load_check
 from nanochat.cli import flag
 from nanochat.distributed import Ranks, barrier, broadcast_object, compute_dtype, gather_objects
 from nanochat.engine import Engine
-from nanochat.files import UserError, base_dir
+from nanochat.files import UserError, base_dir, free_name
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.training import clock
@@ -51,11 +51,7 @@ COURSE = ("data", "conversations", "seed", "num_iterations", "num_epochs", "max_
 def move_aside(folder: Path) -> None:
     """Give the folder of an earlier run a name with the time, if there is one, and say so."""
     if folder.exists():
-        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        name, more = aside.name, 1
-        while aside.exists():  # a second run moved aside within a second
-            more += 1
-            aside = folder.with_name(f"{name}-{more}")
+        aside = free_name(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
         folder.rename(aside)
         print(f"the run in {folder} was moved to {aside}")
 

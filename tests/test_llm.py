@@ -100,3 +100,8 @@ def test_what_cannot_be_had_is_said_in_words(llm, monkeypatch):
 def test_importing_the_package_imports_no_torch():
     code = "import sys, nanochat; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_nothing_that_takes_seconds_is_imported_before_it_is_needed():
+    code = "import sys, nanochat.llm, nanochat.training; print([m for m in ('torch._dynamo', 'triton', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -147,7 +147,7 @@ def test_runs_moved_aside_within_a_second_are_all_kept(tmp_path, monkeypatch):
         (tmp_path / "d2").mkdir()
         (tmp_path / "d2" / f"run{i}").touch()
         move_aside(tmp_path / "d2")
-    assert [[file.name for file in (tmp_path / name).iterdir()] for name in ("d2.now", "d2.now-2", "d2.now-3")] == [
+    assert [[file.name for file in (tmp_path / name).iterdir()] for name in ("d2.now", "d2.now2", "d2.now3")] == [
         ["run0"], ["run1"], ["run2"]]
 
 
