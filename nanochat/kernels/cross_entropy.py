@@ -6,14 +6,12 @@ and to the weight. What lives at a time is a chunk: for 65,536 tokens and V = 65
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels import native
+from nanochat.kernels import native, triton_kernels
 
 SOFTCAP = 15.0
 IGNORE = -1
@@ -41,23 +39,13 @@ def head_loss_twin(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = 
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
-@lru_cache(1)
-def _triton() -> ModuleType | None:
-    """The Triton kernel, where there is Triton."""
-    try:
-        from nanochat.kernels.triton import cross_entropy
-    except ImportError:
-        return None
-    return cross_entropy
-
-
 def softcapped_(z: Tensor, targets: Tensor, factors: Tensor | None, losses: Tensor, want_grad: bool = True) -> None:
     """Write the loss of each row of raw logits z to losses; with want_grad, overwrite z with the gradient of Σ factors·losses.
 
     z (n, V) bfloat16 or float32, contiguous; targets (n,) int64, where −1 the loss and the gradient are 0; factors (n,) float32, or None
     for 1; losses (n,) float32, not multiplied with the factors. Without want_grad z stays as it is.
     """
-    if z.is_cuda and (kernel := _triton()) is not None:
+    if z.is_cuda and (kernel := triton_kernels("cross_entropy")) is not None:
         kernel.softcapped_(z, targets, factors, losses, want_grad)
     elif native.ready(z):
         native.softcapped_(z, targets, factors, losses, want_grad)

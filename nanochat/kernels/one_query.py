@@ -4,14 +4,11 @@ On CPUs torch's own attention is slow in bfloat16. Our crate reads bfloat16 as i
 one thread of a CPU with AVX512_BF16: 27, in float32 53, by torch 137 µs over 100 keys; 0.37, 0.75 and 2.7 ms over 2,000.
 """
 
-from functools import cache
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels import native
+from nanochat.kernels import native, triton_kernels
 from nanochat.kernels.rope_norm import rope_norm_twin
 
 
@@ -68,15 +65,5 @@ def next_query_twin(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]
 def next_query(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, at: Tensor,
                window: int | None = None) -> Tensor:
     """Return and write what `next_query_twin` does, up to rounding; on CUDA in one pass over the keys that a row sees."""
-    fused = _triton() if q.device.type == "cuda" and q.dtype == keys.dtype else None
+    fused = triton_kernels("one_query") if q.device.type == "cuda" and q.dtype == keys.dtype else None
     return (next_query_twin if fused is None else fused.next_query)(q, k, v, rope, keys, values, at, window)
-
-
-@cache
-def _triton() -> ModuleType | None:
-    """The Triton kernels, or None where there is no Triton."""
-    try:
-        from nanochat.kernels.triton import one_query as fused
-        return fused
-    except ImportError:
-        return None

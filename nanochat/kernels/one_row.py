@@ -3,12 +3,10 @@
 At one row a product is read from memory at the speed of memory, and each further operation, however small, costs a start of its own.
 """
 
-from functools import cache
-from types import ModuleType
-
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.kernels import triton_kernels
 from nanochat.kernels.rms_norm import rms_norm_twin
 
 
@@ -23,15 +21,5 @@ def one_row_twin(x: Tensor, weight: Tensor, add: Tensor | None = None, *, normed
 
 def one_row(x: Tensor, weight: Tensor, add: Tensor | None = None, *, normed: bool = False, activated: bool = False) -> Tensor:
     """Return what `one_row_twin` does, up to rounding; in one kernel on CUDA."""
-    fused = _triton() if x.device.type == "cuda" else None
+    fused = triton_kernels("one_row") if x.device.type == "cuda" else None
     return (one_row_twin if fused is None else fused.one_row)(x, weight, add, normed=normed, activated=activated)
-
-
-@cache
-def _triton() -> ModuleType | None:
-    """The Triton kernel, or None where there is no Triton."""
-    try:
-        from nanochat.kernels.triton import one_row as fused
-        return fused
-    except ImportError:
-        return None
