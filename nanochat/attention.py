@@ -31,10 +31,14 @@ class Attention(nn.Module):
         self.c_v = Linear(E, config.n_kv_head * D)
         self.c_proj = Linear(E, E)
 
+    def projections(self) -> list[Linear]:
+        """The matrices of the input."""
+        return [self.c_q, self.c_k, self.c_v]
+
     def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], state: KeysValues | None = None) -> Tensor:
         """Mix h (B, T, E) along time; returns (B, T, E). With a state, h goes on where the state ends, and the state takes it in."""
         D = self.head_width
-        q, k, v = (y.unflatten(-1, (-1, D)) for y in project(h, self.c_q, self.c_k, self.c_v))
+        q, k, v = (y.unflatten(-1, (-1, D)) for y in project(h, *self.projections()))
         if state is not None and isinstance(state.state, Fixed):
             return self.c_proj(next_query(q, k, v, rope, state.k, state.v, state.state.at, self.window).flatten(2))
         q, k = rope_norm(q, rope), rope_norm(k, rope)

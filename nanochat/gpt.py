@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.attention import Attention, rope_table
-from nanochat.kernels.cross_entropy import IGNORE, head_loss, softcap, token_losses
+from nanochat.kernels.cross_entropy import head_loss, softcap
 from nanochat.kernels.relu2 import relu_squared
 from nanochat.kernels.rms_norm import rms_norm
 from nanochat.layers import Linear
@@ -229,13 +229,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x)
         x, targets, factors = x.flatten(0, 1), targets.flatten(), None if factors is None else factors.flatten()
-        if self.lm_head.weight.is_floating_point():
-            return head_loss(x, self.lm_head.weight, targets, loss_reduction, factors)
-        losses = token_losses(x, self.lm_head, self.config.vocab_size, targets)  # quantised: measured, never trained
-        if loss_reduction == "none":
-            return losses
-        total = (losses if factors is None else losses * factors).sum()
-        return total if loss_reduction == "sum" else total / (targets != IGNORE).sum()
+        plain = self.lm_head.weight.is_floating_point()  # else quantised: measured, never trained
+        return head_loss(x, self.lm_head.weight, targets, loss_reduction, factors, product=None if plain else self.lm_head)
 
     def flops_per_token(self, T: int | None = None) -> float:
         """Training FLOPs a token at rows of T (sequence_len where None): 6 a matrix weight, and causal attention where there is some.

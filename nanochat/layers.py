@@ -1,5 +1,7 @@
 """What both mixers and the model are made of: matrices without bias, each alone or several in one product."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,14 +19,18 @@ class Linear(nn.Linear):
 ALIGNED = 16  # columns: rows of a product that begin at multiples of 32 bytes are read and written fast on GPUs
 
 
+def joined(layers: Sequence[nn.Module]) -> nn.Module | None:
+    """The one matrix that `join` made of these; None where it did not, or they were moved or cast since and lie elsewhere."""
+    whole, = getattr(layers[0], "joined", [None])
+    return whole if whole is not None and whole.weight.data_ptr() == layers[0].weight.data_ptr() else None
+
+
 def together(h: Tensor, *layers: nn.Module) -> Tensor:
     """Return h (…, E) through all of these matrices in one product: (…, N), one's columns behind the other's, then padding.
 
     N is a multiple of ALIGNED and the padding zero. Each matrix stays a parameter of its own and gets its own gradient.
     """
-    whole, = getattr(layers[0], "joined", [None])
-    # elsewhere in memory once the model was moved or cast; and a gradient belongs to each matrix itself
-    if whole is not None and not torch.is_grad_enabled() and whole.weight.data_ptr() == layers[0].weight.data_ptr():
+    if not torch.is_grad_enabled() and (whole := joined(layers)) is not None:  # a gradient belongs to each matrix itself
         return whole(h)
     padding = -sum(layer.weight.shape[0] for layer in layers) % ALIGNED
     if not isinstance(layers[0], Linear):
@@ -40,7 +46,7 @@ def project(h: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def join(layers: list[nn.Module]) -> None:
+def join(layers: Sequence[nn.Module]) -> None:
     """Let matrices of one input, all of one kind and dtype, share one memory, for `together` to apply without a copy when it decodes.
 
     Names, shapes and numbers of their tensors stay; what is written into one later is seen by the product.

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from nanochat.attention import Attention
 from nanochat.checkpoint import SOURCES, load_model
 from nanochat.distributed import compute_dtype, init_ranks
 from nanochat.engine import Engine, Row
@@ -24,10 +23,8 @@ from nanochat.gpt import GPT
 from nanochat.layers import join
 from nanochat.quantize import quantize as quantized
 from nanochat.shown import Shown
-from nanochat.slc2 import SLC2
 
 Chat = str | Sequence[dict[str, Any]]
-PROJECTIONS = {SLC2: ("x_proj", "B_proj", "A_proj", "alpha_proj"), Attention: ("c_q", "c_k", "c_v")}  # of one input
 
 
 def load_for_decoding(source: str | Path, device: str | torch.device, *, model_tag: str | None = None, step: int | None = None,
@@ -49,7 +46,7 @@ def ready_to_decode(model: GPT, quantize: str = "none") -> GPT:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(model.compute_dtype)
     for block in model.transformer.h:
-        join([getattr(block.attn, name) for name in PROJECTIONS[type(block.attn)]])
+        join(block.attn.projections())
     return model
 
 

@@ -14,16 +14,14 @@ from nanochat.kernels.one_row import one_row
 from nanochat.kernels.rms_norm import rms_norm
 from nanochat.kernels.slc2 import columns
 from nanochat.kernels.slc2_step import slc2_step
-from nanochat.layers import Linear
+from nanochat.layers import Linear, joined
 from nanochat.state import Fixed
 
 
 def _projections(mixer) -> Tensor | None:
-    """The mixer's projections of its input as one matrix; None where they are not joined (nanochat/layers.py), or are no plain matrices."""
-    first = mixer.c_q if isinstance(mixer, Attention) else mixer.x_proj
-    whole, = getattr(first, "joined", [None])
-    plain = isinstance(whole, Linear) and whole.weight.data_ptr() == first.weight.data_ptr()
-    return whole.weight if plain else None
+    """The mixer's projections of its input as one matrix; None where they are not joined, or are no plain matrices."""
+    whole = joined(mixer.projections())
+    return whole.weight if isinstance(whole, Linear) else None
 
 
 def can(model) -> bool:
@@ -44,7 +42,7 @@ def one_token(model, ids: Tensor, memory: Fixed) -> Tensor:
         mixer = block.attn
         z = one_row(x, _projections(mixer), normed=True)
         if isinstance(mixer, Attention):
-            widths = [part.weight.shape[0] for part in (mixer.c_q, mixer.c_k, mixer.c_v)]
+            widths = [part.weight.shape[0] for part in mixer.projections()]
             q, k, v = (part.unflatten(-1, (-1, mixer.head_width)) for part in z[..., :sum(widths)].split(widths, dim=-1))
             y = next_query(q, k, v, rope, layer.k, layer.v, memory.at, mixer.window).flatten(2)
         else:

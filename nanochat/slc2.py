@@ -25,12 +25,16 @@ class SLC2(nn.Module):
         self.conv1d = nn.Conv1d(E, E, config.n_kernel, groups=E, bias=False)  # holds the taps (E, 1, K)
         self.c_proj = Linear(E, E)
 
+    def projections(self) -> list[Linear]:
+        """The matrices of the input, in the order that the fused core wants their columns in."""
+        return [self.x_proj, self.B_proj, self.A_proj, self.alpha_proj]
+
     def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], state: Taps | None = None) -> Tensor:
         """Mix h (B, T, E) along time; returns (B, T, E). With a state, h goes on where the state ends, and the state takes it in.
 
         rope is not used: the convolution knows the order by itself.
         """
-        z = together(h, self.x_proj, self.B_proj, self.A_proj, self.alpha_proj)
+        z = together(h, *self.projections())
         taps = self.conv1d.weight.squeeze(1).to(h.dtype)  # as decoding holds them
         if state is None:
             return self.c_proj(slc2_mix(z, taps, **self.heads))

@@ -8,11 +8,12 @@ import torch
 
 from bench.decode import Endless
 from nanochat import llm, quantize
+from nanochat.attention import Attention
 from nanochat.engine import Batch, Engine, Row
 from nanochat.files import UserError
 from nanochat.kernels import cross_entropy
 from nanochat.layers import Linear, join, project
-from nanochat.llm import PROJECTIONS, ready_to_decode
+from nanochat.llm import ready_to_decode
 from nanochat.quantize import QuantLinear, cpu_multiplies_whole_numbers, rounded, whole_product, whole_product_twin
 from nanochat.sampling import Settings
 from tests.helpers import small_model
@@ -250,9 +251,10 @@ def test_an_unknown_way_is_refused_in_words():
 def test_all_projections_of_one_input_are_joined():
     model = ready_to_decode(small_model(n_layer=5))
     for block in model.transformer.h:
-        names = PROJECTIONS[type(block.attn)]
-        whole, = getattr(block.attn, names[0]).joined
-        rows = sum(getattr(block.attn, name).weight.shape[0] for name in names)
+        parts = block.attn.projections()
+        whole, = parts[0].joined
+        rows = sum(part.weight.shape[0] for part in parts)
+        assert len(parts) == (3 if isinstance(block.attn, Attention) else 4)
         assert rows <= whole.weight.shape[0] < rows + 16 and whole.weight.shape[0] % 16 == 0 and not whole.weight[rows:].any()
 
 

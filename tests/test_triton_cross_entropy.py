@@ -186,7 +186,7 @@ def test_a_gradient_can_be_asked_for_twice():
 def test_a_head_that_is_no_plain_matrix_gives_its_own_logits():
     torch.manual_seed(6)
     x, weight, targets = torch.randn(30, 4), torch.randn(9, 4), torch.randint(-1, 9, (30,))
-    got = cross_entropy.token_losses(x, lambda part: part @ weight.T, 9, targets)
+    got = head_loss(x, weight, targets, "none", product=lambda part: part @ weight.T)
     torch.testing.assert_close(got, head_loss_twin(x, weight, targets, "none"))
 
 

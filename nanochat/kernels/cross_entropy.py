@@ -169,8 +169,12 @@ class _TokenLosses(torch.autograd.Function):
         return dx, dweight.to(weight.dtype), None
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", factors: Tensor | None = None) -> Tensor:
-    """Return what `head_loss_twin` returns (arguments and shapes as there), holding one chunk of logits at a time."""
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", factors: Tensor | None = None,
+              product: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return what `head_loss_twin` returns (arguments and shapes as there), holding one chunk of logits at a time.
+
+    product: for a head that is no plain matrix, and measured without a gradient: it gives raw logits (n, V) of x (n, E).
+    """
     if factors is not None and reduction != "sum":
         raise ValueError(f"factors go with the reduction 'sum', not {reduction!r}")
     if reduction not in ("mean", "sum", "none"):
@@ -179,17 +183,17 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean
         factors = (1 / (targets != IGNORE).sum()).expand(len(targets))
     if factors is not None:
         factors = factors.float().contiguous()
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if product is None and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _TokenLosses.apply(x, weight, targets) if reduction == "none" else _SumLoss.apply(x, weight, targets, factors)
-    losses = _losses(x, weight, targets, factors, False)[0]
+    losses = _losses(x, weight, targets, factors, False)[0] if product is None else _measured(x, product, len(weight), targets)
     if reduction == "none":
         return losses
     return (losses if factors is None else losses * factors).sum()
 
 
 @torch.no_grad()
-def token_losses(x: Tensor, product: Callable[[Tensor], Tensor], V: int, targets: Tensor) -> Tensor:
-    """Return the loss of each token, (N,) float32, of a head that is no plain matrix: product gives raw logits (n, V) of x (n, E)."""
+def _measured(x: Tensor, product: Callable[[Tensor], Tensor], V: int, targets: Tensor) -> Tensor:
+    """Return the loss of each token, (N,) float32, of logits that `product` gives."""
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     for part in _chunks(len(x), _rows(x, V)):
         softcapped_(product(x[part]), targets[part], None, losses[part], want_grad=False)
