@@ -1,7 +1,6 @@
 """Attention of one new token over a buffer: the twin and the Triton kernel (in Triton's interpreter, or on a GPU) against float64."""
 
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ from torch import Tensor
 
 from nanochat.kernels.one_query import next_query, next_query_twin
 from nanochat.kernels.rope_norm import rope_norm_twin
-
-has_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # B, S, H, Hkv, D, window: one key; rows of several spans; grouped heads of odd sizes; windows within a span and across spans
 SHAPES = [(1, 1, 1, 1, 2, None), (3, 140, 4, 2, 20, None), (2, 193, 2, 2, 64, None), (2, 150, 2, 2, 128, 100), (3, 64, 3, 1, 16, 7),
@@ -109,7 +106,6 @@ def test_the_twin_is_attention_up_to_where_each_row_stands(shape, dtype):
         assert torch.equal(keys.nan_to_num(99.0), before.nan_to_num(99.0)), "more than the new key was written"
 
 
-@has_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernel_is_as_exact_as_the_twin(shape, dtype, interpreter):
@@ -119,11 +115,10 @@ def test_the_kernel_is_as_exact_as_the_twin(shape, dtype, interpreter):
         assert interpreter.submit(check, interpreted, shape, dtype, seed).result() < 1.5
 
 
-@has_triton
 @pytest.mark.parametrize("dtype, width", [("bf16", 2), ("fp32", 4)])
 @pytest.mark.parametrize("G, D", [(1, 128), (4, 80)])
 def test_the_kernels_compile_for_hopper(dtype, width, G, D):
-    import triton
+    triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -1,6 +1,5 @@
 """A matrix and one row: the twin and the Triton kernel (in Triton's interpreter, or on a GPU) against float64."""
 
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor
 
 from nanochat.kernels.one_row import one_row, one_row_twin
 
-has_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 SHAPES = [(1, 1), (37, 48), (130, 2500), (33, 1280), (5, 2048)]  # N, K
 KINDS = [(False, False, False), (True, False, False), (True, True, False), (False, False, True), (True, True, True)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -61,17 +59,15 @@ def test_the_twin_is_the_formula(dtype):
             assert (got - wanted).norm() <= 64 * torch.finfo(dtype).eps * (wanted.norm() + add.norm())
 
 
-@has_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N, K", SHAPES)
 def test_the_kernel_is_as_exact_as_the_twin(N, K, dtype, interpreter):
     assert interpreter.submit(worst, interpreted, N, K, dtype).result() < 1.5
 
 
-@has_triton
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_kernel_compiles_for_hopper(dtype):
-    import triton
+    triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

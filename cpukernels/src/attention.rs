@@ -520,7 +520,7 @@ fn slopes<const F: bool>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::{levels, run_at, Level};
+    use crate::simd::{assert_levels_agree, run_at, Level};
     use crate::view::View;
 
     /// y, sums, dq, dk and dv of two sequences with a window.
@@ -550,17 +550,6 @@ mod tests {
 
     #[test]
     fn instruction_sets_agree_on_attention_and_those_with_fused_multiply_add_to_the_last_bit() {
-        let base = results(Level::Base);
-        assert!(base.iter().all(|x| x.is_finite()));
-        let mut fused: Option<Vec<u32>> = None;
-        for level in levels().into_iter().skip(1) {
-            let ours = results(level);
-            for (a, b) in ours.iter().zip(&base) {
-                assert!((a - b).abs() <= 2e-5 * (1.0 + b.abs()), "{level:?}: {a} and {b}");
-            }
-            let bits: Vec<u32> = ours.iter().map(|x| x.to_bits()).collect();
-            assert!(fused.as_ref().map_or(true, |other| *other == bits), "{level:?} differs");
-            fused = Some(bits);
-        }
+        assert_levels_agree(results);
     }
 }

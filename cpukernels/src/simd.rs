@@ -65,6 +65,23 @@ unsafe fn run_avx512<K: Kernel>(kernel: &K, items: Range<usize>) {
     kernel.run::<true>(items)
 }
 
+/// For tests: what each level gives is what the baseline does, up to rounding, and that of all with fused multiply-add has the same bits.
+#[cfg(test)]
+pub(crate) fn assert_levels_agree(results: impl Fn(Level) -> Vec<f32>) {
+    let base = results(Level::Base);
+    assert!(base.iter().all(|x| x.is_finite()));
+    let mut fused: Option<Vec<u32>> = None;
+    for level in levels().into_iter().skip(1) {
+        let ours = results(level);
+        for (a, b) in ours.iter().zip(&base) {
+            assert!((a - b).abs() <= 2e-5 * (1.0 + b.abs()), "{level:?}: {a} and {b}");
+        }
+        let bits: Vec<u32> = ours.iter().map(|x| x.to_bits()).collect();
+        assert!(fused.as_ref().map_or(true, |other| *other == bits), "{level:?} differs");
+        fused = Some(bits);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,17 +143,6 @@ mod tests {
 
     #[test]
     fn instruction_sets_agree_and_those_with_fused_multiply_add_to_the_last_bit() {
-        let base = results(Level::Base);
-        assert!(base.iter().all(|x| x.is_finite()));
-        let mut fused: Option<Vec<u32>> = None;
-        for level in levels().into_iter().skip(1) {
-            let ours = results(level);
-            for (a, b) in ours.iter().zip(&base) {
-                assert!((a - b).abs() <= 2e-5 * (1.0 + b.abs()), "{level:?}: {a} and {b}");
-            }
-            let bits: Vec<u32> = ours.iter().map(|x| x.to_bits()).collect();
-            assert!(fused.as_ref().map_or(true, |other| *other == bits), "{level:?} differs");
-            fused = Some(bits);
-        }
+        assert_levels_agree(results);
     }
 }
