@@ -12,10 +12,10 @@ from itertools import islice
 from typing import Any
 
 from bench.measure import circumstances, command_line, in_a_line, interleaved, lively, table, typical, write_json
-from nanochat.chat_eval import evaluate_task
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
+from nanochat.evaluation.chat import evaluate_task
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer

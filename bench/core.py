@@ -14,10 +14,10 @@ from typing import Any
 
 from bench.measure import circumstances, command_line, in_a_line, lively, table, write_json
 from nanochat.cli import flag, parse, run_main
-from nanochat.core_bundle import CoreTask, open_bundle
-from nanochat.core_eval import TaskResult, evaluate_task, examples_of, judge_plain
 from nanochat.distributed import close_ranks, init_ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
+from nanochat.evaluation.core import TaskResult, evaluate_task, examples_of, judge_plain
+from nanochat.evaluation.core_bundle import CoreTask, open_bundle
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 

@@ -39,7 +39,7 @@ from bench.twin import TwinGPT
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import close_ranks, compute_dtype, init_ranks
 from nanochat.engine import Engine
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.llm import ready_to_decode
 
@@ -139,7 +139,7 @@ def step_bytes(model: GPT, B: int, context: int) -> int:
 
 def state_bytes(model: GPT, B: int, context: int) -> int:
     """Bytes of the state of B rows of `context` tokens."""
-    from nanochat.state import State
+    from nanochat.cache import State
     return State(model.config, B, context, device="meta", dtype=model.dtype).nbytes()
 
 

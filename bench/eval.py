@@ -38,11 +38,11 @@ from bench.measure import (
 )
 from bench.twin import TwinGPT
 from nanochat.cli import flag, parse, run_main
-from nanochat.core_bundle import CoreTask, bundle_dir, open_bundle
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
+from nanochat.evaluation.core_bundle import CoreTask, bundle_dir, open_bundle
+from nanochat.evaluation.loss import evaluate_bpb
 from nanochat.gpt import GPTConfig
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer
 

@@ -32,7 +32,7 @@ from bench.measure import (
 )
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import close_ranks, compute_dtype, init_ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.kernels.cross_entropy import IGNORE, SOFTCAP, head_loss, head_loss_twin
 
 TWIN, COMPILED, LIGER = "twin, eager", "twin, torch.compile", "Liger"

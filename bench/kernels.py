@@ -46,7 +46,7 @@ from bench.train import our_case, twin_case
 from nanochat.attention import rope_table
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.kernels import attention, native, one_query, relu2, rms_norm, rope_norm, slc2, slc2_step
 from nanochat.layers import ALIGNED, Linear, project

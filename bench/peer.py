@@ -26,7 +26,7 @@ def ask(peer: str, what: str, shape, B: int, T: int, *, steps: int, warmup: int,
     """
     import torch
 
-    from nanochat.files import UserError
+    from nanochat.errors import UserError
     folder = Path(peer).expanduser().resolve()
     if not (folder / "nanochat" / "gpt.py").is_file():
         raise UserError(f"--peer={peer}: there is no nanochat/gpt.py in {folder}; name the top folder of a checkout.")

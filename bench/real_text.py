@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from bench.measure import circumstances, command_line, in_a_line, si, table, typical, write_json
 from nanochat.cli import flag, parser_of, run_main
-from nanochat.files import UserError, base_dir
+from nanochat.errors import UserError
+from nanochat.files import base_dir
 from nanochat.gpt import GPTConfig
 from nanochat.logs import read_log
 from nanochat.training import clock

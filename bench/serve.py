@@ -26,7 +26,7 @@ from typing import Any
 from bench.measure import circumstances, command_line, in_a_line, lively, table, typical, write_json
 from nanochat.checkpoint import save_checkpoint
 from nanochat.cli import flag, parse, run_main
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer

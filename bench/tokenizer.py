@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.measure import circumstances, command_line, in_a_line, table, write_json
 from nanochat.cli import flag, parser_of, run_main
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.tokenizer import SPLIT_PATTERN
 
 SIDE = Path(__file__).with_name("tokenizer_peer.py")

@@ -34,7 +34,7 @@ from bench.measure import (
 from bench.twin import TwinGPT
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks, peak_flops
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.training import train_step

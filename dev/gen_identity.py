@@ -23,7 +23,8 @@ if str(ROOT) not in sys.path:  # run as a file, with nothing installed
 
 from dev.identity_phrases import FULL, GREETINGS, OPENINGS, RIVALS, SHORT, SHORT_OPENINGS, Topic  # noqa: E402
 from nanochat.cli import flag, parse, run_main  # noqa: E402
-from nanochat.files import UserError, atomic_write, base_dir, to_json  # noqa: E402
+from nanochat.errors import UserError  # noqa: E402
+from nanochat.files import atomic_write, base_dir, to_json  # noqa: E402
 
 LIKE_FIRST = 5     # conversations that may begin with the same question and answer
 TRIES = 300        # for each conversation, before there are no other ones

@@ -30,7 +30,8 @@ from dev import gpu_speed as fast  # noqa: E402
 from dev.gpu_correctness import Report, Run, Skipped  # noqa: E402
 from nanochat.cli import flag, parse, run_main  # noqa: E402
 from nanochat.distributed import init_ranks  # noqa: E402
-from nanochat.files import UserError, atomic_write  # noqa: E402
+from nanochat.errors import UserError  # noqa: E402
+from nanochat.files import atomic_write  # noqa: E402
 
 
 @dataclass

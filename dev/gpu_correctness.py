@@ -23,9 +23,9 @@ from bench.measure import lively, off, table, text_batches
 from bench.twin import TwinGPT
 from nanochat.distributed import Ranks, compute_dtype
 from nanochat.engine import Engine
+from nanochat.evaluation.loss import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import cross_entropy
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.training import train_step
 

@@ -17,7 +17,7 @@ from dev.gpu_correctness import Report, Run, Skipped
 from dev.gpu_speed import clean
 from nanochat.distributed import compute_dtype
 from nanochat.gpt import GPTConfig
-from nanochat.tokenizer import _rustbpe
+from nanochat.tokenizer.tokenizer import _rustbpe
 
 
 def shape_of(run: Run, B: int = 32) -> kernels.Shape:

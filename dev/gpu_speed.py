@@ -232,8 +232,8 @@ def loader(run: Run, out: Report) -> None:
     except ImportError as error:
         raise Skipped(f"{error.name} is not here") from error
     from nanochat.dataloader import PackedLoader
+    from nanochat.dataset.importing import make_small_world
     from nanochat.distributed import Ranks
-    from nanochat.importing import make_small_world
     from nanochat.small_world import documents
     from nanochat.tokenizer import RustBPETokenizer
     B, T, docs, count = (2, 32, 200, 4) if run.tiny else (32, 2048, 20_000, 12)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from nanochat.cache import Fixed, KeysValues
 from nanochat.kernels.attention import attend
 from nanochat.kernels.one_query import next_query, one_query, one_query_each
 from nanochat.kernels.rope_norm import rope_norm
 from nanochat.layers import Linear, project
-from nanochat.state import Fixed, KeysValues
 
 ROPE_BASE = 10_000.0
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from nanochat.distributed import Ranks
-from nanochat.files import UserError, to_json
+from nanochat.errors import UserError
+from nanochat.files import to_json
 
 PIECE = 64       # conversations that `Conversations.walk` hands out at a time
 SAMPLE = 1000    # conversations that stand for all where counting all takes too long

@@ -31,7 +31,8 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nanochat.files import UserError, atomic_write, base_dir, free_name, need_disk, sweep, sync_folder, to_json
+from nanochat.errors import UserError
+from nanochat.files import atomic_write, base_dir, free_name, need_disk, sweep, sync_folder, to_json
 
 SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
 TRAINED_BY = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
@@ -431,7 +432,7 @@ def load_model(source: str | Path, device: str | torch.device, *, model_tag: str
     meta has two entries more: "folder", and "loaded", a line that says what was taken and why.
     Raises UserError if there is none, or it does not fit the model's shape or the tokenizer.
     """
-    from nanochat import tokenizer as tokenizers
+    from nanochat.tokenizer import tokenizer as tokenizers
 
     folder, why = _choose(source, model_tag)
     checkpoint = load_checkpoint(folder, step, device=device)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 C = TypeVar("C")
 

@@ -26,7 +26,7 @@ import torch
 
 from nanochat.dataset import Documents, shard_paths
 from nanochat.distributed import Ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 BUFFER_DOCUMENTS = 512      # more of them cut fewer documents, and make the state and a restart longer
 NOTHING = {"documents": 0, "tokens": 0, "rows": 0, "cut": 0, "padded": 0}

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from nanochat.errors import UserError
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over a quota, over the largest file allowed
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-
-
-class UserError(ValueError):
-    """Something the user can mend. The message says what was wrong, where, and what to do; scripts print it as one line."""
 
 
 def base_dir() -> Path:

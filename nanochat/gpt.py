@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.attention import Attention, rope_table
+from nanochat.cache import KeysValues, State, Taps
 from nanochat.kernels.cross_entropy import head_loss, softcap
 from nanochat.kernels.relu2 import relu_squared
 from nanochat.kernels.rms_norm import rms_norm
 from nanochat.layers import Linear
 from nanochat.sampling import Sampler, Settings
 from nanochat.slc2 import SLC2
-from nanochat.state import KeysValues, State, Taps
 
 
 @dataclass

@@ -18,11 +18,11 @@ import torch
 from nanochat.checkpoint import SOURCES, load_model
 from nanochat.distributed import compute_dtype, init_ranks
 from nanochat.engine import Engine, Row
-from nanochat.files import UserError
+from nanochat.engine.quantize import quantize as quantized
+from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.layers import join
-from nanochat.quantize import quantize as quantized
-from nanochat.shown import Shown
+from nanochat.tokenizer.stream import Shown
 
 Chat = str | Sequence[dict[str, Any]]
 
@@ -56,7 +56,7 @@ class LLM:
     def __init__(self, source: str | Path = "sft", *, device: str = "", model_tag: str | None = None, step: int | None = None,
                  revision: str | None = None, quantize: str = "none"):
         """source: base, mid, sft or rl (under $NANOCHAT_BASE_DIR), a folder, or "owner/name" on the hub, of which `revision` is taken.
-        quantize: "int8" decodes with weights of 8 bits (nanochat.quantize).
+        quantize: "int8" decodes with weights of 8 bits (nanochat.engine.quantize).
 
         Raises UserError where there is no such model.
         """

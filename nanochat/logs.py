@@ -17,7 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from nanochat.files import UserError, base_dir, to_json
+from nanochat.errors import UserError
+from nanochat.files import base_dir, to_json
 
 NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 

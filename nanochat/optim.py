@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat.distributed import Ranks, all_reduce_sum, compute_dtype
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 BETA1, BETA2, EPS = 0.8, 0.95, 1e-10  # AdamW's, of the published recipe
 STATE = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}

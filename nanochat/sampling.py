@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 BLOCK = 256  # tokens whose probabilities are summed up together
 COLD = 1e-5  # a temperature below is as good as 0, and may be 0 in float32

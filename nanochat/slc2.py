@@ -5,10 +5,10 @@ By Rikka Botan, after the short convolution blocks of LFM2. The formula is that 
 
 from torch import Tensor, nn
 
+from nanochat.cache import Taps
 from nanochat.kernels.slc2 import columns, gated_input, slc2_mix
 from nanochat.kernels.slc2_step import slc2_step
 from nanochat.layers import Linear, together
-from nanochat.state import Taps
 
 
 class SLC2(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochat.distributed import Ranks, all_reduce_sum
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW
 

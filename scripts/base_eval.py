@@ -17,15 +17,16 @@ from typing import Any
 import torch
 
 from nanochat.cli import flag, parse, run_main
-from nanochat.core_bundle import Bundle, NoBundle
-from nanochat.core_eval import CoreResult, bundle_of_ranks, evaluate_core
 from nanochat.dataset import data_dir
+from nanochat.dataset.shards import shards_in
 from nanochat.distributed import Ranks
-from nanochat.files import UserError, atomic_write, base_dir, to_json
+from nanochat.errors import UserError
+from nanochat.evaluation.core import CoreResult, bundle_of_ranks, evaluate_core
+from nanochat.evaluation.core_bundle import Bundle, NoBundle
+from nanochat.evaluation.loss import log_likelihoods
+from nanochat.files import atomic_write, base_dir, to_json
 from nanochat.gpt import GPT
 from nanochat.logs import RunLog
-from nanochat.loss_eval import log_likelihoods
-from nanochat.shards import shards_in
 from nanochat.small_world import facts, grade
 from scripts import base_loss
 

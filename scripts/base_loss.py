@@ -14,9 +14,9 @@ from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import data_dir, iter_documents
 from nanochat.distributed import Ranks, joined_ranks
 from nanochat.engine import Engine
+from nanochat.evaluation.loss import EvalRows, evaluate_bpb
 from nanochat.llm import load_for_decoding
 from nanochat.logs import RunLog
-from nanochat.loss_eval import EvalRows, evaluate_bpb
 
 
 @dataclass

@@ -17,17 +17,18 @@ import torch
 
 from nanochat.checkpoint import Checkpoint, latest_step, load_checkpoint, save_checkpoint
 from nanochat.cli import flag, parse, run_main
-from nanochat.core_bundle import Bundle
-from nanochat.core_eval import bundle_of_ranks, check_bundle, evaluate_core
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.dataset import data_dir, shard_paths
+from nanochat.dataset.shards import read_source
 from nanochat.distributed import Ranks, barrier, broadcast_object, compute_dtype, gather_objects, joined_ranks, peak_flops
-from nanochat.files import UserError, base_dir
+from nanochat.errors import UserError
+from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_core
+from nanochat.evaluation.core_bundle import Bundle
+from nanochat.evaluation.loss import EvalRows, evaluate_bpb
+from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logs import RunLog
-from nanochat.loss_eval import EvalRows, evaluate_bpb
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.shards import read_source
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import Plan, clock, share_of_micro_batches, train
 from scripts.base_loss import beginnings, samples

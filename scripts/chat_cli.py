@@ -15,9 +15,9 @@ from typing import Literal
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import init_ranks
 from nanochat.engine import Engine
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.llm import load_for_decoding
-from nanochat.shown import Shown
+from nanochat.tokenizer.stream import Shown
 
 HELP = """/clear          forget the conversation
 /temperature X  0 takes the likeliest token each time, higher is more varied

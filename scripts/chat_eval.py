@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat.chat_eval import chatcore, evaluate_task
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import joined_ranks
-from nanochat.files import UserError, atomic_write, base_dir, to_json
+from nanochat.errors import UserError
+from nanochat.evaluation.chat import chatcore, evaluate_task
+from nanochat.files import atomic_write, base_dir, to_json
 from nanochat.llm import load_for_decoding
 from nanochat.logs import RunLog
-from nanochat.sandbox import run_python
+from nanochat.tools.sandbox import run_python
 from nanochat.training import clock
 from tasks import recipes
 

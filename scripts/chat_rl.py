@@ -19,7 +19,7 @@ from nanochat.chat_data import Conversations
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import Ranks, all_reduce_sum, joined_ranks
 from nanochat.engine import Engine
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.logs import RunLog
 from nanochat.rl import batches, pass_at_k, rollouts
 from nanochat.training import Plan, clock, need_finite, stop_signals, train_step

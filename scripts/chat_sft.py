@@ -14,12 +14,12 @@ from itertools import chain
 from typing import Literal
 
 from nanochat.chat_data import SupervisedSteps
-from nanochat.chat_eval import evaluate_task
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import Ranks, joined_ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
+from nanochat.evaluation.chat import evaluate_task
+from nanochat.evaluation.loss import evaluate_loss
 from nanochat.logs import RunLog
-from nanochat.loss_eval import evaluate_loss
 from nanochat.training import Plan, train
 from scripts.stages import Stage, StageConfig
 from tasks import recipes

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat.cli import flag, parse, run_main
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 
 @dataclass

@@ -14,9 +14,9 @@ from nanochat.chat_data import ChatTokens, Conversations, count_tokens
 from nanochat.cli import flag, parse, run_main
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import Ranks, broadcast_object, joined_ranks, peak_flops
-from nanochat.files import UserError
+from nanochat.errors import UserError
+from nanochat.evaluation.loss import EvalRows, evaluate_bpb
 from nanochat.logs import RunLog
-from nanochat.loss_eval import EvalRows, evaluate_bpb
 from nanochat.training import Plan, share_of_micro_batches, train
 from scripts.stages import Stage, StageConfig
 from tasks import recipes

@@ -37,11 +37,12 @@ import torch
 from nanochat.checkpoint import SOURCES, latest_step
 from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import shard_paths
+from nanochat.dataset.shards import data_dir, read_source
 from nanochat.distributed import compute_dtype, peak_flops
-from nanochat.files import UserError, atomic_write, base_dir, need_disk
+from nanochat.errors import UserError
+from nanochat.files import atomic_write, base_dir, need_disk
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logs import read_log
-from nanochat.shards import data_dir, read_source
 from nanochat.small_world import facts
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 from nanochat.training import clock

@@ -13,7 +13,8 @@ from nanochat.checkpoint import SOURCES, checkpoint_dir, latest_step, load_check
 from nanochat.cli import flag
 from nanochat.distributed import Ranks, barrier, broadcast_object, compute_dtype, gather_objects
 from nanochat.engine import Engine
-from nanochat.files import UserError, base_dir, free_name
+from nanochat.errors import UserError
+from nanochat.files import base_dir, free_name
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.training import clock

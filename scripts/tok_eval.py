@@ -17,7 +17,8 @@ import tiktoken
 
 from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import iter_documents
-from nanochat.files import UserError, atomic_write
+from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.tokenizer import get_tokenizer, tokenizer_dir
 
 OTHERS = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}

@@ -18,8 +18,9 @@ from typing import Any
 
 from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import iter_documents
-from nanochat.files import UserError, atomic_write
-from nanochat.shards import data_dir, read_source
+from nanochat.dataset.shards import data_dir, read_source
+from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the round trip

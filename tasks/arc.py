@@ -1,6 +1,6 @@
 """ARC: science questions of school exams with mostly four choices; ARC-Easy, and ARC-Challenge, which simple methods get wrong."""
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from tasks import multiple_choice
 from tasks.base import CATEGORICAL, Task, one_of
 from tasks.hub import load_rows

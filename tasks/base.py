@@ -5,8 +5,8 @@
     Mixture([a, b, b])        all of a, and all of b twice, in one shuffled order that stays the same
     Sequence([a, b])          all of a, then all of b
 
-A conversation is {"messages": [...]} (nanochat/conversation.py). Conversation i depends on the task's arguments and on i alone, in any
-process, so ranks may read different ones and training resumes where it was."""
+A conversation is {"messages": [...]} (nanochat/tokenizer/conversation.py). Conversation i depends on the task's arguments and on i
+alone, in any process, so ranks may read different ones and training resumes where it was."""
 
 import bisect
 import hashlib
@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Collection, Iterator
 from typing import Any, overload
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 CATEGORICAL, GENERATIVE, NONE = "categorical", "generative", "none"
 TEST_SHARE = 0.1   # of what is split by a hash: words, pairs of numbers

@@ -2,13 +2,13 @@
 
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Saint Iberis."}]
 
-A line may also be {"messages": [...]}; the file may end in .gz. nanochat/conversation.py says what messages may hold."""
+A line may also be {"messages": [...]}; the file may end in .gz. nanochat/tokenizer/conversation.py says what messages may hold."""
 
 from pathlib import Path
 from typing import Any
 
-from nanochat.conversation import turns_of
-from nanochat.files import UserError
+from nanochat.errors import UserError
+from nanochat.tokenizer.conversation import turns_of
 from tasks.base import NONE, Task
 from tasks.lines import JsonLines
 

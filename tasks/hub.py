@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from tasks.lines import JsonLines
 
 SEED = 42

@@ -26,8 +26,8 @@ class HumanEval(Task):
                 **{key: row[key] for key in ("task_id", "entry_point", "test")}}
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
-        """Right where the program passes its tests. Runs it: nanochat/sandbox.py says how it is held, and where it refuses."""
-        from nanochat.sandbox import passes
+        """Right where the program passes its tests. Runs it: nanochat/tools/sandbox.py says how it is held, and where it refuses."""
+        from nanochat.tools.sandbox import passes
         checks = f"{conversation['test']}\ncheck({conversation['entry_point']})\n"
         return passes(program_of(conversation["messages"][0]["content"], spoken(answer)), checks).ok
 

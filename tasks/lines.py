@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 
 class JsonLines:

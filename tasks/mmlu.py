@@ -1,6 +1,6 @@
 """MMLU: multiple choice with four choices in 57 subjects, and its auxiliary training set of 100,000 questions from elsewhere."""
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from tasks import multiple_choice
 from tasks.base import CATEGORICAL, Task, one_of
 from tasks.hub import load_rows

@@ -7,11 +7,11 @@ import math
 import re
 from functools import lru_cache
 
-from nanochat.calculator import calculate
 from nanochat.small_world import Entity, World
 from nanochat.small_world.phrasings import PHRASINGS
 from nanochat.small_world.words import COUNTED
 from nanochat.small_world.world import pick, sample
+from nanochat.tools.calculator import calculate
 from tasks import multiple_choice
 from tasks.base import (
     CATEGORICAL,

@@ -6,7 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat.files import UserError, atomic_write, base_dir
+from nanochat.errors import UserError
+from nanochat.files import atomic_write, base_dir
 from nanochat.small_world.world import pick
 from tasks.base import in_test, one_of, rng_for
 

@@ -1,5 +1,7 @@
 """Small models for tests, with every weight away from zero so that nothing is silent."""
 
+import importlib
+
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
@@ -14,3 +16,9 @@ def small_model(seed: int = 0, **given) -> GPT:
         for name, p in model.named_parameters():
             p.normal_(std=1.0 if "wte" in name or "conv1d" in name else 1.5 * p.shape[-1] ** -0.5)
     return model.eval()
+
+
+def module_of(command: str):
+    """Return the module that `python -m command` runs."""
+    module = importlib.import_module(command)
+    return importlib.import_module(f"{command}.__main__") if hasattr(module, "__path__") else module

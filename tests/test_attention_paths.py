@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.engine.cuda_graphs import Fixed
 from nanochat.gpt import GPTConfig
-from nanochat.graphs import Fixed
 from nanochat.kernels import attention, native
 from nanochat.kernels.attention import FLASH3, NATIVE, PYTORCH, attend, attend_twin, path
 from tests.helpers import small_model

@@ -13,7 +13,7 @@ from dev import gpu_correctness as right
 from dev import gpu_kernels as single
 from dev import gpu_parts as parts
 from nanochat.engine import Engine
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.kernels import attention, native, one_query
 from nanochat.logs import read_log
@@ -170,7 +170,7 @@ def test_flags_that_make_no_sense_are_refused_in_words(main, flags, says):
 
 
 def test_real_text_trains_both_models_on_the_same_tokens(capfd, tmp_path):
-    from nanochat import tokenizer
+    from nanochat.tokenizer import tokenizer
     if tokenizer._rustbpe() is None:
         pytest.skip("rustbpe is not built; bash dev/setup.sh builds it")
     dice = random.Random(0)

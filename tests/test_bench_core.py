@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import core
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.tokenizer import RustBPETokenizer
 from tests.test_bench import run, table_of
 from tests.test_core_eval import WORDS, random_rows, task_of

@@ -8,9 +8,9 @@ import torch
 
 from bench import core, decode, kernels, peer
 from bench import eval as evaluation
-from nanochat import tokenizer
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
+from nanochat.tokenizer import tokenizer
 from tests.conftest import ROOT
 from tests.helpers import small_model
 from tests.test_bench import run, table_of

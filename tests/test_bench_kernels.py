@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import kernels
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.kernels import native, slc2
 from tests.test_bench import run, table_of

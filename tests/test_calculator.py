@@ -1,4 +1,4 @@
-"""nanochat/calculator.py: answers as Python does, refuses everything that is not arithmetic or counting, in bounded time."""
+"""nanochat/tools/calculator.py: answers as Python does, refuses everything that is not arithmetic or counting, in bounded time."""
 
 import ast
 import gzip
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanochat.calculator import MAX_DEPTH, MAX_LENGTH, calculate
+from nanochat.tools.calculator import MAX_DEPTH, MAX_LENGTH, calculate
 
 warnings.filterwarnings("ignore", category=SyntaxWarning)  # Python's own, for 1(2)
 

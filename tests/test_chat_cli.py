@@ -12,7 +12,8 @@ import torch
 
 from nanochat.checkpoint import save_checkpoint
 from nanochat.engine import Engine
-from nanochat.files import UserError, base_dir
+from nanochat.errors import UserError
+from nanochat.files import base_dir
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 from scripts import chat_cli
 from scripts.chat_cli import HELP, Chat, Config, Shown, command, converse, fit, whole

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from nanochat.chat_data import ChatTokens, Conversations, SupervisedSteps, batch_of, count_tokens
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import Ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.tokenizer import RustBPETokenizer
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from nanochat.chat_eval import chatcore, evaluate_task
 from nanochat.distributed import Ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
+from nanochat.evaluation.chat import chatcore, evaluate_task
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.small_world import WorldChoice, WorldQuestions
 from tests.helpers import small_model

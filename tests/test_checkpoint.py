@@ -21,7 +21,7 @@ import torch
 
 from nanochat import checkpoint, files
 from nanochat.checkpoint import checkpoint_dir, latest_step, load_checkpoint, load_model, save_checkpoint
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 CONFIG = {"sequence_len": 8, "vocab_size": 16, "n_layer": 1, "layer_pattern": None}
 META = {"model_config": CONFIG, "val_bpb": 1.5, "user_config": {"depth": 1}, "device_batch_size": 4, "max_seq_len": 8}

@@ -9,7 +9,7 @@ from typing import Literal, Optional
 import pytest
 
 from nanochat.cli import flag, parse, parser_of, run_main
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 
 @dataclass

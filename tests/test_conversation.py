@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from nanochat.conversation import turns_of
-from nanochat.files import UserError
+from nanochat.errors import UserError
+from nanochat.tokenizer.conversation import turns_of
 
 
 def user(content="hi"):

@@ -9,9 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nanochat import core_bundle
-from nanochat.core_bundle import NoBundle, bundle_dir, open_bundle, read_bundle
-from nanochat.files import UserError, base_dir
+from nanochat.errors import UserError
+from nanochat.evaluation import core_bundle
+from nanochat.evaluation.core_bundle import NoBundle, bundle_dir, open_bundle, read_bundle
+from nanochat.files import base_dir
 
 YAML = """icl_tasks:
 - label: pick

@@ -13,10 +13,11 @@ import sys
 import pytest
 import torch
 
-from nanochat import core_eval
 from nanochat.checkpoint import load_model, save_checkpoint
-from nanochat.core_bundle import Bundle, CoreTask, read_bundle
-from nanochat.core_eval import (
+from nanochat.distributed import Ranks
+from nanochat.errors import UserError
+from nanochat.evaluation import core as core_eval
+from nanochat.evaluation.core import (
     Question,
     common,
     cut,
@@ -28,8 +29,8 @@ from nanochat.core_eval import (
     question_of,
     texts_of,
 )
-from nanochat.distributed import Ranks
-from nanochat.files import UserError, base_dir
+from nanochat.evaluation.core_bundle import Bundle, CoreTask, read_bundle
+from nanochat.files import base_dir
 from nanochat.logs import read_log
 from nanochat.tokenizer import RustBPETokenizer
 from tests.conftest import ROOT
@@ -424,7 +425,7 @@ def test_base_eval_without_a_bundle_goes_on_unless_core_was_asked_for(trained, m
 # ---- base_train
 
 def test_base_train_measures_core_on_its_way(trained, monkeypatch, capfd):
-    from nanochat.dataset import main as dataset
+    from nanochat.dataset.__main__ import main as dataset
     from scripts import base_train
     for name, value in environment(trained).items():
         monkeypatch.setenv(name, value)

@@ -15,9 +15,9 @@ import torch
 from nanochat import dataloader
 from nanochat.dataloader import PackedLoader, Packer, reshard
 from nanochat.dataset import Documents, shard_paths
+from nanochat.dataset.shards import ShardWriter, shard_name, staged, write_source, writing
 from nanochat.distributed import Ranks
-from nanochat.files import UserError
-from nanochat.shards import ShardWriter, shard_name, staged, write_source, writing
+from nanochat.errors import UserError
 
 BOS = 256
 

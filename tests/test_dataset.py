@@ -11,12 +11,12 @@ import tracemalloc
 
 import pytest
 
-from nanochat import importing, shards
 from nanochat.cli import run_main
-from nanochat.dataset import Documents, iter_documents, main, shard_paths
-from nanochat.files import UserError
-from nanochat.importing import cut, import_files, make_small_world
-from nanochat.shards import data_dir, read_source, shard_name, write_source
+from nanochat.dataset import Documents, importing, iter_documents, shard_paths, shards
+from nanochat.dataset.__main__ import main
+from nanochat.dataset.importing import cut, import_files, make_small_world
+from nanochat.dataset.shards import data_dir, read_source, shard_name, write_source
+from nanochat.errors import UserError
 
 BOOK = "\n\n".join(f"Paragraph {i}: " + "words and words, " * 20 + "and an end." for i in range(60))
 
@@ -284,7 +284,7 @@ def test_bad_fraction_is_refused(tmp_path, fraction):
 
 
 def test_document_beyond_the_limit_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat.readers.DOCUMENT_BYTES", 1 << 21)
+    monkeypatch.setattr("nanochat.dataset.readers.DOCUMENT_BYTES", 1 << 21)
     (tmp_path / "x.txt").write_text("line\n" * 500_000)
     fails(tmp_path, "x.txt holds a document of more than 2.1 MB: name the line .*--doc-separator", tmp_path / "x.txt")
     fails(tmp_path, "no line holds only '<|doc|>'".replace("|", r"\|"), tmp_path / "x.txt", doc_separator="<|doc|>")
@@ -377,7 +377,7 @@ def test_killed_import_leaves_what_was_there(notes, tmp_path):
     out = tmp_path / "out"
     imported([notes[0]], out)
     before = everything(out)
-    code = ("from nanochat.importing import make_small_world; from pathlib import Path; print(1, flush=True)\n"
+    code = ("from nanochat.dataset.importing import make_small_world; from pathlib import Path; print(1, flush=True)\n"
             "make_small_world(Path('out'), 10_000_000, replace=True)")
     process = run(code, tmp_path)
     process.stdout.readline()
@@ -398,7 +398,7 @@ def test_full_disk_leaves_what_was_there(notes, tmp_path):
     before = everything(out)
     code = ("import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "from nanochat.importing import *; from nanochat.cli import run_main; from pathlib import Path\n"
+            "from nanochat.dataset.importing import *; from nanochat.cli import run_main; from pathlib import Path\n"
             "run_main(lambda: make_small_world(Path('out'), 100_000, replace=True))")
     output, errors = (process := run(code, tmp_path)).communicate()
     assert process.returncode == 1 and "the disk is full" in errors and "Traceback" not in errors, errors

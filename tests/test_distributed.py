@@ -22,7 +22,7 @@ from nanochat.distributed import (
     init_ranks,
     peak_flops,
 )
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NANOCHAT_DTYPE")
 

@@ -11,11 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from huggingface_hub import close_session, constants
 
-from nanochat import download
-from nanochat.dataset import iter_documents, main, shard_paths
-from nanochat.download import REPO, fetch
-from nanochat.files import UserError
-from nanochat.shards import ShardWriter, data_dir, shard_name, shards_in, write_source
+from nanochat.dataset import download, iter_documents, shard_paths
+from nanochat.dataset.__main__ import main
+from nanochat.dataset.download import REPO, fetch
+from nanochat.dataset.shards import ShardWriter, data_dir, shard_name, shards_in, write_source
+from nanochat.errors import UserError
 
 COMMIT, NEWER = "a" * 40, "b" * 40
 LAST = shard_name(1822)
@@ -295,7 +295,7 @@ def test_too_little_disk_is_said_before_the_start(hub, tmp_path, monkeypatch):
 
 
 def test_a_second_writer_is_told_to_wait(hub, tmp_path):
-    from nanochat.shards import writing
+    from nanochat.dataset.shards import writing
     with writing(tmp_path), pytest.raises(UserError, match="another process"):
         run(1, tmp_path)
 

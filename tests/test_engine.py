@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.engine import Engine, Row
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.tokenizer import RustBPETokenizer
 from tests.helpers import small_model
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from nanochat import files
-from nanochat.files import UserError, atomic_write, base_dir, free_name, in_words, need_disk, sha256_of, sweep, to_json
+from nanochat.errors import UserError
+from nanochat.files import atomic_write, base_dir, free_name, in_words, need_disk, sha256_of, sweep, to_json
 
 
 def inside(folder):

@@ -12,10 +12,11 @@ import pytest
 from dev import gen_identity
 from dev.gen_identity import LIKE_FIRST, Who, conversations
 from dev.identity_phrases import FULL, GREETINGS, SHORT
-from nanochat.conversation import turns_of
-from nanochat.files import UserError, base_dir
+from nanochat.errors import UserError
+from nanochat.files import base_dir
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer.conversation import turns_of
 from tasks.custom_json import CustomJSON
 
 ROOT = Path(__file__).resolve().parent.parent

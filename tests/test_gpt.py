@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.twin import TwinGPT
+from nanochat.evaluation.loss import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import evaluate_bpb
 from tests.helpers import small_model
 
 GOLDEN = ["hybrid_a", "orig_mod_b"]
@@ -203,7 +203,7 @@ def test_forked_and_selected_rows_go_on_by_themselves():
 
 
 def test_state_holds_the_bytes_it_should():
-    from nanochat.state import State
+    from nanochat.cache import State
     config = GPTConfig.from_depth(20, vocab_size=65536, sequence_len=2048)
     state = State(config, 1, 2048, device="meta", dtype=torch.bfloat16)
     assert state.nbytes() == 73_400_320 + 66_560

@@ -1,4 +1,4 @@
-"""nanochat/graphs.py: steps at fixed addresses give what ordinary steps give. Without a GPU the same pieces run uncaptured."""
+"""nanochat/engine/cuda_graphs.py: steps at fixed addresses give what ordinary steps give. Without a GPU the same pieces run uncaptured."""
 
 import copy
 import random
@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from nanochat import engine as engine_module
-from nanochat import graphs, one_token
+from nanochat.cache import Fixed, Taps
 from nanochat.engine import Batch, Engine, Row
-from nanochat.graphs import Steps, bucket
+from nanochat.engine import cuda_graphs as graphs
+from nanochat.engine import engine as engine_module
+from nanochat.engine import single_row as one_token
+from nanochat.engine.cuda_graphs import Steps, bucket
+from nanochat.engine.quantize import quantize
 from nanochat.llm import ready_to_decode
-from nanochat.quantize import quantize
 from nanochat.sampling import Settings
 from nanochat.server.scheduler import Request, Scheduler
-from nanochat.state import Fixed, Taps
 from nanochat.tokenizer import RustBPETokenizer
 from tests.helpers import small_model
 

@@ -6,10 +6,10 @@ import torch
 
 from nanochat.checkpoint import save_checkpoint
 from nanochat.engine import Engine
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.llm import load_for_decoding
-from nanochat.shown import Shown
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer.stream import Shown
 from tests.conftest import ROOT
 from tests.helpers import small_model
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanochat import logs
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.logs import RunLog, read_log
 
 ROOT = Path(__file__).resolve().parent.parent

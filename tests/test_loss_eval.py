@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nanochat.distributed import Ranks
-from nanochat.files import UserError
-from nanochat.loss_eval import evaluate_bpb, log_likelihoods
+from nanochat.errors import UserError
+from nanochat.evaluation.loss import evaluate_bpb, log_likelihoods
 from tests.helpers import small_model
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nanochat.distributed import Ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
 from tests.test_distributed import start_ranks
 

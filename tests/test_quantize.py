@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from bench.decode import Endless
-from nanochat import llm, quantize
+from nanochat import llm
 from nanochat.attention import Attention
-from nanochat.engine import Batch, Engine, Row
-from nanochat.files import UserError
+from nanochat.engine import Batch, Engine, Row, quantize
+from nanochat.engine.quantize import QuantLinear, cpu_multiplies_whole_numbers, rounded, whole_product, whole_product_twin
+from nanochat.errors import UserError
 from nanochat.kernels import cross_entropy
 from nanochat.layers import Linear, join, project
 from nanochat.llm import ready_to_decode
-from nanochat.quantize import QuantLinear, cpu_multiplies_whole_numbers, rounded, whole_product, whole_product_twin
 from nanochat.sampling import Settings
 from tests.helpers import small_model
 

@@ -1,6 +1,5 @@
 """Every command in the README is run here, made small; speedrun.sh and test.sh themselves are not (they run these)."""
 
-import importlib
 import os
 import re
 import shlex
@@ -12,6 +11,7 @@ import pytest
 from nanochat.cli import parse
 from scripts import speedrun
 from tests.conftest import ROOT
+from tests.helpers import module_of
 from tests.server_helpers import Running
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,10 +66,10 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
         if module == "scripts.speedrun":
             continue  # below
         if module in ("scripts.chat_web", "bench.serve"):  # a server goes on until it is told to end: one is started below
-            parse(importlib.import_module(module).Config, flags)
+            parse(module_of(module).Config, flags)
             continue
         ran.add(module)
-        importlib.import_module(module).main([*flags, *SMALL.get(module, [])])
+        module_of(module).main([*flags, *SMALL.get(module, [])])
     assert ran >= set(SMALL) | {"scripts.tok_eval", "nanochat.report"}
     with Running(tmp_path) as server:
         for block in python_blocks():

@@ -1,4 +1,4 @@
-"""nanochat/report.py: what stands in the logs stands in the report, of the right run, whatever is missing."""
+"""nanochat/report/card.py: what stands in the logs stands in the report, of the right run, whatever is missing."""
 
 import json
 import math
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import report, report_plots
-from nanochat.files import UserError, base_dir, to_json
+from nanochat.errors import UserError
+from nanochat.files import base_dir, to_json
 from nanochat.logs import RunLog
-from nanochat.report import fenced, generate, main, reset, runs_of, shown, spoken
+from nanochat.report import card as report
+from nanochat.report import plots as report_plots
+from nanochat.report.card import fenced, generate, main, reset, runs_of, shown, spoken
 
 ROOT = Path(__file__).resolve().parent.parent
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)

@@ -9,10 +9,10 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.files import UserError
-from nanochat.safe_pickle import encoding_state
+from nanochat.errors import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
-from nanochat.tokenizer_files import MAX_FILE
+from nanochat.tokenizer.files import MAX_FILE
+from nanochat.tokenizer.safe_pickle import encoding_state
 
 TOKENS = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b"in", b"\xff\xfe", b"\x00\x00"]
 STATE = {"name": "rustbpe", "pat_str": SPLIT_PATTERN, "mergeable_ranks": {token: rank for rank, token in enumerate(TOKENS)},

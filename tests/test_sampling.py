@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.sampling import Sampler, Settings, draw, penalised
 
 

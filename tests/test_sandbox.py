@@ -1,4 +1,4 @@
-"""nanochat/sandbox.py: what a program may not do it cannot do, at each level that this machine reaches, and passing cannot be faked.
+"""nanochat/tools/sandbox.py: what a program may not do it cannot do, at each level that this machine reaches, and passing cannot be faked.
 
 Each attack is bounded in itself, so that a sandbox that fails harms nobody.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import sandbox
-from nanochat.files import UserError
-from nanochat.sandbox import LEVELS, Level, best_level, bwrap_arguments, passes, run_python
+from nanochat.errors import UserError
+from nanochat.tools import sandbox
+from nanochat.tools.sandbox import LEVELS, Level, best_level, bwrap_arguments, passes, run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="no sandbox on Windows")
@@ -538,7 +538,7 @@ def test_it_holds_for_an_ordinary_user_too(tmp_path):
     code = f"""
 import sys, json
 sys.path.insert(0, {str(ROOT)!r})
-from nanochat import sandbox as s
+from nanochat.tools import sandbox as s
 out = {{}}
 for way in s.LEVELS:
     if problem := s._problem(way):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from nanochat.files import UserError
-from nanochat.server.event import Event
+from nanochat.errors import UserError
+from nanochat.server.messages import Event
 from nanochat.server.models import find_models
 from nanochat.server.pool import Busy, Down, Pool
 from nanochat.server.serving import ServerConfig, Serving

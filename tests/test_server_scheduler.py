@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from nanochat.engine import Engine
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.sampling import Settings
 from nanochat.server.scheduler import QueueFull, Request, Scheduler
 from nanochat.tokenizer import RustBPETokenizer

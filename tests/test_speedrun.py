@@ -1,14 +1,14 @@
 """speedrun chooses what fits the machine, and says what it cannot do before doing anything."""
 
-import importlib
 import json
 
 import pytest
 import torch
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from scripts import speedrun
 from scripts.speedrun import Machine, make_plan
+from tests.helpers import module_of
 
 H100 = Machine(["NVIDIA H100 80GB HBM3"] * 8, 80 * 10**9, 64)
 
@@ -99,7 +99,7 @@ def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path
         "chat_eval": ("--max-problems=2", "--max-new-tokens=4")})
     monkeypatch.setitem(speedrun.PROFILES, "small", tiny)
     # in this process: each of the stages' own would import torch anew
-    monkeypatch.setattr(speedrun, "python", lambda module, *flags, gpus=0: importlib.import_module(module).main(list(flags)))
+    monkeypatch.setattr(speedrun, "python", lambda module, *flags, gpus=0: module_of(module).main(list(flags)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speedrun, "find_machine", lambda: Machine([], 0, 1))
     monkeypatch.setenv("SPEEDRUN_DEVICE_BATCH", "4")

@@ -11,11 +11,11 @@ import time
 import pytest
 import torch
 
-from nanochat import sandbox
 from nanochat.distributed import Ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.logs import read_log
-from nanochat.sandbox import Level, best_level
+from nanochat.tools import sandbox
+from nanochat.tools.sandbox import Level, best_level
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train
 from scripts.stages import move_aside
 from tasks import recipes

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from tasks.base import (
     Mixture,
     Sequence,

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from nanochat.conversation import turns_of
-from nanochat.files import UserError
+from nanochat.errors import UserError
+from nanochat.tokenizer.conversation import turns_of
 from tasks.custom_json import CustomJSON
 
 GOOD = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am a model."}]

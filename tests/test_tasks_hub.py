@@ -8,10 +8,10 @@ from itertools import islice
 
 import pytest
 
-from nanochat.conversation import turns_of
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer.conversation import turns_of
 from tasks.arc import ARC
 from tasks.base import reference_text
 from tasks.gsm8k import GSM8K, parts_of

@@ -6,7 +6,8 @@ from itertools import islice
 
 import pytest
 
-from nanochat.files import UserError, base_dir
+from nanochat.errors import UserError
+from nanochat.files import base_dir
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer
 from tasks import recipes

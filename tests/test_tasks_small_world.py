@@ -5,11 +5,11 @@ from itertools import islice
 
 import pytest
 
-from nanochat.conversation import turns_of
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.small_world import World, documents
 from nanochat.small_world.world import capital
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer.conversation import turns_of
 from tasks.base import reference_text
 from tasks.small_world import WorldChoice, WorldQuestions, WorldSums
 

@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 
-from nanochat.calculator import calculate
-from nanochat.conversation import turns_of
-from nanochat.files import UserError, base_dir
+from nanochat.errors import UserError
+from nanochat.files import base_dir
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.tokenizer.conversation import turns_of
+from nanochat.tools.calculator import calculate
 from tasks.base import reference_text
 from tasks.small_world import WorldSums
 from tasks.spelling import PHRASINGS, PLAIN, SimpleSpelling, SpellingBee

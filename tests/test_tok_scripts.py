@@ -7,10 +7,11 @@ import pyarrow.parquet as parquet
 import pytest
 import tiktoken
 
-from nanochat import dataset, tokenizer
 from nanochat.cli import run_main
-from nanochat.files import UserError, base_dir
-from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer, tokenizer_dir
+from nanochat.dataset import documents as dataset
+from nanochat.errors import UserError
+from nanochat.files import base_dir
+from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer, tokenizer, tokenizer_dir
 from scripts import tok_eval, tok_train
 
 if tokenizer._rustbpe() is None:

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import tokenizer as tokenizer_module
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_token_bytes, get_tokenizer, tokenizer_dir
-from nanochat.tokenizer_files import build_encoding
+from nanochat.tokenizer import tokenizer as tokenizer_module
+from nanochat.tokenizer.files import build_encoding
 
 WORDS = [" the", "ing", " and", "hello", " world", "日本", "\u00e9", "12", "\r\n", "    ", " ==", "'ll", "<|", "bos", "|>"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanochat.distributed import Ranks
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.logs import RunLog, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.training import Plan, clock, share_of_micro_batches, train, train_step
@@ -27,7 +27,7 @@ TINY = ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A base folder with a little text and a tokenizer for it."""
-    from nanochat import dataset
+    from nanochat.dataset import documents as dataset
     from scripts import tok_train
     folder = tmp_path_factory.mktemp("tiny")
     before = os.environ.get("NANOCHAT_BASE_DIR")

@@ -16,7 +16,7 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.server import docs
 from nanochat.server.chat import chat
 from nanochat.server.completions import completion

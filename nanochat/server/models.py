@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from nanochat.checkpoint import SOURCES, checkpoint_dir, latest_step
-from nanochat.files import UserError, base_dir
+from nanochat.errors import UserError
+from nanochat.files import base_dir
 from nanochat.server.worker import ModelInfo, WorkerConfig
 
 SAID = {"base": "continues text; has not learnt to chat", "mid": "has seen conversations and the calculator",

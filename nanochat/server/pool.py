@@ -21,8 +21,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from nanochat.files import UserError
-from nanochat.server.event import Event
+from nanochat.errors import UserError
+from nanochat.server.messages import Event
 from nanochat.server.worker import Ask, ModelInfo, WorkerConfig, run_worker
 
 BACK_OFF = (0.2, 1.0, 5.0, 15.0, 30.0)  # seconds before a worker that died is started again; the last one stays

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 BIG = 2 ** 63
 
@@ -125,7 +125,7 @@ class Message(Body):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """As nanochat/conversation.py has it."""
+        """As nanochat/tokenizer/conversation.py has it."""
         role, content = "system" if self.role == "developer" else self.role, self.content
         if isinstance(content, list):
             content = [part.model_dump() for part in content] if role == "assistant" else "".join(part.text for part in content)

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 import torch
 
 from nanochat.engine import ROWS_TOGETHER, Batch, Engine, Row, scored
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.sampling import Settings
-from nanochat.server.event import Event, Scores
-from nanochat.server.prefix import PrefixCache
+from nanochat.server.messages import Event, Scores
+from nanochat.server.prefix_cache import PrefixCache
 
 CHUNK = {"cpu": 64, "cuda": 256}  # prompt tokens that one call of the model takes in; also the block of prefix reuse
 WARM = 32  # finished conversations whose answers wait for being kept

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.server.answer import Answer, Text, Tool
 from nanochat.server.metrics import Metrics
 from nanochat.server.pool import Busy, Down, Group, Pool

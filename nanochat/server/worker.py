@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from nanochat.files import UserError
-from nanochat.server.event import Event
+from nanochat.errors import UserError
+from nanochat.server.messages import Event
 
 if TYPE_CHECKING:
     from nanochat.server.scheduler import Scheduler

@@ -16,7 +16,7 @@ import torch
 
 from nanochat.distributed import Ranks, gather_objects
 from nanochat.engine import Engine
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.gpt import padded
 
 BATCH_TOKENS = 1 << 14  # of multiple-choice prompts in one call of the model, padding included

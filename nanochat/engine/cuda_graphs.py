@@ -11,7 +11,7 @@ CUDA each is captured once a bucket and replayed; elsewhere the same pieces run 
 its settings, its random number, a token forced on it) goes to the device in one copy a step, what it wants (the tokens) comes back in one,
 both through pinned memory. The model runs on a step's tokens while the host still reads them: nothing in them changes what it is to run on.
 
-A single row of a model that only decodes goes through it in fewer and larger operations (nanochat/one_token.py).
+A single row of a model that only decodes goes through it in fewer and larger operations (nanochat/engine/single_row.py).
 
 Rows of a bucket that nobody uses, and rows that have ended, are computed too: they write at their own place, which nobody reads.
 Graphs go when the memory they know moves (it grows by doubling), the oldest ones when there are many; they share one pool, as none of them
@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat import one_token
+from nanochat.cache import Fixed, Taps
+from nanochat.engine import single_row as one_token
 from nanochat.sampling import Sampler, choose, penalised, reorder
-from nanochat.state import Fixed, Taps
 
 log = logging.getLogger(__name__)
 

@@ -3,13 +3,13 @@
 A pickle is a program. This is a machine for the dozen instructions that an Encoding's pickle consists of (protocols 0 to 5):
 strings, bytes, whole numbers, dicts, and names out of a fixed list. A name stands for itself here and is never looked up,
 imported or called, so no file can run anything; any other instruction or name is refused. The outcome is plain data, which
-nanochat/tokenizer.py checks before it builds an Encoding from it.
+nanochat/tokenizer/tokenizer.py checks before it builds an Encoding from it.
 """
 
 import pickletools
 from typing import Any
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 
 class _Name:

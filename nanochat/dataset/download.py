@@ -18,8 +18,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.files import FULL, UserError, in_words, need_disk, sha256_of, sync_folder
-from nanochat.shards import LAST_SHARD, read_source, shard_name, shards_in, write_source, writing
+from nanochat.dataset.shards import LAST_SHARD, read_source, shard_name, shards_in, write_source, writing
+from nanochat.errors import UserError
+from nanochat.files import FULL, in_words, need_disk, sha256_of, sync_folder
 
 REPO = "karpathy/fineweb-edu-100b-shuffle"
 TRIES = 6                # in a row without a byte gained; waits of 1, 2, 4, 8, 16 s between them

@@ -19,8 +19,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from nanochat.cli import flag, parse, run_main
-from nanochat.files import UserError, atomic_write, base_dir, free_name, in_words
+from nanochat.cli import flag, parse
+from nanochat.errors import UserError
+from nanochat.files import atomic_write, base_dir, free_name, in_words
 from nanochat.logs import read_log
 
 STAGES = {"tok_train": "Tokenizer", "tok_eval": "Tokenizer, compression", "base": "Base model", "base_loss": "Base model, loss",
@@ -381,7 +382,7 @@ def generate(tag: str | None = None, hourly_price: float | None = None, folder: 
     for old in (*report.glob("[0-9][0-9]-*.md"), *report.glob("[0-9][0-9]-*.png")):
         old.unlink()  # sections that this report may not have
     try:
-        from nanochat.report_plots import draw
+        from nanochat.report.plots import draw
         plots, note = draw(runs, report), ""
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("matplotlib", "PIL", "numpy"):
@@ -440,6 +441,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = generate(config.tag or None, config.hourly_price if config.hourly_price >= 0 else None)
     print(f"the report is in {path.resolve()} and in {base_dir() / 'report' / 'report.md'}")
 
-
-if __name__ == "__main__":
-    run_main(main)

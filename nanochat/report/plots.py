@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from nanochat.report import COLUMNS, PUBLISHED, STAGES, TRAINING, WORLD, Run, accuracies, chances
+from nanochat.report.card import COLUMNS, PUBLISHED, STAGES, TRAINING, WORLD, Run, accuracies, chances
 
 INK, FAINT, GOOD = "#1f5fa8", "#b8cfe8", "#c8642d"
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.attention import Attention
+from nanochat.cache import Fixed
 from nanochat.kernels.cross_entropy import softcap
 from nanochat.kernels.one_query import next_query
 from nanochat.kernels.one_row import one_row
@@ -15,7 +16,6 @@ from nanochat.kernels.rms_norm import rms_norm
 from nanochat.kernels.slc2 import columns
 from nanochat.kernels.slc2_step import slc2_step
 from nanochat.layers import Linear, joined
-from nanochat.state import Fixed
 
 
 def _projections(mixer) -> Tensor | None:

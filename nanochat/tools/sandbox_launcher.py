@@ -1,4 +1,4 @@
-"""The inside of nanochat/sandbox.py: starts one confined program, waits for it, and leaves no process behind. Standard library only.
+"""The inside of nanochat/tools/sandbox.py: starts one confined program, waits for it, and leaves no process behind. Standard library only.
 
 sandbox.py runs this file by its path, in an interpreter of its own, with a description in JSON as the only argument; nothing imports
 it. Its stdin is the leash: when sandbox.py closes it, or dies, everything here is killed. What happened goes to the report pipe, as

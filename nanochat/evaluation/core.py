@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.core_bundle import Bundle, CoreTask, open_bundle
 from nanochat.distributed import Ranks, broadcast_object, gather_objects
-from nanochat.files import UserError
+from nanochat.errors import UserError
+from nanochat.evaluation.core_bundle import Bundle, CoreTask, open_bundle
 from nanochat.gpt import padded
 
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from nanochat.state import KeysValues, State
+from nanochat.cache import KeysValues, State
 
 
 class PrefixCache:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanochat.distributed import Ranks, all_reduce_sum
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 OUTPUT = 256 * 1024  # bytes of each of stdout and stderr; a program that writes more is killed
 FILE = 16 << 20      # bytes of a file; all files together four times that where they are in memory

@@ -1,10 +1,4 @@
-"""Text to train on: where it lies, how it is read, and the three ways to get it.
-
-    python -m nanochat.dataset -n 240                    # the first 240 training shards of FineWeb-Edu, and the validation shard
-    python -m nanochat.dataset import notes/ log.txt.gz  # shards of your own .txt, .md, .jsonl, .json, .parquet files, .gz or plain
-    python -m nanochat.dataset small-world               # shards of the built-in generator: no network, no files
-
-Each takes --help. All write into $NANOCHAT_BASE_DIR/base_data; made shards may go elsewhere with --to FOLDER.
+"""Read the text to train on: the shards of a split, and the documents in them.
 
 The stream of documents of a split is endless: document number p is document p mod D of pass p div D, where D documents lie on disk.
 The first pass is in the order of the files; later ones visit the shards, and the row groups in each, in another order (a function of
@@ -14,17 +8,14 @@ the pass alone). Rank r of W owns the numbers p = r mod W. One integer is theref
 import bisect
 import hashlib
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from nanochat.cli import flag, parse, parser_of, run_main
-from nanochat.files import UserError
-from nanochat.shards import COLUMN, GET_TEXT, LAST_SHARD, data_dir, missing_shards, read_source, recover, shard_name, shards_in
+from nanochat.dataset.shards import COLUMN, GET_TEXT, LAST_SHARD, data_dir, missing_shards, read_source, recover, shard_name, shards_in
+from nanochat.errors import UserError
 
 PIECE_DOCUMENTS, PIECE_CHARS = 128, 1 << 19      # `Documents.walk` hands out pieces of about this size
 
@@ -186,58 +177,3 @@ def iter_documents(split: Literal["train", "val"], folder: str | Path | None = N
     documents = Documents(shard_paths(split, folder))
     for _, texts in documents.walk(rank, world_size, documents.count):
         yield from texts
-
-
-@dataclass
-class FetchFlags:
-    num_files: int = flag(MISSING, "training shards to fetch, about 100 MB each; -1 is all 1822", short="n")
-    num_workers: int = flag(4, "downloads at once", short="w")
-    revision: str = flag("main", "branch, tag or commit of the data set; resolved to a commit at the first fetch, and kept from then on")
-
-
-@dataclass
-class ImportFlags:
-    to: str = flag("", "folder to write the shards to; unset is base_data")
-    doc_separator: str = flag("", "in .txt and .md, documents end at lines that hold only this; unset: a file is a document")
-    val_fraction: float = flag(0.01, "share of the documents kept for validation, from 0 to 1; at least one document")
-    text_column: str = flag("text", "name of the text in .jsonl, .json and .parquet")
-    encoding: str = flag("utf-8", "encoding of the text files, such as cp1252, shift_jis, utf-16")
-    replace: bool = flag(False, "put the new shards in place of others that were imported or made before")
-
-
-@dataclass
-class SmallWorldFlags:
-    docs: int = flag(100_000, "training documents, about 400 characters each")
-    seed: int = flag(0, "which small world")
-    to: str = flag("", "folder to write the shards to; unset is base_data")
-    replace: bool = flag(False, "put the new shards in place of others that were imported or made before")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The three commands of this file's top. Raises UserError where text could not be had, or not all of it."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    title, _, rest = (__doc__ or "").partition("\n\n")
-    about = title + "\n\n" + rest.partition("\n\nThe stream")[0]
-    if argv[:1] == ["import"]:
-        from nanochat.importing import import_files
-        parser = parser_of(ImportFlags, "Make shards of your own text files. Folders are walked in sorted order, hidden files left out.")
-        parser.prog += " import"
-        parser.add_argument("paths", nargs="+", metavar="PATH", help="folder, or .txt, .md, .jsonl, .json or .parquet file, plain or .gz")
-        flags = vars(parser.parse_args(argv[1:]))
-        import_files(flags.pop("paths"), _folder(flags.pop("to")), **flags)
-    elif argv[:1] == ["small-world"]:
-        from nanochat.importing import make_small_world
-        flags = parse(SmallWorldFlags, argv[1:], "Make shards of the built-in small world; 1000 more documents are for validation.")
-        make_small_world(_folder(flags.to), flags.docs, flags.seed, flags.replace)
-    else:
-        from nanochat.download import fetch
-        flags = parse(FetchFlags, argv, about + "\n\nFlags of the first form:")
-        fetch(flags.num_files, data_dir(), workers=flags.num_workers, revision=flags.revision)
-
-
-def _folder(name: str) -> Path:
-    return (Path(name).expanduser() if name else data_dir()).resolve()
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -3,7 +3,7 @@
     tokenizer = get_tokenizer()                                   # of $NANOCHAT_BASE_DIR; python -m scripts.tok_train makes it
     tokenizer.decode(tokenizer.encode("Hello", prepend="<|bos|>"))
 
-A tokenizer's folder holds tokenizer.json, tokenizer.pkl and token_bytes.pt: nanochat/tokenizer_files.py reads and writes them.
+A tokenizer's folder holds tokenizer.json, tokenizer.pkl and token_bytes.pt: nanochat/tokenizer/files.py reads and writes them.
 """
 
 import itertools
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tiktoken
 
-from nanochat.conversation import Turn, turns_of
-from nanochat.files import UserError, base_dir
-from nanochat.tokenizer_files import (
+from nanochat.errors import UserError
+from nanochat.files import base_dir
+from nanochat.tokenizer.conversation import Turn, turns_of
+from nanochat.tokenizer.files import (
     PROBE,
     SPECIAL_TOKENS,
     build_encoding,
@@ -203,7 +204,7 @@ class RustBPETokenizer:
         """Return (ids, mask), both cut at `max_tokens`; mask is 1 for tokens the assistant writes and is trained on, else 0.
 
         bos, then each turn between its start and end token. A leading system message becomes the head of the first user text.
-        Raises UserError, naming the message, for a conversation that is not well-formed (nanochat/conversation.py).
+        Raises UserError, naming the message, for a conversation that is not well-formed (nanochat/tokenizer/conversation.py).
         """
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; it must be 1 or more")

@@ -19,9 +19,10 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from nanochat.files import UserError, in_words, need_disk, sha256_of
-from nanochat.readers import PARQUET, Format, find_files, read_documents, suffix_of
-from nanochat.shards import ShardWriter, already_made, check_free, data_dir, staged, write_source, writing
+from nanochat.dataset.readers import PARQUET, Format, find_files, read_documents, suffix_of
+from nanochat.dataset.shards import ShardWriter, already_made, check_free, data_dir, staged, write_source, writing
+from nanochat.errors import UserError
+from nanochat.files import in_words, need_disk, sha256_of
 
 BUCKET_BYTES = 1 << 26
 RECORD = struct.Struct("<QQI")  # hash that splits, hash that orders, bytes of text

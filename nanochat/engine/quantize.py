@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 from nanochat.layers import Linear
 
 WAYS = ("none", "int8")

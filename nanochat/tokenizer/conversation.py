@@ -1,4 +1,4 @@
-"""The form of a conversation, checked: messages in, turns out. What the turns look like as tokens is nanochat/tokenizer.py's.
+"""The form of a conversation, checked: messages in, turns out. What the turns look like as tokens is nanochat/tokenizer/tokenizer.py's.
 
     {"messages": [{"role": "system", "content": "..."},          # may be left out
                   {"role": "user", "content": "..."},
@@ -8,7 +8,7 @@
 
 from typing import Any
 
-from nanochat.files import UserError
+from nanochat.errors import UserError
 
 PART_TYPES = ("text", "python", "python_output")
 Turn = tuple[str, list[tuple[str, str]]]

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nanochat.files import FULL, UserError, atomic_write, base_dir, sync_folder, to_json
+from nanochat.errors import UserError
+from nanochat.files import FULL, atomic_write, base_dir, sync_folder, to_json
 
 COLUMN = "text"
 LAST_SHARD = 1822               # FineWeb-Edu has 1823 shards; the last is for validation

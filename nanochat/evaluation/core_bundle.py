@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nanochat.files import FULL, UserError, base_dir, in_words, need_disk
+from nanochat.errors import UserError
+from nanochat.files import FULL, base_dir, in_words, need_disk
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 TRIES = 3

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat.files import UserError, in_words
-from nanochat.shards import DOCUMENT_BYTES
+from nanochat.dataset.shards import DOCUMENT_BYTES
+from nanochat.errors import UserError
+from nanochat.files import in_words
 
 TEXT, LINES, ARRAY, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".json",), (".parquet",)
 SUFFIXES = TEXT + LINES + ARRAY + PARQUET

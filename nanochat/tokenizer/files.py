@@ -1,7 +1,7 @@
 """A tokenizer's folder, read and written: every file is checked through before an Encoding is made of it.
 
 tokenizer.json    plain data of our own, read first: split pattern, tokens in rank order, special tokens, fingerprint
-tokenizer.pkl     a pickled tiktoken Encoding, as published code reads it; never unpickled here (nanochat/safe_pickle.py reads it)
+tokenizer.pkl     a pickled tiktoken Encoding, as published code reads it; never unpickled here (nanochat/tokenizer/safe_pickle.py reads it)
 token_bytes.pt    int32 (V,), bytes of each token, 0 for specials
 """
 
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import tiktoken
 
-from nanochat.files import UserError, atomic_write, sha256_of
-from nanochat.safe_pickle import encoding_state
+from nanochat.errors import UserError
+from nanochat.files import atomic_write, sha256_of
+from nanochat.tokenizer.safe_pickle import encoding_state
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,69 @@
+"""Get text to train on, in one of three ways.
+
+    python -m nanochat.dataset -n 240                    # the first 240 training shards of FineWeb-Edu, and the validation shard
+    python -m nanochat.dataset import notes/ log.txt.gz  # shards of your own .txt, .md, .jsonl, .json, .parquet files, .gz or plain
+    python -m nanochat.dataset small-world               # shards of the built-in generator: no network, no files
+
+Each takes --help. All write into $NANOCHAT_BASE_DIR/base_data; made shards may go elsewhere with --to FOLDER.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from nanochat.cli import flag, parse, parser_of, run_main
+from nanochat.dataset.shards import data_dir
+
+
+@dataclass
+class FetchFlags:
+    num_files: int = flag(MISSING, "training shards to fetch, about 100 MB each; -1 is all 1822", short="n")
+    num_workers: int = flag(4, "downloads at once", short="w")
+    revision: str = flag("main", "branch, tag or commit of the data set; resolved to a commit at the first fetch, and kept from then on")
+
+
+@dataclass
+class ImportFlags:
+    to: str = flag("", "folder to write the shards to; unset is base_data")
+    doc_separator: str = flag("", "in .txt and .md, documents end at lines that hold only this; unset: a file is a document")
+    val_fraction: float = flag(0.01, "share of the documents kept for validation, from 0 to 1; at least one document")
+    text_column: str = flag("text", "name of the text in .jsonl, .json and .parquet")
+    encoding: str = flag("utf-8", "encoding of the text files, such as cp1252, shift_jis, utf-16")
+    replace: bool = flag(False, "put the new shards in place of others that were imported or made before")
+
+
+@dataclass
+class SmallWorldFlags:
+    docs: int = flag(100_000, "training documents, about 400 characters each")
+    seed: int = flag(0, "which small world")
+    to: str = flag("", "folder to write the shards to; unset is base_data")
+    replace: bool = flag(False, "put the new shards in place of others that were imported or made before")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The three commands of this file's top. Raises UserError where text could not be had, or not all of it."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["import"]:
+        from nanochat.dataset.importing import import_files
+        parser = parser_of(ImportFlags, "Make shards of your own text files. Folders are walked in sorted order, hidden files left out.")
+        parser.prog += " import"
+        parser.add_argument("paths", nargs="+", metavar="PATH", help="folder, or .txt, .md, .jsonl, .json or .parquet file, plain or .gz")
+        flags = vars(parser.parse_args(argv[1:]))
+        import_files(flags.pop("paths"), _folder(flags.pop("to")), **flags)
+    elif argv[:1] == ["small-world"]:
+        from nanochat.dataset.importing import make_small_world
+        flags = parse(SmallWorldFlags, argv[1:], "Make shards of the built-in small world; 1000 more documents are for validation.")
+        make_small_world(_folder(flags.to), flags.docs, flags.seed, flags.replace)
+    else:
+        from nanochat.dataset.download import fetch
+        flags = parse(FetchFlags, argv, (__doc__ or "").rstrip() + "\n\nFlags of the first form:")
+        fetch(flags.num_files, data_dir(), workers=flags.num_workers, revision=flags.revision)
+
+
+def _folder(name: str) -> Path:
+    return (Path(name).expanduser() if name else data_dir()).resolve()
+
+
+if __name__ == "__main__":
+    run_main(main)
