@@ -36,6 +36,7 @@ from bench.measure import (
 )
 from bench.peer import Endless
 from bench.twin import TwinGPT
+from nanochat.cache import Cache
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import close_ranks, compute_dtype, init_ranks
 from nanochat.engine import Engine
@@ -70,7 +71,7 @@ def prefill_seconds(model: GPT, B: int, T: int, times: int = 3) -> list[float]:
     ids = torch.randint(model.config.vocab_size, (B, T), device=model.device)
 
     def once() -> None:
-        model(ids, state=model.new_state(B, T), last_only=True)
+        model(ids, cache=model.new_cache(B, T), last_only=True)
     once()
     return [seconds_of(once, model.device) for _ in range(times)]
 
@@ -139,8 +140,8 @@ def step_bytes(model: GPT, B: int, context: int) -> int:
 
 def state_bytes(model: GPT, B: int, context: int) -> int:
     """Bytes of the state of B rows of `context` tokens."""
-    from nanochat.cache import State
-    return State(model.config, B, context, device="meta", dtype=model.dtype).nbytes()
+    cache = Cache([block.attn for block in model.transformer.h], B, context, device="meta", dtype=model.dtype)
+    return cache.nbytes()
 
 
 def in_dtype(shape: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:

@@ -43,7 +43,6 @@ from bench.measure import (
     write_json,
 )
 from bench.train import our_case, twin_case
-from nanochat.attention import rope_table
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
 from nanochat.errors import UserError
@@ -51,6 +50,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.kernels import attention, native, one_query, relu2, rms_norm, rope_norm, slc2, slc2_step
 from nanochat.layers import ALIGNED, Linear, project
 from nanochat.optim import newton_schulz
+from nanochat.positions import rope_table
 
 TWIN, COMPILED, PLAIN, HEAD = "twin, eager", "twin, torch.compile", "ours, plain torch", "head+loss"
 ATTENTION_ROWS = 8  # the twin holds all scores, in float32

@@ -258,24 +258,24 @@ def state(run: Run, out: Report) -> None:
         ids = ids_for(run, 2, 29)
         full = model(ids)
         for parts in ((29,), (1,) * 29, (3, 1, 1, 17, 2, 5)):
-            memory = model.new_state(2, capacity=4)
-            splits.append(off(torch.cat([model(part, state=memory) for part in ids.split(parts, dim=1)], dim=1), full))
-        rows, joined = [ids_for(run, 1, n) for n in (5, 11, 8)], model.new_state(1)
+            cache = model.new_cache(2, max_len=4)
+            splits.append(off(torch.cat([model(part, cache=cache) for part in ids.split(parts, dim=1)], dim=1), full))
+        rows, joined = [ids_for(run, 1, n) for n in (5, 11, 8)], model.new_cache(1)
         for i, row in enumerate(rows):
-            alone = model.new_state(1)
-            model(row[:, :-3], state=alone)
+            alone = model.new_cache(1)
+            model(row[:, :-3], cache=alone)
             joined.resize(i + 1)
-            joined.put(i, alone, 0)
-        got = torch.cat([model(torch.cat([row[:, -3:-2] for row in rows]), state=joined),
-                         model(torch.cat([row[:, -2:] for row in rows]), state=joined)], dim=1)
+            joined.copy_row(i, alone, 0)
+        got = torch.cat([model(torch.cat([row[:, -3:-2] for row in rows]), cache=joined),
+                         model(torch.cat([row[:, -2:] for row in rows]), cache=joined)], dim=1)
         ragged.append(largest(off(mine, model(row)[0, -3:]) for mine, row in zip(got, rows)))
-        memory = model.new_state(2)
-        model(ids[:, :9], state=memory)
-        branch = memory.fork(2)
+        cache = model.new_cache(2)
+        model(ids[:, :9], cache=cache)
+        branch = cache.fork(2)
         more = ids_for(run, 4, 3)
-        model(more, state=branch)
+        model(more, cache=branch)
         kept, last = branch.select([3, 0]), ids_for(run, 2, 2)
-        forked.append(off(model(last, state=kept), model(torch.cat([ids[[1, 0], :9], more[[3, 0]], last], dim=1))[:, -2:]))
+        forked.append(off(model(last, cache=kept), model(torch.cat([ids[[1, 0], :9], more[[3, 0]], last], dim=1))[:, -2:]))
     out.expect("any split, relative error", largest(splits), at_most=1e-4)
     out.expect("rows of different lengths, relative error", largest(ragged), at_most=1e-4)
     out.expect("forks and selections, relative error", largest(forked), at_most=1e-4)
@@ -417,9 +417,9 @@ def no_waiting(run: Run, out: Report) -> None:
             torch.cuda.set_sync_debug_mode("default")
         out.expect(f"{how} step runs where waiting is an error", clean)
     with torch.inference_mode():
-        state, one = model.new_state(1), torch.zeros(1, 1, dtype=torch.long, device=run.device)
-        model(one, state=state)
-        out.numbers["decode_syncs"] = syncs(lambda: model(one, state=state))
+        state, one = model.new_cache(1), torch.zeros(1, 1, dtype=torch.long, device=run.device)
+        model(one, cache=state)
+        out.numbers["decode_syncs"] = syncs(lambda: model(one, cache=state))
 
 
 def learning(run: Run, out: Report) -> None:

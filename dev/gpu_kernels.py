@@ -18,7 +18,6 @@ from bench.kernels import columns, joined_width
 from bench.measure import lively, off
 from bench.peer import Endless
 from dev.gpu_correctness import Report, Run, Skipped, largest, poisoned, small
-from nanochat.attention import rope_table
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.kernels import attention as attend_kernel
@@ -26,6 +25,7 @@ from nanochat.kernels import cross_entropy, native, one_query
 from nanochat.kernels.slc2 import causal_taps, gated_input
 from nanochat.layers import Linear, project
 from nanochat.llm import ready_to_decode
+from nanochat.positions import rope_table
 
 NOISE = 1.5  # how much larger than the twin's an error may be
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

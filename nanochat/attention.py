@@ -1,29 +1,27 @@
-"""Causal softmax attention with rotary positions and normalised queries and keys; fewer key/value heads than query heads may be used."""
+"""Causal softmax attention with rotary positions and normalised queries and keys: the mixer with a KV cache.
+
+It is grouped-query attention where there are fewer key/value heads than query heads.
+"""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nanochat.cache import Fixed, KeysValues
+from nanochat.cache import LayerCache
 from nanochat.kernels.attention import attend
-from nanochat.kernels.one_query import next_query, one_query, one_query_each
+from nanochat.kernels.one_query import next_query as append_and_attend
+from nanochat.kernels.one_query import one_query as decode_attention
+from nanochat.kernels.one_query import one_query_each as decode_attention_ragged
 from nanochat.kernels.rope_norm import rope_norm
-from nanochat.layers import Linear, project
-
-ROPE_BASE = 10_000.0
-
-
-def rope_table(length: int, head_width: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (length, D/2) of the rotary angles, float32 rounded to bfloat16: the published weights were trained so."""
-    channels = torch.arange(0, head_width, 2, dtype=torch.float32, device=device)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), ROPE_BASE ** -(channels / head_width))
-    return angles.cos().bfloat16().float(), angles.sin().bfloat16().float()
+from nanochat.layers import Linear, columns_of
+from nanochat.mixer import Mixer
+from nanochat.positions import Positions
 
 
-class Attention(nn.Module):
-    """Softmax attention over everything before and at each position."""
+class Attention(Mixer):
+    """Softmax attention over the positions up to each token; over the last `window` of them where that is set."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         E, D = config.n_embd, config.n_embd // config.n_head
         self.head_width, self.window = D, config.window
         self.c_q = Linear(E, config.n_head * D)
@@ -32,28 +30,46 @@ class Attention(nn.Module):
         self.c_proj = Linear(E, E)
 
     def projections(self) -> list[Linear]:
-        """The matrices of the input."""
+        """Return the matrices of queries, keys and values."""
         return [self.c_q, self.c_k, self.c_v]
 
-    def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], state: KeysValues | None = None) -> Tensor:
-        """Mix h (B, T, E) along time; returns (B, T, E). With a state, h goes on where the state ends, and the state takes it in."""
-        D = self.head_width
-        q, k, v = (y.unflatten(-1, (-1, D)) for y in project(h, *self.projections()))
-        if state is not None and isinstance(state.state, Fixed):
-            return self.c_proj(next_query(q, k, v, rope, state.k, state.v, state.state.at, self.window).flatten(2))
-        q, k = rope_norm(q, rope), rope_norm(k, rope)
-        if state is None:
+    def new_cache(self, max_rows: int, max_len: int, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
+        """Return a KV cache: `k` and `v` (max_rows, max_len, Hkv, D)."""
+        shape = max_rows, max_len, self.c_k.weight.shape[0] // self.head_width, self.head_width
+        return LayerCache(per_token={name: torch.zeros(shape, device=device, dtype=dtype) for name in "kv"})
+
+    def mix(self, z: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+        q, k, v = self._heads(z)
+        if positions.index is not None:
+            y = append_and_attend(q, k, v, positions.rope, cache.per_token["k"], cache.per_token["v"], positions.index,
+                                  self.window)
+            return y.flatten(2)
+        q, k = rope_norm(q, positions.rope), rope_norm(k, positions.rope)
+        if cache is None:
+            return attend(q, k, v, causal=True, window=self.window).flatten(2)
+        for name, new in (("k", k), ("v", v)):
+            positions.write(cache.per_token[name], new)
+        k, v = (cache.per_token[name][:, :positions.end].to(q.dtype) for name in "kv")
+        if positions.T == 1 and positions.batch_invariant:
+            y = decode_attention_ragged(q, k, v, [length + 1 for length in positions.lengths], self.window)
+        elif (mask := positions.mask(self.window)) is not None:
+            y = attend(q, k, v, mask=mask)
+        elif positions.T == 1:
+            seen = slice(None if self.window is None else -self.window, None)
+            y = decode_attention(q, k[:, seen], v[:, seen])
+        else:  # the first chunk of all rows
             y = attend(q, k, v, causal=True, window=self.window)
-        else:
-            memory, T = state.state, q.shape[1]
-            k, v = (t.to(q.dtype) for t in state.append(k, v))
-            if T == 1 and memory.by_row:
-                y = one_query_each(q, k, v, [length + 1 for length in memory.lengths], self.window)
-            elif (mask := memory.mask(T)) is not None:
-                y = attend(q, k, v, mask=mask)
-            elif T == 1:
-                last = slice(None if self.window is None else -self.window, None)
-                y = one_query(q, k[:, last], v[:, last])
-            else:  # a first chunk
-                y = attend(q, k, v, causal=True, window=self.window)
-        return self.c_proj(y.flatten(2))
+        return y.flatten(2)
+
+    def _heads(self, z: Tensor) -> list[Tensor]:
+        """Cut z (B, T, N) into q (B, T, H, D), k and v (B, T, Hkv, D)."""
+        return [part.unflatten(-1, (-1, self.head_width)) for part in columns_of(z, *self.projections())]
+
+    def flops_per_token(self, T: int) -> float:
+        """Return the training FLOPs a token at rows of T: the matrices', and those of causal attention.
+
+        Attention costs 2·2·E FLOPs a key forward, three times that with backward, over (T+1)/2 ≈ T/2 keys: 6·E·T a
+        token; with a window of W < T over W − W²/2T keys.
+        """
+        W = min(T, self.window or T)
+        return super().flops_per_token(T) + 12 * self.c_q.weight.shape[1] * (W - W * W / (2 * T))

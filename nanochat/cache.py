@@ -1,201 +1,173 @@
-"""What decoding remembers of each sequence: keys and values of the attention layers, the last K−1 gated inputs of the SLC2 layers.
+"""The decoding cache of a batch of sequences: one entry a layer, made by the layer's mixer.
 
-A state belongs to a request, never to the model. Rows (sequences) may be of different lengths; they can be forked, selected, and put
-into another state. A state has room for more rows than are in use, so that rows can come and go in place.
+A cache belongs to a request, never to the model. Its rows (sequences) may have different lengths; they can be forked,
+selected and copied between caches. A cache may have memory for more rows than are in use, so that rows come and go in
+place.
 
-    state = State(model.config, batch=1, capacity=2048, device=device, dtype=torch.bfloat16)
-    logits = model(prompt, state=state)          # prefill, any length, in any number of chunks
-    logits = model(padded, state=state, counts=[5, 9, 2])     # rows of different lengths, padded on the right
-    logits = model(next_ids, state=state)        # one token a row
+    cache = model.new_cache(max_rows=1, max_len=2048)
+    logits = model(prompt, cache=cache)                        # prefill, any length, in any number of chunks
+    logits = model(padded, cache=cache, counts=[5, 9, 2])      # rows of different lengths, padded on the right
+    logits = model(next_ids, cache=cache)                      # a decode step: one token a row
+
+Nothing here asks what a layer is. It only asks of each tensor whether it holds something per token or per row.
 """
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
-class KeysValues:
-    """Keys and values of one attention layer: k, v (room, S, Hkv, D); what lies behind a row's length, or behind the rows, is unused."""
+@dataclass
+class LayerCache:
+    """The cache of one layer, as named tensors.
 
-    def __init__(self, state: "State", k: Tensor, v: Tensor):
-        self.state, self.k, self.v = state, k, v
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, T, Hkv, D) behind what each row has; return all keys and values (B, S', Hkv, D) up to the longest row."""
-        lengths, (B, T) = self.state.lengths, k.shape[:2]
-        if self.state.uniform:
-            here = slice(lengths[0], lengths[0] + T)
-            self.k[:B, here], self.v[:B, here] = k, v
-        else:
-            where = self.state.positions(T)
-            row = torch.arange(B, device=k.device)[:, None]
-            self.k[row, where], self.v[row, where] = k.to(self.k.dtype), v.to(self.v.dtype)
-        end = max(lengths) + T
-        return self.k[:B, :end], self.v[:B, :end]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.k, self.v]
-
-
-class Taps:
-    """The last K−1 gated inputs of one SLC2 layer, oldest first: all (room, K−1, E), past (B, K−1, E) of it; zeros before the start."""
-
-    def __init__(self, state: "State", all: Tensor):
-        self.state, self.all = state, all
-
-    @property
-    def past(self) -> Tensor:
-        return self.all[:self.state.batch]
-
-    def append(self, u: Tensor) -> None:
-        """Take u (B, T, E) in: the last K−1 rows of what was and the real part of u together stay."""
-        both = torch.cat([self.past, u.to(self.all.dtype)], dim=1)
-        ends = self.state.ends
-        if ends is None:
-            self.past.copy_(both[:, u.shape[1]:])
-        else:
-            where = ends[:, None] + torch.arange(self.all.shape[1], device=u.device)
-            self.past.copy_(both[torch.arange(len(ends), device=u.device)[:, None], where])
-
-    def tensors(self) -> list[Tensor]:
-        return [self.all]
-
-
-class State:
-    """The memory of B sequences through one model.
-
-    lengths: tokens each row has seen (host integers). capacity: tokens a row has room for; room: rows there is memory for. Both grow on
-    demand. by_row: in decoding, let each row attend by itself, so that what it computes does not depend on the others to the last bit.
-    ends: while the model runs on rows padded on the right, how many of the tokens are real, (B,); None where all are.
+    per_token: tensors (rows, positions, …), such as keys and values. What is behind a row's length is unused.
+    per_row: tensors (rows, …) of fixed size, such as the state of a convolution. Zeros are an empty past.
     """
 
-    def __init__(self, config, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype):
-        self.config, self.capacity, self.room, self.device, self.dtype = config, capacity, batch, torch.device(device), dtype
-        self.lengths, self.by_row = [0] * batch, False
-        self.ends: Tensor | None = None
-        self._mask: tuple[object, Tensor | None] = (None, None)
-        D = config.n_embd // config.n_head
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+    per_row: dict[str, Tensor] = field(default_factory=dict)
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(batch, *shape, device=device, dtype=dtype)
+    def map(self, per_token: Callable[[Tensor], Tensor], per_row: Callable[[Tensor], Tensor]) -> "LayerCache":
+        """Return a layer cache of the functions' results."""
+        return LayerCache({name: per_token(tensor) for name, tensor in self.per_token.items()},
+                          {name: per_row(tensor) for name, tensor in self.per_row.items()})
 
-        self.layers: list[KeysValues | Taps] = [
-            KeysValues(self, zeros(capacity, config.n_kv_head, D), zeros(capacity, config.n_kv_head, D)) if kind == "A"
-            else Taps(self, zeros(config.n_kernel - 1, config.n_embd)) for kind in config.pattern()]
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors."""
+        return [*self.per_token.values(), *self.per_row.values()]
+
+
+
+def nbytes(layers: Iterable[LayerCache]) -> int:
+    """Return the bytes of all tensors of some layers."""
+    return sum(tensor.nbytes for layer in layers for tensor in layer.tensors())
+
+
+class Cache:
+    """The cache of B sequences through one model.
+
+    Attributes:
+        layers: a LayerCache for each layer, with memory for max_rows rows of max_len tokens. Both grow on demand.
+        lengths: tokens that each row in use has seen; host integers.
+        batch_invariant: whether, in decode steps, the result of a row must not depend to the last bit on other rows.
+    """
+
+    def __init__(self, mixers: Iterable, max_rows: int, max_len: int, *, device: torch.device | str,
+                 dtype: torch.dtype):
+        """Make an empty cache whose rows are all in use.
+
+        Args:
+            mixers: the layers' mixers (nanochat/mixer.py).
+            max_rows, max_len: rows, and tokens a row, to have memory for.
+            dtype: of the activations.
+
+        Raises:
+            ValueError: a mixer's tensors have not the rows and positions that were asked for.
+        """
+        self.max_rows, self.max_len, self.device, self.dtype = max_rows, max_len, torch.device(device), dtype
+        self.lengths, self.batch_invariant = [0] * max_rows, False
+        self.layers: list[LayerCache] = []
+        for mixer in mixers:
+            layer = mixer.new_cache(max_rows, max_len, device, dtype)
+            if any(tensor.shape[:2] != (max_rows, max_len) for tensor in layer.per_token.values()) or any(
+                    tensor.shape[:1] != (max_rows,) for tensor in layer.per_row.values()):
+                raise ValueError(f"{type(mixer).__name__}.new_cache({max_rows}, {max_len}) must give per-token tensors "
+                                 f"of shape ({max_rows}, {max_len}, …) and per-row tensors of shape ({max_rows}, …), not "
+                                 f"{[tuple(tensor.shape) for tensor in layer.tensors()]}")
+            self.layers.append(layer)
 
     @property
-    def batch(self) -> int:
+    def rows(self) -> int:
+        """Rows in use."""
         return len(self.lengths)
 
-    @property
-    def uniform(self) -> bool:
-        """Are all rows of one length?"""
-        return min(self.lengths) == max(self.lengths)
-
     def nbytes(self) -> int:
-        """Bytes held, unused capacity included."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors())
+        """Return the bytes held, unused memory included."""
+        return nbytes(self.layers)
 
-    def reserve(self, T: int, counts: list[int] | None = None) -> None:
-        """Make room for T more tokens on every row, of which counts[b] are real; grows by at least half the capacity when it has to."""
-        self.ends = None if counts is None else torch.tensor(counts, device=self.device)
+    def view(self, rows: int, length: int) -> list[LayerCache]:
+        """Return the layers' first `rows` rows, and of these the first `length` positions; they share this cache's
+        memory."""
+        if rows == self.max_rows and length == self.max_len:
+            return self.layers
+        return [layer.map(lambda t: t[:rows, :length], lambda t: t[:rows]) for layer in self.layers]
+
+    def reserve(self, T: int) -> None:
+        """Make room for T more tokens on every row. Memory grows by at least half."""
         need = max(self.lengths) + T
-        if need > self.capacity:
-            self.grow(max(need, self.capacity + max(64, self.capacity // 2)), self.room)
+        if need > self.max_len:
+            self.grow(self.max_rows, max(need, self.max_len + max(64, self.max_len // 2)))
 
-    def resize(self, batch: int) -> None:
-        """Have `batch` rows: the last ones go, or new ones, that have seen nothing, come behind. Memory grows when it has to, by half."""
-        if batch > self.room:
-            self.grow(self.capacity, max(batch, self.room + self.room // 2))
-        old, self.lengths = self.batch, self.lengths[:batch] + [0] * (batch - self.batch)
+    def resize(self, rows: int) -> None:
+        """Use `rows` rows: the last ones go, or empty ones are added behind. Memory grows by at least half."""
+        if rows > self.max_rows:
+            self.grow(max(rows, self.max_rows + self.max_rows // 2), self.max_len)
+        before, self.lengths = self.rows, self.lengths[:rows] + [0] * (rows - self.rows)
         for layer in self.layers:
-            if isinstance(layer, Taps):
-                layer.all[old:batch] = 0
+            for tensor in layer.per_row.values():
+                tensor[before:rows] = 0
 
-    def grow(self, capacity: int, room: int) -> None:
-        """Have memory for `room` rows of `capacity` tokens, neither less than there is."""
+    def grow(self, max_rows: int, max_len: int) -> None:
+        """Have memory for max_rows rows of max_len tokens; neither may be less than before."""
         def larger(old: Tensor, *shape: int) -> Tensor:
-            new = torch.zeros(room, *shape, device=self.device, dtype=self.dtype)
+            if old.shape[:len(shape)] == shape:
+                return old
+            new = torch.zeros(*shape, *old.shape[len(shape):], device=old.device, dtype=old.dtype)
             new[tuple(slice(n) for n in old.shape)] = old
             return new
 
-        for layer in self.layers:
-            if isinstance(layer, KeysValues):
-                layer.k, layer.v = (larger(t, capacity, *t.shape[2:]) for t in layer.tensors())
-            elif room > self.room:
-                layer.all = larger(layer.all, *layer.all.shape[1:])
-        self.capacity, self.room = capacity, room
+        self.layers = [layer.map(lambda t: larger(t, max_rows, max_len), lambda t: larger(t, max_rows))
+                       for layer in self.layers]
+        self.max_rows, self.max_len = max_rows, max_len
 
-    def put(self, row: int, source: "State", source_row: int) -> None:
-        """Let a row be what a row of `source` (this state, or another of the same model) is. One copy of what it has seen."""
+    def copy_row(self, row: int, source: "Cache", source_row: int) -> None:
+        """Make `row` a copy of a row of `source`, which is this cache or another one of the same model."""
         length = source.lengths[source_row]
-        if length > self.capacity:
-            self.grow(max(length, self.capacity + self.capacity // 2), self.room)
-        for mine, other in zip(self.layers, source.layers):
-            end = (slice(length),) if isinstance(mine, KeysValues) else ()
-            for to, of in zip(mine.tensors(), other.tensors()):
-                to[(row, *end)] = of[(source_row, *end)]
+        if length > self.max_len:
+            self.grow(self.max_rows, max(length, self.max_len + self.max_len // 2))
+        for layer, other in zip(self.layers, source.layers):
+            for name, tensor in layer.per_token.items():
+                tensor[row, :length] = other.per_token[name][source_row, :length]
+            for name, tensor in layer.per_row.items():
+                tensor[row] = other.per_row[name][source_row]
         self.lengths = [*self.lengths[:row], length, *self.lengths[row + 1:]]
 
     def advance(self, T: int, counts: list[int] | None = None) -> None:
-        """Count T tokens more on every row, or counts[b] on row b: the model calls it when all layers have taken them in."""
-        self.lengths = [length + more for length, more in zip(self.lengths, counts or [T] * self.batch)]
-        self.ends = None
+        """Count T more tokens on every row, or counts[b] on row b. The model calls it after its last layer."""
+        self.lengths = [length + more for length, more in zip(self.lengths, counts or [T] * self.rows)]
 
-    def positions(self, T: int) -> Tensor:
-        """Return the positions (B, T) of the next T tokens of each row; (T,) where all rows stand at one place."""
-        if self.uniform:
-            return torch.arange(self.lengths[0], self.lengths[0] + T, device=self.device)
-        return torch.tensor(self.lengths, device=self.device)[:, None] + torch.arange(T, device=self.device)
-
-    def mask(self, T: int) -> Tensor | None:
-        """Return which keys the next T tokens may see: bool (B or 1, 1, T, S'); None where causal attention says the same."""
-        if self.uniform and (self.lengths[0] == 0 or T == 1):
-            return None
-        if self._mask[0] != (self.lengths, T):  # made once, for all attention layers
-            keys, own = torch.arange(max(self.lengths) + T, device=self.device), self.positions(T).unsqueeze(-1)
-            seen = keys <= own
-            if self.config.window is not None:
-                seen &= keys > own - self.config.window
-            self._mask = (self.lengths, T), seen.view(-1, 1, *seen.shape[-2:])
-        return self._mask[1]
-
-    def select(self, rows: list[int]) -> "State":
-        """Return a new state holding these rows, in this order; a row may be named more than once (a fork). It has no room to spare."""
+    def select(self, rows: list[int]) -> "Cache":
+        """Return a new cache of these rows, in this order, without spare memory. A row may be named more than once."""
         index, lengths = torch.tensor(rows, device=self.device), [self.lengths[i] for i in rows]
-        new = object.__new__(State)
-        new.config, new.device, new.dtype, new.by_row = self.config, self.device, self.dtype, self.by_row
-        new.lengths, new.capacity, new.room = lengths, max(lengths), len(rows)
-        new._mask, new.ends = (None, None), None
-        new.layers = [KeysValues(new, *(t[:, :new.capacity].index_select(0, index) for t in layer.tensors()))
-                      if isinstance(layer, KeysValues) else Taps(new, layer.all.index_select(0, index)) for layer in self.layers]
+        new = object.__new__(Cache)
+        new.device, new.dtype, new.batch_invariant = self.device, self.dtype, self.batch_invariant
+        new.lengths, new.max_rows, new.max_len = lengths, len(rows), max(lengths)
+        new.layers = [layer.map(lambda t: t[:, :new.max_len].index_select(0, index), lambda t: t.index_select(0, index))
+                      for layer in self.layers]
         return new
 
-    def fork(self, n: int) -> "State":
-        """Return a new state with each row n times: row 0 n times, then row 1, …"""
-        return self.select([row for row in range(self.batch) for _ in range(n)])
+    def fork(self, n: int) -> "Cache":
+        """Return a new cache with each row n times: row 0 n times, then row 1, …"""
+        return self.select([row for row in range(self.rows) for _ in range(n)])
 
+    def save_block(self, row: int, start: int) -> list[LayerCache]:
+        """Return a copy of a row's tokens from `start` to its length, and of its per-row tensors, which stand at the
+        end."""
+        tokens = slice(start, self.lengths[row])
+        return [layer.map(lambda t: t[row, tokens].clone(), lambda t: t[row].clone()) for layer in self.layers]
 
-class Fixed:
-    """The first B rows of a state, and S positions of each, for a step of one token a row whose shapes and addresses stay the same.
-
-    It stands for a state where a model runs on it, and moves on what a state holds, but counts nothing: `at` (B,), where each row stands,
-    lies on the device and may be another one in each step. Every row must stand before S.
-    """
-
-    def __init__(self, state: State, S: int, at: Tensor):
-        self.at, self.batch, self.ends, self.by_row = at, len(at), None, False
-        self.lengths = [S - 1]  # as far as any row may stand: what the model makes its tables for
-        self.layers = [Taps(self, layer.all) if isinstance(layer, Taps)
-                       else KeysValues(self, layer.k[:self.batch, :S], layer.v[:self.batch, :S]) for layer in state.layers]
-
-    def reserve(self, T: int, counts: list[int] | None = None) -> None:
-        """There is room."""
-        if T != 1 or counts is not None:
-            raise ValueError(f"a step at fixed addresses is one of one token a row, not of {T}")
-
-    def advance(self, T: int, counts: list[int] | None = None) -> None:
-        """Whose `at` this is moves it on."""
-
-    def positions(self, T: int) -> Tensor:
-        """Return the position (B, 1) of each row's token."""
-        return self.at.unsqueeze(1)
+    def load_blocks(self, row: int, blocks: Sequence[list[LayerCache]], length: int) -> None:
+        """Append saved blocks of `length` tokens each to a row; its per-row tensors are then those of the last
+        block."""
+        for number, block in enumerate(blocks):
+            tokens = slice(self.lengths[row] + number * length, self.lengths[row] + (number + 1) * length)
+            for layer, saved in zip(self.layers, block):
+                for name, tensor in layer.per_token.items():
+                    tensor[row, tokens] = saved.per_token[name]
+        for layer, saved in zip(self.layers, blocks[-1]):
+            for name, tensor in layer.per_row.items():
+                tensor[row] = saved.per_row[name]
+        self.lengths[row] += len(blocks) * length

@@ -16,22 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.attention import Attention, rope_table
-from nanochat.cache import KeysValues, State, Taps
+from nanochat.attention import Attention
+from nanochat.cache import Cache, LayerCache
 from nanochat.kernels.cross_entropy import head_loss, softcap
+from nanochat.kernels.one_row import one_row as fused_matvec
 from nanochat.kernels.relu2 import relu_squared
 from nanochat.kernels.rms_norm import rms_norm
-from nanochat.layers import Linear
+from nanochat.layers import Linear, init_linear
+from nanochat.positions import Positions, Rope, rope_table
 from nanochat.sampling import Sampler, Settings
 from nanochat.slc2 import SLC2
+
+MIXERS = {"S": SLC2, "A": Attention}  # the letters of layer_pattern
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. layer_pattern spells the mixers, one letter a layer: S for SLC2, A for attention, "SAS…".
+    """The shape of a model.
 
-    Left out, the published rule holds: layer i is attention where i % slc_rate == 1 or i is the last. window: how many tokens attention
-    sees at most, each itself and the window − 1 before it; all of them where it is None.
+    layer_pattern: the mixer of each layer, one letter of MIXERS a layer, such as "SASSA". None is the published rule:
+    layer i is attention where i % slc_rate == 1 or i is the last, else SLC2. window: how many tokens attention sees at
+    most, each itself and the window − 1 before it; None is all.
     """
 
     sequence_len: int = 1024
@@ -52,17 +57,20 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
         if self.n_embd // self.n_head % 2:
-            raise ValueError(f"a head is n_embd / n_head = {self.n_embd // self.n_head} wide; rotary positions need an even width")
+            raise ValueError(f"a head is n_embd / n_head = {self.n_embd // self.n_head} wide; rotary positions need "
+                             "an even width")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.layer_pattern is not None and (len(self.layer_pattern) != self.n_layer or set(self.layer_pattern) - set("SA")):
-            raise ValueError(f"layer_pattern {self.layer_pattern!r} must be {self.n_layer} letters, S for SLC2 or A for attention")
+        if self.layer_pattern is not None and (len(self.layer_pattern) != self.n_layer
+                                               or set(self.layer_pattern) - set(MIXERS)):
+            letters = " or ".join(f"{letter} for {mixer.__name__}" for letter, mixer in MIXERS.items())
+            raise ValueError(f"layer_pattern {self.layer_pattern!r} must be {self.n_layer} letters, {letters}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, or None for all tokens, not {self.window}")
 
     @classmethod
     def from_depth(cls, depth: int, **given: Any) -> "GPTConfig":
-        """The one dial: depth d is d layers, 64·d wide, with heads of at most 128. Other fields as given."""
+        """Return the shape that depth d sets: d layers, 64·d wide, heads of at most 128. Other fields as given."""
         if depth < 1:
             raise ValueError(f"depth must be at least 1, not {depth}")
         E = 64 * depth
@@ -72,18 +80,19 @@ class GPTConfig:
         return cls(**{"n_layer": depth, "n_head": H, "n_kv_head": H, "n_embd": E, **given})
 
     def pattern(self) -> str:
-        """The mixer of each layer: S or A."""
+        """Return the mixer of each layer, one letter of MIXERS each."""
         if self.layer_pattern is not None:
             return self.layer_pattern
         return "".join("A" if i % self.slc_rate == 1 or i == self.n_layer - 1 else "S" for i in range(self.n_layer))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for a meta file, but layer_pattern and window where they are not set: published code can read the rest."""
+        """Return the fields for a meta file. Unset ones are left out, since published code does not know them."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, list[int]]:
-    """Return ids (B, T) of rows of different lengths, with zeros on the right, and how many of each are real: `counts` of the model."""
+    """Return ids (B, T) of rows of different lengths, padded with zeros on the right, and each row's length (the
+    model's `counts`)."""
     counts = [len(row) for row in rows]
     ids = torch.zeros(len(rows), max(counts), dtype=torch.long)
     for i, row in enumerate(rows):
@@ -106,20 +115,40 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: a mixer along time, then an MLP, each on the normalised input and added to it."""
 
-    def __init__(self, config: GPTConfig, kind: str):
+    def __init__(self, config: GPTConfig, letter: str):
         super().__init__()
-        self.attn = Attention(config) if kind == "A" else SLC2(config)  # "attn" for both: kept for checkpoint compatibility
+        self.attn = MIXERS[letter](config)  # "attn" for all mixers: kept for checkpoint compatibility
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], state: KeysValues | Taps | None = None) -> Tensor:
-        x = x + self.attn(rms_norm(x), rope, state)
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(rms_norm(x), positions, cache)
         return x + self.mlp(rms_norm(x))
+
+    def has_single_row_step(self, dtype: torch.dtype) -> bool:
+        """Whether `single_row_step` gives what `forward` gives: all matrices plain and in `dtype`."""
+        return self.attn.has_single_row_step(dtype) and all(map(_plain, (self.mlp.c_fc, self.mlp.c_proj), [dtype] * 2))
+
+    def single_row_step(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        """Return what `forward` does for one token of one row, x (1, 1, E), in half the operations.
+
+        At one row, reading each matrix and starting each kernel is what takes the time. So each product does the norm
+        before it and the activation or sum behind it too: five or six kernels a layer.
+        """
+        x = self.attn.single_row_step(x, positions, cache)
+        wide = fused_matvec(x, self.mlp.c_fc.weight, normed=True, activated=True)
+        return fused_matvec(wide, self.mlp.c_proj.weight, x)
+
+
+def _plain(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a layer is a matrix, not quantised, in `dtype`."""
+    return isinstance(layer, Linear) and layer.weight.dtype == dtype
 
 
 class GPT(nn.Module):
     """Token ids to logits or loss.
 
-    Weights stay in the dtype they have (float32 in training); activations are in `compute_dtype`, or the weights' own where it is None.
+    Weights stay in the dtype they have (float32 in training). Activations are in `compute_dtype`, or in the weights'
+    dtype where it is None.
     """
 
     def __init__(self, config: GPTConfig):
@@ -128,32 +157,26 @@ class GPT(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "h": nn.ModuleList([Block(config, kind) for kind in config.pattern()]),
+            "h": nn.ModuleList([Block(config, letter) for letter in config.pattern()]),
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._rope: Rope | None = None
         self._compiled_for: tuple[int, int] | None = None
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all weights anew (after `to_empty`, say).
+        """Draw all weights anew, after `to_empty` for example.
 
-        Matrices normal with std min(1, √(fan_out/fan_in))/√fan_in, embedding normal(0, 1), head and every c_proj zero: as published.
-        The taps are uniform ±1/√K: the published code left them as memory held them, and with zeros there an SLC2 layer never learns.
+        As published: matrices by `layers.init_linear`, the embedding normal(0, 1), the head and every c_proj zero. The
+        rest is up to the mixers.
         """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Conv1d):
-                bound = self.config.n_kernel ** -0.5
-                module.weight.uniform_(-bound, bound)
-            elif isinstance(module, nn.Embedding):
-                module.weight.normal_()
-            elif isinstance(module, nn.Linear):
-                if name == "lm_head" or name.endswith("c_proj"):
-                    module.weight.zero_()
-                else:
-                    fan_out, fan_in = module.weight.shape
-                    module.weight.normal_(std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
+        self.transformer.wte.weight.normal_()
+        for block in self.transformer.h:
+            block.attn.init_weights()
+            init_linear(block.mlp.c_fc)
+            init_linear(block.mlp.c_proj, zero=True)
+        init_linear(self.lm_head, zero=True)
 
     @property
     def device(self) -> torch.device:
@@ -169,103 +192,169 @@ class GPT(nn.Module):
         return self.device
 
     def compile_blocks(self, B: int, T: int) -> None:
-        """Compile the blocks for batches of just (B, T) without a state; all other shapes run as they are. Names do not change."""
+        """Compile the blocks for batches of exactly (B, T) without a cache; other shapes run eagerly. Names do not
+        change."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self._compiled_for = (B, T)
 
-    def new_state(self, batch: int = 1, capacity: int | None = None) -> State:
-        """An empty memory for `batch` sequences, with room for `capacity` tokens each (sequence_len where it is None)."""
-        return State(self.config, batch, capacity or self.config.sequence_len, device=self.device, dtype=self.dtype)
+    def new_cache(self, max_rows: int = 1, max_len: int | None = None) -> Cache:
+        """Return an empty decoding cache for max_rows sequences of max_len tokens (sequence_len where it is None)."""
+        return Cache([block.attn for block in self.transformer.h], max_rows, max_len or self.config.sequence_len,
+                     device=self.device, dtype=self.dtype)
 
-    def rope(self, end: int) -> tuple[Tensor, Tensor]:
-        """cos and sin tables for positions up to `end`; made on first use and when they must grow, never in the checkpoint."""
+    def rope(self, end: int) -> Rope:
+        """Return the rotary tables, cos and sin (S, D/2), of at least `end` positions.
+
+        They are made on first use and when they must grow, and are never in the checkpoint.
+        """
         if self._rope is None or self._rope[0].shape[0] < end or self._rope[0].device != self.device:
             length = max(self.config.sequence_len, 1 << (end - 1).bit_length())
-            with torch.inference_mode(False):  # sampling may make it, and training use it
+            with torch.inference_mode(False):  # sampling may make them, and training use them
                 self._rope = rope_table(length, self.config.n_embd // self.config.n_head, self.device)
         return self._rope
 
-    def hidden(self, ids: Tensor, state: State | None = None, counts: list[int] | None = None) -> Tensor:
-        """Return what the head reads, (B, T, E), of ids (B, T): the normalised output of the last layer.
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Return the input of the first block, (B, T, E), of ids (B, T)."""
+        return rms_norm(F.embedding(ids, self.transformer.wte.weight).to(self.dtype))
 
-        state: ids go on where it ends, and it takes them in. counts: how many tokens of each row are real; the rest, on the right, is
-        padding: no real token sees it, the state does not take it in, and what is returned there means nothing.
+    def hidden(self, ids: Tensor, cache: Cache | None = None, counts: list[int] | None = None) -> Tensor:
+        """Return the input of the head: the normalised output of the last block.
+
+        Args:
+            ids: (B, T).
+            cache: ids continue the B rows of it, and it is updated. None: rows start at position 0.
+            counts: how many tokens of each row are real, B numbers from 1 to T. The rest, on the right, is padding: no
+                real token sees it, the cache does not keep it, and what is returned there means nothing. None: all are
+                real.
+
+        Returns:
+            (B, T, E) in the activations' dtype.
+
+        Raises:
+            ValueError: counts are not B numbers from 1 to T.
         """
         T = ids.shape[1]
         if counts is not None and (len(counts) != ids.shape[0] or not all(0 < count <= T for count in counts)):
             raise ValueError(f"counts must be {ids.shape[0]} numbers from 1 to {T}, not {counts}")
-        if state is None:
-            rope = tuple(table[:T] for table in self.rope(T))
+        x = self._embed(ids)
+        if cache is None:
+            positions = Positions.of_full_rows(self.rope(T), T)
+            compiled = tuple(ids.shape) == self._compiled_for
+            for block in self.transformer.h:
+                x = (block if compiled else block.forward)(x, positions)
         else:
-            state.reserve(T, counts)
-            cos, sin = self.rope(max(state.lengths) + T)
-            at = state.positions(T)
-            rope = (cos[at], sin[at])
-        x = rms_norm(F.embedding(ids, self.transformer.wte.weight).to(self.dtype))
-        compiled = state is None and tuple(ids.shape) == self._compiled_for
-        for i, block in enumerate(self.transformer.h):
-            run = block if compiled else block.forward
-            x = run(x, rope, None if state is None else state.layers[i])
-        if state is not None:
-            state.advance(T, counts)
+            cache.reserve(T)
+            positions = Positions.after_cache(
+                self.rope(max(cache.lengths) + T), cache.lengths, T, batch_invariant=cache.batch_invariant,
+                counts=None if counts is None else torch.tensor(counts, device=self.device))
+            for block, layer in zip(self.transformer.h, cache.view(cache.rows, cache.max_len)):
+                x = block.forward(x, positions, layer)
+            cache.advance(T, counts)
         return rms_norm(x)
 
     def head(self, x: Tensor) -> Tensor:
         """Return float32 logits (..., V) of hidden states x (..., E)."""
         return softcap(self.lm_head(x).float())
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, loss_reduction: str = "mean", state: State | None = None,
-                last_only: bool = False, counts: list[int] | None = None, factors: Tensor | None = None) -> Tensor:
-        """Return float32 logits (B, T, V) of ids (B, T); or, with targets (B, T), the cross-entropy in nats.
+    def static_step(self, ids: Tensor, index: Tensor, cache: Cache, length: int) -> Tensor:
+        """Run a decode step whose shapes and addresses depend on nothing on the host: it can be captured as a CUDA
+        graph.
 
-        loss_reduction: "mean" over the targets that are not −1, "sum", or "none" for (B·T,) losses. factors (B, T), with "sum": what each
-        token's loss is multiplied with. last_only: logits (B, 1, V) of the last (real) position of each row alone. state, counts: as in
-        `hidden`.
+        Args:
+            ids: (B, 1), one token for each of the first B rows of the cache.
+            index: (B,) int64 on the device: the position of each token, below `length`.
+            cache: updated in place, except for its `lengths`: the caller counts them.
+            length: positions of the cache that are visible, S.
+
+        Returns:
+            float32 logits (B, V).
         """
-        x = self.hidden(ids, state, counts)
+        if ids.shape[1] != 1:
+            raise ValueError(f"a static decode step is of one token a row, not of {ids.shape[1]}")
+        positions, x = Positions.static(self.rope(length), index, length), self._embed(ids)
+        layers = zip(self.transformer.h, cache.view(len(ids), length))
+        if len(ids) == 1 and self.has_single_row_step():
+            for block, layer in layers:
+                x = block.single_row_step(x, positions, layer)
+            return softcap(fused_matvec(x, self.lm_head.weight, normed=True).float())[:, -1]
+        for block, layer in layers:
+            x = block.forward(x, positions, layer)
+        return self.head(rms_norm(x))[:, -1]
+
+    def has_single_row_step(self) -> bool:
+        """Whether a single row goes through fused products: a model made ready to decode, not quantised."""
+        return _plain(self.lm_head, self.dtype) and all(
+            block.has_single_row_step(self.dtype) for block in self.transformer.h)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, loss_reduction: str = "mean",
+                cache: Cache | None = None, last_only: bool = False, counts: list[int] | None = None,
+                factors: Tensor | None = None) -> Tensor:
+        """Return the logits of ids, or with targets the cross-entropy in nats.
+
+        Args:
+            ids: (B, T).
+            targets: (B, T), −1 where there is nothing to predict.
+            loss_reduction: "mean" over the targets that count, "sum", or "none" for (B·T,) losses.
+            cache, counts: as in `hidden`.
+            last_only: logits of the last real position of each row alone.
+            factors: (B, T), with "sum": what each token's loss is multiplied with.
+
+        Returns:
+            float32 logits (B, T, V), (B, 1, V) with last_only; or the loss.
+        """
+        x = self.hidden(ids, cache, counts)
         if last_only:
-            x = x[:, -1:] if counts is None else x[torch.arange(len(counts)), [count - 1 for count in counts]].unsqueeze(1)
+            x = x[:, -1:] if counts is None else x[torch.arange(len(counts)), [n - 1 for n in counts]].unsqueeze(1)
         if targets is None:
             return self.head(x)
         x, targets, factors = x.flatten(0, 1), targets.flatten(), None if factors is None else factors.flatten()
-        plain = self.lm_head.weight.is_floating_point()  # else quantised: measured, never trained
-        return head_loss(x, self.lm_head.weight, targets, loss_reduction, factors, product=None if plain else self.lm_head)
+        product = None if self.lm_head.weight.is_floating_point() else self.lm_head  # quantised: evaluated, not trained
+        return head_loss(x, self.lm_head.weight, targets, loss_reduction, factors, product=product)
 
     def flops_per_token(self, T: int | None = None) -> float:
-        """Training FLOPs a token at rows of T (sequence_len where None): 6 a matrix weight, and causal attention where there is some.
-
-        Attention of one layer costs 2·2·E FLOPs a key forward, three times that with backward, over (T+1)/2 ≈ T/2 keys: 6·E·T a token;
-        with a window of W < T over W − W²/2T keys.
-        """
+        """Return the training FLOPs a token at rows of T (sequence_len where None): 6 a matrix weight, and what the
+        mixers add. Looking up the embedding is free."""
         T = T or self.config.sequence_len
-        W = min(T, self.config.window or T)
-        matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2) - self.transformer.wte.weight.numel()
-        return 6 * matrices + 12 * self.config.n_embd * (W - W * W / (2 * T)) * self.config.pattern().count("A")
+        matrices = sum(p.numel() for block in self.transformer.h for p in block.mlp.parameters()) + sum(
+            p.numel() for p in self.lm_head.parameters())
+        return 6 * matrices + sum(block.attn.flops_per_token(T) for block in self.transformer.h)
 
     def estimate_flops(self) -> float:
-        """Training FLOPs a token at rows of sequence_len (the published name)."""
+        """Return the training FLOPs a token at rows of sequence_len (the published name)."""
         return self.flops_per_token()
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, max_new_tokens: int = 512, temperature: float = 0.2, top_k: int | None = 20,
                  top_p: float | None = 0.95, repetition_penalty: float = 1.15, eos_token_id: int | None = None,
                  seed: int | None = None) -> Iterator[int]:
-        """Yield the tokens that continue input_ids (1, T), one by one, at most max_new_tokens; ends before eos_token_id.
+        """Yield the tokens that continue a prompt, one by one.
 
-        temperature 0 or top_k 1 take the likeliest; repetition_penalty divides the logits of tokens seen (multiplies negative ones).
+        Args:
+            input_ids: (1, T) with T at least 1.
+            max_new_tokens: tokens to yield at most.
+            temperature: 0 takes the most likely token, as top_k 1 does.
+            top_k, top_p: how far sampling is restricted; None does not restrict it.
+            repetition_penalty: divides positive logits of tokens seen so far, multiplies negative ones.
+            eos_token_id: generation ends before this token.
+            seed: None draws anew each time.
+
+        Raises:
+            ValueError: input_ids are not one row. Engine decodes several.
         """
         ids = torch.as_tensor(input_ids, device=self.device)
         if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 1:
-            raise ValueError(f"generate takes ids of shape (1, T) with T at least 1, not {tuple(ids.shape)}; Engine does several rows")
-        sampler = Sampler([Settings(temperature, top_k, top_p, repetition_penalty, seed)], self.config.vocab_size, self.device)
-        sampler.saw(0, ids[0].tolist())
-        state = self.new_state(capacity=ids.shape[1] + max_new_tokens)
+            raise ValueError(f"generate takes ids of shape (1, T) with T at least 1, not {tuple(ids.shape)}; "
+                             "Engine does several rows")
+        settings = Settings(temperature, top_k, top_p, repetition_penalty, seed)
+        sampler = Sampler([settings], self.config.vocab_size, self.device)
+        sampler.mark_seen(0, ids[0].tolist())
+        cache = self.new_cache(max_len=ids.shape[1] + max_new_tokens)
         for _ in range(max_new_tokens):
-            next_id = sampler(self(ids, state=state, last_only=True)[:, -1])
+            next_id = sampler(self(ids, cache=cache, last_only=True)[:, -1])
             token = int(next_id)
             if token == eos_token_id:
                 return
             yield token
-            sampler.saw(0, [token])
+            sampler.mark_seen(0, [token])
             ids = next_id.view(1, 1)

@@ -121,7 +121,7 @@ def answer(page):
 
 
 def button(place, name):
-    return place.get_by_role("button", name=name, exact=True)
+    return place.get_by_role("button", name=name, batch_invariant=True)
 
 
 def shown(page):

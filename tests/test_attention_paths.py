@@ -1,4 +1,4 @@
-"""Attention: every way of doing it that runs here against its twin, and against float64; sliding windows through the state."""
+"""Attention: every way of doing it that runs here against its twin, and against float64; sliding windows through the cache."""
 
 import sys
 import types
@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.engine.cuda_graphs import Fixed
 from nanochat.gpt import GPTConfig
 from nanochat.kernels import attention, native
 from nanochat.kernels.attention import FLASH3, NATIVE, PYTORCH, attend, attend_twin, path
@@ -92,10 +91,10 @@ def test_a_window_through_the_state_is_one_full_forward(window, seed):
     assert not torch.allclose(whole, small_model(seed, n_kv_head=1).double()(ids)) or window == 64
     with torch.inference_mode():
         cuts = sorted({0, 23, *torch.randint(1, 23, (4,)).tolist(), 20, 21, 22})
-        for by_row in (False, True):
-            state = model.new_state(3)
-            state.by_row = by_row
-            parts = [model(ids[:, a:b], state=state) for a, b in zip(cuts, cuts[1:])]
+        for batch_invariant in (False, True):
+            cache = model.new_cache(3)
+            cache.batch_invariant = batch_invariant
+            parts = [model(ids[:, a:b], cache=cache) for a, b in zip(cuts, cuts[1:])]
             torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-4)
 
 
@@ -106,20 +105,20 @@ def test_a_window_over_rows_of_different_lengths_is_that_of_each_row(window):
     ids = torch.randint(97, (3, 21))
     whole = model(ids)
     with torch.inference_mode():
-        for by_row in (False, True):
-            state, done = model.new_state(3), [0, 0, 0]
-            state.by_row = by_row
+        for batch_invariant in (False, True):
+            cache, done = model.new_cache(3), [0, 0, 0]
+            cache.batch_invariant = batch_invariant
             for counts in ([5, 9, 2], [1, 4, 6], [1, 1, 1], [3, 1, 2], [1, 1, 1]):
                 padded = torch.zeros(3, max(counts), dtype=torch.long)
                 for b, n in enumerate(counts):
                     padded[b, :n] = ids[b, done[b]:done[b] + n]
-                logits = model(padded, state=state, counts=counts)
+                logits = model(padded, cache=cache, counts=counts)
                 for b, n in enumerate(counts):
                     torch.testing.assert_close(logits[b, :n], whole[b, done[b]:done[b] + n], atol=2e-5, rtol=1e-4)
                     done[b] += n
             at = torch.tensor(done)
-            logits = model(ids[range(3), done][:, None], state=Fixed(state, state.capacity, at))  # as a captured step does
-            torch.testing.assert_close(logits[:, 0], whole[range(3), done], atol=2e-5, rtol=1e-4)
+            logits = model.static_step(ids[range(3), done][:, None], at, cache, cache.max_len)  # as a captured step does
+            torch.testing.assert_close(logits, whole[range(3), done], atol=2e-5, rtol=1e-4)
 
 
 def test_a_window_trains_through_ours_as_through_torch(monkeypatch):

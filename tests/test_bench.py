@@ -18,6 +18,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.kernels import attention, native, one_query
 from nanochat.logs import read_log
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
+from nanochat.positions import Positions
 from tests.conftest import ROOT
 from tests.helpers import small_model
 from tests.test_training import ALONE
@@ -273,7 +274,7 @@ def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_chec
 
 @pytest.mark.parametrize("section, where, broken", [
     (right.twin, "nanochat.slc2.slc2_mix", lambda z, taps, past=None, *, n_head, head_width: z[..., :n_head * head_width] * taps.sum()),
-    (right.state, "nanochat.state.Taps.append", lambda self, u: None),
+    (right.state, "nanochat.positions.Positions.last", lambda self, entries, n: entries[:, :n]),
     (right.optimizer, "nanochat.optim.newton_schulz",
      lambda x, dtype, steps=5, whole=newton_schulz: whole(x, dtype, 4 if dtype == torch.bfloat16 else 5)),
     (right.learning, "nanochat.optim._Bucket.direction", lambda self, gradient, *rest: torch.zeros_like(gradient)),
@@ -286,7 +287,8 @@ def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_chec
         *given, **more)),
     (single.one_token, "nanochat.kernels.one_query.next_query", lambda *given, whole=one_query.next_query: whole(*given[:7])),
     (single.projections, "dev.gpu_kernels.project", lambda h, *layers: tuple(layer(h.detach()) for layer in layers)),
-    (single.graphs, "nanochat.state.Fixed.positions", lambda self, T: torch.zeros_like(self.at.unsqueeze(1))),
+    (single.graphs, "nanochat.positions.Positions.static",
+     lambda table, index, end, whole=Positions.static: whole(table, torch.zeros_like(index), end)),
 ])
 def test_a_section_sees_what_it_is_there_to_see(monkeypatch, section, where, broken):
     if "native" in where and native.cpukernels is None:

@@ -1,4 +1,4 @@
-"""The model against the published numbers, against a second implementation, and against itself through a state."""
+"""The model against the published numbers, against a second implementation, and against itself through a cache."""
 
 import glob
 import json
@@ -21,8 +21,8 @@ def golden(shared, name):
     folder = shared / "golden" / name
     meta = json.loads(open(glob.glob(f"{folder}/meta_*.json")[0]).read())
     model = GPT(GPTConfig(**meta["model_config"]))
-    state = torch.load(glob.glob(f"{folder}/model_*.pt")[0], weights_only=True)
-    model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in state.items()}, strict=True)
+    cache = torch.load(glob.glob(f"{folder}/model_*.pt")[0], weights_only=True)
+    model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in cache.items()}, strict=True)
     return model.eval(), np.load(folder / "expected.npz"), json.loads((folder / "expected.json").read_text()), folder
 
 
@@ -132,27 +132,27 @@ def test_any_split_through_a_state_equals_one_full_forward(shape, B, chunks, see
     ids = torch.randint(97, (B, sum(chunks)))
     with torch.no_grad():
         full = model(ids)
-        state = model.new_state(B, capacity=4)  # too small: it has to grow
-        parts = torch.cat([model(part, state=state) for part in ids.split(chunks, dim=1)], dim=1)
+        cache = model.new_cache(B, max_len=4)  # too small: it has to grow
+        parts = torch.cat([model(part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1)
     # float32 sums in another order: logits of ±15 agree to a few units in the fifth digit
     torch.testing.assert_close(parts, full, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
 @given(shapes, st.lists(st.integers(1, 12), min_size=2, max_size=4), st.booleans(), st.integers(0, 9))
-def test_rows_of_different_lengths_decode_as_if_alone(shape, lengths, by_row, seed):
+def test_rows_of_different_lengths_decode_as_if_alone(shape, lengths, batch_invariant, seed):
     model = small_model(seed, **shape)
     rows = [torch.randint(97, (1, n + 3)) for n in lengths]
     with torch.no_grad():
-        joined = model.new_state(1, capacity=2)  # too small in both: it has to grow
-        joined.by_row = by_row
+        joined = model.new_cache(1, max_len=2)  # too small in both: it has to grow
+        joined.batch_invariant = batch_invariant
         for i, row in enumerate(rows):
-            state = model.new_state(1, capacity=row.shape[1])
-            model(row[:, :-3], state=state)
+            cache = model.new_cache(1, max_len=row.shape[1])
+            model(row[:, :-3], cache=cache)
             joined.resize(i + 1)
-            joined.put(i, state, 0)
-        steps = [model(torch.cat([row[:, [i - 3]] for row in rows]), state=joined) for i in range(1)]
-        steps.append(model(torch.cat([row[:, -2:] for row in rows]), state=joined))  # a ragged chunk of two
+            joined.copy_row(i, cache, 0)
+        steps = [model(torch.cat([row[:, [i - 3]] for row in rows]), cache=joined) for i in range(1)]
+        steps.append(model(torch.cat([row[:, -2:] for row in rows]), cache=joined))  # a ragged chunk of two
         got = torch.cat(steps, dim=1)
         for row, own in zip(rows, got):
             torch.testing.assert_close(own, model(row)[0, -3:], rtol=1e-4, atol=1e-4)
@@ -163,19 +163,19 @@ def test_rows_of_different_lengths_decode_as_if_alone(shape, lengths, by_row, se
 def test_padding_on_the_right_is_seen_by_nothing(shape, pieces, seed):
     model = small_model(seed, **shape)
     rows = [torch.randint(97, (sum(lengths),)) for lengths in pieces]
-    state, done = model.new_state(len(rows), capacity=4), [0] * len(rows)
+    cache, done = model.new_cache(len(rows), max_len=4), [0] * len(rows)
     with torch.no_grad():
         for step in range(3):
             counts = [lengths[step] for lengths in pieces]
             ids = torch.randint(97, (len(rows), max(counts)))  # what stands in the padding must not matter
             for b, count in enumerate(counts):
                 ids[b, :count] = rows[b][done[b]:done[b] + count]
-            x = model.hidden(ids, state=state, counts=counts)
+            x = model.hidden(ids, cache=cache, counts=counts)
             for b, count in enumerate(counts):
                 alone = model.hidden(rows[b][None, :done[b] + count])[0, done[b]:]
                 torch.testing.assert_close(x[b, :count], alone, rtol=1e-4, atol=1e-4)
                 done[b] += count
-            assert state.lengths == done
+            assert cache.lengths == done
         ids = torch.stack([torch.cat([row, row.new_zeros(24 - len(row))]) for row in rows])
         last = model(ids, counts=done, last_only=True)
         for b, row in enumerate(rows):
@@ -188,25 +188,27 @@ def test_forked_and_selected_rows_go_on_by_themselves():
     model = small_model()
     ids = torch.randint(97, (2, 9))
     with torch.no_grad():
-        state = model.new_state(2)
-        model(ids, state=state)
-        forked = state.fork(2)  # rows 0, 0, 1, 1
+        cache = model.new_cache(2)
+        model(ids, cache=cache)
+        forked = cache.fork(2)  # rows 0, 0, 1, 1
         more = torch.randint(97, (4, 5))
-        model(more, state=forked)
+        model(more, cache=forked)
         kept = forked.select([3, 0])
         last = torch.randint(97, (2, 2))
-        got = model(last, state=kept)
+        got = model(last, cache=kept)
         whole = torch.cat([ids[[1, 0]], more[[3, 0]], last], dim=1)
         torch.testing.assert_close(got, model(whole)[:, -2:], rtol=1e-4, atol=1e-4)
-        assert state.lengths == [9, 9] and kept.lengths == [16, 16]  # the first state is as it was
-        torch.testing.assert_close(model(last, state=state), model(torch.cat([ids, last], 1))[:, -2:], rtol=1e-4, atol=1e-4)
+        assert cache.lengths == [9, 9] and kept.lengths == [16, 16]  # the first cache is as it was
+        torch.testing.assert_close(model(last, cache=cache), model(torch.cat([ids, last], 1))[:, -2:], rtol=1e-4, atol=1e-4)
 
 
 def test_state_holds_the_bytes_it_should():
-    from nanochat.cache import State
     config = GPTConfig.from_depth(20, vocab_size=65536, sequence_len=2048)
-    state = State(config, 1, 2048, device="meta", dtype=torch.bfloat16)
-    assert state.nbytes() == 73_400_320 + 66_560
+    with torch.device("meta"):
+        model = GPT(config)
+    model.compute_dtype = torch.bfloat16
+    cache = model.new_cache(1, 2048)
+    assert cache.nbytes() == 73_400_320 + 66_560
 
 
 def test_the_future_does_not_reach_the_past():

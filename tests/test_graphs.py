@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from nanochat.cache import Fixed, Taps
 from nanochat.engine import Batch, Engine, Row
+from nanochat.engine import batch as batch_module
 from nanochat.engine import cuda_graphs as graphs
 from nanochat.engine import engine as engine_module
-from nanochat.engine import single_row as one_token
-from nanochat.engine.cuda_graphs import Steps, bucket
+from nanochat.engine.cuda_graphs import StaticDecoder, bucket
 from nanochat.engine.quantize import quantize
+from nanochat.gpt import Block
 from nanochat.llm import ready_to_decode
 from nanochat.sampling import Settings
 from nanochat.server.scheduler import Request, Scheduler
@@ -45,9 +45,9 @@ def one(tokenizer):
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
     """Buckets so small that rows of a few tokens go from one to the next, and memory grows."""
-    monkeypatch.setattr(graphs, "SHORTEST", 4)
-    monkeypatch.setattr(engine_module, "SHORTEST", 4)
-    monkeypatch.setattr(graphs, "NARROWEST", 2)
+    monkeypatch.setattr(graphs, "MIN_LENGTH", 4)
+    monkeypatch.setattr(batch_module, "MIN_LENGTH", 4)
+    monkeypatch.setattr(graphs, "MIN_TOP_K", 2)
 
 
 def both(model, tokenizer, **options):
@@ -72,41 +72,41 @@ def test_logits_and_state_are_those_of_ordinary_steps_while_rows_join_and_leave(
         if step % 5 == 0:
             joining = [(prompt, chance.randint(1, 25), chance.choice(kinds)) for prompt in prompts_of(step, chance.randint(1, 4))]
             for batch in (ours, theirs):
-                batch.add([Row(prompt, most, own, stops=()) for prompt, most, own in joining])
+                batch.add_prompts([Row(prompt, most, own, stops=()) for prompt, most, own in joining])
         if step == 17:  # somebody gives up
             for batch in (ours, theirs):
-                batch.drop([batch.rows[0]])
+                batch.remove([batch.rows[0]])
         assert [row.tokens for row in ours.step()] == [row.tokens for row in theirs.step()]
-        assert ours._steps is not None
+        assert ours._static is not None
         n = len(ours.rows)
         assert [row.tokens for row in ours.rows] == [row.tokens for row in theirs.rows]
         live = [i for i, row in enumerate(ours.rows) if not row.ended]
-        assert [ours._state.lengths[i] for i in live] == [theirs._state.lengths[i] for i in live]
+        assert [ours._cache.lengths[i] for i in live] == [theirs._cache.lengths[i] for i in live]
         if n:
             assert torch.allclose(ours._logits[live], theirs._logits[live], atol=1e-4)
-        for mine, other in zip(ours._state.layers if n else (), theirs._state.layers if n else ()):
-            if isinstance(mine, Taps):
-                assert torch.allclose(mine.past[live], other.past[live], atol=1e-4)
+        for mine, other in zip(ours._cache.layers if n else (), theirs._cache.layers if n else ()):
+            for name in mine.per_row:
+                assert torch.allclose(mine.per_row[name][live], other.per_row[name][live], atol=1e-4)
 
 
 def test_a_single_row_of_a_model_that_only_decodes_gets_the_same_in_fewer_operations(model, tokenizer, monkeypatch):
     ready = ready_to_decode(copy.deepcopy(model))
-    assert one_token.can(ready) and not one_token.can(model)
-    called, real = [0], one_token.one_token
+    assert ready.has_single_row_step() and not model.has_single_row_step()
+    called, real = [0], Block.single_row_step
 
     def counted(*args):
         called[0] += 1
         return real(*args)
 
-    monkeypatch.setattr(one_token, "one_token", counted)
+    monkeypatch.setattr(Block, "single_row_step", counted)
     (ours, theirs), row = (Batch(engine) for engine in reversed(both(ready, tokenizer))), ([3, 1, 4, 1, 5], 30, Settings(seed=1))
     for batch in (ours, theirs):
-        batch.add([Row(*row, stops=())])
+        batch.add_prompts([Row(*row, stops=())])
     for _ in range(29):
         assert [row.tokens for row in ours.step()] == [row.tokens for row in theirs.step()]
         assert torch.allclose(ours._logits, theirs._logits, atol=1e-4)
-    assert called[0] >= 29
-    assert not one_token.can(quantize(copy.deepcopy(model)))
+    assert called[0] >= 29 * model.config.n_layer
+    assert not quantize(copy.deepcopy(model)).has_single_row_step()
 
 
 @settings(max_examples=25, deadline=None)
@@ -129,14 +129,14 @@ def test_a_step_reads_nothing_on_the_host_and_hangs_on_shapes_alone(model, token
             assert "lift_fresh" not in func.name() and "_local_scalar" not in func.name() and "nonzero" not in func.name(), func
             return func(*args, **(kwargs or {}))
 
-    steps = Steps(ready_to_decode(copy.deepcopy(model)))
+    steps = StaticDecoder(ready_to_decode(copy.deepcopy(model)))
     with torch.inference_mode():
         steps.reserve(8, 32)
         steps.model.rope(32)  # a table made once
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.inference_mode(), Watched():
-        for layer in steps.state.layers:
-            for name in ("all",) if isinstance(layer, Taps) else ("k", "v"):
-                setattr(layer, name, fake.from_tensor(getattr(layer, name)))
+        for layer in steps.cache.layers:
+            for part in (layer.per_token, layer.per_row):
+                part.update({name: fake.from_tensor(tensor) for name, tensor in part.items()})
         for name in ("logits", "tokens", "seen", "_inputs"):
             setattr(steps, name, fake.from_tensor(getattr(steps, name)))
         steps._forward(4, 16)
@@ -152,31 +152,31 @@ def test_what_nobody_uses_may_be_anything(one, tokenizer):
     plain, fixed = both(one, tokenizer)
     prompts = prompts_of(5, 3)
     with torch.inference_mode():
-        fixed.steps.reserve(8, 64)
-        for layer in fixed.steps.state.layers:
+        fixed.static.reserve(8, 64)
+        for layer in fixed.static.cache.layers:
             for tensor in layer.tensors():
                 tensor.fill_(torch.nan)
-        fixed.steps.logits.fill_(torch.nan)
+        fixed.static.logits.fill_(torch.nan)
     assert said(fixed.generate_many(prompts, max_tokens=15, **DRAWN)) == said(plain.generate_many(prompts, max_tokens=15, **DRAWN))
 
 
 def test_getting_ready_changes_nothing_that_counts(one, tokenizer):
     batch = Batch(Engine(one, tokenizer, graphs=True))
-    batch.add([Row(prompt, 9, Settings(*DRAWN.values(), seed=1)) for prompt in prompts_of(1, 3)])
-    steps = batch._steps
+    batch.add_prompts([Row(prompt, 9, Settings(*DRAWN.values(), seed=1)) for prompt in prompts_of(1, 3)])
+    steps = batch._static
 
     def counts():
         parts = [steps.logits[:3], steps.tokens[:3], steps.seen[:3]]
-        for layer in steps.state.layers:
-            parts += [layer.past] if isinstance(layer, Taps) else [
-                tensor[i, :length] for tensor in layer.tensors() for i, length in enumerate(steps.state.lengths)]
+        for layer in steps.cache.layers:
+            parts += [tensor[:3] for tensor in layer.per_row.values()]
+            parts += [tensor[i, :length] for tensor in layer.per_token.values() for i, length in enumerate(steps.cache.lengths)]
         return [part.clone() for part in parts]
 
     for _ in range(3):
         before = counts()
-        steps._forget()
+        steps._drop_graphs()
         with torch.inference_mode():
-            assert steps.ready(batch.rows, batch._sampler) and len(steps._known) == 2
+            assert steps.prepare(batch.rows, batch._sampler) and len(steps._runners) == 2
         assert all(map(torch.equal, counts(), before))
         batch.step()
 
@@ -190,7 +190,7 @@ def test_log_probabilities_are_told_and_forced_tokens_taken_as_ever(one, tokeniz
         for engine in both(one, tokenizer):
             batch, mine = Batch(engine), [Row([5, 6], 20, Settings(seed=1), logprobs=numbers, stops=()),
                                           Row([7], 20, Settings(seed=2), stops=())]
-            batch.add(mine)
+            batch.add_prompts(mine)
             for step in range(20):
                 batch.step()
                 if step in (3, 9):  # as if the row had written a call
@@ -213,25 +213,25 @@ def test_two_batches_at_once_do_not_share_memory(one, tokenizer):
         for into, column in zip(got, columns):
             into += [column] if column else []
     assert got == wanted
-    state = fixed.steps.state
-    assert list(fixed.generate([3], 2, max_tokens=12, seed=1)) == wanted[1] and fixed.steps.state is state
+    cache = fixed.static.cache
+    assert list(fixed.generate([3], 2, max_tokens=12, seed=1)) == wanted[1] and fixed.static.cache is cache
 
 
 def test_weights_elsewhere_are_noticed(one, tokenizer):
     plain, fixed = both(one, tokenizer)
     before = said(fixed.generate_many([[1, 2, 3]], max_tokens=9, temperature=0))
-    state = fixed.steps.state
+    cache = fixed.static.cache
     other = small_model(9, vocab_size=tokenizer.get_vocab_size(), sequence_len=64)
     one.load_state_dict(other.state_dict(), assign=True)
     after = said(fixed.generate_many([[1, 2, 3]], max_tokens=9, temperature=0))
     assert after != before and after == said(plain.generate_many([[1, 2, 3]], max_tokens=9, temperature=0))
-    assert fixed.steps.state is not state
+    assert fixed.static.cache is not cache
 
 
 @pytest.mark.parametrize("fails", range(1, 7))
 def test_where_memory_is_short_rows_go_on_without(one, tokenizer, monkeypatch, caplog, fails):
     plain, fixed = both(one, tokenizer)
-    calls, grow, captured = [0], type(one.new_state()).grow, Steps._captured
+    calls, grow, captured = [0], type(one.new_cache()).grow, StaticDecoder._captured
 
     def scarce(real):
         def run(*args):
@@ -243,8 +243,8 @@ def test_where_memory_is_short_rows_go_on_without(one, tokenizer, monkeypatch, c
 
     prompts = prompts_of(2, 4, longest=3)
     wanted = said(plain.generate_many(prompts, 2, max_tokens=30, batch_size=5, **DRAWN))
-    monkeypatch.setattr("nanochat.state.State.grow", scarce(grow))
-    monkeypatch.setattr(Steps, "_captured", scarce(captured))
+    monkeypatch.setattr("nanochat.cache.Cache.grow", scarce(grow))
+    monkeypatch.setattr(StaticDecoder, "_captured", scarce(captured))
     for _ in range(2):
         assert said(fixed.generate_many(prompts, 2, max_tokens=30, batch_size=5, **DRAWN)) == wanted
     assert caplog.text.count("too little memory") == 1
@@ -259,7 +259,7 @@ def test_a_server_on_such_steps_says_what_one_without_says(one, tokenizer):
 
     def run(engine, rows, waits):
         scheduler, events, coming = Scheduler(engine, max_rows=rows, max_waiting=99, chunk=8), {}, requests()
-        scheduler._batch.exact = scheduler._batch._keeps = False  # as on a GPU
+        scheduler._batch.batch_invariant = scheduler._batch._keeps_memory = False  # as on a GPU
         while coming or scheduler.busy:
             if coming and not waits():
                 scheduler.submit(coming.pop())
@@ -273,45 +273,44 @@ def test_a_server_on_such_steps_says_what_one_without_says(one, tokenizer):
         events = run(fixed, rows, lambda: chance.random() < 0.6)
         assert {id: [e for e in mine if e[0] != "started"] for id, mine in events.items()} == {
             id: [e for e in mine if e[0] != "started"] for id, mine in alone.items()}
-    assert fixed.steps._known
+    assert fixed.static._runners
 
 
 def test_what_was_captured_goes_when_memory_moves(one, tokenizer):
     engine = Engine(one, tokenizer, graphs=True)
-    steps = engine.steps
+    steps = engine.static
     engine.generate_many([[1, 2]], max_tokens=5)
-    assert steps._known
-    for room, capacity in ((steps.state.room, 2 * steps.state.capacity), (2 * steps.state.room, 1)):
+    assert steps._runners
+    for max_rows, max_len in ((steps.cache.max_rows, 2 * steps.cache.max_len), (2 * steps.cache.max_rows, 1)):
         with torch.inference_mode():
-            steps.reserve(room, capacity)
-        assert not steps._known and len(steps.tokens) == steps.state.room
+            steps.reserve(max_rows, max_len)
+        assert not steps._runners and len(steps.tokens) == steps.cache.max_rows
         engine.generate_many([[1, 2]], max_tokens=5)
-        known = dict(steps._known)
+        known = dict(steps._runners)
         engine.generate_many([[1, 2]], max_tokens=5)
-        assert steps._known == known and known
+        assert steps._runners == known and known
 
 
 def test_what_is_known_is_bounded(one, tokenizer, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 3)
     plain, fixed = both(one, tokenizer)
     prompts = prompts_of(6, 7)
     assert said(fixed.generate_many(prompts, max_tokens=20, **DRAWN)) == said(plain.generate_many(prompts, max_tokens=20, **DRAWN))
-    assert len(fixed.steps._known) == 3
+    assert len(fixed.static._runners) == 3
 
 
 def test_it_is_for_gpus_and_can_be_turned_off(one, tokenizer, monkeypatch):
-    assert Engine(one, tokenizer).steps is None and Engine(one, tokenizer, graphs=True).steps is not None
+    assert Engine(one, tokenizer).static is None and Engine(one, tokenizer, graphs=True).static is not None
     monkeypatch.setattr(type(one), "device", torch.device("cuda"))
-    monkeypatch.setattr(engine_module, "Steps", lambda model: "steps")
-    assert Engine(one, tokenizer).steps == "steps" and Engine(one, tokenizer, graphs=False).steps is None
+    monkeypatch.setattr(engine_module, "StaticDecoder", lambda model: "static")
+    assert Engine(one, tokenizer).static == "static" and Engine(one, tokenizer, graphs=False).static is None
     monkeypatch.setenv("NANOCHAT_GRAPHS", "0")
-    assert Engine(one, tokenizer).steps is None and Engine(one, tokenizer, graphs=True).steps == "steps"
+    assert Engine(one, tokenizer).static is None and Engine(one, tokenizer, graphs=True).static == "static"
 
 
 def test_a_fixed_step_is_one_token_a_row(one):
-    state = one.new_state(2, 8)
     with pytest.raises(ValueError, match="one token a row, not of 3"):
-        one(torch.zeros(2, 3, dtype=torch.long), state=Fixed(state, 8, torch.zeros(2, dtype=torch.long)))
+        one.static_step(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long), one.new_cache(2, 8), 8)
 
 
 def test_buckets_are_powers_of_two():
@@ -338,7 +337,7 @@ def test_on_a_gpu_captured_steps_give_the_tokens_of_ordinary_ones(on_gpu, tokeni
             options = {"num_samples": 2, "max_tokens": 30, "batch_size": batch_size, **options}
             wanted, got = said(plain.generate_many(prompts, **options)), said(fixed.generate_many(prompts, **options))
             assert sum(a != b for one, other in zip(wanted, got) for a, b in zip(one, other)) <= 1  # a near tie of two sums
-    assert fixed.steps._captures and all(piece.func is graphs._replay for piece in fixed.steps._known.values())
+    assert fixed.static._can_capture and all(piece.func is graphs._replay for piece in fixed.static._runners.values())
 
 
 @pytest.mark.gpu
@@ -346,7 +345,7 @@ def test_on_a_gpu_captured_steps_give_the_tokens_of_ordinary_ones(on_gpu, tokeni
 def test_on_a_gpu_captured_logits_are_those_of_a_full_forward(on_gpu, tokenizer, dtype):
     model = on_gpu(dtype)
     batch = Batch(Engine(model, tokenizer))
-    batch.add([Row(prompt, 40, Settings(seed=i), stops=()) for i, prompt in enumerate(prompts_of(2, 5))])
+    batch.add_prompts([Row(prompt, 40, Settings(seed=i), stops=()) for i, prompt in enumerate(prompts_of(2, 5))])
     for _ in range(30):
         batch.step()
         for i, row in enumerate(batch.rows):
@@ -360,7 +359,7 @@ def test_on_a_gpu_a_single_row_gets_the_logits_of_a_full_forward(on_gpu, tokeniz
     monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
     model = ready_to_decode(on_gpu())
     batch = Batch(Engine(model, tokenizer))
-    batch.add([Row([1, 2, 3], 40, Settings(seed=1), stops=())])
+    batch.add_prompts([Row([1, 2, 3], 40, Settings(seed=1), stops=())])
     for _ in range(30):
         batch.step()
         with torch.no_grad():
@@ -370,9 +369,9 @@ def test_on_a_gpu_a_single_row_gets_the_logits_of_a_full_forward(on_gpu, tokeniz
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_step_waits_for_nothing_but_its_tokens(on_gpu, tokenizer, monkeypatch):
-    monkeypatch.setattr(graphs, "SHORTEST", 64)
+    monkeypatch.setattr(graphs, "MIN_LENGTH", 64)
     batch = Batch(Engine(on_gpu(), tokenizer))
-    batch.add([Row(prompt, 40, Settings(*DRAWN.values(), seed=i), stops=()) for i, prompt in enumerate(prompts_of(2, 5))])
+    batch.add_prompts([Row(prompt, 40, Settings(*DRAWN.values(), seed=i), stops=()) for i, prompt in enumerate(prompts_of(2, 5))])
     for _ in range(3):
         batch.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -386,13 +385,13 @@ def test_on_a_gpu_a_step_waits_for_nothing_but_its_tokens(on_gpu, tokenizer, mon
 @pytest.mark.gpu
 def test_on_a_gpu_what_cannot_be_captured_runs_uncaptured(on_gpu, tokenizer, monkeypatch, caplog):
     plain, fixed = both(on_gpu(), tokenizer)
-    forward = Steps._forward
+    forward = StaticDecoder._forward
 
     def reads(self, B, S):
         forward(self, B, S)
         self.tokens.sum().item()
 
-    monkeypatch.setattr(Steps, "_forward", reads)
+    monkeypatch.setattr(StaticDecoder, "_forward", reads)
     options = {"num_samples": 2, "max_tokens": 9, "temperature": 0}
     assert said(fixed.generate_many([[1, 2]], **options)) == said(plain.generate_many([[1, 2]], **options))
     assert caplog.text.count("cannot be captured") == 1

@@ -9,8 +9,8 @@ import torch
 from bench.decode import Endless
 from nanochat import llm
 from nanochat.attention import Attention
-from nanochat.engine import Batch, Engine, Row, quantize
-from nanochat.engine.quantize import QuantLinear, cpu_multiplies_whole_numbers, rounded, whole_product, whole_product_twin
+from nanochat.engine import Batch, Engine, Row, invariant_rows, quantize
+from nanochat.engine.quantize import QuantLinear, cpu_has_exact_int8_product, int8_product, int8_product_twin, quantize_rows
 from nanochat.errors import UserError
 from nanochat.kernels import cross_entropy
 from nanochat.layers import Linear, join, project
@@ -18,7 +18,7 @@ from nanochat.llm import ready_to_decode
 from nanochat.sampling import Settings
 from tests.helpers import small_model
 
-exact_cpu = pytest.mark.skipif(not cpu_multiplies_whole_numbers(), reason="torch multiplies no int8 matrices exactly on this CPU")
+exact_cpu = pytest.mark.skipif(not cpu_has_exact_int8_product(), reason="torch multiplies no int8 matrices exactly on this CPU")
 
 
 def whole_numbers(*shape, seed=0):
@@ -35,11 +35,11 @@ def quantised(N, K, seed=0):
 @contextmanager
 def product_of_torch(monkeypatch, product):
     """torch's product of int8 matrices is another one, and what is known of it is forgotten before and after."""
-    cpu_multiplies_whole_numbers.cache_clear()
+    cpu_has_exact_int8_product.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "_int_mm", product)
         yield
-    cpu_multiplies_whole_numbers.cache_clear()
+    cpu_has_exact_int8_product.cache_clear()
 
 
 @exact_cpu
@@ -48,8 +48,8 @@ def test_the_product_of_whole_numbers_is_exact(M, N, K):
     x, weight = whole_numbers(M, K), whole_numbers(N, K, seed=1)
     x[0], weight[0] = 127, -127  # the largest sum there is
     wanted = x.double() @ weight.double().T
-    assert torch.equal(whole_product(x, weight).double(), wanted)
-    torch.testing.assert_close(whole_product_twin(x, weight).double(), wanted, rtol=1e-6, atol=1)
+    assert torch.equal(int8_product(x, weight).double(), wanted)
+    torch.testing.assert_close(int8_product_twin(x, weight).double(), wanted, rtol=1e-6, atol=1)
 
 
 def test_a_product_of_torch_that_is_wrong_or_missing_is_not_used(monkeypatch):
@@ -62,8 +62,8 @@ def test_a_product_of_torch_that_is_wrong_or_missing_is_not_used(monkeypatch):
     x, weight = whole_numbers(3, 64), whole_numbers(5, 64, seed=1)
     for product in (saturates, missing):
         with product_of_torch(monkeypatch, product):
-            assert not cpu_multiplies_whole_numbers()
-            assert torch.equal(whole_product(x, weight), whole_product_twin(x, weight))
+            assert not cpu_has_exact_int8_product()
+            assert torch.equal(int8_product(x, weight), int8_product_twin(x, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,8 +106,8 @@ def test_a_row_is_the_same_to_the_last_bit_whoever_is_beside_it(dtype):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_rows_of_joined_matrices_are_the_same_in_any_multiple_of_eight(kind):
-    """What an exact Batch builds on (its ROWS_TOGETHER), with the product that projections are joined to."""
+def test_rows_of_joined_matrices_are_the_same_in_any_multiple_of_the_rows_that_the_cpu_needs(kind):
+    """What a batch-invariant Batch builds on, with the product that projections are joined to."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     layers = [Linear(256, n).to(dtype) for n in (256, 128, 4)]
@@ -116,9 +116,10 @@ def test_rows_of_joined_matrices_are_the_same_in_any_multiple_of_eight(kind):
     join(layers)
     rows = torch.randn(64, 256).to(dtype)
     with torch.no_grad():
-        eight = torch.cat([torch.cat(list(project(part, *layers)), dim=-1) for part in rows.split(8)])
-        for M in (16, 24, 32, 64):
-            assert torch.equal(torch.cat(list(project(rows[:M], *layers)), dim=-1), eight[:M]), M
+        least = invariant_rows(dtype)
+        fewest = torch.cat([torch.cat(list(project(part, *layers)), dim=-1) for part in rows.split(least)])
+        for M in range(least, 65, least):
+            assert torch.equal(torch.cat(list(project(rows[:M], *layers)), dim=-1), fewest[:M]), M
 
 
 @pytest.mark.parametrize("kind", [Linear, QuantLinear])
@@ -193,8 +194,8 @@ def test_a_quantised_model_has_int8_matrices_and_nearly_the_same_losses(monkeypa
 def test_a_model_ready_to_decode_gives_the_same_through_a_state(way):
     model = ready_to_decode(small_model(n_layer=5, n_kv_head=1), way)
     ids = torch.randint(97, (3, 12))
-    state = model.new_state(3)
-    parts = [model(part, state=state) for part in ids.split((5, 1, 1, 2, 1, 1, 1), dim=1)]
+    state = model.new_cache(3)
+    parts = [model(part, cache=state) for part in ids.split((5, 1, 1, 2, 1, 1, 1), dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=1e-3, atol=1e-3)
 
 
@@ -217,9 +218,9 @@ def test_an_exact_batch_gives_each_row_what_it_gets_alone_to_the_last_bit(bfloat
     engine = Engine(ready_to_decode(small_model(n_layer=5, n_embd=64, sequence_len=64), way), Endless())
 
     def scores(prompts):
-        batch, rows = Batch(engine, exact=True), [Row(prompt, 9, Settings(seed=3), logprobs=3) for prompt in prompts]
+        batch, rows = Batch(engine, batch_invariant=True), [Row(prompt, 9, Settings(seed=3), logprobs=3) for prompt in prompts]
         for row in rows:
-            batch.add([row])
+            batch.add_prompts([row])
         while batch.rows:
             batch.step()
         return [(row.tokens, row.scores) for row in rows]
@@ -259,5 +260,5 @@ def test_all_projections_of_one_input_are_joined():
 
 
 def test_rounding_is_to_the_nearest_of_255_steps():
-    x, scale = rounded(torch.tensor([[-2.54, 1.27, 0.011, 0.009, 0.0]]))
+    x, scale = quantize_rows(torch.tensor([[-2.54, 1.27, 0.011, 0.009, 0.0]]))
     assert x.tolist() == [[-127, 64, 1, 0, 0]] and scale.tolist() == [[pytest.approx(0.02)]]

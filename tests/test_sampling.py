@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
-from nanochat.sampling import Sampler, Settings, draw, penalised
+from nanochat.sampling import Sampler, Settings, penalize, sample
 
 
 def plain_probabilities(logits, temperature, top_k, top_p):
@@ -36,7 +36,7 @@ def test_what_is_drawn_has_the_probabilities_it_should(seed, temperature, top_k,
     full = torch.full((N,), 1.0)
     want = plain_probabilities(logits, temperature, top_k, top_p)
     for row, p in zip(logits, want):
-        ids = draw(row.expand(N, -1), u, temperature * full, (top_k * full).long(), top_p * full, top_k)
+        ids = sample(row.expand(N, -1), u, temperature * full, (top_k * full).long(), top_p * full, top_k)
         share = torch.bincount(ids, minlength=11).double() / N
         assert (share - p).abs().max() < 3 / N + 1e-5
 
@@ -49,7 +49,7 @@ def test_of_a_large_vocabulary_the_token_is_the_one_where_the_sum_passes_u(V):
     logits[300:700] = -torch.inf
     N = 5000
     u = torch.cat([torch.rand(N - 2, generator=g), torch.tensor([0.0, 1 - 2 ** -24])])
-    ids = draw(logits.expand(N, -1), u, torch.ones(N), torch.full((N,), V), torch.ones(N), 0, 0)
+    ids = sample(logits.expand(N, -1), u, torch.ones(N), torch.full((N,), V), torch.ones(N), 0, 0)
     sums = logits.double().softmax(0).cumsum(0)
     assert logits[ids].isfinite().all()
     assert ((sums[ids] > u - 1e-6) & (sums[ids] - logits.double().softmax(0)[ids] < u + 1e-6)).all()
@@ -59,7 +59,7 @@ def test_a_token_without_mass_is_never_drawn():
     logits = torch.tensor([[5.0, -torch.inf, 1.0, -torch.inf]])
     for u in (0.0, 0.5, 1 - 2 ** -24):
         one = torch.tensor([u])
-        assert draw(logits, one, torch.ones(1), torch.tensor([4]), torch.ones(1), 4).item() in (0, 2)
+        assert sample(logits, one, torch.ones(1), torch.tensor([4]), torch.ones(1), 4).item() in (0, 2)
 
 
 @pytest.mark.parametrize("tiny", [{"temperature": 1e-50}, {"temperature": 1e-8}, {"top_p": 1e-60}])
@@ -91,8 +91,8 @@ def test_a_row_draws_what_it_would_alone(rows, seed):
         got = together(logits).tolist()
         assert got == [int(one(logits[i:i + 1])) for i, one in enumerate(alone)]
         for i, token in enumerate(got):
-            together.saw(i, [token])
-            alone[i].saw(0, [token])
+            together.mark_seen(i, [token])
+            alone[i].mark_seen(0, [token])
         if step == 3:  # rows change places, one more comes
             order = list(reversed(range(len(rows))))
             more = Settings(1.1, 5, 0.9, 1.2, seed=seed, sample=77)
@@ -105,7 +105,7 @@ def test_a_row_draws_what_it_would_alone(rows, seed):
 def test_penalty_is_that_of_its_definition():
     logits = torch.tensor([[2.0, -2.0, 1.0]])
     seen = torch.tensor([[True, True, False]])
-    assert penalised(logits, seen, torch.tensor([2.0])).tolist() == [[1.0, -4.0, 1.0]]
+    assert penalize(logits, seen, torch.tensor([2.0])).tolist() == [[1.0, -4.0, 1.0]]
 
 
 def test_no_seed_draws_anew():

@@ -87,7 +87,7 @@ def test_where_exactness_is_not_to_be_had_rows_come_and_go_as_well(engine):
                 for i in range(12)]
     alone = {r.id: tokens_of(run(scheduler(engine), [r])[r.id]) for r in requests}
     crowd = scheduler(engine, max_rows=5, max_waiting=99)
-    crowd._batch.exact = crowd._batch._keeps = False
+    crowd._batch.batch_invariant = crowd._batch._keeps_memory = False
     for _ in range(2):  # the second time, from what is kept
         assert {id: tokens_of(events) for id, events in run(crowd, requests).items()} == alone
 
@@ -230,9 +230,9 @@ class Scarce:
         self.calls, self.fails = 0, fails
         hidden = type(model).hidden
 
-        def scarce(model, ids, state=None, counts=None):
+        def scarce(model, ids, cache=None, counts=None):
             self.calls += 1
-            out = hidden(model, ids, state, counts)
+            out = hidden(model, ids, cache, counts)
             if self.fails(self.calls, ids):
                 raise torch.OutOfMemoryError("no more")
             return out

@@ -1,11 +1,14 @@
-"""Rows decoded together, which come and go between steps."""
+"""A batch of rows that are decoded together, which come and go between decode steps (continuous batching)."""
 
+import functools
+import logging
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
-from nanochat.cache import State
-from nanochat.engine.cuda_graphs import SHORTEST, Steps, bucket
+from nanochat.cache import Cache
+from nanochat.engine.cuda_graphs import MIN_LENGTH, StaticDecoder, bucket
 from nanochat.engine.row import Row, scored
 from nanochat.gpt import padded
 from nanochat.sampling import Sampler
@@ -13,160 +16,201 @@ from nanochat.sampling import Sampler
 if TYPE_CHECKING:
     from nanochat.engine.engine import Engine
 
-PREFILL_TOKENS = 1 << 14  # of prompts taken in by one call of the model, padding included
-ROWS_TOGETHER = 8  # products of a multiple of this many rows give a row the same to the last bit (tests hold it), those of fewer do not
+PREFILL_TOKENS = 1 << 14  # prompt tokens in one call of the model, padding included
+ROW_MULTIPLES = (8, 16, 32)
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def invariant_rows(dtype: torch.dtype) -> int:
+    """Return the number of rows that CPU matrix products need a multiple of, so that a row gets the same to the last
+    bit.
+
+    Libraries use other kernels for products of few rows. Which is few depends on the CPU: below 8 on AMD, below 16 with
+    MKL's AVX-512 kernels. So it is tried out, once a process, in some milliseconds.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for multiple in ROW_MULTIPLES:
+        for N, K in ((400, 256), (1024, 256), (256, 1024)):
+            x, weight = (torch.randn(rows, K, generator=draw).to(dtype) for rows in (64, N))
+            fewest = torch.cat([F.linear(part, weight) for part in x.split(multiple)])
+            larger = (F.linear(x[:rows], weight) for rows in range(multiple, 65, multiple))
+            if not all(torch.equal(y, fewest[:len(y)]) for y in larger):
+                break
+        else:
+            return multiple
+    log.warning("decoding: matrix products of this CPU give a row other last bits beside other rows: the answers of a "
+                "server may differ slightly under load")
+    return ROW_MULTIPLES[-1]
 
 
 class Batch:
-    """Rows decoded together. They join between any two steps (`add`, `join`), and leave when they have ended, or are made to (`drop`).
+    """Rows decoded together. They are added between any two steps, and removed when they have ended or when told to.
 
-    exact: on a CPU, what a row computes is the same to the last bit whoever is beside it, at some cost: products have a multiple of
-    ROWS_TOGETHER rows, and each row attends by itself. On a GPU it is the same up to rounding.
+    batch_invariant: on a CPU, what a row computes is the same to the last bit whatever rows are beside it. This has a
+    cost: products are padded to a multiple of `row_multiple` rows, and attention runs row by row. On a GPU a row is the
+    same up to rounding.
     """
 
-    def __init__(self, engine: "Engine", exact: bool = False):
+    def __init__(self, engine: "Engine", batch_invariant: bool = False):
         self.engine, self.model = engine, engine.model
-        self.exact = exact and self.model.device.type == "cpu"
+        self.batch_invariant = batch_invariant and self.model.device.type == "cpu"
+        self.row_multiple = invariant_rows(self.model.dtype) if self.batch_invariant else 1
         self.rows: list[Row] = []
-        self._state: State | None = None
-        self._keeps = self.exact                                  # whether the memory stays when the last row leaves
-        self._logits: torch.Tensor | None = None                  # (B, V) for the next token of each row
-        self._steps: Steps | None = None                          # whose state and logits are used, while there are rows
-        self._lent = False                                        # whether the state is that of the engine's steps
-        self._ahead = False                                       # whether the model runs on the tokens drawn last already
+        self._cache: Cache | None = None
+        self._keeps_memory = self.batch_invariant   # whether the cache stays when the last row is removed
+        self._logits: torch.Tensor | None = None    # (B, V), for the next token of each row
+        self._static: StaticDecoder | None = None   # whose cache and logits are in use, while there are rows
+        self._borrowed = False                      # whether the cache is that of the engine's static decoder
+        self._ran_ahead = False                     # whether the model runs on the last tokens already
         self._sampler = Sampler([], self.model.config.vocab_size, self.model.device)
 
     @property
-    def live(self) -> list[Row]:
+    def active(self) -> list[Row]:
         """The rows that have not ended."""
         return [row for row in self.rows if not row.ended]
 
     @torch.inference_mode()
-    def add(self, rows: list[Row], samples: int = 1) -> None:
-        """Let rows join. Their prompts are taken in together, padded on the right where no token sees it.
+    def add_prompts(self, rows: list[Row], samples: int = 1) -> None:
+        """Prefill the prompts of new rows, together and padded on the right, and add the rows.
 
-        samples: each `samples` rows on end have the same prompt, which is taken in once.
+        samples: each run of `samples` rows has the same prompt, which is prefilled once.
         """
-        self.drop([row for row in self.rows if row.ended])
+        self.remove([row for row in self.rows if row.ended])
         heads = rows[::samples]
         while heads:
             count, longest = 0, 0
-            while count < len(heads) and (not count or max(longest, len(heads[count].prompt)) * (count + 1) <= PREFILL_TOKENS):
+            while count < len(heads) and (
+                    not count or max(longest, len(heads[count].prompt)) * (count + 1) <= PREFILL_TOKENS):
                 longest = max(longest, len(heads[count].prompt))
                 count += 1
             self._prefill(heads[:count], rows[:count * samples], samples)
             heads, rows = heads[count:], rows[count * samples:]
 
     def _prefill(self, heads: list[Row], rows: list[Row], samples: int) -> None:
+        """Prefill one prompt for each of `heads`, and add `rows`: `samples` for each of them."""
         ids, counts = padded([row.prompt for row in heads], self.model.device)
-        state = self.model.new_state(len(heads), max(counts) + min(max(row.max_tokens for row in rows), 128))
+        cache = self.model.new_cache(len(heads), max(counts) + min(max(row.max_tokens for row in rows), 128))
         ragged = counts if min(counts) < max(counts) else None
-        logits = self.model(ids, state=state, counts=ragged, last_only=True)[:, -1]
+        logits = self.model(ids, cache=cache, counts=ragged, last_only=True)[:, -1]
         if samples > 1:
-            state, logits = state.fork(samples), logits.repeat_interleave(samples, dim=0)
-        self.join(rows, state, logits)
+            cache, logits = cache.fork(samples), logits.repeat_interleave(samples, dim=0)
+        self.add_prefilled(rows, cache, logits)
 
     @torch.inference_mode()
-    def join(self, rows: list[Row], state: State, logits: torch.Tensor, capacity: int = 0, room: int = 0) -> None:
-        """Let rows join whose prompts (and tokens so far) the state holds, in their order; logits (B, V) are for their next tokens.
+    def add_prefilled(self, rows: list[Row], cache: Cache, logits: torch.Tensor, max_len: int = 0,
+                      max_rows: int = 0) -> None:
+        """Add rows that are prefilled already.
 
-        The state is taken over where the batch has none, unless capacity (tokens a row) and room (rows) say how much memory to make.
+        Args:
+            rows: in the order of the cache's rows.
+            cache: holds their prompts and tokens so far. The batch takes it over if it has no cache and max_rows is 0.
+            logits: (len(rows), V), for their next tokens.
+            max_len, max_rows: tokens a row and rows to allocate memory for, where the batch allocates its own.
         """
-        before, count, self._keeps = len(self.rows), len(self.rows) + len(rows), self._keeps or room > 0
-        if not before and self.engine.steps is not None and not self.exact and self.engine.steps.lend(self):
-            self._steps = self.engine.steps
-        if self._steps is not None:
-            soon = max(length + min(row.max_tokens - len(row.tokens), 128) for row, length in zip(rows, state.lengths))
-            if self._steps.fits(room or bucket(count), capacity or bucket(soon, SHORTEST)):
-                self._state, self._sampler.seen, self._lent = self._steps.state, self._steps.seen, True
+        before, count = len(self.rows), len(self.rows) + len(rows)
+        self._keeps_memory = self._keeps_memory or max_rows > 0
+        static = None if self.batch_invariant or before else self.engine.static
+        if static is not None and static.acquire(self):
+            self._static = static
+        if self._static is not None:
+            soon = max(length + min(row.max_tokens - len(row.tokens), 128) for row, length in zip(rows, cache.lengths))
+            if self._static.try_reserve(max_rows or bucket(count), max_len or bucket(soon, MIN_LENGTH)):
+                self._cache, self._sampler.seen, self._borrowed = self._static.cache, self._static.seen, True
             else:
-                self._leave_steps()
-        if self._state is None and not self._keeps:
-            self._state = state
+                self._leave_static()
+        if self._cache is None and not self._keeps_memory:
+            self._cache = cache
         else:
-            if self._state is None:
-                self._state = self.model.new_state(max(room, len(rows)), max(capacity, state.capacity))
-                self._state.by_row = self.exact
-            self._state.resize(count)
+            if self._cache is None:
+                self._cache = self.model.new_cache(max(max_rows, len(rows)), max(max_len, cache.max_len))
+                self._cache.batch_invariant = self.batch_invariant
+            self._cache.resize(count)
             for i in range(len(rows)):
-                self._state.put(before + i, state, i)
-        if self._steps is not None:
-            self._steps.logits[before:count] = logits
-            self._logits = self._steps.logits[:count]
+                self._cache.copy_row(before + i, cache, i)
+        if self._static is not None:
+            self._static.logits[before:count] = logits
+            self._logits = self._static.logits[:count]
         else:
             self._logits = logits if not before else torch.cat([self._logits, logits])
         self._sampler.extend([row.settings for row in rows], [row.random for row in rows])
         self.rows = self.rows + rows
         for i, row in enumerate(rows, before):
-            self._sampler.saw(i, [*row.prompt, *row.tokens])
+            self._sampler.mark_seen(i, [*row.prompt, *row.tokens])
 
     def step(self) -> list[Row]:
-        """Give every live row its next token; returns those rows. What each got is the last of its tokens and mask."""
-        live = self.draw()
-        self.advance()
-        return live
+        """Give every active row its next token; return those rows. The new token is the last of a row's tokens and
+        mask."""
+        active = self.sample()
+        self.decode()
+        return active
 
     @torch.inference_mode()
-    def draw(self) -> list[Row]:
-        """The first half of a step: draw the tokens, let rows that ended go."""
-        live = self.live
-        if not live:
+    def sample(self) -> list[Row]:
+        """Do the first half of a step: sample a token for each active row and remove rows that ended; return those
+        rows."""
+        active = self.active
+        if not active:
             return []
-        drawn = self._drawn()
-        for i, (row, token) in enumerate(zip(self.rows, drawn)):
+        sampled = self._sampled()
+        for i, (row, token) in enumerate(zip(self.rows, sampled)):
             if not row.ended:
                 self.engine.take(row, token)
                 if row.logprobs is not None:
                     row.scores.append(scored(self._logits[i], row.tokens[-1], row.logprobs))
-                if self._steps is None:
-                    self._sampler.saw(i, row.tokens[-1:])
+                if self._static is None:
+                    self._sampler.mark_seen(i, row.tokens[-1:])
         ended = [row for row in self.rows if row.ended]
-        if self.exact or 4 * len(ended) >= len(self.rows):  # moving rows costs as much as a few steps of the dead
-            self.drop(ended)
-        return live
+        if self.batch_invariant or 4 * len(ended) >= len(self.rows):  # moving rows costs a few steps of the ended ones
+            self.remove(ended)
+        return active
 
-    def _drawn(self) -> list[int]:
-        """The next token of each row. With steps at fixed addresses, the model may be running on them already: where there is a token
-        after these, and nobody wants to see the logits that they came from."""
-        if not self._on_steps():
+    def _sampled(self) -> list[int]:
+        """Return the next token of each row.
+
+        A static step may start the model on these tokens at once, where a row goes on after them and nobody needs the
+        logits that they were sampled from.
+        """
+        if not self._uses_static():
             return self._sampler(self._logits).tolist()
-        self._ahead = (any(not row.ended and len(row.tokens) + 1 < row.max_tokens for row in self.rows)
-                       and all(row.logprobs is None for row in self.rows))
-        return self._steps.draw(self.rows, self._sampler, self._ahead)
+        goes_on = any(not row.ended and len(row.tokens) + 1 < row.max_tokens for row in self.rows)
+        self._ran_ahead = goes_on and all(row.logprobs is None for row in self.rows)
+        return self._static.sample(self.rows, self._sampler, self._ran_ahead)
 
-    def _on_steps(self) -> bool:
-        """Is the next half of a step one at fixed addresses?"""
-        if self._steps is not None and not self._steps.ready(self.rows, self._sampler):
-            self._leave_steps()
-        return self._steps is not None
+    def _uses_static(self) -> bool:
+        """Return whether the next half of a step is a static one, prepared."""
+        if self._static is not None and not self._static.prepare(self.rows, self._sampler):
+            self._leave_static()
+        return self._static is not None
 
-    def _leave_steps(self) -> None:
-        """Go on without, until the last row has left."""
-        self._logits, self._steps = self._logits.clone() if self.rows else None, None
+    def _leave_static(self) -> None:
+        """Decode without the static decoder until the last row is removed."""
+        self._logits, self._static = self._logits.clone() if self.rows else None, None
 
     @torch.inference_mode()
-    def advance(self) -> None:
-        """The second half of a step: run the model on the last token of each row."""
-        if not self.rows or self._ahead:
-            self._ahead = False
+    def decode(self) -> None:
+        """Do the second half of a step: run the model on the last token of each row."""
+        if not self.rows or self._ran_ahead:
+            self._ran_ahead = False
             return
-        if self._on_steps():
-            self._steps.advance(self.rows)
+        if self._uses_static():
+            self._static.decode(self.rows)
             return
         B, ids = len(self.rows), [row.tokens[-1:] for row in self.rows]
-        padding = -B % ROWS_TOGETHER if self.exact else 0
-        self._state.resize(B + padding)
-        logits = self.model(torch.tensor(ids + [[0]] * padding, device=self.model.device), state=self._state)
-        self._state.resize(B)
+        padding = -B % self.row_multiple
+        self._cache.resize(B + padding)
+        logits = self.model(torch.tensor(ids + [[0]] * padding, device=self.model.device), cache=self._cache)
+        self._cache.resize(B)
         self._logits = logits[:B, -1]
 
     @torch.inference_mode()
-    def drop(self, rows: list[Row]) -> None:
-        """Let rows leave; the last ones take their places."""
-        going = {id(row) for row in rows}
+    def remove(self, rows: list[Row]) -> None:
+        """Remove rows. The last rows move into their slots."""
+        removed = {id(row) for row in rows}
         order = list(range(len(self.rows)))
         for i in reversed(order):
-            if id(self.rows[order[i]]) in going:
+            if id(self.rows[order[i]]) in removed:
                 last = order.pop()
                 if i < len(order):
                     order[i] = last
@@ -174,16 +218,16 @@ class Batch:
             return
         for i, source in enumerate(order):
             if i != source:
-                self._state.put(i, self._state, source)
-        if self._state is not None:
-            self._state.resize(len(order))
+                self._cache.copy_row(i, self._cache, source)
+        if self._cache is not None:
+            self._cache.resize(len(order))
         self.rows = [self.rows[i] for i in order]
         self._sampler.select(order)
-        if self._steps is not None:
-            self._steps.select(order)
-            self._logits = self._steps.logits[:len(order)]
+        if self._static is not None:
+            self._static.select(order)
+            self._logits = self._static.logits[:len(order)]
         else:
             self._logits = self._logits[order]
-        if not order and (self._lent or not self._keeps):
-            self._state = self._logits = self._steps = self._sampler.seen = None
-            self._lent = self._ahead = False
+        if not order and (self._borrowed or not self._keeps_memory):
+            self._cache = self._logits = self._static = self._sampler.seen = None
+            self._borrowed = self._ran_ahead = False

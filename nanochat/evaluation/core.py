@@ -285,14 +285,14 @@ def _passes(model, groups: Iterator[tuple[int, list[_Row]]], budget: int) -> Ite
     together.sort(key=lambda entry: -entry[0])
     for part in _batches(together, lambda part: _fits(part, budget)):
         begun = [group[0].ids[:shared] for shared, group in part]
-        state = model.new_state(len(part), capacity=max(len(row.ids) for _, group in part for row in group))
+        cache = model.new_cache(len(part), max_len=max(len(row.ids) for _, group in part for row in group))
         ids, counts = padded(begun, model.device)
-        model.hidden(ids, state, counts)
-        state = state.select([i for i, (_, group) in enumerate(part) for _ in group])
+        model.hidden(ids, cache, counts)
+        cache = cache.select([i for i, (_, group) in enumerate(part) for _ in group])
         rows = [row for _, group in part for row in group]
         offsets = [shared for shared, group in part for _ in group]
         ids, counts = padded([row.ids[offset:] for row, offset in zip(rows, offsets)], model.device)
-        yield rows, model.hidden(ids, state, counts), offsets
+        yield rows, model.hidden(ids, cache, counts), offsets
 
 
 def _fits(part: list[tuple[int, list[_Row]]], budget: int) -> bool:

@@ -1,8 +1,9 @@
-"""Prefix reuse: the states of prompts taken in before are kept, so that a prompt that begins like one of them begins there.
+"""Prefix reuse: the states of prompts taken in before are kept, so that a prompt that begins like one of them begins
+there.
 
-A prompt is cut into blocks of `block` tokens. For each block, the keys and values of the attention layers over it, and the last K−1 gated
-inputs of the SLC2 layers at its end, are kept: for d20, 35,840 bytes a token and 66,560 a block. A block is found by a hash of all tokens
-up to its end. Memory is bounded; the blocks that were used longest ago go first.
+A prompt is cut into blocks of `block` tokens. For each block, the keys and values of the attention layers over it, and
+the last K−1 gated inputs of the SLC2 layers at its end, are kept: for d20, 35,840 bytes a token and 66,560 a block. A
+block is found by a hash of all tokens up to its end. Memory is bounded; the blocks that were used longest ago go first.
 """
 
 import hashlib
@@ -10,9 +11,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
-
-from nanochat.cache import KeysValues, State
+from nanochat.cache import Cache, LayerCache, nbytes
 
 
 class PrefixCache:
@@ -20,56 +19,46 @@ class PrefixCache:
 
     def __init__(self, block: int, max_bytes: int):
         self.block, self.max_bytes, self.nbytes = block, max_bytes, 0
-        # oldest use first; a block is always as recent as the blocks that begin with it, so what goes has nothing behind it
-        self._blocks: OrderedDict[bytes, list[Tensor]] = OrderedDict()
+        # oldest use first; a block is always as recent as the blocks that begin with it, so what goes has nothing
+        # behind it
+        self._blocks: OrderedDict[bytes, list[LayerCache]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def restore(self, tokens: Sequence[int], state: State) -> int:
-        """Let row 0 of `state` be as after the longest prefix of `tokens` that is kept, at most all but one; return its length."""
+    def restore(self, tokens: Sequence[int], cache: Cache) -> int:
+        """Make row 0 of `cache`, its only one, stand after the longest kept prefix of `tokens`, at most all but one
+        token.
+
+        Returns the length of that prefix.
+        """
         found = []
         for key in self._keys(tokens, (len(tokens) - 1) // self.block):
             if key not in self._blocks:
                 break
             found.append(key)
-        state.resize(0)
-        state.resize(1)
-        if not found:
-            return 0
-        length = len(found) * self.block
-        state.reserve(length)
-        for i, layer in enumerate(state.layers):
-            parts = [self._blocks[key][i] for key in found]
-            if isinstance(layer, KeysValues):
-                for n, part in enumerate(parts):
-                    here = slice(n * self.block, (n + 1) * self.block)
-                    layer.k[0, here], layer.v[0, here] = part[0], part[1]
-            else:
-                layer.all[0] = parts[-1]
-        state.advance(length)
-        self._used(found)
-        return length
+        cache.resize(0)
+        cache.resize(1)
+        if found:
+            cache.reserve(len(found) * self.block)
+            cache.load_blocks(0, [self._blocks[key] for key in found], self.block)
+            self._used(found)
+        return cache.lengths[0]
 
-    def keep(self, tokens: Sequence[int], state: State) -> None:
-        """Keep the last block of `tokens`, after which row 0 of `state` stands; their number is a multiple of the block."""
+    def keep(self, tokens: Sequence[int], cache: Cache) -> None:
+        """Keep the last block of `tokens`, after which row 0 of `cache` stands. Their number is a multiple of the
+        block."""
         keys = list(self._keys(tokens, len(tokens) // self.block))
         if keys[-1] not in self._blocks:
-            here = slice(len(tokens) - self.block, len(tokens))
-            parts = [layer.k[0, here].new_empty(2, self.block, *layer.k.shape[2:]) if isinstance(layer, KeysValues)
-                     else layer.all[0].clone() for layer in state.layers]
-            for layer, part in zip(state.layers, parts):
-                if isinstance(layer, KeysValues):
-                    part[0], part[1] = layer.k[0, here], layer.v[0, here]
-            size = sum(part.numel() * part.element_size() for part in parts)
+            layers = cache.save_block(0, len(tokens) - self.block)
+            size = nbytes(layers)
             if size > self.max_bytes:
                 return
-            self._blocks[keys[-1]] = parts
+            self._blocks[keys[-1]] = layers
             self.nbytes += size
         self._used([key for key in keys if key in self._blocks])
         while self.nbytes > self.max_bytes:
-            _, parts = self._blocks.popitem(last=False)
-            self.nbytes -= sum(part.numel() * part.element_size() for part in parts)
+            self.nbytes -= nbytes(self._blocks.popitem(last=False)[1])
 
     def holds(self, tokens: Sequence[int]) -> bool:
         """Is the last whole block of `tokens` kept?"""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nanochat.engine import ROWS_TOGETHER, Batch, Engine, Row, scored
+from nanochat.engine import Batch, Engine, Row, scored
 from nanochat.errors import UserError
 from nanochat.sampling import Settings
 from nanochat.server.messages import Event, Scores
@@ -78,7 +78,7 @@ class Scheduler:
         self.chunk = min(chunk or CHUNK.get(self.model.device.type, 256), self.context)
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.prefix = PrefixCache(self.chunk, prefix_bytes)
-        self._batch = Batch(engine, exact=True)
+        self._batch = Batch(engine, batch_invariant=True)
         self._waiting: deque[_Job] = deque()
         self._filling: _Job | None = None
         self._warming: deque[list[int]] = deque(maxlen=WARM)
@@ -156,7 +156,7 @@ class Scheduler:
                 self._begin(job)
             took = self._chunk(job)
             if job.at == len(job.ids):
-                self._batch.join([job.row], self._buffer, self._logits, self.context, self._room())
+                self._batch.add_prefilled([job.row], self._buffer, self._logits, self.context, self._room())
                 self._filling = self._holds = None
             return took
         except torch.OutOfMemoryError:
@@ -165,7 +165,7 @@ class Scheduler:
 
     def _room(self) -> int:
         """Rows that the batch needs memory for."""
-        return self.max_rows + -self.max_rows % (ROWS_TOGETHER if self._batch.exact else 1)
+        return self.max_rows + -self.max_rows % self._batch.row_multiple
 
     def _begin(self, job: _Job) -> None:
         """Let the buffer be what is kept of a job's prompt."""
@@ -181,7 +181,7 @@ class Scheduler:
 
     def _restore(self, ids: Sequence[int], look: bool = True) -> int:
         if self._buffer is None:
-            self._buffer = self.model.new_state(1, self.context)
+            self._buffer = self.model.new_cache(1, self.context)
         return self.prefix.restore(ids if look else ids[:1], self._buffer)
 
     def _chunk(self, job: _Job) -> int:
@@ -190,7 +190,7 @@ class Scheduler:
         end = min(begin + self.chunk, len(ids))
         chunk = torch.tensor([ids[begin:end]], device=self.model.device)
         if job.request.prompt_logprobs and job.request.logprobs is not None:
-            logits = self.model(chunk, state=self._buffer)[0]
+            logits = self.model(chunk, cache=self._buffer)[0]
             for i in range(begin, end):
                 if len(job.scores) <= i + 1 < len(job.request.prompt):
                     job.scores.append(scored(logits[i - begin], ids[i + 1], job.request.logprobs))
@@ -200,7 +200,7 @@ class Scheduler:
         elif end < len(ids):
             self.model.hidden(chunk, self._buffer)
         else:
-            self._logits = self.model(chunk, state=self._buffer, last_only=True)[:, -1]
+            self._logits = self.model(chunk, cache=self._buffer, last_only=True)[:, -1]
         if end % self.chunk == 0:
             self.prefix.keep(ids[:end], self._buffer)
         job.at = end
@@ -230,7 +230,7 @@ class Scheduler:
 
     def _decode(self) -> None:
         """Give every running row a token, and get ready for the next."""
-        for row in self._batch.draw():
+        for row in self._batch.sample():
             job, stopped = row.name, row.ended == "stop"
             self._count["generated_tokens"] += 1
             if not stopped:
@@ -243,7 +243,7 @@ class Scheduler:
                     self._warming.append(whole)
                 self._end(job, row.ended)
         try:
-            self._batch.advance()
+            self._batch.decode()
         except torch.OutOfMemoryError:
             self._shed()
 
@@ -256,7 +256,7 @@ class Scheduler:
         elif job in self._waiting:
             self._waiting.remove(job)
         else:
-            self._batch.drop([job.row])
+            self._batch.remove([job.row])
         self._events.append(Event(job.request.id, "ended", finish=finish, message=message))
 
     # ---- too little memory
@@ -270,14 +270,14 @@ class Scheduler:
             return
         if not self._batch.rows and self.max_rows > 1:
             self.max_rows //= 2
-            self._batch = Batch(self.engine, exact=True)
+            self._batch = Batch(self.engine, batch_invariant=True)
             return
         self._end(job, "error", "the server ran out of memory for this prompt; try a shorter one, or try again later")
 
     def _shed(self) -> None:
         """After a step did not fit the memory: the newer half of the rows ends, the others are computed anew from their tokens."""
         jobs = sorted((row.name for row in self._batch.rows), key=lambda job: job.number)
-        self._batch = Batch(self.engine, exact=True)
+        self._batch = Batch(self.engine, batch_invariant=True)
         self._forget()
         staying = jobs[:len(jobs) // 2]
         self.max_rows = max(1, len(staying))
