@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from nanochat.cache import Fixed, KeysValues
 from nanochat.kernels.attention import attend
-from nanochat.kernels.one_query import next_query, one_query, one_query_each
+from nanochat.kernels.decode_attention import append_and_attend, decode_attention, decode_attention_ragged
 from nanochat.kernels.rope_norm import rope_norm
 from nanochat.layers import Linear, project
 
@@ -40,7 +40,7 @@ class Attention(nn.Module):
         D = self.head_width
         q, k, v = (y.unflatten(-1, (-1, D)) for y in project(h, *self.projections()))
         if state is not None and isinstance(state.state, Fixed):
-            return self.c_proj(next_query(q, k, v, rope, state.k, state.v, state.state.at, self.window).flatten(2))
+            return self.c_proj(append_and_attend(q, k, v, rope, state.k, state.v, state.state.at, self.window).flatten(2))
         q, k = rope_norm(q, rope), rope_norm(k, rope)
         if state is None:
             y = attend(q, k, v, causal=True, window=self.window)
@@ -48,12 +48,12 @@ class Attention(nn.Module):
             memory, T = state.state, q.shape[1]
             k, v = (t.to(q.dtype) for t in state.append(k, v))
             if T == 1 and memory.by_row:
-                y = one_query_each(q, k, v, [length + 1 for length in memory.lengths], self.window)
+                y = decode_attention_ragged(q, k, v, [length + 1 for length in memory.lengths], self.window)
             elif (mask := memory.mask(T)) is not None:
                 y = attend(q, k, v, mask=mask)
             elif T == 1:
                 last = slice(None if self.window is None else -self.window, None)
-                y = one_query(q, k[:, last], v[:, last])
+                y = decode_attention(q, k[:, last], v[:, last])
             else:  # a first chunk
                 y = attend(q, k, v, causal=True, window=self.window)
         return self.c_proj(y.flatten(2))

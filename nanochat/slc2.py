@@ -6,8 +6,7 @@ By Rikka Botan, after the short convolution blocks of LFM2. The formula is that 
 from torch import Tensor, nn
 
 from nanochat.cache import Taps
-from nanochat.kernels.slc2 import columns, gated_input, slc2_mix
-from nanochat.kernels.slc2_step import slc2_step
+from nanochat.kernels.slc2 import gated_input, slc2_mix, slc2_step, split_columns
 from nanochat.layers import Linear, together
 
 
@@ -38,7 +37,7 @@ class SLC2(nn.Module):
         taps = self.conv1d.weight.squeeze(1).to(h.dtype)  # as decoding holds them
         if state is None:
             return self.c_proj(slc2_mix(z, taps, **self.heads))
-        x, B, A, alpha, _ = columns(z, **self.heads)
+        x, B, A, alpha, _ = split_columns(z, **self.heads)
         ragged = state.state.ends is not None
         if h.shape[1] == 1 and not ragged:
             return self.c_proj(slc2_step(x, B, A, alpha, taps, state.past))

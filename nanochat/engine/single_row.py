@@ -1,7 +1,7 @@
 """The next token of a single row through a model that only decodes: the same numbers as the model's own forward, in half the operations.
 
 What one conversation waits for is no arithmetic but the start of each operation and the reading of each matrix. Here a layer is five or six
-kernels: every product takes the norm before it, and the activation or the sum behind it, along (kernels/one_row.py).
+kernels: every product takes the norm before it, and the activation or the sum behind it, along (kernels/fused_matvec).
 """
 
 import torch.nn.functional as F
@@ -10,11 +10,10 @@ from torch import Tensor
 from nanochat.attention import Attention
 from nanochat.cache import Fixed
 from nanochat.kernels.cross_entropy import softcap
-from nanochat.kernels.one_query import next_query
-from nanochat.kernels.one_row import one_row
+from nanochat.kernels.decode_attention import append_and_attend
+from nanochat.kernels.fused_matvec import fused_matvec
 from nanochat.kernels.rms_norm import rms_norm
-from nanochat.kernels.slc2 import columns
-from nanochat.kernels.slc2_step import slc2_step
+from nanochat.kernels.slc2 import slc2_step, split_columns
 from nanochat.layers import Linear, joined
 
 
@@ -40,14 +39,14 @@ def one_token(model, ids: Tensor, memory: Fixed) -> Tensor:
     x = rms_norm(F.embedding(ids, model.transformer.wte.weight).to(model.dtype))
     for block, layer in zip(model.transformer.h, memory.layers):
         mixer = block.attn
-        z = one_row(x, _projections(mixer), normed=True)
+        z = fused_matvec(x, _projections(mixer), normed=True)
         if isinstance(mixer, Attention):
             widths = [part.weight.shape[0] for part in mixer.projections()]
             q, k, v = (part.unflatten(-1, (-1, mixer.head_width)) for part in z[..., :sum(widths)].split(widths, dim=-1))
-            y = next_query(q, k, v, rope, layer.k, layer.v, memory.at, mixer.window).flatten(2)
+            y = append_and_attend(q, k, v, rope, layer.k, layer.v, memory.at, mixer.window).flatten(2)
         else:
-            branch, gate, A, alpha, _ = columns(z, **mixer.heads)
+            branch, gate, A, alpha, _ = split_columns(z, **mixer.heads)
             y = slc2_step(branch, gate, A, alpha, mixer.conv1d.weight.squeeze(1).to(z.dtype), layer.past)
-        x = one_row(y, mixer.c_proj.weight, x)
-        x = one_row(one_row(x, block.mlp.c_fc.weight, normed=True, activated=True), block.mlp.c_proj.weight, x)
-    return softcap(one_row(x, model.lm_head.weight, normed=True).float())
+        x = fused_matvec(y, mixer.c_proj.weight, x)
+        x = fused_matvec(fused_matvec(x, block.mlp.c_fc.weight, normed=True, activated=True), block.mlp.c_proj.weight, x)
+    return softcap(fused_matvec(x, model.lm_head.weight, normed=True).float())

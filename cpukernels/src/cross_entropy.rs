@@ -1,6 +1,7 @@
-//! Cross-entropy of softcapped logits, c = 15 · tanh(z / 15): the losses, and the gradient in the place of the logits.
+//! Cross-entropy of softcapped logits, c = 15 · tanh(z / 15): the losses, and the gradient, which overwrites the
+//! logits.
 
-use crate::math::{exp_within, sum, tanh_and_slope, Elem};
+use crate::math::{exp_within, sum, tanh_and_derivative, Elem};
 use crate::simd::Kernel;
 use crate::view::View;
 use std::marker::PhantomData;
@@ -8,14 +9,14 @@ use std::ops::Range;
 
 pub const SOFTCAP: f32 = 15.0;
 pub const IGNORE: i64 = -1;
-/// Elements whose exponentials are summed in float32; their sums are added up in float64.
+/// Exponentials are summed in float32 within a block of so many elements, and blocks in float64.
 const BLOCK: usize = 512;
 
-/// losses[i] = log Σ_v e^c[v] − c[target], 0 where the target is IGNORE. With `grad`, z is overwritten by
-/// factor · d loss / d z = factor · (e^c / Σ − [v = target]) · (1 − tanh²), zeros where the target is IGNORE.
-/// What is at the target, once a row, is computed in float64. No maximum is taken off: c is within ±15, so that neither e^c nor its
-/// sum can overflow. Items are rows.
-pub struct Softcapped<T> {
+/// losses[i] = log Σ_v e^c[v] − c[target], or 0 where the target is IGNORE. With `grad`, z is overwritten with
+/// factor · d loss / d z = factor · (e^c / Σ − [v = target]) · (1 − tanh²), or zeros where the target is IGNORE.
+/// The value at the target, one a row, is computed in float64. No maximum is subtracted: c is within ±15, so that
+/// neither e^c nor its sum can overflow. Items are rows.
+pub struct SoftcappedCrossEntropy<T> {
     pub z: View,
     pub targets: usize,
     pub factors: Option<usize>,
@@ -25,12 +26,13 @@ pub struct Softcapped<T> {
     pub dtype: PhantomData<T>,
 }
 
-impl<T: Elem> Kernel for Softcapped<T> {
+impl<T: Elem> Kernel for SoftcappedCrossEntropy<T> {
     #[inline(always)]
     fn run<const F: bool>(&self, items: Range<usize>) {
         let mut slopes = vec![0.0f32; if self.grad { self.vocab } else { BLOCK }];
         for i in items {
-            // SAFETY: native.py gives n rows and n targets, factors and losses, and targets within the vocabulary; a row is one thread's
+            // SAFETY: the caller has checked that there are n rows, targets, factors and losses, and that targets are
+            // in the vocabulary; no two threads share a row
             unsafe {
                 let target = *(self.targets as *const i64).add(i);
                 let factor = self.factors.map_or(1.0, |factors| *(factors as *const f32).add(i));
@@ -66,7 +68,7 @@ impl<T: Elem> Kernel for Softcapped<T> {
     }
 }
 
-/// Σ e^c over a row; with KEEP also e^c · (1 − tanh²) of each.
+/// Σ e^c over a row; with KEEP also e^c · (1 − tanh²) of each element, into `slopes`.
 #[inline(always)]
 fn exponentials<const F: bool, T: Elem, const KEEP: bool>(z: &[T], slopes: &mut [f32]) -> f64 {
     let mut total = 0.0f64;
@@ -76,13 +78,13 @@ fn exponentials<const F: bool, T: Elem, const KEEP: bool>(z: &[T], slopes: &mut 
         if KEEP {
             let slopes = &mut slopes[i * BLOCK..][..z.len()];
             for ((z, e), slope) in z.iter().zip(part.iter_mut()).zip(slopes) {
-                let (t, slope_there) = tanh_and_slope::<F>(z.get() * (1.0 / SOFTCAP));
+                let (t, derivative) = tanh_and_derivative::<F>(z.get() * (1.0 / SOFTCAP));
                 *e = exp_within::<F>(SOFTCAP * t);
-                *slope = *e * slope_there;
+                *slope = *e * derivative;
             }
         } else {
             for (z, e) in z.iter().zip(part.iter_mut()) {
-                *e = exp_within::<F>(SOFTCAP * tanh_and_slope::<F>(z.get() * (1.0 / SOFTCAP)).0);
+                *e = exp_within::<F>(SOFTCAP * tanh_and_derivative::<F>(z.get() * (1.0 / SOFTCAP)).0);
             }
         }
         total += sum(part) as f64;

@@ -1,17 +1,20 @@
-"""The core of SLC2 on GPUs: forward, backward and the single-token form, each one kernel bound by memory. No autograd here.
+"""The core of SLC2 on GPUs: forward, backward and the decode step, each one memory-bound kernel, without autograd.
 
     y[t] = B[t] · silu(Σ_j taps[:, j] · u[t − (K−1) + j]),   u = silu(silu(alpha) ⊗ A) · x,   u = past before t = 0
 
-Shapes: x, B, y (B, T, E); A (B, T, D); alpha (B, T, H); taps (E, K); past (B, K−1, E), oldest first; E = H·D, channel h·D + d. Any T and
-D, any small K. Dtypes: any of 16 or 32 bits, taps and past in their own; arithmetic is float32, rounded once on the way out. Strides:
-any, but the last dimension is contiguous, so that all four may be columns of one joined tensor. Offsets are 64 bits wide.
+Shapes: x, B, y (B, T, E); A (B, T, D); alpha (B, T, H); taps (E, K); past (B, K−1, E), oldest first; E = H·D, channel
+h·D + d. Any T and D, any small K. Dtypes: any of 16 or 32 bits, taps and past may differ from the rest; arithmetic is
+float32, rounded once when a result is written. Strides: any, with a contiguous last dimension, so that x, B, A and
+alpha may be columns of one tensor. Offsets are 64 bits wide.
 
-How the work is cut: a thread holds a few neighbouring channels of one head over ROWS steps of time in registers, so that the convolution
-and its transpose are arithmetic on registers; the K−1 steps around them are loaded and gated again, out of the first-level cache, where
-the neighbour in the same program has them. A program holds SEGMENTS such stretches, one behind the other, and goes through the heads in
-turn: A stays near, its gradient, a sum over heads, stays in registers, and no sum needs an atomic: the same numbers in every run.
-d20 in bfloat16 moves 7,956 bytes a token forward and 13,352 backward; what programs read twice at their edges and the partial sums of
-dtaps add at most 2 % and 7 %.
+How the work is divided: a thread holds a few neighbouring channels of one head over ROWS time steps in registers, so
+that the convolution and its transpose are arithmetic on registers. The K−1 steps around these are loaded and gated
+again; they come from the L1 cache, since a neighbouring thread of the same program loads them too. A program holds
+SEGMENTS such stretches of time, one after the other, and loops over the heads: A stays in cache, and the gradient of A,
+a sum over heads, stays in registers. No sum needs an atomic operation, so that every run gives the same numbers.
+
+A d20 in bfloat16 moves 7,956 bytes a token forward and 13,352 backward. What programs read twice at their edges, and
+the partial sums of dtaps, add at most 2 % and 7 %.
 """
 
 import contextlib
@@ -23,20 +26,21 @@ from torch import Tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Channels a thread, steps a thread, steps that are loaded ahead, warps; by the size of an element. No search for the best at run time:
-# the order of the sums would be chance. By the compiler's count for sm_90, d20, bfloat16: forward 109 registers, no spill, 33
-# instructions an element, of the 53 there is time for while memory moves; backward 255 registers, 96 bytes spilled, 78 of 89.
+# Channels a thread, time steps a thread, steps loaded ahead, warps; by the size of an element. Not autotuned at run
+# time: the order of the sums would then vary. By the compiler's count for sm_90, d20, bfloat16: forward 109 registers,
+# no spill, 33 instructions an element of the 53 that fit into the time of the memory traffic; backward 255 registers,
+# 96 bytes spilled, 78 of 89.
 FORWARD = {2: (4, 8, 4, 4), 4: (4, 8, 4, 4)}
 BACKWARD = {2: (4, 8, 4, 4), 4: (4, 4, 4, 4)}
-SUMS = 512  # at most so many programs of the backward pass, each with a partial sum of dtaps
-STEP = 256  # channels a program of the single-token form
+SUMS = 512  # programs of the backward pass, at most; each has a partial sum of dtaps
+STEP = 256  # channels a program of the decode step
 
 
 @triton.jit
 def _sigmoid(z):
     if INTERPRETED:
         return 1.0 / (1.0 + tl.exp(-z))
-    # four instructions where the compiler makes twelve, to be right for denormal numbers that add up to nothing here
+    # four instructions; the compiler's own take twelve, for denormal numbers, which do not matter here
     return tl.inline_asm_elementwise("""{
         .reg .f32 t;
         mul.ftz.f32 t, $1, 0fBFB8AA3B;
@@ -53,7 +57,7 @@ def _read(pointer, inside):
 
 @triton.jit
 def _taps(taps, h, d, H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SEGMENTS: tl.constexpr):
-    """The taps of one head, K tensors (SEGMENTS, BLOCK_D) in float32: as wide as what they work on, so that no thread needs another's."""
+    """Return the taps of one head, K tensors (SEGMENTS, BLOCK_D) in float32: a copy for every thread that uses them."""
     d = tl.broadcast_to(d, (SEGMENTS, d.shape[1]))
     ws = ()
     for j in tl.static_range(K):
@@ -63,7 +67,7 @@ def _taps(taps, h, d, H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SEGMENT
 
 @triton.jit
 def _convolved(ws, us, i: tl.constexpr, K: tl.constexpr):
-    """Σ_j taps[j] · u[i + j]."""
+    """Return Σ_j taps[j] · u[i + j]."""
     c = ws[0] * us[i]
     for j in tl.static_range(1, K):
         c += ws[j] * us[i + j]
@@ -78,14 +82,14 @@ def _forward(x, B, A, alpha, taps, past, y, T, blocks,
     pid = tl.program_id(0)
     block, b = pid % blocks, (pid // blocks).to(tl.int64)
     d = tl.arange(0, BLOCK_D)[None, :]
-    first = block * (SEGMENTS * ROWS) + tl.arange(0, SEGMENTS)[:, None] * ROWS  # where each stretch begins
+    first = block * (SEGMENTS * ROWS) + tl.arange(0, SEGMENTS)[:, None] * ROWS  # first step of each stretch
     t = first.to(tl.int64)
     x += b * x_b + (t - (K - 1)) * x_t + d
     A += b * A_b + (t - (K - 1)) * A_t + d
     alpha += b * alpha_b + (t - (K - 1)) * alpha_t
     B += b * B_b + t * B_t + d
     y += b * y_b + t * y_t + d
-    past += b * past_b + t * past_t + d  # of use where t is 0
+    past += b * past_b + t * past_t + d  # used where t is 0
     for h in range(H):
         ws = _taps(taps, h, d, H, D, K, SEGMENTS)
         x_, A_, alpha_, B_, y_ = x + h * D, A, alpha + h, B + h * D, y + h * D
@@ -103,13 +107,14 @@ def _forward(x, B, A, alpha, taps, past, y, T, blocks,
                 alpha_ += alpha_t
                 if n >= K - 1:
                     B_ += B_t
-            if n >= AHEAD:  # and work on the one read AHEAD turns ago
+            if n >= AHEAD:  # compute with the step read AHEAD iterations ago
                 alpha_n, A_n, x_n, B_n = rows[n - AHEAD]
                 a = alpha_n.to(tl.float32)
                 z = a * _sigmoid(a) * A_n.to(tl.float32)
                 u = z * _sigmoid(z) * x_n.to(tl.float32)
                 if PAST and n - AHEAD < K - 1:
-                    u += _read(past + (n - AHEAD) * past_t + h * D, (first + (n - AHEAD - (K - 1)) < 0) & (d < D)).to(tl.float32)
+                    u += _read(past + (n - AHEAD) * past_t + h * D,
+                               (first + (n - AHEAD - (K - 1)) < 0) & (d < D)).to(tl.float32)
                 us = us + (u,)
                 if n - AHEAD >= K - 1:
                     c = _convolved(ws, us, n - AHEAD - (K - 1), K)
@@ -131,7 +136,7 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
     dtaps += pid.to(tl.int64) * (K * H * D) + lane
     for number in range(pid * chain, tl.minimum(total, pid * chain + chain)):
         block, b = number % blocks, (number // blocks).to(tl.int64)
-        first = block * (SEGMENTS * ROWS) + tl.arange(0, SEGMENTS)[:, None] * ROWS  # where each stretch begins
+        first = block * (SEGMENTS * ROWS) + tl.arange(0, SEGMENTS)[:, None] * ROWS  # first step of each stretch
         t = first.to(tl.int64)
         x_0, A_0 = x + b * x_b + (t - (K - 1)) * x_t + d, A + b * A_b + (t - (K - 1)) * A_t + d
         alpha_0 = alpha + b * alpha_b + (t - (K - 1)) * alpha_t
@@ -165,7 +170,7 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
                         rows = rows + ((alpha_n, A_n, x_n, _read(B_, inside), _read(dy_, inside)),)
                         B_ += B_t
                         dy_ += dy_t
-                if n >= AHEAD:  # and work on the one read AHEAD turns ago
+                if n >= AHEAD:  # compute with the step read AHEAD iterations ago
                     alpha_n, A_n, x_n, B_n, dy_n = rows[n - AHEAD]
                     a = alpha_n.to(tl.float32)
                     s = _sigmoid(a)
@@ -193,7 +198,7 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
                             for j in tl.static_range(K):
                                 new_sums = new_sums + (sums[j] + dc * us[n - AHEAD - (K - 1) + j],)
                             sums = new_sums
-                    if n - AHEAD >= 2 * (K - 1):  # the step K−1 before that one has all that its gradient hangs on
+                    if n - AHEAD >= 2 * (K - 1):  # the gradient of the step K−1 before is now complete
                         silu_a, slope_a, s = gates[n - AHEAD - (K - 1)]
                         alpha_n, A_n, x_n, B_n, dy_n = rows[n - AHEAD - (K - 1)]
                         du = ws[0] * dcs[n - AHEAD - (K - 1)]
@@ -206,7 +211,8 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
                         dx_ += dx_t
                         dz = du * x_n.to(tl.float32) * (s + gate * (1.0 - s))
                         new_dAs = new_dAs + (dAs[n - AHEAD - 2 * (K - 1)] + dz * silu_a,)
-                        dalphas = tl.where(column == n - AHEAD - 2 * (K - 1), tl.sum(dz * A_f, axis=1, keep_dims=True) * slope_a, dalphas)
+                        dalphas = tl.where(column == n - AHEAD - 2 * (K - 1),
+                                           tl.sum(dz * A_f, axis=1, keep_dims=True) * slope_a, dalphas)
             dAs = new_dAs
             tl.store(dalpha_0 + h, dalphas, mask=first + column < T)
             if PAST:
@@ -216,7 +222,8 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
                         du += ws[j] * dcs[i - j]
                     tl.store(dpast + (b * (K - 1) + i + t) * (H * D) + h * D + d, du, mask=(first == 0) & (d < D))
             for j in tl.static_range(K):
-                before = _read(dtaps + (j * H + h) * D, lane < tl.minimum(number - pid * chain, 1) * D)  # nothing at first
+                # 0 for a program's first stretch
+                before = _read(dtaps + (j * H + h) * D, lane < tl.minimum(number - pid * chain, 1) * D)
                 tl.store(dtaps + (j * H + h) * D, before + tl.sum(sums[j], axis=0), mask=lane < D)
         dA_ = dA + b * dA_b + t * dA_t + d
         for r in tl.static_range(ROWS):
@@ -239,7 +246,7 @@ def _step(x, B, A, alpha, taps, past, y, blocks, x_b, B_b, A_b, alpha_b, past_b,
     ps = ()
     for j in tl.static_range(K - 1):
         ps = ps + (_read(past + j * past_t, inside),)
-    tl.debug_barrier()  # all is read before any is written over, whichever thread does which
+    tl.debug_barrier()  # all threads have read before one overwrites
     c = u * _read(taps + e * K + (K - 1), inside).to(tl.float32)
     for j in tl.static_range(K - 1):
         c += ps[j].to(tl.float32) * _read(taps + e * K + j, inside).to(tl.float32)
@@ -252,7 +259,7 @@ def _on(x: Tensor):
 
 
 def _tile(table: dict, x: Tensor, D: int) -> dict:
-    """Return how a kernel over x (B, T, E) with heads of width D is cut."""
+    """Return the launch parameters of a kernel over x (B, T, E) with heads of width D."""
     channels, rows, ahead, warps = table[x.element_size()]
     block_d = triton.next_power_of_2(D)
     warps = min(16, max(warps, block_d // (32 * channels)))
@@ -264,7 +271,7 @@ def _tile(table: dict, x: Tensor, D: int) -> dict:
 def _strides(*tensors: Tensor) -> list[int]:
     for tensor in tensors:
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"the last dimension must be contiguous, of strides {tensor.stride()} it is not")
+            raise ValueError(f"the last dimension must be contiguous; got the strides {tensor.stride()}")
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
@@ -277,16 +284,24 @@ def forward(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: 
         blocks = triton.cdiv(T, tile["ROWS"] * tile["SEGMENTS"])
         first = x if past is None else past
         with _on(x):
-            _forward[(rows * blocks,)](x, B, A, alpha, taps.t().contiguous(), first, y, T, blocks, *_strides(x, B, A, alpha, first, y),
+            _forward[(rows * blocks,)](x, B, A, alpha, taps.t().contiguous(), first, y, T, blocks,
+                                       *_strides(x, B, A, alpha, first, y),
                                        H=H, D=D, K=K, PAST=past is not None, **tile)
     return y
 
 
 def backward(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor | None,
              dx: Tensor, dB: Tensor, dA: Tensor, dalpha: Tensor, pad: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Write dx, dB, dA, dalpha whole, and zeros into the `pad` columns behind dalpha; return dtaps (E, K) in float32, and dpast.
+    """Compute all gradients from the inputs of `forward` alone. The order of the sums depends on the shapes alone.
 
-    The sums over time and rows are taken in an order that the shapes alone decide.
+    Args:
+        dy: gradient of y, (B, T, E)
+        x, B, A, alpha, taps, past: as `forward` took them
+        dx, dB, dA, dalpha: written in place, every element; of the shapes of x, B, A, alpha
+        pad: write zeros into so many columns behind dalpha, in the tensor that dalpha is a part of
+
+    Returns:
+        dtaps (E, K) in float32, and dpast of past's shape and dtype (None without a past)
     """
     (rows, T, E), D, H, K = x.shape, A.shape[-1], alpha.shape[-1], taps.shape[1]
     dpast = None if past is None else torch.empty(past.shape, dtype=past.dtype, device=x.device)
@@ -301,14 +316,18 @@ def backward(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: T
     first = x if past is None else past
     with _on(x):
         _backward[(programs,)](
-            dy, x, B, A, alpha, taps.t().contiguous(), first, dx, dB, dA, dalpha, dtaps, dtaps if dpast is None else dpast,
-            T, blocks, total, chain, pad, *_strides(dy, x, B, A, alpha, first, dx, dB, dA, dalpha),
+            dy, x, B, A, alpha, taps.t().contiguous(), first, dx, dB, dA, dalpha, dtaps,
+            dtaps if dpast is None else dpast, T, blocks, total, chain, pad,
+            *_strides(dy, x, B, A, alpha, first, dx, dB, dA, dalpha),
             H=H, D=D, K=K, PAST=past is not None, **tile)
     return dtaps.sum(0).t().contiguous(), dpast
 
 
 def step(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor) -> Tensor:
-    """Return y (B, 1, E) for one token a row; past takes the gated input in, in place. Can be captured in a CUDA graph."""
+    """Return y (B, 1, E) of one token a sequence. A CUDA graph can capture it.
+
+    past is written in place: its oldest gated input drops out and that of this token comes in.
+    """
     (rows, _, E), D, K = x.shape, A.shape[-1], taps.shape[1]
     y = torch.empty(rows, 1, E, dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(E, STEP)

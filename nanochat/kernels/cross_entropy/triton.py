@@ -1,10 +1,13 @@
-"""Softcapped cross-entropy of a chunk of logits and its gradient, in one kernel: a row is read twice and written once.
+"""Softcapped cross-entropy of a chunk of logits and its gradient on GPUs, in one kernel.
 
-No running maximum is needed: a softcapped logit s = 15·tanh(z/15) lies within ±15, exp(s) between 3e-7 and 3.3e6, and the sum of such
-terms over any vocabulary neither overflows float32 nor loses its small terms to underflow. Nor is anything to be subtracted in the
-exponent: a probability is exp(s) · (1/Σ), with an error of s of a rounding of s, where exp(s − log Σ) would round at the size of log Σ.
-tanh is 1 − 2/(exp(2z/15) + 1), off by at most 1e-7, or 1.5e-6 in s: far below the rounding of bfloat16 logits. Near 0, where that is not
-small beside s itself, float32 logits take a polynomial.
+A row of logits is read twice and written once.
+
+No running maximum is needed. A softcapped logit s = 15·tanh(z/15) lies within ±15 and exp(s) between 3e-7 and 3.3e6, so
+that the sum over any vocabulary neither overflows float32 nor loses small terms to underflow. Nothing is subtracted in
+the exponent either: a probability is exp(s) · (1/Σ), whose error is that of rounding s, while exp(s − log Σ) would
+round at the size of log Σ. tanh is computed as 1 − 2/(exp(2z/15) + 1), off by at most 1e-7, or 1.5e-6 in s, far below
+the rounding of bfloat16 logits. For float32 logits near 0, where that is not small against s itself, a polynomial is
+used.
 """
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from nanochat.kernels.cross_entropy import IGNORE, SOFTCAP
 
-BLOCK = 8192  # logits a program has in hand: 16 for each of 512 threads
+BLOCK = 8192  # logits that a program works on at a time: 16 for each of 512 threads
 CAP = tl.constexpr(SOFTCAP)
 SKIPPED = tl.constexpr(IGNORE)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -22,12 +25,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _tanh(z):
-    """tanh(z/15) in float32."""
+    """Return tanh(z/15) in float32."""
     u = z.to(tl.float32) * (1 / CAP)
     t = 1 - 2 / (1 + tl.exp2(u * (2 * LOG2_E)))
     if z.dtype == tl.float32:
-        v = u * u  # (tanh(u)/u − 1) / u², fitted where u² < 0.7: tanh comes out within 7e-9 of itself
-        fit = -0.33333276 + v * (0.13331711 + v * (-0.053813435 + v * (0.021174354 + v * (-0.0072178161 + v * 0.0014791069))))
+        v = u * u
+        # (tanh(u)/u − 1) / u², fitted where u² < 0.7: tanh is then off by at most 7e-9
+        fit = -0.33333276 + v * (0.13331711 + v * (
+            -0.053813435 + v * (0.021174354 + v * (-0.0072178161 + v * 0.0014791069))))
         t = tl.where(v < 0.7, u + u * v * fit, t)
     return t
 
@@ -65,17 +70,16 @@ def _row(Z, TARGETS, FACTORS, LOSSES, V, stride, FACTORED: tl.constexpr, WANT_GR
                 tl.store(z + at, tl.where(at == target, p - 1, p) * ((1 - t * t) * factor), mask=at < V)
 
 
-def softcapped_(z: Tensor, targets: Tensor, factors: Tensor | None, losses: Tensor, want_grad: bool = True) -> None:
-    """Write the loss of each row to losses and, with want_grad, overwrite z with the gradient of Σ factors·losses with respect to z.
+def softcapped_cross_entropy_(z: Tensor, targets: Tensor, factors: Tensor | None, losses: Tensor,
+                              want_grad: bool = True) -> None:
+    """Write the losses and, with want_grad, overwrite z with its gradient. A program takes a row.
 
-    z (n, V) bfloat16 or float32 raw logits, rows of any stride, columns contiguous; targets (n,) int64, −1 where there is nothing to
-    predict: the loss and the gradient there are 0, whatever the factor. Another target outside the vocabulary makes the loss NaN.
-    factors (n,) float32, or None for 1; losses (n,) float32, not multiplied with the factors. All but z are contiguous. Without
-    want_grad z stays as it is. Arithmetic is float32; a program takes a row.
+    The contract is that of `nanochat.kernels.cross_entropy.softcapped_cross_entropy_`. The rows of z may have any
+    stride; all else is contiguous. A target outside the vocabulary, other than −1, makes the loss NaN.
     """
-    n, V = z.shape
+    N, V = z.shape
     block = min(BLOCK, triton.next_power_of_2(V))
-    if n:
+    if N:
         with torch.cuda.device_of(z):  # Triton launches on the current device
-            _row[(n,)](z, targets, targets if factors is None else factors, losses, V, z.stride(0), FACTORED=factors is not None,
-                       WANT_GRAD=want_grad, BLOCK=block, num_warps=max(1, block // 512))
+            _row[(N,)](z, targets, targets if factors is None else factors, losses, V, z.stride(0),
+                       FACTORED=factors is not None, WANT_GRAD=want_grad, BLOCK=block, num_warps=max(1, block // 512))

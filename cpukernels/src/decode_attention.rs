@@ -1,42 +1,43 @@
-//! Attention of one query a row over its keys, wherever in a buffer they lie: what decoding does. Keys are cut into chunks at fixed
-//! places, which are done alone, and what they give is added up in order.
+//! Attention of one query a row over a range of keys in the KV cache: the decode step. Keys are split into chunks at
+//! fixed positions; chunks are computed independently and combined in order.
 
 use crate::attention::transpose;
 use crate::math::{exp, fma, sum, Elem};
 use crate::pool::{block, blocks};
-use crate::rows::Heads;
 use crate::simd::Kernel;
+use crate::view::Heads;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Keys in a chunk.
 pub const CHUNK: usize = 128;
 
-/// Keys that are read together, and lanes of a sum.
+/// Keys that are read together; also the lanes of a sum.
 const N: usize = 16;
 
-/// q, y (B, 1, H, D); k, v (B, S, G, D); H / G neighbouring query heads share a key head. `spans`: of each row, the keys that count.
+/// q, y (B, 1, H, D); k, v (B, S, G, D); H / G neighbouring query heads share a key head. `ranges`: the keys that
+/// count, of each row.
 pub struct Shape {
     pub H: usize,
     pub G: usize,
     pub D: usize,
-    pub spans: Vec<Range<usize>>,
+    pub ranges: Vec<Range<usize>>,
 }
 
 impl Shape {
-    /// The chunks that a row's keys lie in.
+    /// The chunks that contain the keys of a row.
     #[inline(always)]
     fn chunks(&self, b: usize) -> Range<usize> {
-        self.spans[b].start / CHUNK..blocks(self.spans[b].end, CHUNK)
+        self.ranges[b].start / CHUNK..blocks(self.ranges[b].end, CHUNK)
     }
 
-    /// The most chunks that a row has.
-    pub fn most(&self) -> usize {
-        (0..self.spans.len()).map(|b| self.chunks(b).len()).max().unwrap_or(0)
+    /// The largest number of chunks of a row.
+    pub fn max_chunks(&self) -> usize {
+        (0..self.ranges.len()).map(|b| self.chunks(b).len()).max().unwrap_or(0)
     }
 
     pub fn keys(&self) -> usize {
-        self.spans.iter().map(|span| span.len()).sum()
+        self.ranges.iter().map(|range| range.len()).sum()
     }
 
     /// D, rounded up to a multiple of N.
@@ -45,14 +46,16 @@ impl Shape {
         self.D.div_ceil(N) * N
     }
 
-    /// Numbers that a chunk leaves for a query head: its highest score, the sum of exponentials, and the values weighted with them.
+    /// Numbers that a chunk gives for a query head: the highest score, the sum of exponentials, and the weighted sum of
+    /// values.
     pub fn part(&self) -> usize {
         self.depth() + 2
     }
 }
 
-/// The parts, (B, G, most, H / G, part) of float32. Items are (b, g, the i-th chunk of the row).
-pub struct Parts<'a, T> {
+/// The first pass: partial results of the chunks, (B, G, max_chunks, H / G, part) of float32. Items are (b, g, i-th
+/// chunk of the row).
+pub struct Split<'a, T> {
     pub shape: &'a Shape,
     pub q: Heads,
     pub k: Heads,
@@ -61,27 +64,28 @@ pub struct Parts<'a, T> {
     pub dtype: PhantomData<T>,
 }
 
-impl<T: Elem> Kernel for Parts<'_, T> {
+impl<T: Elem> Kernel for Split<'_, T> {
     #[inline(always)]
     fn run<const F: bool>(&self, items: Range<usize>) {
         let s = self.shape;
-        let (D, sharing, most) = (s.D, s.H / s.G, s.most());
+        let (D, sharing, max_chunks) = (s.D, s.H / s.G, s.max_chunks());
         let scale = 1.0 / (D as f32).sqrt();
         let depth = s.depth();
-        let (mut q, mut p, mut rows) = (vec![0.0f32; sharing * depth], vec![0.0f32; sharing * CHUNK], vec![0.0f32; N * depth]);
+        let (mut q, mut p, mut rows) =
+            (vec![0.0f32; sharing * depth], vec![0.0f32; sharing * CHUNK], vec![0.0f32; N * depth]);
         for item in items {
-            let (b, g, i) = (item / (s.G * most), item / most % s.G, item % most);
+            let (b, g, i) = (item / (s.G * max_chunks), item / max_chunks % s.G, item % max_chunks);
             let chunks = s.chunks(b);
             if i >= chunks.len() {
                 continue;
             }
-            let span = &s.spans[b];
-            let keys = block(chunks.start + i, CHUNK, span.end);
-            let keys = keys.start.max(span.start)..keys.end;
+            let range = &s.ranges[b];
+            let keys = block(chunks.start + i, CHUNK, range.end);
+            let keys = keys.start.max(range.start)..keys.end;
             let n = keys.len();
             let (k, v) = (self.k.head::<T>(g), self.v.head::<T>(g));
             for (r, q) in q.chunks_exact_mut(depth).enumerate() {
-                // SAFETY (here and below): native.py gives tensors of these shapes, and spans that lie in them
+                // SAFETY (here and below): the caller has checked the shapes, and that the ranges lie within S
                 read(unsafe { self.q.head::<T>(g * sharing + r).row::<T>(b, 0, D) }, q, scale);
             }
             for j in (0..n).step_by(N) {
@@ -94,7 +98,7 @@ impl<T: Elem> Kernel for Parts<'_, T> {
                 }
             }
             let size = sharing * s.part();
-            // SAFETY: python.rs gives such a part for each item
+            // SAFETY: python.rs allocates such a part for each item
             let parts = unsafe { std::slice::from_raw_parts_mut((self.parts as *mut f32).add(item * size), size) };
             for (p, part) in p.chunks_exact_mut(CHUNK).zip(parts.chunks_exact_mut(s.part())) {
                 let p = &mut p[..n];
@@ -118,7 +122,7 @@ impl<T: Elem> Kernel for Parts<'_, T> {
     }
 }
 
-/// A row times a factor; what `to` has beyond it stays.
+/// A row times a factor; elements of `to` beyond the row stay as they are.
 #[inline(always)]
 fn read<T: Elem>(from: &[T], to: &mut [f32], factor: f32) {
     for (from, to) in from.iter().zip(to) {
@@ -131,7 +135,7 @@ fn lanes(x: &[f32]) -> &[f32; N] {
     x.try_into().expect("N numbers")
 }
 
-/// q · each of N rows.
+/// The dot products of q with each of N rows.
 #[inline(always)]
 fn scores<const F: bool>(q: &[f32], rows: &[f32], to: &mut [f32; N]) {
     let mut sums = [0.0f32; N * N];
@@ -145,10 +149,10 @@ fn scores<const F: bool>(q: &[f32], rows: &[f32], to: &mut [f32; N]) {
         }
         sums.copy_from_slice(&kept);
     }
-    let mut turned = [0.0f32; N * N];
-    transpose(&sums, &mut turned);
+    let mut transposed = [0.0f32; N * N];
+    transpose(&sums, &mut transposed);
     let mut kept = [0.0f32; N];
-    for sums in turned.chunks_exact(N) {
+    for sums in transposed.chunks_exact(N) {
         let sums = lanes(sums);
         for l in 0..N {
             kept[l] += sums[l];
@@ -174,25 +178,25 @@ fn weigh<const F: bool>(p: &[f32], rows: &[f32], y: &mut [f32]) {
     }
 }
 
-/// y from the parts. Items are the query heads of all rows.
-pub struct Joined<'a, T> {
+/// The second pass: y from the partial results. Items are the query heads of all rows.
+pub struct Combine<'a, T> {
     pub shape: &'a Shape,
     pub parts: usize,
     pub y: Heads,
     pub dtype: PhantomData<T>,
 }
 
-impl<T: Elem> Kernel for Joined<'_, T> {
+impl<T: Elem> Kernel for Combine<'_, T> {
     #[inline(always)]
     fn run<const F: bool>(&self, items: Range<usize>) {
         let s = self.shape;
-        let (D, sharing, most) = (s.D, s.H / s.G, s.most());
+        let (D, sharing, max_chunks) = (s.D, s.H / s.G, s.max_chunks());
         let mut y = vec![0.0f32; D];
         for item in items {
             let (b, h) = (item / s.H, item % s.H);
             let part = |i: usize| {
-                let at = (((b * s.G + h / sharing) * most + i) * sharing + h % sharing) * s.part();
-                // SAFETY: `Parts` has written it
+                let at = (((b * s.G + h / sharing) * max_chunks + i) * sharing + h % sharing) * s.part();
+                // SAFETY: `Split` has written it
                 unsafe { std::slice::from_raw_parts((self.parts as *const f32).add(at), s.part()) }
             };
             let count = s.chunks(b).len();
@@ -207,7 +211,7 @@ impl<T: Elem> Kernel for Joined<'_, T> {
                     *y = fma::<F>(factor, *part, *y);
                 }
             }
-            // SAFETY: native.py gives a tensor of this shape; a head is one thread's
+            // SAFETY: the caller has checked the shape; no two threads share a head
             let to = unsafe { self.y.head::<T>(h).row_mut::<T>(b, 0, D) };
             for (to, y) in to.iter_mut().zip(&y) {
                 *to = T::put(*y / total);
