@@ -1,4 +1,7 @@
-"""Attention of one new token over a buffer: the twin and the Triton kernel (in Triton's interpreter, or on a GPU) against float64."""
+"""nanochat.kernels.decode_attention: the twins and the Triton kernel (in its interpreter, or on a GPU) against float64.
+
+tests/test_kernel_attention_cpu.py has the CPU kernel.
+"""
 
 import math
 
@@ -6,11 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat.kernels.one_query import next_query, next_query_twin
+from nanochat.kernels.decode_attention import (
+    append_and_attend,
+    append_and_attend_twin,
+    decode_attention,
+    decode_attention_twin,
+)
 from nanochat.kernels.rope_norm import rope_norm_twin
 
-# B, S, H, Hkv, D, window: one key; rows of several spans; grouped heads of odd sizes; windows within a span and across spans
-SHAPES = [(1, 1, 1, 1, 2, None), (3, 140, 4, 2, 20, None), (2, 193, 2, 2, 64, None), (2, 150, 2, 2, 128, 100), (3, 64, 3, 1, 16, 7),
+# B, S, H, Hkv, D, window: one key; rows of several ranges; grouped heads of odd sizes; windows within a range and
+# across ranges
+SHAPES = [(1, 1, 1, 1, 2, None), (3, 140, 4, 2, 20, None), (2, 193, 2, 2, 64, None), (2, 150, 2, 2, 128, 100),
+          (3, 64, 3, 1, 16, 7),
           (1, 129, 2, 2, 96, 1), (2, 129, 20, 1, 8, 100)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,10 +37,12 @@ def case(B: int, S: int, H: int, Hkv: int, D: int, dtype: torch.dtype, seed: int
     for room in rooms:
         room[:B] = torch.randn(B, S + 3, Hkv, D, generator=draw).masked_fill(unwritten[:, :, None, None], torch.nan)
     angles = 9 * torch.rand(B, 1, D // 2, generator=draw)
-    return [q, k, v, (angles.cos().to(device), angles.sin().to(device)), *(room.to(dtype).to(device) for room in rooms), at.to(device)]
+    return [q, k, v, (angles.cos().to(device), angles.sin().to(device)), *(room.to(dtype).to(device) for room in rooms),
+            at.to(device)]
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, at: Tensor, window: int | None
+def exact(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, at: Tensor,
+          window: int | None
           ) -> Tensor:
     """The definition in float64, a row and a head at a time. Query and key are rounded where they are kept."""
     B, _, H, D = q.shape
@@ -58,12 +70,14 @@ def check(run, shape: tuple, dtype: torch.dtype, seed: int, device: str = "cpu")
     *sizes, window = shape
     B, S = sizes[:2]
     q, k, v, rope, keys, values, at = case(*sizes, dtype, seed, device)
-    wanted = exact(*(t.cpu() for t in (q, k, v)), tuple(t.cpu() for t in rope), *(t.cpu() for t in (keys, values, at)), window)
+    wanted = exact(*(t.cpu() for t in (q, k, v)), tuple(t.cpu() for t in rope), *(t.cpu() for t in (keys, values, at)),
+                   window)
     left, right = (keys.clone(), values.clone()), (keys.clone(), values.clone())
-    twin = next_query_twin(q, k, v, rope, *(room[:B, :S] for room in left), at, window)
+    twin = append_and_attend_twin(q, k, v, rope, *(room[:B, :S] for room in left), at, window)
     got, *right = run(q, k, v, rope, *right, at, window, B, S)
     row = torch.arange(B, device=device)
-    assert torch.allclose(right[0][row, at], left[0][row, at], rtol=2 * torch.finfo(dtype).eps, atol=1e-6), "another key"
+    assert torch.allclose(right[0][row, at], left[0][row, at], rtol=2 * torch.finfo(dtype).eps,
+                          atol=1e-6), "another key"
     right[0][row, at] = left[0][row, at]
     for ours, theirs in zip(right, left):
         assert torch.equal(ours.nan_to_num(99.0), theirs.nan_to_num(99.0)), "the buffers differ from the twin's"
@@ -74,20 +88,20 @@ def check(run, shape: tuple, dtype: torch.dtype, seed: int, device: str = "cpu")
 
 
 def interpreted(q, k, v, rope, keys, values, at, window, B, S):
-    from nanochat.kernels.triton import one_query
+    from nanochat.kernels.decode_attention import triton as kernels
 
     def poisoned(*shape, **given) -> Tensor:
         return torch.full(shape[0] if len(shape) == 1 else shape, torch.nan, **given)
 
     empty, torch.empty = torch.empty, poisoned
     try:
-        return one_query.next_query(q, k, v, rope, keys[:B, :S], values[:B, :S], at, window), keys, values
+        return kernels.append_and_attend(q, k, v, rope, keys[:B, :S], values[:B, :S], at, window), keys, values
     finally:
         torch.empty = empty
 
 
 def chosen(q, k, v, rope, keys, values, at, window, B, S):
-    return next_query(q, k, v, rope, keys[:B, :S], values[:B, :S], at, window), keys, values
+    return append_and_attend(q, k, v, rope, keys[:B, :S], values[:B, :S], at, window), keys, values
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,7 +111,8 @@ def test_the_twin_is_attention_up_to_where_each_row_stands(shape, dtype):
     for seed in range(3):
         q, k, v, rope, keys, values, at = case(*sizes, dtype, seed)
         wanted, before = exact(q, k, v, rope, keys, values, at, window), keys.clone()
-        got = next_query_twin(q, k, v, rope, keys[:sizes[0], :sizes[1]], values[:sizes[0], :sizes[1]], at, window)
+        got = append_and_attend_twin(q, k, v, rope, keys[:sizes[0], :sizes[1]], values[:sizes[0], :sizes[1]], at,
+                                     window)
         assert (got - wanted).norm() <= 4 * torch.finfo(dtype).eps * wanted.norm()
         row = torch.arange(len(at))
         turned = rope_norm_twin(k, rope)[:, 0]
@@ -122,19 +137,22 @@ def test_the_kernels_compile_for_hopper(dtype, width, G, D):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanochat.kernels.triton import one_query
-    if not isinstance(one_query._spans, triton.JITFunction):
+    from nanochat.kernels.decode_attention import triton as kernels
+    if not isinstance(kernels._split, triton.JITFunction):
         pytest.skip("Triton interprets here")
-    span, N = one_query.sizes(1, 2048, 10, D, width)
+    split, N = kernels.sizes(1, 2048, 10, D, width)
     wide = triton.next_power_of_2(D)
-    kernels = {one_query._spans: {"G": G, "D": D, "SPAN": span, "N": N, "BLOCK_G": 1 if G == 1 else 16, "BLOCK_D": wide, "ONE": False},
-               one_query._join: {"H": 10, "D": D, "SPAN": span, "SPANS": 32, "BLOCK_D": wide}}
-    kinds = {"at": "*i64", "scale": "fp32"} | dict.fromkeys(("parts", "tops", "sums", "cos", "sin"), "*fp32") | dict.fromkeys(
+    constants_of = {kernels._split: {"SHARED": G, "D": D, "SPLIT": split, "N": N, "BLOCK_H": 1 if G == 1 else 16,
+                                     "BLOCK_D": wide, "ONE": False},
+               kernels._combine: {"H": 10, "D": D, "SPLIT": split, "SPLITS": 32, "BLOCK_D": wide}}
+    kinds = {"positions": "*i64", "scale": "fp32"} | dict.fromkeys(("parts", "tops", "sums", "cos", "sin"),
+                                                                   "*fp32") | dict.fromkeys(
         ("q", "k", "v", "keys", "values", "y"), "*" + dtype)
-    for kernel, constants in kernels.items():
+    for kernel, constants in constants_of.items():
         signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
         constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        compiled = triton.compile(ASTSource(kernel, signature=signature, constexprs=constexprs), target=GPUTarget("cuda", 90, 32))
+        compiled = triton.compile(ASTSource(kernel, signature=signature, constexprs=constexprs),
+                                  target=GPUTarget("cuda", 90, 32))
         assert "st.local" not in compiled.asm["ptx"] and compiled.metadata.shared < 100_000
 
 
@@ -144,3 +162,18 @@ def test_the_kernels_compile_for_hopper(dtype, width, G, D):
 def test_on_a_gpu_the_kernel_is_as_exact_as_the_twin(shape, dtype):
     for seed in range(3):
         assert check(chosen, shape, dtype, seed, "cuda") < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("B, H, G, D, S", [(1, 6, 6, 128, 100), (2, 6, 2, 16, 33), (1, 1, 1, 2, 1), (3, 4, 1, 32, 7)])
+def test_decode_attention_attends_like_torch(B, H, G, D, S, dtype):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(B, 1, H, D).to(dtype), torch.randn(B, S + 9, G,
+                                                             D).to(dtype), torch.randn(B, S + 9, G, D).to(dtype)
+    k[:, S:], v[:, S:] = torch.nan, torch.nan  # room that is not in use
+    k, v = k[:, :S], v[:, :S]
+    wanted = decode_attention_twin(q.double(), k.double(), v.double())
+    got = decode_attention(q, k, v)
+    assert got.dtype == dtype and got.shape == (B, 1, H, D)
+    assert (got - wanted).norm() < (0.02 if dtype == torch.bfloat16 else 1e-5) * wanted.norm()
+    assert torch.equal(got[:1], decode_attention(q[:1], k[:1], v[:1])), "what a row gets depends on the others"

@@ -1,6 +1,8 @@
-"""The Triton kernels of SLC2 against the twin and float64: on the GPU where there is one, else in Triton's interpreter on the CPU.
+"""The Triton kernels of SLC2 against the twin and float64: on the GPU where there is one, else in Triton's interpreter
+on the CPU.
 
-The interpreter must be chosen before triton is imported, so those tests run in a process of their own, which the first test starts.
+The interpreter must be chosen before triton is imported, so those tests run in a process of their own, which the first
+test starts.
 """
 
 import importlib.util
@@ -14,14 +16,14 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from nanochat.kernels.slc2 import columns, slc2_core_twin, slc2_mix, uses_triton
-from nanochat.kernels.slc2_step import slc2_step, slc2_step_twin
+from nanochat.kernels.slc2 import slc2_core_twin, slc2_mix, slc2_step, slc2_step_twin, split_columns, uses_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in the interpreter, started by the first test of this file")
+runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED,
+                          reason="runs in the interpreter, started by the first test of this file")
 
 
 def in_process(code_or_file: str | Path, **env: str) -> str:
@@ -45,13 +47,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nanochat.kernels.triton import slc2
+from nanochat.kernels.slc2 import triton as slc2
 
 x = torch.empty(32, 2048, 1280, dtype=torch.bfloat16, device="meta")
 heads = {"H": 10, "D": 128, "K": 3, "PAST": False}
 for kernel, constants in ((slc2._forward, heads | slc2._tile(slc2.FORWARD, x, 128)),
                           (slc2._backward, heads | slc2._tile(slc2.BACKWARD, x, 128)),
-                          (slc2._step, {"E": 1280, "D": 128, "K": 3, "BLOCK": slc2.STEP, "num_warps": 4, "enable_fp_fusion": True})):
+                          (slc2._step, {"E": 1280, "D": 128, "K": 3, "BLOCK": slc2.STEP, "num_warps": 4,
+                          "enable_fp_fusion": True})):
     options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -76,7 +79,8 @@ def test_the_kernels_compile_for_hopper_without_a_gpu():
 def case(draw: st.DataObject, *, T: st.SearchStrategy) -> tuple[dict, torch.Tensor]:
     """Random inputs as columns of one tensor with columns to spare, and dy; past, or None."""
     B, T, H, D, K, seed = (draw.draw(s, label) for s, label in (
-        (st.integers(1, 3), "B"), (T, "T"), (st.integers(1, 3), "H"), (st.sampled_from([1, 3, 8, 40]), "D"), (st.integers(1, 4), "K"),
+        (st.integers(1, 3), "B"), (T, "T"), (st.integers(1, 3), "H"), (st.sampled_from([1, 3, 8, 40]), "D"),
+        (st.integers(1, 4), "K"),
         (st.integers(0, 999), "seed")))
     dtype, other = (draw.draw(st.sampled_from([torch.float32, torch.bfloat16])) for _ in range(2))
     torch.manual_seed(seed)
@@ -87,7 +91,8 @@ def case(draw: st.DataObject, *, T: st.SearchStrategy) -> tuple[dict, torch.Tens
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
     taps = torch.randn(E, K).to(other).to(DEVICE)
     past = torch.randn(B, K - 1, E).to(other).to(DEVICE) if draw.draw(st.booleans(), "past") else None
-    return {"x": x, "B": gate, "A": A, "alpha": alpha, "taps": taps, "past": past}, torch.randn(B, T, E).to(dtype).to(DEVICE)
+    return {"x": x, "B": gate, "A": A, "alpha": alpha, "taps": taps,
+            "past": past}, torch.randn(B, T, E).to(dtype).to(DEVICE)
 
 
 def close(name: str, got: torch.Tensor, twin: torch.Tensor, exact: torch.Tensor) -> None:
@@ -104,7 +109,8 @@ def twin_of(inputs: dict, dy: torch.Tensor | None, dtype: torch.dtype) -> dict[s
     """y and all gradients by the twin, with everything in one dtype."""
     given = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items() if t is not None}
     y = slc2_core_twin(**given)
-    return {"y": y.detach()} | dict(zip(given, torch.autograd.grad(y, list(given.values()), dy.to(dtype)))) if y.numel() else {}
+    return {"y": y.detach()} | dict(zip(given, torch.autograd.grad(y, list(given.values()),
+                                                                   dy.to(dtype)))) if y.numel() else {}
 
 
 @has_triton
@@ -112,7 +118,7 @@ def twin_of(inputs: dict, dy: torch.Tensor | None, dtype: torch.dtype) -> dict[s
 @settings(max_examples=10, deadline=None, phases=[Phase.generate])
 @given(st.data())
 def test_forward_and_backward_are_as_near_to_float64_as_the_twin(draw):
-    from nanochat.kernels.triton import slc2
+    from nanochat.kernels.slc2 import triton as slc2
     inputs, dy = case(draw, T=st.sampled_from([1, 2, 3, 5, 17, 29]))
     x, past = inputs["x"], inputs["past"]
     twin, exact = (twin_of(inputs, dy, dtype) for dtype in (x.dtype, torch.float64))
@@ -135,10 +141,11 @@ def test_forward_and_backward_are_as_near_to_float64_as_the_twin(draw):
 @settings(max_examples=10, deadline=None, phases=[Phase.generate])
 @given(st.data())
 def test_the_step_is_as_near_to_float64_as_the_twin_and_moves_its_memory_on(draw):
-    from nanochat.kernels.triton import slc2
+    from nanochat.kernels.slc2 import triton as slc2
     inputs, _ = case(draw, T=st.just(1))
     if inputs["past"] is None:
-        inputs["past"] = torch.zeros(inputs["x"].shape[0], inputs["taps"].shape[1] - 1, inputs["x"].shape[2], device=DEVICE)
+        inputs["past"] = torch.zeros(inputs["x"].shape[0], inputs["taps"].shape[1] - 1, inputs["x"].shape[2],
+                                     device=DEVICE)
     room = torch.cat([inputs["past"], torch.full_like(inputs["past"][:1], float("nan"))])
     past = inputs["past"] = room[:-1]
     results = {}
@@ -155,9 +162,10 @@ def test_the_step_is_as_near_to_float64_as_the_twin_and_moves_its_memory_on(draw
 @has_triton
 @runs
 def test_chunks_behind_each_others_memory_are_one_sequence():
-    from nanochat.kernels.triton import slc2
+    from nanochat.kernels.slc2 import triton as slc2
     torch.manual_seed(0)
-    x, B, A, alpha, taps = (torch.randn(*shape, device=DEVICE) for shape in ((2, 9, 24), (2, 9, 24), (2, 9, 8), (2, 9, 3), (24, 3)))
+    x, B, A, alpha, taps = (torch.randn(*shape, device=DEVICE)
+                            for shape in ((2, 9, 24), (2, 9, 24), (2, 9, 8), (2, 9, 3), (24, 3)))
     whole, past, parts = slc2.forward(x, B, A, alpha, taps), torch.zeros(2, 2, 24, device=DEVICE), []
     for t in range(9):
         parts.append(slc2.step(*(s[:, t:t + 1] for s in (x, B, A, alpha)), taps, past))
@@ -170,12 +178,14 @@ def test_chunks_behind_each_others_memory_are_one_sequence():
 @has_triton
 @runs
 def test_many_programs_add_up_the_gradient_of_the_taps(monkeypatch):
-    from nanochat.kernels.triton import slc2
+    from nanochat.kernels.slc2 import triton as slc2
     monkeypatch.setattr(slc2, "SUMS", 2)  # each goes through several stretches of time
     torch.manual_seed(0)
     inputs = dict(zip(("x", "B", "A", "alpha", "taps"),
-                      (torch.randn(*shape, device=DEVICE) for shape in ((3, 90, 128), (3, 90, 128), (3, 90, 64), (3, 90, 2), (128, 3)))))
-    dy, gradients = torch.randn(3, 90, 128, device=DEVICE), [torch.full_like(t, float("nan")) for t in list(inputs.values())[:4]]
+                      (torch.randn(*shape, device=DEVICE)
+                       for shape in ((3, 90, 128), (3, 90, 128), (3, 90, 64), (3, 90, 2), (128, 3)))))
+    dy, gradients = torch.randn(3, 90, 128,
+                                device=DEVICE), [torch.full_like(t, float("nan")) for t in list(inputs.values())[:4]]
     exact = twin_of(inputs, dy, torch.float64)
     dtaps, _ = slc2.backward(dy, *inputs.values(), None, *gradients)
     torch.testing.assert_close(dtaps.double(), exact["taps"], rtol=1e-5, atol=1e-4)
@@ -186,7 +196,8 @@ def d20(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random z, taps and dy of the d20's sizes on the GPU, z and dy in bfloat16."""
     torch.manual_seed(0)
     return (torch.randn(B, T, 2704, device="cuda", dtype=torch.bfloat16, requires_grad=True),
-            torch.randn(1280, 3, device="cuda", requires_grad=True), torch.randn(B, T, 1280, device="cuda", dtype=torch.bfloat16))
+            torch.randn(1280, 3, device="cuda", requires_grad=True),
+            torch.randn(B, T, 1280, device="cuda", dtype=torch.bfloat16))
 
 
 @pytest.mark.gpu
@@ -196,7 +207,7 @@ def test_on_a_gpu_the_operator_is_near_float64_and_the_same_in_every_run(compile
     assert uses_triton(z)
     mix = torch.compile(slc2_mix, fullgraph=True) if compiled else slc2_mix
     exact_inputs = [t.detach().double().requires_grad_() for t in (z, taps)]
-    exact = slc2_core_twin(*columns(exact_inputs[0], 10, 128)[:4], exact_inputs[1])
+    exact = slc2_core_twin(*split_columns(exact_inputs[0], 10, 128)[:4], exact_inputs[1])
     wanted = exact, *torch.autograd.grad(exact, exact_inputs, dy.double())
     runs = []
     for _ in range(2):
@@ -209,7 +220,7 @@ def test_on_a_gpu_the_operator_is_near_float64_and_the_same_in_every_run(compile
 @pytest.mark.gpu
 def test_on_a_gpu_the_step_can_be_captured_in_a_graph():
     z, taps, _ = d20(4, 1)
-    parts, taps = columns(z.detach(), 10, 128)[:4], taps.detach()
+    parts, taps = split_columns(z.detach(), 10, 128)[:4], taps.detach()
     past, its = (torch.zeros(4, 2, 1280, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     slc2_step(*parts, taps, past)  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Attention on a CPU by our crate, of many queries with all gradients and of one, against its twin and float64."""
+"""attention/cpu.py, with all gradients, and decode_attention/cpu.py, against the twins and float64."""
 
 from functools import partial
 
@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat.kernels import native
 from nanochat.kernels.attention import attend, attend_twin
-from tests.test_native_kernels import no_worse, same_bits, strided, with_threads
+from nanochat.kernels.attention import cpu as attention
+from nanochat.kernels.cpu import cpukernels
+from nanochat.kernels.decode_attention.cpu import decode_attention
+from tests.test_kernels_cpu import no_worse, same_bits, strided, with_threads
 
-pytestmark = pytest.mark.skipif(native.cpukernels is None, reason="cpukernels is not built here; dev/setup.sh builds it")
+pytestmark = pytest.mark.skipif(cpukernels is None, reason="cpukernels is not built here; dev/setup.sh builds it")
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -31,8 +33,8 @@ def by_twin(inputs: list[Tensor], window: int | None, dtype: torch.dtype) -> lis
 def ours(inputs: list[Tensor], window: int | None = None) -> list[Tensor]:
     """y, dq, dk, dv, and the sums."""
     q, k, v, dy = inputs
-    y, sums = native.attention_forward(q, k, v, window)
-    return [y, *native.attention_backward(dy, q, k, v, y, sums, window), sums]
+    y, sums = attention.forward(q, k, v, window)
+    return [y, *attention.backward(dy, q, k, v, y, sums, window), sums]
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +57,15 @@ def test_attention_and_its_gradients_are_as_exact_as_the_twins(B, T, H, G, D, dt
         got = with_threads(1 + T % 2, partial(ours, inputs, window))
         for name, a, b, c in zip(("y", "dq", "dk", "dv"), got, twin, exact):
             if name in ("dq", "dk") and min(window or T, T) <= (2 if dtype == torch.float32 else 1):
-                torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-6)  # sums over D cancel out: their rounding is what is left
+                # sums over D cancel out: their rounding is what is left
+                torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-6)
             else:
                 no_worse(a, b, c, f"{name}, window {window}")
         seen = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - (window or T))
-        scores = inputs[0].double().transpose(1, 2) @ inputs[1].double().transpose(1, 2).repeat_interleave(H // G, 1).mT / D ** 0.5
-        torch.testing.assert_close(got[4].double(), scores.masked_fill(~seen, float("-inf")).logsumexp(-1), atol=2e-6, rtol=1e-6)
+        scores = inputs[0].double().transpose(1,
+                                              2) @ inputs[1].double().transpose(1, 2).repeat_interleave(H // G, 1).mT / D ** 0.5
+        torch.testing.assert_close(got[4].double(), scores.masked_fill(~seen, float("-inf")).logsumexp(-1), atol=2e-6,
+                                   rtol=1e-6)
 
 
 @both_dtypes
@@ -90,7 +95,7 @@ def test_row_alone_is_the_row_in_a_batch_and_a_beginning_alone_is_that_of_the_ro
     for b in range(4):
         assert same_bits([t[b:b + 1] for t in together], ours([t[b:b + 1] for t in inputs], window))
     for T in (1, 2, 64, 65, 130, 199):
-        y, sums = native.attention_forward(*(t[:, :T] for t in inputs[:3]), window)
+        y, sums = attention.forward(*(t[:, :T] for t in inputs[:3]), window)
         assert same_bits([y, sums], [together[0][:, :T].contiguous(), together[4][:, :, :T].contiguous()])
 
 
@@ -107,9 +112,9 @@ def test_nan_reaches_those_who_see_it_and_no_block_before():
     q, k, v, _ = draw(1, 200, 2, 2, 16, torch.float32)
     v = v.clone()
     v[0, 100, 0, 3] = float("nan")
-    y, _ = native.attention_forward(q, k, v)
+    y, _ = attention.forward(q, k, v)
     assert y[0, 100:, 0, 3].isnan().all() and y[0, :100].isfinite().all() and y[0, :, 1].isfinite().all()
-    y, _ = native.attention_forward(q, k, v, 20)
+    y, _ = attention.forward(q, k, v, 20)
     assert y[0, 100:120, 0, 3].isnan().all() and y[0, 128:].isfinite().all()
 
 
@@ -121,16 +126,17 @@ def test_nothing_in_nothing_out():
 
 def test_what_does_not_fit_together_is_refused():
     q, k, v, dy = draw(1, 8, 4, 2, 8, torch.float32)
-    y, sums = native.attention_forward(q, k, v)
+    y, sums = attention.forward(q, k, v)
     turned = k.transpose(2, 3).contiguous().transpose(2, 3)
-    for wrong in ((q, k[:, :7], v), (q, k, v[..., :7]), (q[:, :, :3], k, v), (q, k.bfloat16(), v), (q, turned, v), (q[0], k[0], v[0])):
+    for wrong in ((q, k[:, :7], v), (q, k, v[..., :7]), (q[:, :, :3], k, v), (q, k.bfloat16(), v), (q, turned, v),
+                  (q[0], k[0], v[0])):
         with pytest.raises(ValueError):
-            native.attention_forward(*wrong)
+            attention.forward(*wrong)
     with pytest.raises(ValueError):
-        native.attention_forward(q, k, v, 0)
+        attention.forward(q, k, v, 0)
     for given in ((dy[:, :7], q, k, v, y, sums), (dy, q, k, v, y.double(), sums), (dy, q, k, v, y, sums[:, :3])):
         with pytest.raises(ValueError):
-            native.attention_backward(*given)
+            attention.backward(*given)
 
 
 @both_dtypes
@@ -141,12 +147,13 @@ def test_attend_has_its_twins_gradients(dtype):
     assert same_bits([y.detach(), *torch.autograd.grad(y, leaves, inputs[3])], ours(inputs, 33)[:4])
 
 
-# ---- one query a row
+# ---- the decode step
 
 
 def one_by_twin(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
     first = [0 if window is None else max(0, n - window) for n in lengths]
-    return torch.cat([attend_twin(q[b:b + 1], k[b:b + 1, i:n], v[b:b + 1, i:n]) for b, (i, n) in enumerate(zip(first, lengths))])
+    return torch.cat([attend_twin(q[b:b + 1], k[b:b + 1, i:n], v[b:b + 1, i:n])
+                      for b, (i, n) in enumerate(zip(first, lengths))])
 
 
 def draw_one(lengths: list[int], H: int, G: int, D: int, dtype: torch.dtype) -> list[Tensor]:
@@ -160,33 +167,35 @@ def draw_one(lengths: list[int], H: int, G: int, D: int, dtype: torch.dtype) -> 
 
 
 @both_dtypes
-@pytest.mark.parametrize("lengths, H, G, D", [([1], 1, 1, 1), ([1, 2, 15, 16, 17], 4, 2, 16), ([127, 128, 129], 3, 1, 13),
+@pytest.mark.parametrize("lengths, H, G, D",
+                         [([1], 1, 1, 1), ([1, 2, 15, 16, 17], 4, 2, 16), ([127, 128, 129], 3, 1, 13),
                                               ([700, 1], 6, 6, 128), ([257, 400], 2, 2, 40)])
-def test_one_query_is_as_exact_as_its_twin_and_reads_nothing_behind_the_row(lengths, H, G, D, dtype):
+def test_decode_attention_is_as_exact_as_its_twin_and_reads_nothing_behind_the_row(lengths, H, G, D, dtype):
     q, k, v = draw_one(lengths, H, G, D, dtype)
     for window in (None, 1, 5, 128, 300):
         exact = one_by_twin(q.double(), k.double(), v.double(), lengths, window)
-        no_worse(with_threads(2, partial(native.one_query, q, k, v, lengths, window)), one_by_twin(q, k, v, lengths, window), exact)
+        no_worse(with_threads(2, partial(decode_attention, q, k, v, lengths, window)),
+                 one_by_twin(q, k, v, lengths, window), exact)
 
 
 @both_dtypes
-def test_one_query_hangs_on_nothing_but_its_row(dtype):
+def test_decode_attention_hangs_on_nothing_but_its_row(dtype):
     lengths = [300, 1, 129, 515]
     q, k, v = draw_one(lengths, 4, 2, 24, dtype)
     for window in (None, 140):
-        together = with_threads(1, partial(native.one_query, q, k, v, lengths, window))
+        together = with_threads(1, partial(decode_attention, q, k, v, lengths, window))
         for n in (2, 3, 5):
-            assert same_bits([together], [with_threads(n, partial(native.one_query, q, k, v, lengths, window))])
+            assert same_bits([together], [with_threads(n, partial(decode_attention, q, k, v, lengths, window))])
         for b, n in enumerate(lengths):
-            alone = native.one_query(q[b:b + 1], k[b:b + 1, :n], v[b:b + 1, :n], window=window)
+            alone = decode_attention(q[b:b + 1], k[b:b + 1, :n], v[b:b + 1, :n], window=window)
             assert same_bits([alone], [together[b:b + 1]])
 
 
-def test_one_query_refuses_lengths_that_the_buffer_lacks():
+def test_decode_attention_refuses_lengths_that_the_buffer_lacks():
     q, k, v = draw_one([5, 5], 2, 1, 8, torch.float32)
     for lengths in ([5], [5, 0], [5, 9]):
         with pytest.raises(ValueError, match="length"):
-            native.one_query(q, k, v, lengths)
+            decode_attention(q, k, v, lengths)
     for wrong in ((q, k[:1], v[:1]), (q.expand(2, 2, 2, 8), k, v), (q, k, v[:, :4])):
         with pytest.raises(ValueError):
-            native.one_query(*wrong)
+            decode_attention(*wrong)

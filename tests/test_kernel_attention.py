@@ -1,4 +1,7 @@
-"""Attention: every way of doing it that runs here against its twin, and against float64; sliding windows through the state."""
+"""nanochat.kernels.attention: every path that runs here against the twin and float64; windows through the KV cache.
+
+tests/test_kernel_attention_cpu.py has the CPU kernels.
+"""
 
 import sys
 import types
@@ -9,7 +12,7 @@ import torch.nn.functional as F
 
 from nanochat.engine.cuda_graphs import Fixed
 from nanochat.gpt import GPTConfig
-from nanochat.kernels import attention, native
+from nanochat.kernels import attention, cpu
 from nanochat.kernels.attention import FLASH3, NATIVE, PYTORCH, attend, attend_twin, path
 from tests.helpers import small_model
 
@@ -17,9 +20,11 @@ from tests.helpers import small_model
 def draw(B, T, H, G, D, dtype, seed=0, device="cpu"):
     """q, k, v, dy: columns of one tensor each, as a joined projection gives them; q and k normalised as the model's are."""
     torch.manual_seed(seed)
-    q, k, v = torch.randn(B, T, (H + 2 * G) * D + 16)[..., :(H + 2 * G) * D].unflatten(-1, (-1, D)).split([H, G, G], dim=2)
+    q, k, v = torch.randn(B, T, (H + 2 * G) * D + 16)[...,
+                                                      :(H + 2 * G) * D].unflatten(-1, (-1, D)).split([H, G, G], dim=2)
     z = torch.cat([F.rms_norm(q, (D,)), F.rms_norm(k, (D,)), v], dim=2).flatten(2)
-    z = F.pad(z, (0, 16)).to(device, dtype)  # rows longer than their columns: strides that nothing can take for contiguous
+    # rows longer than their columns: strides that nothing can take for contiguous
+    z = F.pad(z, (0, 16)).to(device, dtype)
     dy = torch.randn(B, T, 2 * H, D).to(device, dtype)[:, :, ::2]
     q, k, v = z[..., :-16].unflatten(-1, (-1, D)).split([H, G, G], dim=2)
     assert not q.is_contiguous() or B == T == 1
@@ -41,10 +46,10 @@ def far(got, exact):
 def test_path_is_ours_on_a_cpu_and_torchs_for_masks_and_what_ours_is_not_for(monkeypatch):
     q = torch.randn(1, 9, 2, 8)
     mask = torch.ones(9, 9, dtype=torch.bool)
-    assert path(q) == path(q.bfloat16()) == (PYTORCH if native.cpukernels is None else NATIVE)
+    assert path(q) == path(q.bfloat16()) == (PYTORCH if cpu.cpukernels is None else NATIVE)
     assert path(q, mask=mask) == path(q, causal=False) == path(q.double()) == path(q.mT.contiguous().mT) == PYTORCH
     assert path(q, q.mT.contiguous().mT, q) == PYTORCH
-    monkeypatch.setattr(native, "cpukernels", None)
+    monkeypatch.setattr(cpu, "cpukernels", None)
     assert path(q) == PYTORCH
 
 
@@ -53,7 +58,7 @@ def test_path_is_ours_on_a_cpu_and_torchs_for_masks_and_what_ours_is_not_for(mon
 @pytest.mark.parametrize("T, window", [(1, None), (1, 1), (5, None), (33, 1), (33, 2), (33, 7), (33, 40)])
 def test_attention_is_the_twin_in_training_and_evaluation_whether_the_crate_is_built_or_not(T, window, dtype, built, monkeypatch):
     if not built:
-        monkeypatch.setattr(native, "cpukernels", None)
+        monkeypatch.setattr(cpu, "cpukernels", None)
     q, k, v, dy = draw(2, T, 4, 2, 16, dtype)
     with torch.inference_mode():  # first: what it keeps must do for training
         quiet = attend(q, k, v, causal=True, window=window)
@@ -73,7 +78,8 @@ def test_a_mask_says_which_keys_count():
 
 def test_what_makes_no_sense_is_refused():
     q, k, v, _ = draw(1, 4, 2, 2, 8, torch.float32)
-    for options in ({"causal": True, "mask": torch.ones(4, 4, dtype=torch.bool)}, {"window": 3}, {"causal": True, "window": 0}):
+    for options in ({"causal": True, "mask": torch.ones(4, 4, dtype=torch.bool)}, {"window": 3},
+                    {"causal": True, "window": 0}):
         with pytest.raises(ValueError):
             attend(q, k, v, **options)
     with pytest.raises(ValueError):
@@ -118,7 +124,8 @@ def test_a_window_over_rows_of_different_lengths_is_that_of_each_row(window):
                     torch.testing.assert_close(logits[b, :n], whole[b, done[b]:done[b] + n], atol=2e-5, rtol=1e-4)
                     done[b] += n
             at = torch.tensor(done)
-            logits = model(ids[range(3), done][:, None], state=Fixed(state, state.capacity, at))  # as a captured step does
+            # as a captured step does
+            logits = model(ids[range(3), done][:, None], state=Fixed(state, state.capacity, at))
             torch.testing.assert_close(logits[:, 0], whole[range(3), done], atol=2e-5, rtol=1e-4)
 
 
@@ -126,8 +133,8 @@ def test_a_window_trains_through_ours_as_through_torch(monkeypatch):
     model = small_model(window=20, sequence_len=128)
     ids = torch.randint(97, (2, 101))
     gradients = []
-    for crate in (native.cpukernels, None):
-        monkeypatch.setattr(native, "cpukernels", crate)
+    for crate in (cpu.cpukernels, None):
+        monkeypatch.setattr(cpu, "cpukernels", crate)
         loss = model(ids[:, :-1], ids[:, 1:])
         gradients.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for a, b in zip(*gradients):
@@ -150,7 +157,8 @@ def stand_in(monkeypatch, custom):
     """A module that only notes how it is called and answers with the twin: FlashAttention 3 itself needs a Hopper GPU."""
     calls = []
 
-    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None,
+                        v_descale=None,
                         window_size=(-1, -1)):
         calls.append((causal, window_size))
         return attend_twin(q, k, v, causal=causal, window=None if window_size == (-1, -1) else window_size[0] + 1)
@@ -164,7 +172,8 @@ def stand_in(monkeypatch, custom):
     monkeypatch.setattr(attention, "_flash_attn_func", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     load = attention._load_flash3.__wrapped__
-    monkeypatch.setattr(attention, "_flash3", torch.compiler.assume_constant_result(lambda device: load(torch.device("cuda"))))
+    monkeypatch.setattr(attention, "_flash3",
+                        torch.compiler.assume_constant_result(lambda device: load(torch.device("cuda"))))
     return calls
 
 
@@ -184,7 +193,8 @@ def test_flash_attention_3_is_called_as_it_wants_to_be(monkeypatch):
     assert path(q) == FLASH3 != path(q.float()) and path(q, mask=torch.ones(9, 9, dtype=torch.bool)) == PYTORCH
     assert path(q.new_zeros(1, 9, 2, 264)) != FLASH3
     for window, wanted in ((None, (-1, -1)), (1, (0, 0)), (4, (3, 0)), (9, (-1, -1))):
-        assert torch.equal(attend(q, k, v, causal=True, window=window), attend_twin(q, k, v, causal=True, window=window))
+        assert torch.equal(attend(q, k, v, causal=True, window=window),
+                           attend_twin(q, k, v, causal=True, window=window))
         assert calls.pop() == (True, wanted)
     attend(q, k, v)
     assert calls.pop() == (False, (-1, -1))
@@ -195,7 +205,8 @@ def test_flash_attention_3_is_called_as_it_wants_to_be(monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_path_of_a_gpu_errs_from_float64_as_the_twin_does(dtype, compiled):
     way = torch.compile(attend, dynamic=False) if compiled else attend
-    for *shape, window in ((2, 256, 2, 2, 128, None), (3, 97, 4, 2, 64, None), (2, 515, 6, 2, 128, 100), (1, 64, 2, 1, 32, 1)):
+    for *shape, window in ((2, 256, 2, 2, 128, None), (3, 97, 4, 2, 64, None), (2, 515, 6, 2, 128, 100),
+                           (1, 64, 2, 1, 32, 1)):
         inputs = draw(*shape, dtype, device="cuda")
         options = {"causal": True, "window": window}
         exact = answers(attend_twin, *(x.double() for x in inputs), **options)

@@ -1,12 +1,25 @@
-"""The operator of SLC2's core over the joined projection, on the CPU: numbers, gradients, and how compilers and checkpointing see it."""
+"""nanochat.kernels.slc2 in plain PyTorch and with the CPU kernels: numbers, gradients, compilers and checkpointing.
+
+tests/test_kernel_slc2_triton.py has the GPU kernels, tests/test_kernels_cpu.py the functions of slc2/cpu.py.
+"""
 
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.kernels import slc2
-from nanochat.kernels.slc2 import columns, slc2_core_twin, slc2_mix
-from nanochat.kernels.slc2_step import slc2_step, slc2_step_twin
+from nanochat.kernels import cpu
+from nanochat.kernels.slc2 import (
+    causal_conv_step,
+    causal_conv_step_twin,
+    slc2_core_twin,
+    slc2_mix,
+    slc2_step,
+    slc2_step_twin,
+    split_columns,
+)
 
 H, D, PADDING = 3, 8, 5
 E = H * D
@@ -15,8 +28,8 @@ E = H * D
 @pytest.fixture(params=["plain", "native"], autouse=True)
 def backend(request, monkeypatch):
     if request.param == "plain":
-        monkeypatch.setattr(slc2.native, "ready", lambda *tensors: False)
-    elif not slc2.native.ready(torch.ones(1)):
+        monkeypatch.setattr(cpu, "ready", lambda *tensors: False)
+    elif not cpu.ready(torch.ones(1)):
         pytest.skip("the CPU kernels are not built")
 
 
@@ -33,7 +46,7 @@ def gradients(y: torch.Tensor, given: list[torch.Tensor | None]) -> tuple[torch.
 
 
 def twin(z: torch.Tensor, taps: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
-    return slc2_core_twin(*columns(z, H, D)[:4], taps, past)
+    return slc2_core_twin(*split_columns(z, H, D)[:4], taps, past)
 
 
 def mix(z: torch.Tensor, taps: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
@@ -89,7 +102,8 @@ def test_any_strides_are_taken():
     given = [z.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(), taps, past]
     y = slc2_mix(*given, n_head=H, head_width=D)
     torch.testing.assert_close(y, twin(z, taps, past))
-    for got, like in zip(torch.autograd.grad(y.sum(), given), torch.autograd.grad(twin(*given).sum(), given), strict=True):
+    for got, like in zip(torch.autograd.grad(y.sum(), given), torch.autograd.grad(twin(*given).sum(), given),
+                         strict=True):
         torch.testing.assert_close(got, like)
 
 
@@ -110,6 +124,56 @@ def test_a_step_is_its_twins_and_moves_the_memory_on(state):
     z, taps, past = inputs(1, past=True)
     ours, its = past.detach().to(state, copy=True), past.detach().to(state, copy=True)
     with torch.no_grad():
-        parts = columns(z, H, D)[:4]
-        torch.testing.assert_close(slc2_step(*parts, taps, ours), slc2_step_twin(*parts, taps, its), rtol=1e-2, atol=1e-2)
+        parts = split_columns(z, H, D)[:4]
+        torch.testing.assert_close(slc2_step(*parts, taps, ours), slc2_step_twin(*parts, taps, its), rtol=1e-2,
+                                   atol=1e-2)
     torch.testing.assert_close(ours, its)
+
+
+@settings(max_examples=30, deadline=None)
+@drawn(B=st.integers(1, 3), T=st.integers(1, 9), H=st.integers(1, 3), D=st.integers(1, 5), K=st.integers(1, 4),
+       seed=st.integers(0, 99))
+def test_slc2_mix_and_its_backward_are_those_of_the_twin(B, T, H, D, K, seed):
+    torch.manual_seed(seed)
+    E = H * D
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+              for shape in ((B, T, E), (B, T, E), (B, T, D), (B, T, H), (E, K))]
+    dy = torch.randn(B, T, E, dtype=torch.float64)
+    twin = slc2_core_twin(*inputs)
+    mixed = slc2_mix(torch.cat(inputs[:4], dim=-1), inputs[4], n_head=H, head_width=D)
+    torch.testing.assert_close(mixed, twin, rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(torch.autograd.grad(mixed, inputs, dy), torch.autograd.grad(twin, inputs, dy)):
+        # the taps' gradient is summed in float32
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-5 if wanted.shape == (E, K) else 1e-9)
+
+
+def test_slc2_core_is_the_formula_written_out():
+    torch.manual_seed(0)
+    T, H, D, K = 6, 2, 3, 3
+    E = H * D
+    x, B, A, alpha, taps = torch.randn(1, T, E), torch.randn(1, T,
+                                                             E), torch.randn(1, T, D), torch.randn(1, T, H), torch.randn(E, K)
+    silu = torch.nn.functional.silu
+    wanted = torch.zeros(T, E)
+    for t in range(T):
+        for h in range(H):
+            for d in range(D):
+                e, c = h * D + d, 0.0
+                for j in range(K):
+                    s = t - (K - 1) + j
+                    if s >= 0:
+                        c += taps[e, j] * silu(silu(alpha[0, s, h]) * A[0, s, d]) * x[0, s, e]
+                wanted[t, e] = B[0, t, e] * silu(c)
+    torch.testing.assert_close(slc2_core_twin(x, B, A, alpha, taps)[0], wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@drawn(B=st.integers(1, 3), E=st.integers(1, 9), K=st.integers(1, 4),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+       state=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99))
+def test_the_causal_conv_step_is_its_twins_to_the_last_bit(B, E, K, dtype, state, seed):
+    torch.manual_seed(seed)
+    u, taps, room = torch.randn(B, 1, E).to(dtype), torch.randn(E, K).to(dtype), torch.randn(B + 1, K - 1, E).to(state)
+    ours, theirs = room.clone(), room.clone()
+    assert torch.equal(causal_conv_step(u, taps, ours[:B]), causal_conv_step_twin(u, taps, theirs[:B]))
+    assert torch.equal(ours, theirs) and torch.equal(ours[B], room[B]), "another row's memory was written"

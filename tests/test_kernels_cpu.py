@@ -1,17 +1,26 @@
-"""The CPU kernels of our Rust crate against their twins and against float64: every result no less exact than the twin's."""
+"""The CPU kernels of slc2, cross_entropy, rms_norm, rope_norm and relu2 against their twins and float64.
+
+Also covers kernels/cpu.py and dispatch.py, and the operations rms_norm and rope_norm as a whole; the CPU kernels of
+attention are in tests/test_kernel_attention_cpu.py. No result may be less exact than the twin's.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
-from nanochat.kernels import native
+from nanochat.kernels import cpu, dispatch
 from nanochat.kernels.cross_entropy import head_loss_twin
+from nanochat.kernels.cross_entropy.cpu import softcapped_cross_entropy_
+from nanochat.kernels.relu2 import cpu as relu2_cpu
 from nanochat.kernels.relu2 import relu_squared, relu_squared_twin
+from nanochat.kernels.rms_norm import cpu as rms_norm_cpu
 from nanochat.kernels.rms_norm import rms_norm, rms_norm_twin
+from nanochat.kernels.rope_norm import cpu as rope_norm_cpu
 from nanochat.kernels.rope_norm import rope_norm, rope_norm_twin
-from nanochat.kernels.slc2 import causal_taps, gated_input
+from nanochat.kernels.slc2 import causal_conv, gated_input
+from nanochat.kernels.slc2 import cpu as slc2_cpu
 
-pytestmark = pytest.mark.skipif(native.cpukernels is None, reason="cpukernels is not built here; dev/setup.sh builds it")
+pytestmark = pytest.mark.skipif(cpu.cpukernels is None, reason="cpukernels is not built here; dev/setup.sh builds it")
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -30,7 +39,8 @@ def strided(t: Tensor, extra: int = 3) -> Tensor:
 def no_worse(ours: Tensor, twin: Tensor, exact: Tensor, name: str = "", size: Tensor | None = None) -> None:
     """Beside float64, ours errs at most 1.5 times as much as the twin in the mean, and 3 times as much at its worst.
 
-    The noise of few numbers is let pass: some roundings of the largest, or of the largest term, `size`, where terms cancel out.
+    The noise of few numbers is let pass: some roundings of the largest, or of the largest term, `size`, where terms
+    cancel out.
     """
     if not exact.numel():
         return
@@ -94,7 +104,7 @@ def test_softcapped_is_as_exact_as_its_twin(dtype, n, V, scale, threads):
     exact, exact_grad = loss_and_gradient(z, targets, factors.double(), torch.float64)
     twin, twin_grad = loss_and_gradient(z, targets, factors, dtype)
     ours, losses = strided(z), poison(n)
-    native.softcapped_(ours, targets, factors, losses)
+    softcapped_cross_entropy_(ours, targets, factors, losses)
     no_worse(losses, twin, exact, "loss")
     no_worse(ours, twin_grad, exact_grad, "gradient")
     assert not losses[targets == -1].any() and not ours[targets == -1].any()
@@ -104,7 +114,7 @@ def test_softcapped_is_as_exact_as_its_twin(dtype, n, V, scale, threads):
 def test_softcapped_is_the_head_loss():
     z, targets, _ = loss_inputs(9, 31, torch.float32)
     losses = poison(9)
-    native.softcapped_(z, targets, None, losses, want_grad=False)
+    softcapped_cross_entropy_(z, targets, None, losses, want_grad=False)
     torch.testing.assert_close(losses, head_loss_twin(z, torch.eye(31), targets, "none"))
 
 
@@ -112,16 +122,16 @@ def test_softcapped_is_the_head_loss():
 def test_softcapped_leaves_the_logits_where_no_gradient_is_wanted(dtype):
     z, targets, factors = loss_inputs(9, 700, dtype)
     kept, losses, again = z.clone(), poison(9), poison(9)
-    native.softcapped_(z, targets, None, losses, want_grad=False)
+    softcapped_cross_entropy_(z, targets, None, losses, want_grad=False)
     assert same_bits([z], [kept])
-    native.softcapped_(z, targets, factors, again)
+    softcapped_cross_entropy_(z, targets, factors, again)
     assert same_bits([losses], [again])  # the factors are the gradient's alone
 
 
 def test_softcapped_of_infinite_logits_is_finite_and_of_nan_is_nan():
     z = torch.tensor([[float("inf"), 1.0, float("-inf")], [float("nan"), 1.0, 2.0], [3e38, -3e38, 0.0]])
     losses = poison(3)
-    native.softcapped_(z, torch.tensor([1, 1, 1]), None, losses)
+    softcapped_cross_entropy_(z, torch.tensor([1, 1, 1]), None, losses)
     assert losses[0].isfinite() and z[0].isfinite().all() and losses[1].isnan() and z[1].isnan().all()
     assert losses[2].isfinite() and z[2].isfinite().all()
 
@@ -132,7 +142,7 @@ def test_softcapped_refuses_a_target_outside_the_vocabulary_and_writes_nothing(w
     kept, losses = z.clone(), poison(7)
     targets[6] = wrong
     with pytest.raises(IndexError, match="13 tokens"):
-        native.softcapped_(z, targets, factors, losses)
+        softcapped_cross_entropy_(z, targets, factors, losses)
     assert torch.equal(z, kept) and losses.isnan().all()
 
 
@@ -149,7 +159,7 @@ def slc2_inputs(b: int, T: int, H: int, D: int, K: int, dtype: torch.dtype, past
 
 
 def slc2_twin(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor | None) -> Tensor:
-    return B * torch.nn.functional.silu(causal_taps(gated_input(x, A, alpha), taps, past))
+    return B * torch.nn.functional.silu(causal_conv(gated_input(x, A, alpha), taps, past))
 
 
 def slc2_gradients(inputs, dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -158,18 +168,19 @@ def slc2_gradients(inputs, dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [t.grad for t in leaves if t is not None]
 
 
-def native_gradients(inputs, dy: Tensor) -> list[Tensor]:
+def cpu_gradients(inputs, dy: Tensor) -> list[Tensor]:
     """dx, dB, dA, dalpha, dtaps and dpast, the first four columns of one poisoned buffer."""
     x, B, A, alpha = inputs[:4]
     widths = [t.shape[-1] for t in (x, B, A, alpha)]
     buffer = poison(*x.shape[:2], sum(widths) + 4, dtype=x.dtype)
     outputs = buffer.split([*widths, 4], dim=-1)
-    dtaps, dpast = native.slc2_backward(dy, *inputs, *outputs[:4])
+    dtaps, dpast = slc2_cpu.backward(dy, *inputs, *outputs[:4])
     assert outputs[4].isnan().all()
     return [*outputs[:4], dtaps] + ([] if dpast is None else [dpast])
 
 
-SHAPES = [(1, 1, 1, 1, 1), (2, 1, 3, 5, 3), (3, 2, 2, 7, 4), (2, 65, 2, 20, 3), (1, 130, 3, 33, 2), (2, 200, 2, 64, 4), (1, 70, 2, 16, 6)]
+SHAPES = [(1, 1, 1, 1, 1), (2, 1, 3, 5, 3), (3, 2, 2, 7, 4), (2, 65, 2, 20, 3), (1, 130, 3, 33, 2), (2, 200, 2, 64, 4),
+          (1, 70, 2, 16, 6)]
 
 
 @both_dtypes
@@ -179,9 +190,10 @@ def test_slc2_is_as_exact_as_its_twin(dtype, shape, past, threads):
     inputs = slc2_inputs(*shape, dtype, past)
     dy = strided(torch.randn(inputs[0].shape).to(dtype))
     exact = slc2_twin(*(None if t is None else t.double() for t in inputs))
-    no_worse(native.slc2_forward(*inputs), slc2_twin(*inputs), exact, "y")
+    no_worse(slc2_cpu.forward(*inputs), slc2_twin(*inputs), exact, "y")
     names = ["dx", "dB", "dA", "dalpha", "dtaps", "dpast"]
-    ours, twin, exact = native_gradients(inputs, dy), slc2_gradients(inputs, dy, dtype), slc2_gradients(inputs, dy, torch.float64)
+    ours, twin, exact = cpu_gradients(inputs, dy), slc2_gradients(inputs, dy,
+                                                                  dtype), slc2_gradients(inputs, dy, torch.float64)
     assert len(ours) == len(exact) == 5 + past
     for each in zip(ours, twin, exact, names):
         no_worse(*each)
@@ -193,22 +205,23 @@ def test_slc2_takes_taps_and_past_of_another_dtype(dtype):
     other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
     taps, past = taps.to(other), past.to(other)
     exact = slc2_twin(*(t.double() for t in (x, B, A, alpha, taps, past)))
-    torch.testing.assert_close(native.slc2_forward(x, B, A, alpha, taps, past).double(), exact, rtol=1e-2, atol=1e-2)
-    gradients = native_gradients((x, B, A, alpha, taps, past), torch.ones_like(x))
+    torch.testing.assert_close(slc2_cpu.forward(x, B, A, alpha, taps, past).double(), exact, rtol=1e-2, atol=1e-2)
+    gradients = cpu_gradients((x, B, A, alpha, taps, past), torch.ones_like(x))
     assert gradients[4].dtype == torch.float32 and gradients[5].dtype == other
 
 
 def test_slc2_in_pieces_is_slc2_in_one_to_the_last_bit():
     x, B, A, alpha, taps, past = slc2_inputs(2, 150, 2, 12, 3, torch.float32, True)
-    whole = native.slc2_forward(x, B, A, alpha, taps, past)
+    whole = slc2_cpu.forward(x, B, A, alpha, taps, past)
     state, pieces = past.clone(), []
     for cut in (slice(0, 70), *(slice(t, t + 1) for t in range(70, 80)), slice(80, 150)):
         piece = [t[:, cut] for t in (x, B, A, alpha)]
         if cut.stop - cut.start == 1:
-            pieces.append(native.slc2_step(*piece, taps, state))
+            pieces.append(slc2_cpu.step(*piece, taps, state))
         else:
-            pieces.append(native.slc2_forward(*piece, taps, state))
-            state = torch.cat([state, gated_input(*(t.double() for t in (piece[0], piece[2], piece[3]))).float()], dim=1)[:, -2:]
+            pieces.append(slc2_cpu.forward(*piece, taps, state))
+            state = torch.cat([state, gated_input(*(t.double() for t in (piece[0], piece[2], piece[3]))).float()],
+                              dim=1)[:, -2:]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=2e-6, atol=2e-6)
 
 
@@ -218,12 +231,13 @@ def test_step_is_the_last_row_of_forward_and_moves_the_past_on(dtype, K, threads
     x, B, A, alpha, taps, past = slc2_inputs(5, 8, 3, 17, K, dtype, True)
     state = strided(past.float())
     for t in range(8):
-        y = native.slc2_step(*(a[:, t:t + 1] for a in (x, B, A, alpha)), taps, state)
-        assert same_bits([y[:, 0]], [native.slc2_forward(*(a[:, :t + 1] for a in (x, B, A, alpha)), taps, past)[:, -1].contiguous()])
+        y = slc2_cpu.step(*(a[:, t:t + 1] for a in (x, B, A, alpha)), taps, state)
+        assert same_bits([y[:, 0]],
+                         [slc2_cpu.forward(*(a[:, :t + 1] for a in (x, B, A, alpha)), taps, past)[:, -1].contiguous()])
     u = gated_input(*(a.double() for a in (x, A, alpha)))
     torch.testing.assert_close(state.double(), torch.cat([past.double(), u], dim=1)[:, 8:], rtol=1e-6, atol=1e-6)
     half = past.to(torch.bfloat16, copy=True)
-    native.slc2_step(*(a[:, :1] for a in (x, B, A, alpha)), taps, half)
+    slc2_cpu.step(*(a[:, :1] for a in (x, B, A, alpha)), taps, half)
     expected = torch.cat([past.double(), u[:, :1]], dim=1)[:, 1:]
     torch.testing.assert_close(half.double(), expected, rtol=2 ** -8, atol=1e-30)
 
@@ -240,9 +254,9 @@ def test_relu2_is_as_exact_as_its_twin(dtype, n, threads):
     relu_squared_twin(exact).backward(dy.double())
     twin = x.clone().requires_grad_()
     relu_squared_twin(twin).backward(dy)
-    no_worse(native.relu2(x), relu_squared_twin(x), relu_squared_twin(x.double()))
-    no_worse(native.relu2_backward(dy, x), twin.grad, exact.grad)
-    assert same_bits([native.relu2_backward(dy, x)], [native.relu2_backward(dy, x.relu())])
+    no_worse(relu2_cpu.forward(x), relu_squared_twin(x), relu_squared_twin(x.double()))
+    no_worse(relu2_cpu.backward(dy, x), twin.grad, exact.grad)
+    assert same_bits([relu2_cpu.backward(dy, x)], [relu2_cpu.backward(dy, x.relu())])
 
 
 @both_dtypes
@@ -257,8 +271,8 @@ def test_rms_norm_is_as_exact_as_its_twin(dtype, shape, scale, threads):
     twin_y = rms_norm_twin(twin)
     twin_y.backward(dy)
     for a, b in ((x, dy), (strided(x), strided(dy))):
-        no_worse(native.rms_norm(a), twin_y.detach(), exact_y.detach())
-        no_worse(native.rms_norm_backward(b, a), twin.grad, exact.grad, size=dy * (exact_y / exact).detach())
+        no_worse(rms_norm_cpu.forward(a), twin_y.detach(), exact_y.detach())
+        no_worse(rms_norm_cpu.backward(b, a), twin.grad, exact.grad, size=dy * (exact_y / exact).detach())
 
 
 @both_dtypes
@@ -279,8 +293,9 @@ def test_rope_norm_is_as_exact_as_its_twin(dtype, shape, by_row, threads):
     twin_y.backward(dy)
     columns = strided(x.flatten(2)).unflatten(2, (H, D))
     for a, b in ((x, dy), (columns, dy.contiguous())):
-        no_worse(native.rope_norm(a, *rope), twin_y.detach(), exact_y.detach())
-        no_worse(native.rope_norm_backward(b, a, *rope), twin.grad, exact.grad, size=dy * turned.detach().square().mean(-1, True).rsqrt())
+        no_worse(rope_norm_cpu.forward(a, *rope), twin_y.detach(), exact_y.detach())
+        no_worse(rope_norm_cpu.backward(b, a, *rope), twin.grad, exact.grad,
+                 size=dy * turned.detach().square().mean(-1, True).rsqrt())
 
 
 # ---- what holds for all
@@ -294,17 +309,19 @@ def everything(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
     dy = torch.randn(6, 150, 80).to(dtype)[rows]
     z, targets, factors = loss_inputs(6, 30000, dtype)
     z, losses = z[rows].clone(), poison(6)[rows]
-    native.softcapped_(z, targets[rows], factors[rows], losses)
-    gradients = native_gradients(part, dy)
+    softcapped_cross_entropy_(z, targets[rows], factors[rows], losses)
+    gradients = cpu_gradients(part, dy)
     heads = dy.unflatten(2, (2, 40))
     angles = torch.randn(150, 20)
     state = part[5].clone()
-    step = native.slc2_step(*(t[:, :1] for t in part[:4]), part[4], state)
-    results = [native.slc2_forward(*part), *gradients[:4], gradients[5], z, losses, step, state,
-               native.rms_norm(dy), native.rms_norm_backward(dy, part[0]),
-               native.rope_norm(heads, angles.cos(), angles.sin()), native.rope_norm_backward(heads, heads + 1, angles.cos(), angles.sin()),
-               native.relu2(dy), native.relu2_backward(dy, part[0])]
-    return [t.contiguous() for t in results] + ([gradients[4]] if rows == slice(None) else [])  # the taps' is a sum over all
+    step = slc2_cpu.step(*(t[:, :1] for t in part[:4]), part[4], state)
+    results = [slc2_cpu.forward(*part), *gradients[:4], gradients[5], z, losses, step, state,
+               rms_norm_cpu.forward(dy), rms_norm_cpu.backward(dy, part[0]),
+               rope_norm_cpu.forward(heads, angles.cos(), angles.sin()),
+               rope_norm_cpu.backward(heads, heads + 1, angles.cos(), angles.sin()),
+               relu2_cpu.forward(dy), relu2_cpu.backward(dy, part[0])]
+    # the taps' is a sum over all
+    return [t.contiguous() for t in results] + ([gradients[4]] if rows == slice(None) else [])
 
 
 @both_dtypes
@@ -325,14 +342,15 @@ def test_numbers_too_small_are_treated_alike_by_all_threads():
     x = torch.full((64, 4096), 1e-25)
     dy = torch.full((64, 4096), 1e-14)  # the gradient is 2e-39
     torch.set_flush_denormal(True)  # in this thread alone; conftest undoes it
-    flushed = with_threads(2, lambda: native.relu2_backward(dy, x))
+    flushed = with_threads(2, lambda: relu2_cpu.backward(dy, x))
     torch.set_flush_denormal(False)
-    kept = with_threads(2, lambda: native.relu2_backward(dy, x))
+    kept = with_threads(2, lambda: relu2_cpu.backward(dy, x))
     assert not flushed.any() and (kept > 0).all()
 
 
 @both_dtypes
-@pytest.mark.parametrize("op, twin", [(relu_squared, relu_squared_twin), (rms_norm, rms_norm_twin)], ids=["relu2", "rms_norm"])
+@pytest.mark.parametrize("op, twin", [(relu_squared, relu_squared_twin), (rms_norm, rms_norm_twin)],
+                         ids=["relu2", "rms_norm"])
 def test_operations_have_their_twins_gradients(op, twin, dtype):
     x, dy = torch.randn(3, 5, 32).to(dtype), torch.randn(3, 5, 32).to(dtype)
     results = []
@@ -360,19 +378,33 @@ def test_kernels_stand_back_where_something_else_is_at_work():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     x = torch.randn(4, 8)
-    assert native.ready(x, x.bfloat16(), x[:, 1:5], torch.nn.Parameter(x))
-    assert not native.ready(x.double()) and not native.ready(x.t()) and not native.ready(x, x.to("meta")) and not native.ready(x.sum())
+    assert cpu.ready(x, x.bfloat16(), x[:, 1:5], torch.nn.Parameter(x))
+    assert not cpu.ready(x.double()) and not cpu.ready(x.t()) and not cpu.ready(x, x.to("meta")) and not cpu.ready(x.sum())
     with FakeTensorMode() as mode:
-        assert not native.ready(torch.empty(4, 8)) and rms_norm(mode.from_tensor(x)).shape == (4, 8)
+        assert not cpu.ready(torch.empty(4, 8)) and rms_norm(mode.from_tensor(x)).shape == (4, 8)
     torch.testing.assert_close(torch.func.vmap(rms_norm)(x), rms_norm_twin(x))
     torch.testing.assert_close(torch.compile(rms_norm, backend="eager", fullgraph=True)(x), rms_norm_twin(x))
 
 
+def test_an_operation_has_the_kernels_of_its_folder_and_none_while_the_compiler_traces():
+    x = torch.randn(4, 8)
+    assert dispatch.fused("slc2", "step",
+                          x) is slc2_cpu.step and dispatch.fused("relu2", "forward", x) is relu2_cpu.forward
+    assert dispatch.fused("fused_matvec", "fused_matvec", x) is None, "it has no kernel for CPUs"
+    assert dispatch.fused("decode_attention", "append_and_attend",
+                          x) is None and dispatch.fused("slc2", "step", x.double()) is None
+
+    def answer(x: Tensor) -> Tensor:
+        return x + (dispatch.fused("slc2", "step", x) is None)
+    assert torch.equal(torch.compile(answer, backend="eager", fullgraph=True)(x), x + 1)
+
+
 def test_without_the_crate_all_goes_on_in_pytorch(monkeypatch):
     x, rope = torch.randn(2, 3, 2, 8), (torch.randn(3, 4), torch.randn(3, 4))
-    monkeypatch.setattr(native, "cpukernels", None)
-    assert not native.ready(x)
-    assert same_bits([relu_squared(x), rms_norm(x), rope_norm(x, rope)], [relu_squared_twin(x), rms_norm_twin(x), rope_norm_twin(x, rope)])
+    monkeypatch.setattr(cpu, "cpukernels", None)
+    assert not cpu.ready(x)
+    assert same_bits([relu_squared(x), rms_norm(x), rope_norm(x, rope)],
+                     [relu_squared_twin(x), rms_norm_twin(x), rope_norm_twin(x, rope)])
 
 
 def test_second_derivative_is_refused_not_wrong():
@@ -383,20 +415,24 @@ def test_second_derivative_is_refused_not_wrong():
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda i: i.update(x=i["x"].double()), lambda i: i.update(B=i["B"].bfloat16()), lambda i: i.update(A=i["A"][:, :, :-1]),
-    lambda i: i.update(alpha=i["alpha"][:, :-1]), lambda i: i.update(taps=i["taps"][:-1]), lambda i: i.update(past=i["past"][:, :1]),
-    lambda i: i.update(x=i["x"].transpose(1, 2).contiguous().transpose(1, 2)), lambda i: i.update(past=i["past"].double()),
-], ids=["float64", "another dtype", "narrow A", "short alpha", "few taps", "short past", "columns apart", "past of float64"])
+    lambda i: i.update(x=i["x"].double()), lambda i: i.update(B=i["B"].bfloat16()),
+    lambda i: i.update(A=i["A"][:, :, :-1]),
+    lambda i: i.update(alpha=i["alpha"][:, :-1]), lambda i: i.update(taps=i["taps"][:-1]),
+    lambda i: i.update(past=i["past"][:, :1]),
+    lambda i: i.update(x=i["x"].transpose(1, 2).contiguous().transpose(1, 2)),
+    lambda i: i.update(past=i["past"].double()),
+], ids=["float64", "another dtype", "narrow A", "short alpha", "few taps", "short past", "columns apart",
+        "past of float64"])
 def test_slc2_refuses_what_does_not_fit(spoil):
     inputs = dict(zip(("x", "B", "A", "alpha", "taps", "past"), slc2_inputs(2, 6, 2, 4, 3, torch.float32, True)))
-    native.slc2_forward(**inputs)
+    slc2_cpu.forward(**inputs)
     spoil(inputs)
     with pytest.raises(ValueError):
-        native.slc2_forward(**inputs)
+        slc2_cpu.forward(**inputs)
 
 
 def test_crate_works_on_torchs_own_threads():
-    instructions, shared = native.cpukernels.runs_on()
+    instructions, shared = cpu.cpukernels.runs_on()
     assert instructions in ("Base", "Avx2", "Avx512")
     if torch.backends.openmp.is_available() and "darwin" not in torch.__config__.show().lower():
         assert shared
