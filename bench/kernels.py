@@ -437,8 +437,8 @@ def within(how: str, fn: Callable[[int], object]) -> Callable[[int], object]:
     return call if how == PLAIN else fn
 
 
-def timed(operation: Operation, shape: Shape, rounds: int) -> tuple[dict[str, dict[str, list[float]]],
-                                                                    dict[str, dict[str, int | None]]]:
+def timed(operation: Operation, shape: Shape,
+          rounds: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, int | None]]]:
     """Return by pass and way the seconds of each round, and the bytes alive at the peak that were not alive before."""
     first = leaves(operation)
     sets = 1 if shape.device.type == "cpu" else max(2, min(64, -(-ROTATED // nbytes(first))))

@@ -76,8 +76,8 @@ class Report:
     def goal(self, name: str, value: float | None, *, at_least: float | None = None,
              at_most: float | None = None) -> None:
         """Record what was wished for and what was measured (None: nothing). A missed goal does not fail the check."""
-        held = None if value is None else (at_least is None
-                                           or value >= at_least) and (at_most is None or value <= at_most)
+        within = value is not None and (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+        held = None if value is None else within
         sign, wish = ("≤", at_most) if at_least is None else ("≥", at_least)
         self.goals.append({"goal": name, "sign": sign, "wish": wish, "measured": value, "held": held})
 
@@ -216,9 +216,8 @@ def twin(run: Run, out: Report) -> None:
                 losses.append(abs(ours.item() - theirs.item()))
                 a, b = gradients(model), gradients(plain)
                 scale = float(torch.stack([g.norm() for g in b.values()]).max())
-                grads.append(largest(float((a.get(name,
-                                                  torch.zeros_like(g)) - g).norm()) / max(float(g.norm()), 1e-3 * scale)
-                                     for name, g in b.items()))
+                apart = {name: float((a.get(name, torch.zeros_like(g)) - g).norm()) for name, g in b.items()}
+                grads.append(largest(apart[name] / max(float(g.norm()), 1e-3 * scale) for name, g in b.items()))
     finally:
         torch.backends.cudnn.enabled = conv
     out.expect("logits, relative error", largest(logits), at_most=1e-4)

@@ -176,8 +176,8 @@ def kernels(run: Run, out: Report) -> None:
     if run.device.type != "cuda":
         raise Skipped("the kernels of a GPU")
     T, depth, V = (32, 2, 300) if run.tiny else (2048, 20, 65536)
-    shape, batch = GPTConfig.from_depth(depth, sequence_len=T,
-                                        vocab_size=V), random_batch(2 if run.tiny else 16, T, V, run.device)
+    shape = GPTConfig.from_depth(depth, sequence_len=T, vocab_size=V)
+    batch = random_batch(2 if run.tiny else 16, T, V, run.device)
     case = our_case("", shape, batch, run.ranks, compute_dtype(run.device), run.compiled)
     for _ in range(3):
         case.step()

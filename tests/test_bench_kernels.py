@@ -1,4 +1,4 @@
-"""The benchmark of single operations runs at a tiny size, counts what it says, and sees wrong numbers. No speed is asserted."""
+"""bench.kernels at a tiny size: it runs, counts bytes and FLOPs right, and finds wrong numbers. No speed is asserted."""
 
 import pytest
 import torch

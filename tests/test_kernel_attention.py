@@ -18,10 +18,10 @@ from tests.helpers import small_model
 
 
 def draw(B, T, H, G, D, dtype, seed=0, device="cpu"):
-    """q, k, v, dy: columns of one tensor each, as a joined projection gives them; q and k normalised as the model's are."""
+    """Return q, k, v, dy: columns of one tensor, as a joined projection gives them; q and k are normalised."""
     torch.manual_seed(seed)
-    q, k, v = torch.randn(B, T, (H + 2 * G) * D + 16)[...,
-                                                      :(H + 2 * G) * D].unflatten(-1, (-1, D)).split([H, G, G], dim=2)
+    wide = torch.randn(B, T, (H + 2 * G) * D + 16)
+    q, k, v = wide[..., :(H + 2 * G) * D].unflatten(-1, (-1, D)).split([H, G, G], dim=2)
     z = torch.cat([F.rms_norm(q, (D,)), F.rms_norm(k, (D,)), v], dim=2).flatten(2)
     # rows longer than their columns: strides that nothing can take for contiguous
     z = F.pad(z, (0, 16)).to(device, dtype)
@@ -56,7 +56,8 @@ def test_path_is_ours_on_a_cpu_and_torchs_for_masks_and_what_ours_is_not_for(mon
 @pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("T, window", [(1, None), (1, 1), (5, None), (33, 1), (33, 2), (33, 7), (33, 40)])
-def test_attention_is_the_twin_in_training_and_evaluation_whether_the_crate_is_built_or_not(T, window, dtype, built, monkeypatch):
+def test_attention_is_the_twin_in_training_and_evaluation_whether_the_crate_is_built_or_not(
+        T, window, dtype, built, monkeypatch):
     if not built:
         monkeypatch.setattr(cpu, "cpukernels", None)
     q, k, v, dy = draw(2, T, 4, 2, 16, dtype)
@@ -154,12 +155,11 @@ def test_a_window_stays_out_of_the_meta_file_where_there_is_none_and_counts_in_t
 # ---- FlashAttention 3
 
 def stand_in(monkeypatch, custom):
-    """A module that only notes how it is called and answers with the twin: FlashAttention 3 itself needs a Hopper GPU."""
+    """A module that records its calls and answers with the twin, since FlashAttention 3 needs a Hopper GPU."""
     calls = []
 
     def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None,
-                        v_descale=None,
-                        window_size=(-1, -1)):
+                        v_descale=None, window_size=(-1, -1)):
         calls.append((causal, window_size))
         return attend_twin(q, k, v, causal=causal, window=None if window_size == (-1, -1) else window_size[0] + 1)
 

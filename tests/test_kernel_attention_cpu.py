@@ -62,8 +62,8 @@ def test_attention_and_its_gradients_are_as_exact_as_the_twins(B, T, H, G, D, dt
             else:
                 no_worse(a, b, c, f"{name}, window {window}")
         seen = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - (window or T))
-        scores = inputs[0].double().transpose(1,
-                                              2) @ inputs[1].double().transpose(1, 2).repeat_interleave(H // G, 1).mT / D ** 0.5
+        q, k = (t.double().transpose(1, 2) for t in inputs[:2])
+        scores = q @ k.repeat_interleave(H // G, 1).mT / D ** 0.5
         torch.testing.assert_close(got[4].double(), scores.masked_fill(~seen, float("-inf")).logsumexp(-1), atol=2e-6,
                                    rtol=1e-6)
 

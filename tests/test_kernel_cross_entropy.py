@@ -259,11 +259,13 @@ def test_memory_is_a_quarter_of_the_plain_ones():
     from bench.measure import peak_growth
     N, V, E = 4096, 2048, 64
     for dtype in (torch.float32, torch.bfloat16):
-        x, weight, targets = torch.randn(N,
-                                         E).to(dtype).requires_grad_(), torch.randn(V, E, requires_grad=True), torch.randint(V, (N,))
+        x, weight = torch.randn(N, E).to(dtype).requires_grad_(), torch.randn(V, E, requires_grad=True)
+        targets = torch.randint(V, (N,))
 
         def peak(loss: Callable) -> int:
-            return peak_growth(lambda: torch.autograd.grad(loss(x, weight, targets, "sum"), (x, weight)), torch.device("cpu"))  # noqa: B023
+            def gradients() -> tuple[Tensor, ...]:
+                return torch.autograd.grad(loss(x, weight, targets, "sum"), (x, weight))  # noqa: B023
+            return peak_growth(gradients, torch.device("cpu"))
         assert peak(head_loss) <= peak(head_loss_twin) / 4
 
 

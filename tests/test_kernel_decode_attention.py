@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def case(B: int, S: int, H: int, Hkv: int, D: int, dtype: torch.dtype, seed: int, device: str = "cpu") -> list[Tensor]:
-    """q, k, v as columns of one tensor, keys and values as parts of larger buffers with NaN where nobody may look, and places."""
+    """Return q, k, v, rope, keys, values and positions: columns of wider tensors, NaN where nothing may be read."""
     draw = torch.Generator().manual_seed(seed)
     at = torch.randint(S, (B,), generator=draw)
     at[0] = (S - 1, 0, S // 2)[seed % 3]
@@ -66,7 +66,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Te
 
 
 def check(run, shape: tuple, dtype: torch.dtype, seed: int, device: str = "cpu") -> float:
-    """Let `run` do a case; all it wrote is compared, and its error against float64 returned as a share of the twin's."""
+    """Let `run` do a case, compare all that it wrote, and return its error against float64 as a share of the twin's."""
     *sizes, window = shape
     B, S = sizes[:2]
     q, k, v, rope, keys, values, at = case(*sizes, dtype, seed, device)
@@ -125,7 +125,7 @@ def test_the_twin_is_attention_up_to_where_each_row_stands(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernel_is_as_exact_as_the_twin(shape, dtype, interpreter):
     if dtype == torch.bfloat16 and shape[2] != shape[3]:
-        pytest.skip("the interpreter multiplies matrices of bfloat16 as whole numbers; float16 goes the same way through the kernel")
+        pytest.skip("the interpreter multiplies bfloat16 matrices as integers; float16 goes the same way")
     for seed in range(3):
         assert interpreter.submit(check, interpreted, shape, dtype, seed).result() < 1.5
 
@@ -145,9 +145,9 @@ def test_the_kernels_compile_for_hopper(dtype, width, G, D):
     constants_of = {kernels._split: {"SHARED": G, "D": D, "SPLIT": split, "N": N, "BLOCK_H": 1 if G == 1 else 16,
                                      "BLOCK_D": wide, "ONE": False},
                kernels._combine: {"H": 10, "D": D, "SPLIT": split, "SPLITS": 32, "BLOCK_D": wide}}
-    kinds = {"positions": "*i64", "scale": "fp32"} | dict.fromkeys(("parts", "tops", "sums", "cos", "sin"),
-                                                                   "*fp32") | dict.fromkeys(
-        ("q", "k", "v", "keys", "values", "y"), "*" + dtype)
+    kinds = {"positions": "*i64", "scale": "fp32"}
+    kinds |= dict.fromkeys(("parts", "tops", "sums", "cos", "sin"), "*fp32")
+    kinds |= dict.fromkeys(("q", "k", "v", "keys", "values", "y"), "*" + dtype)
     for kernel, constants in constants_of.items():
         signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
         constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -168,8 +168,8 @@ def test_on_a_gpu_the_kernel_is_as_exact_as_the_twin(shape, dtype):
 @pytest.mark.parametrize("B, H, G, D, S", [(1, 6, 6, 128, 100), (2, 6, 2, 16, 33), (1, 1, 1, 2, 1), (3, 4, 1, 32, 7)])
 def test_decode_attention_attends_like_torch(B, H, G, D, S, dtype):
     torch.manual_seed(0)
-    q, k, v = torch.randn(B, 1, H, D).to(dtype), torch.randn(B, S + 9, G,
-                                                             D).to(dtype), torch.randn(B, S + 9, G, D).to(dtype)
+    shapes = (B, 1, H, D), (B, S + 9, G, D), (B, S + 9, G, D)
+    q, k, v = (torch.randn(*shape).to(dtype) for shape in shapes)
     k[:, S:], v[:, S:] = torch.nan, torch.nan  # room that is not in use
     k, v = k[:, :S], v[:, :S]
     wanted = decode_attention_twin(q.double(), k.double(), v.double())

@@ -151,8 +151,8 @@ def test_slc2_core_is_the_formula_written_out():
     torch.manual_seed(0)
     T, H, D, K = 6, 2, 3, 3
     E = H * D
-    x, B, A, alpha, taps = torch.randn(1, T, E), torch.randn(1, T,
-                                                             E), torch.randn(1, T, D), torch.randn(1, T, H), torch.randn(E, K)
+    shapes = (1, T, E), (1, T, E), (1, T, D), (1, T, H), (E, K)
+    x, B, A, alpha, taps = (torch.randn(*shape) for shape in shapes)
     silu = torch.nn.functional.silu
     wanted = torch.zeros(T, E)
     for t in range(T):

@@ -96,7 +96,7 @@ def case(draw: st.DataObject, *, T: st.SearchStrategy) -> tuple[dict, torch.Tens
 
 
 def close(name: str, got: torch.Tensor, twin: torch.Tensor, exact: torch.Tensor) -> None:
-    """No farther from float64 than the twin, up to the noise of rounding once to got's dtype and of a sum in float32."""
+    """No further from float64 than the twin, up to the noise of one rounding to got's dtype and of a sum in float32."""
     if not got.numel():
         return
     largest = exact.abs().max().item()
@@ -109,8 +109,9 @@ def twin_of(inputs: dict, dy: torch.Tensor | None, dtype: torch.dtype) -> dict[s
     """y and all gradients by the twin, with everything in one dtype."""
     given = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items() if t is not None}
     y = slc2_core_twin(**given)
-    return {"y": y.detach()} | dict(zip(given, torch.autograd.grad(y, list(given.values()),
-                                                                   dy.to(dtype)))) if y.numel() else {}
+    if not y.numel():
+        return {}
+    return {"y": y.detach()} | dict(zip(given, torch.autograd.grad(y, list(given.values()), dy.to(dtype))))
 
 
 @has_triton
