@@ -509,8 +509,8 @@ def model_rows(shape: Shape, rounds: int, compiled: bool, path: str) -> list[dic
     Compared are ours, the twin, and the checkout at `path`.
     """
     ranks, batch = Ranks(0, 0, 1, shape.device), random_batch(shape.B, shape.T, shape.model.vocab_size, shape.device)
-    mine, twin = our_case("ours", shape.model, batch, ranks, shape.dtype,
-                          compiled), twin_case(shape.model, batch, ranks)
+    mine = our_case("ours", shape.model, batch, ranks, shape.dtype, compiled)
+    twin = twin_case(shape.model, batch, ranks)
 
     @torch.no_grad()
     def losses(model: torch.nn.Module, *how: str) -> None:

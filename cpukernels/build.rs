@@ -1,4 +1,4 @@
-//! AVX-512 can be named in `#[target_feature]` from Rust 1.89 on; an older compiler builds the crate without it.
+//! `#[target_feature]` accepts AVX-512 from Rust 1.89 on; an older compiler builds the crate without it.
 
 use std::process::Command;
 

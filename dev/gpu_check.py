@@ -195,8 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             page = markdown(about, results, run.tiny)  # written after every section, so that a kill loses only one
             write_json(out / "gpu_check.json",
                        {"about": about, "config": asdict(config), "device": str(device), "tiny": run.tiny,
-                                                "seconds": time.monotonic() - began, "good": good(results),
-                                                "sections": results})
+                        "seconds": time.monotonic() - began, "good": good(results), "sections": results})
             with atomic_write(out / "gpu_check.md") as file:
                 file.write(page.encode())
     verdict = "all checks held" if good(results) else "NOT all checks held"

@@ -191,8 +191,7 @@ def kernels(run: Run, out: Report) -> None:
                                 for e in found[:60]]}
     out.table(["kernel", "calls", "ms", "of the step"],
               [[e.key[:70].replace("|", "/"), e.count, f"{e.self_device_time_total / 1000:.2f}",
-                                                        f"{e.self_device_time_total / 1e4 / whole:.1f}%"]
-                                                        for e in found[:20]])
+                f"{e.self_device_time_total / 1e4 / whole:.1f}%"] for e in found[:20]])
     clean(run)
 
 

@@ -1,4 +1,4 @@
-"""bench.kernels at a tiny size: it runs, counts bytes and FLOPs right, and finds wrong numbers. No speed is asserted."""
+"""bench.kernels at a tiny size: it runs, counts bytes and FLOPs, and finds wrong numbers. No speed is asserted."""
 
 import pytest
 import torch

@@ -390,7 +390,7 @@ def test_kernels_stand_back_where_something_else_is_at_work():
 def test_an_operation_has_the_kernels_of_its_folder_and_none_while_the_compiler_traces():
     x = torch.randn(4, 8)
     assert dispatch.fused("slc2", "step",
-                          x) is slc2_cpu.step and dispatch.fused("relu2", "forward", x) is relu2_cpu.forward
+                          x) is slc2_cpu.step and dispatch.fused("relu2", "relu_squared", x) is relu2_cpu.relu_squared
     assert dispatch.fused("fused_matvec", "fused_matvec", x) is None, "it has no kernel for CPUs"
     assert dispatch.fused("decode_attention", "append_and_attend",
                           x) is None and dispatch.fused("slc2", "step", x.double()) is None

@@ -1,7 +1,7 @@
 """What the CPU kernels share: the Rust crate `cpukernels`, where it can be used, and how tensors are passed to it.
 
-The functions of the <operation>/cpu.py files know nothing of autograd. They check shapes, dtypes and strides, raise
-ValueError for what does not fit together, and allocate the results; the crate takes addresses and strides on trust.
+The `forward` and `backward` of the <operation>/cpu.py files know nothing of autograd. They check shapes, dtypes and
+strides, raise ValueError for what does not fit together, and allocate the results; the crate does not check them again.
 
 - Tensors are float32 or bfloat16 with a contiguous last dimension; all other strides are free.
 - Arithmetic is float32, rounded once when a result is written.
@@ -9,8 +9,11 @@ ValueError for what does not fit together, and allocate the results; the crate t
 - The crate works on torch's own threads, `torch.get_num_threads()` of them.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 try:
     import cpukernels
@@ -32,6 +35,27 @@ def ready(*tensors: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
     return all(type(t) in _PLAIN_TYPES and t.is_cpu and t.dtype in IS_BF16 and dense(t) for t in tensors)
+
+
+def differentiable(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return forward(x, ...) with a first derivative with respect to x, which is backward(dy, x, ...).
+
+    All arguments are tensors. They are what is saved for backward.
+    """
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs: Tensor) -> Tensor:
+            ctx.save_for_backward(*inputs)
+            return forward(*inputs)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+            return backward(dy, *ctx.saved_tensors), *[None] * (len(ctx.saved_tensors) - 1)
+
+    def run(x: Tensor, *others: Tensor) -> Tensor:
+        return (Function.apply if torch.is_grad_enabled() and x.requires_grad else forward)(x, *others)
+    return run
 
 
 def dense(t: Tensor) -> bool:

@@ -25,9 +25,7 @@ from functools import cache, lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from nanochat.kernels.attention import cpu
 from nanochat.kernels.dispatch import fused
 
 FLASH3, NATIVE, PYTORCH = "FlashAttention 3", "native", "PyTorch"
@@ -101,32 +99,13 @@ def _flash3(device: torch.device) -> bool:
 _flash3._dynamo_marked_constant = True
 
 
-# ---- CPUs
-
-
-class _Attention(torch.autograd.Function):
-    """The CPU kernels under autograd."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        y, lse = cpu.forward(q, k, v, window)
-        ctx.save_for_backward(q, k, v, y, lse)
-        ctx.window = window
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *cpu.backward(dy, *ctx.saved_tensors, ctx.window), None
-
-
 # ---- the choice
 
 def path(q: Tensor, *others: Tensor, causal: bool = True, mask: Tensor | None = None) -> str:
     """Return the path that `attend` takes, FLASH3, NATIVE (cpu.py) or PYTORCH; k and v are like q where not given."""
     if mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and _flash3(q.device):
         return FLASH3
-    return NATIVE if causal and mask is None and fused("attention", "forward", q, *others) is not None else PYTORCH
+    return NATIVE if causal and mask is None and fused("attention", "attend", q, *others) is not None else PYTORCH
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None,
@@ -148,7 +127,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tenso
         y = _flash_attn_func(q, k, v, causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0))
         return y[0] if isinstance(y, tuple) else y  # older versions return the log-sum-exp too
     if chosen == NATIVE:
-        return _Attention.apply(q, k, v, window)
+        return fused("attention", "attend", q, k, v)(q, k, v, window)
     if window is not None:
         causal, mask = False, (causal_mask if torch.compiler.is_compiling() else _cached_mask)(T, window, q.device)
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,

@@ -7,6 +7,7 @@ dtype; strides are free but for the last dimension. A query sees the keys up to 
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.cpu import IS_BF16, call, dense, gradient_like, heads, mismatch
 
@@ -45,3 +46,20 @@ def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
     if y.numel():
         call("attention_backward", q.dtype, shape, [heads(t) for t in (q, k, v, y, dy, dq, dk, dv)], lse.data_ptr())
     return dq, dk, dv
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        y, lse = forward(q, k, v, window)
+        ctx.save_for_backward(q, k, v, y, lse)
+        ctx.window = window
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(dy, *ctx.saved_tensors, ctx.window), None
+
+
+attend = _Attention.apply  # (q, k, v, window) → y, with gradients of q, k and v

@@ -9,10 +9,8 @@ the compiler fuses it itself.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.dispatch import fused
-from nanochat.kernels.relu2 import cpu
 
 
 def relu_squared_twin(x: Tensor) -> Tensor:
@@ -20,7 +18,7 @@ def relu_squared_twin(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-class _PyTorchReluSquared(torch.autograd.Function):
+class _ReluSquared(torch.autograd.Function):
     """Plain PyTorch, with two operations backward instead of three."""
 
     @staticmethod
@@ -35,23 +33,9 @@ class _PyTorchReluSquared(torch.autograd.Function):
         return (dy * positive).mul_(2)
 
 
-class _ReluSquared(torch.autograd.Function):
-    """The CPU kernels under autograd."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return cpu.forward(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> Tensor:
-        return cpu.backward(dy, *ctx.saved_tensors)
-
-
 def relu_squared(x: Tensor) -> Tensor:
     """Return what `relu_squared_twin` returns."""
-    kernel = fused("relu2", "forward", x)
-    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        return (_PyTorchReluSquared if kernel is None else _ReluSquared).apply(x)
+    kernel = fused("relu2", "relu_squared", x)
+    if kernel is None and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        return _ReluSquared.apply(x)
     return (kernel or relu_squared_twin)(x)

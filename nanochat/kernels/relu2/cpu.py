@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nanochat.kernels.cpu import IS_BF16, call, gradient_like, mismatch
+from nanochat.kernels.cpu import IS_BF16, call, differentiable, gradient_like, mismatch
 
 
 def _relu2(x: Tensor, dy: Tensor | None) -> Tensor:
@@ -23,3 +23,6 @@ def forward(x: Tensor) -> Tensor:
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     """Return 2 · dy · relu(x). x may be the input of `forward`, or its relu: the result is the same."""
     return _relu2(x, dy)
+
+
+relu_squared = differentiable(forward, backward)

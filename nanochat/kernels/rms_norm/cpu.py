@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nanochat.kernels.cpu import IS_BF16, call, dense, gradient_like, mismatch
+from nanochat.kernels.cpu import IS_BF16, call, dense, differentiable, gradient_like, mismatch
 
 
 def _matrix(t: Tensor) -> Tensor:
@@ -31,3 +31,6 @@ def forward(x: Tensor) -> Tensor:
 def backward(dy: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of x from that of `forward(x)`."""
     return _rms_norm(x, dy)
+
+
+rms_norm = differentiable(forward, backward)

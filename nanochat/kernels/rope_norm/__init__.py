@@ -9,11 +9,9 @@ under torch.compile, the twin runs.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.dispatch import fused
 from nanochat.kernels.rms_norm import rms_norm_twin
-from nanochat.kernels.rope_norm import cpu
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -28,23 +26,9 @@ def rope_norm_twin(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return rms_norm_twin(rotate(x, rope)).to(x.dtype)
 
 
-class _RopeNorm(torch.autograd.Function):
-    """The CPU kernels under autograd."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(x, cos, sin)
-        return cpu.forward(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        return cpu.backward(dy, *ctx.saved_tensors), None, None
-
-
 def rope_norm(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Return what `rope_norm_twin` returns, up to rounding."""
-    kernel = fused("rope_norm", "forward", x, *rope)
+    kernel = fused("rope_norm", "rope_norm", x, *rope)
     if kernel is None or any(table.dtype != torch.float32 for table in rope):
         return rope_norm_twin(x, rope)
-    return _RopeNorm.apply(x, *rope) if torch.is_grad_enabled() and x.requires_grad else kernel(x, *rope)
+    return kernel(x, *rope)

@@ -6,7 +6,7 @@ x (B, T, H, D), float32 or bfloat16, D even; cos, sin (T, D/2) or (B, T, D/2), f
 import torch
 from torch import Tensor
 
-from nanochat.kernels.cpu import IS_BF16, call, dense, gradient_like, heads, mismatch
+from nanochat.kernels.cpu import IS_BF16, call, dense, differentiable, gradient_like, heads, mismatch
 
 
 def _rope_norm(x: Tensor, cos: Tensor, sin: Tensor, dy: Tensor | None) -> Tensor:
@@ -35,3 +35,6 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def backward(dy: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return the gradient of x from that of `forward(x, cos, sin)`."""
     return _rope_norm(x, cos, sin, dy)
+
+
+rope_norm = differentiable(forward, backward)
