@@ -32,14 +32,14 @@ def draw(B, T, H, G, D, dtype, seed=0, device="cpu"):
 
 
 def answers(way, q, k, v, dy, **options):
-    """y, dq, dk, dv of a way of attending, on the strides given."""
+    """Return y, dq, dk, dv of an implementation, for inputs with these strides."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     y = way(*leaves, **options)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
 def far(got, exact):
-    """Root mean square of the difference."""
+    """Return the root mean square of each difference."""
     return [(a.double() - b).square().mean().sqrt().item() for a, b in zip(got, exact)]
 
 

@@ -17,21 +17,21 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def draw(B: int, T: int, H: int, G: int, D: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and dy as columns of wider tensors, NaN beside them; scores of a few units."""
+    """Return q, k, v and dy, columns of wider tensors that are NaN elsewhere; scores have a few units."""
     torch.manual_seed(T + D)
     z = strided(torch.randn(B, T, (H + 2 * G) * D).to(dtype)).unflatten(-1, (-1, D))
     return [*z.split([H, G, G], dim=2), strided(torch.randn(B, T, H, 2 * D).to(dtype))[..., D:]]
 
 
 def by_twin(inputs: list[Tensor], window: int | None, dtype: torch.dtype) -> list[Tensor]:
-    """y, dq, dk and dv in the dtype given."""
+    """Return y, dq, dk and dv in the given dtype."""
     leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in inputs[:3]]
     y = attend_twin(*leaves, causal=True, window=window)
     return [y.detach(), *torch.autograd.grad(y, leaves, inputs[3].to(dtype))]
 
 
 def ours(inputs: list[Tensor], window: int | None = None) -> list[Tensor]:
-    """y, dq, dk, dv, and the sums."""
+    """Return y, dq, dk, dv and the log-sum-exp."""
     q, k, v, dy = inputs
     y, sums = attention.forward(q, k, v, window)
     return [y, *attention.backward(dy, q, k, v, y, sums, window), sums]
@@ -157,7 +157,7 @@ def one_by_twin(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int
 
 
 def draw_one(lengths: list[int], H: int, G: int, D: int, dtype: torch.dtype) -> list[Tensor]:
-    """A query a row, and keys and values in longer buffers, NaN behind the rows' ends."""
+    """Return a query a row, and keys and values in longer caches that are NaN from the rows' ends on."""
     torch.manual_seed(len(lengths) + D)
     q, k, v = (strided(torch.randn(len(lengths), n, heads * D).to(dtype)).unflatten(-1, (-1, D))
                for n, heads in ((1, H), (max(lengths) + 3, G), (max(lengths) + 3, G)))

@@ -18,14 +18,14 @@ Pass = Callable[[Tensor, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Ten
 
 
 def _called(module: str, name: str, *args) -> tuple:
-    """Run a function that writes into its arguments; returns them."""
+    """Run a function that writes to its arguments, and return these."""
     getattr(importlib.import_module(module), name)(*args)
     return args
 
 
 @pytest.fixture(params=["triton", "plain"])
 def softcapped(request, monkeypatch) -> Pass:
-    """A backend's pass as a function (z, targets, factors, losses, want_grad) → (losses, what then is in z)."""
+    """A backend's pass as a function (z, targets, factors, losses, want_grad) → (losses, the new z)."""
     if request.param == "plain":
         monkeypatch.setitem(cross_entropy.PIECE, "cpu", 300)  # two or three rows, or one
         def run(*args):
@@ -43,7 +43,7 @@ def softcapped(request, monkeypatch) -> Pass:
 
 def exact(z: Tensor, targets: Tensor, factors: Tensor | None,
           dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Losses and gradient by the definition, in dtype."""
+    """Return losses and gradient by the definition, in dtype."""
     z = z.detach().to(dtype).requires_grad_()
     losses = torch.nn.functional.cross_entropy(softcap(z), targets, ignore_index=-1, reduction="none")
     (losses if factors is None else losses * factors.to(dtype)).sum().backward()
@@ -56,7 +56,7 @@ def poison(*shape: int) -> Tensor:
 
 @pytest.fixture
 def poisoned():
-    """Memory that nobody has written yet is NaN."""
+    """Fill newly allocated memory with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -281,6 +281,13 @@ def test_a_model_compiled_as_a_whole_gives_the_same(reduction):
     torch.testing.assert_close(got, wanted)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("want_grad", [True, False])
+@pytest.mark.parametrize("factored", [True, False])
+def test_the_operator_that_compilers_see_is_well_made(factored, want_grad):
+    given = torch.randn(6, 4), torch.randn(9, 4), torch.randint(-1, 9, (6,)), torch.rand(6) if factored else None
+    torch.library.opcheck(torch.ops.nanochat.head_loss, (*given, want_grad))
 
 
 def test_the_kernel_compiles_for_hopper_without_spilling():

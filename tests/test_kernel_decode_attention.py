@@ -17,7 +17,7 @@ from nanochat.kernels.decode_attention import (
 )
 from nanochat.kernels.rope_norm import rope_norm_twin
 
-# B, S, H, Hkv, D, window: one key; rows of several ranges; grouped heads of odd sizes; windows within a range and
+# B, S, H, G, D, window: one key; rows of several ranges; grouped heads of odd sizes; windows within a range and
 # across ranges
 SHAPES = [(1, 1, 1, 1, 2, None), (3, 140, 4, 2, 20, None), (2, 193, 2, 2, 64, None), (2, 150, 2, 2, 128, 100),
           (3, 64, 3, 1, 16, 7),
@@ -25,37 +25,38 @@ SHAPES = [(1, 1, 1, 1, 2, None), (3, 140, 4, 2, 20, None), (2, 193, 2, 2, 64, No
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def case(B: int, S: int, H: int, Hkv: int, D: int, dtype: torch.dtype, seed: int, device: str = "cpu") -> list[Tensor]:
+def case(B: int, S: int, H: int, G: int, D: int, dtype: torch.dtype, seed: int, device: str = "cpu") -> list[Tensor]:
     """Return q, k, v, rope, keys, values and positions: columns of wider tensors, NaN where nothing may be read."""
     draw = torch.Generator().manual_seed(seed)
-    at = torch.randint(S, (B,), generator=draw)
-    at[0] = (S - 1, 0, S // 2)[seed % 3]
-    z = torch.randn(B, 1, (H + 2 * Hkv) * D + 16, generator=draw).to(dtype).to(device)
-    q, k, v = (part.unflatten(-1, (-1, D)) for part in z.split([H * D, Hkv * D, Hkv * D, 16], dim=-1)[:3])
-    unwritten = torch.arange(S + 3) >= at[:, None]
-    rooms = [torch.full((B + 1, S + 3, Hkv, D), torch.nan) for _ in range(2)]
-    for room in rooms:
-        room[:B] = torch.randn(B, S + 3, Hkv, D, generator=draw).masked_fill(unwritten[:, :, None, None], torch.nan)
+    positions = torch.randint(S, (B,), generator=draw)
+    positions[0] = (S - 1, 0, S // 2)[seed % 3]
+    z = torch.randn(B, 1, (H + 2 * G) * D + 16, generator=draw).to(dtype).to(device)
+    q, k, v = (part.unflatten(-1, (-1, D)) for part in z.split([H * D, G * D, G * D, 16], dim=-1)[:3])
+    unwritten = torch.arange(S + 3) >= positions[:, None]
+    caches = [torch.full((B + 1, S + 3, G, D), torch.nan) for _ in range(2)]
+    for cache in caches:
+        cache[:B] = torch.randn(B, S + 3, G, D, generator=draw).masked_fill(unwritten[:, :, None, None], torch.nan)
     angles = 9 * torch.rand(B, 1, D // 2, generator=draw)
-    return [q, k, v, (angles.cos().to(device), angles.sin().to(device)), *(room.to(dtype).to(device) for room in rooms),
-            at.to(device)]
+    return [q, k, v, (angles.cos().to(device), angles.sin().to(device)),
+            *(cache.to(dtype).to(device) for cache in caches),
+            positions.to(device)]
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, at: Tensor,
+def exact(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, positions: Tensor,
           window: int | None
           ) -> Tensor:
-    """The definition in float64, a row and a head at a time. Query and key are rounded where they are kept."""
+    """The definition in float64, one row and one head at a time. Query and key are rounded as stored."""
     B, _, H, D = q.shape
-    turn = torch.complex(*rope).unsqueeze(2).conj()
+    angle = torch.complex(*rope).unsqueeze(2).conj()
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         x1, x2 = x.double().chunk(2, dim=-1)
-        both = torch.complex(x1, x2) * turn
+        both = torch.complex(x1, x2) * angle
         x = torch.cat([both.real, both.imag], dim=-1)
         return (x * (x.square().mean(-1, keepdim=True) + 2.0 ** -23).rsqrt()).to(q.dtype)
-    q, k = turned(q), turned(k)
+    q, k = rotated(q), rotated(k)
     y = torch.empty(B, 1, H, D, dtype=torch.float64)
-    for b, place in enumerate(at.tolist()):
+    for b, place in enumerate(positions.tolist()):
         for h in range(H):
             g = h * k.shape[2] // H
             first = max(0, place + 1 - (window or place + 1))
@@ -69,16 +70,17 @@ def check(run, shape: tuple, dtype: torch.dtype, seed: int, device: str = "cpu")
     """Let `run` do a case, compare all that it wrote, and return its error against float64 as a share of the twin's."""
     *sizes, window = shape
     B, S = sizes[:2]
-    q, k, v, rope, keys, values, at = case(*sizes, dtype, seed, device)
-    wanted = exact(*(t.cpu() for t in (q, k, v)), tuple(t.cpu() for t in rope), *(t.cpu() for t in (keys, values, at)),
+    q, k, v, rope, keys, values, positions = case(*sizes, dtype, seed, device)
+    wanted = exact(*(t.cpu() for t in (q, k, v)), tuple(t.cpu() for t in rope),
+                   *(t.cpu() for t in (keys, values, positions)),
                    window)
     left, right = (keys.clone(), values.clone()), (keys.clone(), values.clone())
-    twin = append_and_attend_twin(q, k, v, rope, *(room[:B, :S] for room in left), at, window)
-    got, *right = run(q, k, v, rope, *right, at, window, B, S)
+    twin = append_and_attend_twin(q, k, v, rope, *(cache[:B, :S] for cache in left), positions, window)
+    got, *right = run(q, k, v, rope, *right, positions, window, B, S)
     row = torch.arange(B, device=device)
-    assert torch.allclose(right[0][row, at], left[0][row, at], rtol=2 * torch.finfo(dtype).eps,
+    assert torch.allclose(right[0][row, positions], left[0][row, positions], rtol=2 * torch.finfo(dtype).eps,
                           atol=1e-6), "another key"
-    right[0][row, at] = left[0][row, at]
+    right[0][row, positions] = left[0][row, positions]
     for ours, theirs in zip(right, left):
         assert torch.equal(ours.nan_to_num(99.0), theirs.nan_to_num(99.0)), "the buffers differ from the twin's"
     assert got.shape == q.shape and got.dtype == dtype
@@ -87,7 +89,7 @@ def check(run, shape: tuple, dtype: torch.dtype, seed: int, device: str = "cpu")
     return float(error / (limit + torch.finfo(dtype).eps))
 
 
-def interpreted(q, k, v, rope, keys, values, at, window, B, S):
+def interpreted(q, k, v, rope, keys, values, positions, window, B, S):
     from nanochat.kernels.decode_attention import triton as kernels
 
     def poisoned(*shape, **given) -> Tensor:
@@ -95,13 +97,13 @@ def interpreted(q, k, v, rope, keys, values, at, window, B, S):
 
     empty, torch.empty = torch.empty, poisoned
     try:
-        return kernels.append_and_attend(q, k, v, rope, keys[:B, :S], values[:B, :S], at, window), keys, values
+        return kernels.append_and_attend(q, k, v, rope, keys[:B, :S], values[:B, :S], positions, window), keys, values
     finally:
         torch.empty = empty
 
 
-def chosen(q, k, v, rope, keys, values, at, window, B, S):
-    return append_and_attend(q, k, v, rope, keys[:B, :S], values[:B, :S], at, window), keys, values
+def chosen(q, k, v, rope, keys, values, positions, window, B, S):
+    return append_and_attend(q, k, v, rope, keys[:B, :S], values[:B, :S], positions, window), keys, values
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,15 +111,15 @@ def chosen(q, k, v, rope, keys, values, at, window, B, S):
 def test_the_twin_is_attention_up_to_where_each_row_stands(shape, dtype):
     *sizes, window = shape
     for seed in range(3):
-        q, k, v, rope, keys, values, at = case(*sizes, dtype, seed)
-        wanted, before = exact(q, k, v, rope, keys, values, at, window), keys.clone()
-        got = append_and_attend_twin(q, k, v, rope, keys[:sizes[0], :sizes[1]], values[:sizes[0], :sizes[1]], at,
+        q, k, v, rope, keys, values, positions = case(*sizes, dtype, seed)
+        wanted, before = exact(q, k, v, rope, keys, values, positions, window), keys.clone()
+        got = append_and_attend_twin(q, k, v, rope, keys[:sizes[0], :sizes[1]], values[:sizes[0], :sizes[1]], positions,
                                      window)
         assert (got - wanted).norm() <= 4 * torch.finfo(dtype).eps * wanted.norm()
-        row = torch.arange(len(at))
-        turned = rope_norm_twin(k, rope)[:, 0]
-        assert torch.equal(keys[row, at], turned) and torch.equal(values[row, at], v[:, 0])
-        before[row, at] = turned
+        row = torch.arange(len(positions))
+        rotated = rope_norm_twin(k, rope)[:, 0]
+        assert torch.equal(keys[row, positions], rotated) and torch.equal(values[row, positions], v[:, 0])
+        before[row, positions] = rotated
         assert torch.equal(keys.nan_to_num(99.0), before.nan_to_num(99.0)), "more than the new key was written"
 
 
@@ -170,7 +172,7 @@ def test_decode_attention_attends_like_torch(B, H, G, D, S, dtype):
     torch.manual_seed(0)
     shapes = (B, 1, H, D), (B, S + 9, G, D), (B, S + 9, G, D)
     q, k, v = (torch.randn(*shape).to(dtype) for shape in shapes)
-    k[:, S:], v[:, S:] = torch.nan, torch.nan  # room that is not in use
+    k[:, S:], v[:, S:] = torch.nan, torch.nan  # unused room of the cache
     k, v = k[:, :S], v[:, :S]
     wanted = decode_attention_twin(q.double(), k.double(), v.double())
     got = decode_attention(q, k, v)

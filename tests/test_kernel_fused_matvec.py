@@ -21,7 +21,7 @@ def exact(x: Tensor, weight: Tensor, add: Tensor | None, normed: bool, activated
 
 
 def worst(run, N: int, K: int, dtype: torch.dtype, device: str = "cpu") -> float:
-    """The largest error of `run` against float64 over all kinds, as a share of the twin's."""
+    """Return the largest error of `run` against float64 over all kinds, as a share of the twin's."""
     shares = []
     for seed, (normed, activated, added) in enumerate(KINDS):
         draw = torch.Generator().manual_seed(seed)

@@ -77,7 +77,7 @@ def test_the_kernels_compile_for_hopper_without_a_gpu():
 
 
 def case(draw: st.DataObject, *, T: st.SearchStrategy) -> tuple[dict, torch.Tensor]:
-    """Random inputs as columns of one tensor with columns to spare, and dy; past, or None."""
+    """Return random inputs, columns of one wider tensor, with a past or None, and dy."""
     B, T, H, D, K, seed = (draw.draw(s, label) for s, label in (
         (st.integers(1, 3), "B"), (T, "T"), (st.integers(1, 3), "H"), (st.sampled_from([1, 3, 8, 40]), "D"),
         (st.integers(1, 4), "K"),
@@ -106,7 +106,7 @@ def close(name: str, got: torch.Tensor, twin: torch.Tensor, exact: torch.Tensor)
 
 
 def twin_of(inputs: dict, dy: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """y and all gradients by the twin, with everything in one dtype."""
+    """Return y and all gradients by the twin, computed in dtype."""
     given = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items() if t is not None}
     y = slc2_core_twin(**given)
     if not y.numel():
@@ -194,7 +194,7 @@ def test_many_programs_add_up_the_gradient_of_the_taps(monkeypatch):
 
 
 def d20(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random z, taps and dy of the d20's sizes on the GPU, z and dy in bfloat16."""
+    """Return random z, taps and dy of the sizes of a d20 on the GPU, z and dy in bfloat16."""
     torch.manual_seed(0)
     return (torch.randn(B, T, 2704, device="cuda", dtype=torch.bfloat16, requires_grad=True),
             torch.randn(1280, 3, device="cuda", requires_grad=True),

@@ -29,7 +29,7 @@ def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def strided(t: Tensor, extra: int = 3) -> Tensor:
-    """The same numbers as columns of a wider tensor."""
+    """Return t as columns of a wider tensor that is NaN elsewhere."""
     wide = poison(*t.shape[:-1], t.shape[-1] + extra, dtype=t.dtype)
     view = wide[..., 1:1 + t.shape[-1]]
     view.copy_(t)
@@ -37,10 +37,9 @@ def strided(t: Tensor, extra: int = 3) -> Tensor:
 
 
 def no_worse(ours: Tensor, twin: Tensor, exact: Tensor, name: str = "", size: Tensor | None = None) -> None:
-    """Beside float64, ours errs at most 1.5 times as much as the twin in the mean, and 3 times as much at its worst.
+    """Check our error against float64: at most 1.5 times the twin's in the mean, and 3 times in the maximum.
 
-    The noise of few numbers is let pass: some roundings of the largest, or of the largest term, `size`, where terms
-    cancel out.
+    Some noise is allowed: a few roundings of the largest number, or of the largest term, `size`, where terms cancel.
     """
     if not exact.numel():
         return
@@ -88,7 +87,7 @@ def loss_inputs(n: int, V: int, dtype: torch.dtype, scale: float = 8.0):
 
 
 def loss_and_gradient(z: Tensor, targets: Tensor, factors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """By the twin with an identity for the weight, in the dtype given."""
+    """Return the losses and the gradient by the twin with an identity for the weight, in the given dtype."""
     leaf = z.to(dtype, copy=True).requires_grad_()
     capped = 15 * torch.tanh((leaf if dtype == torch.float64 else leaf.float()) / 15)
     losses = torch.nn.functional.cross_entropy(capped, targets, ignore_index=-1, reduction="none")
@@ -150,7 +149,7 @@ def test_softcapped_refuses_a_target_outside_the_vocabulary_and_writes_nothing(w
 
 
 def slc2_inputs(b: int, T: int, H: int, D: int, K: int, dtype: torch.dtype, past: bool, joined: bool = True):
-    """x, B, A, alpha, as columns of one tensor or each for itself; taps; past."""
+    """Return x, B, A, alpha, which are columns of one tensor or contiguous, and taps and past."""
     E = H * D
     z = (1.5 * torch.randn(b, T, 2 * E + D + H + 5)).to(dtype)
     parts = z.split([E, E, D, H, 5], dim=-1)[:4]
@@ -169,7 +168,7 @@ def slc2_gradients(inputs, dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def cpu_gradients(inputs, dy: Tensor) -> list[Tensor]:
-    """dx, dB, dA, dalpha, dtaps and dpast, the first four columns of one poisoned buffer."""
+    """Return dx, dB, dA, dalpha, dtaps and dpast; the first four are columns of one tensor that was NaN."""
     x, B, A, alpha = inputs[:4]
     widths = [t.shape[-1] for t in (x, B, A, alpha)]
     buffer = poison(*x.shape[:2], sum(widths) + 4, dtype=x.dtype)
@@ -302,7 +301,7 @@ def test_rope_norm_is_as_exact_as_its_twin(dtype, shape, by_row, threads):
 
 
 def everything(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
-    """Each kernel's results for these sequences or rows out of large seeded inputs."""
+    """Return the results of every kernel for these rows of large seeded inputs."""
     torch.manual_seed(1)
     inputs = slc2_inputs(6, 150, 2, 40, 3, dtype, True)
     part = (*(t[rows] for t in inputs[:4]), inputs[4], inputs[5][rows])

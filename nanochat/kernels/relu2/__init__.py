@@ -1,7 +1,7 @@
 """relu(x)², the activation of the MLP, elementwise for x of any shape; the result is like x.
 
 Saved for backward: one tensor of x's size, x for the CPU kernel and relu(x) elsewhere. Written in place: nothing. The
-CPU kernel makes one pass over memory each way, where plain PyTorch makes two forward and three backward, and has no
+CPU kernel makes one pass over memory each way, where the twin makes two forward and three backward, and has no
 second derivative. In eager mode elsewhere, a shorter backward than the twin's runs. Under torch.compile the twin runs:
 the compiler fuses it itself.
 """
