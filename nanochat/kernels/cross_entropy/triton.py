@@ -39,6 +39,7 @@ def _tanh(z):
 
 @triton.jit
 def _row(Z, TARGETS, FACTORS, LOSSES, V, stride, FACTORED: tl.constexpr, WANT_GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the loss of one row and, with WANT_GRAD, overwrite its logits with their gradient."""
     row = tl.program_id(0).to(tl.int64)
     z = Z + row * stride
     target = tl.load(TARGETS + row)

@@ -50,10 +50,11 @@ def _split(q, k, v, cos, sin, keys, values, positions, y, parts, tops, sums, sca
            q_b, q_h, k_b, k_h, v_b, v_h, cos_b, sin_b, keys_b, keys_s, keys_h, values_b, values_s, values_h,
            SHARED: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, N: tl.constexpr,
            BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, ONE: tl.constexpr):
+    """Attend to one range of a row's keys; write y where it is the only range (ONE), else the partial results."""
     b, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     place = tl.load(positions + b).to(tl.int32)
     low = tl.maximum(place - window + 1, 0)
-    first, end = tl.maximum(split * SPLIT, low), tl.minimum(split * SPLIT + SPLIT, place)  # without the new key
+    first, end = tl.maximum(split * SPLIT, low), tl.minimum(split * SPLIT + SPLIT, place)  # the new key is not read
     own = (split * SPLIT <= place) & (place < split * SPLIT + SPLIT)
     if (first < end) | own:
         h, d, n, one = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), tl.arange(0, N), tl.arange(0, 1)[:, None]
@@ -107,6 +108,7 @@ def _split(q, k, v, cos, sin, keys, values, positions, y, parts, tops, sums, sca
 @triton.jit
 def _combine(parts, tops, sums, positions, y, window, splits, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
              SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Combine the partial results of a row and query head into y."""
     b, s, d = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     place = tl.load(positions + b).to(tl.int32)
     written = (s * SPLIT <= place) & (s * SPLIT + SPLIT > place - window + 1)

@@ -20,6 +20,7 @@ WIDEST = 2048  # elements of x in one tile, at most
 @triton.jit
 def _fused_matvec(x, weight, add, y, N, row, K: tl.constexpr, NORMED: tl.constexpr, ACTIVATED: tl.constexpr,
                   ADD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Compute BLOCK_N elements of y."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight += n.to(tl.int64)[:, None] * row
     products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)

@@ -79,6 +79,7 @@ def _forward(x, B, A, alpha, taps, past, y, T, blocks,
              x_b, x_t, B_b, B_t, A_b, A_t, alpha_b, alpha_t, past_b, past_t, y_b, y_t,
              H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, PAST: tl.constexpr,
              ROWS: tl.constexpr, SEGMENTS: tl.constexpr, AHEAD: tl.constexpr):
+    """Compute y of SEGMENTS stretches of ROWS time steps, for all heads."""
     pid = tl.program_id(0)
     block, b = pid % blocks, (pid // blocks).to(tl.int64)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -130,6 +131,7 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
               dx_b, dx_t, dB_b, dB_t, dA_b, dA_t, dalpha_b, dalpha_t,
               H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, PAST: tl.constexpr,
               ROWS: tl.constexpr, SEGMENTS: tl.constexpr, AHEAD: tl.constexpr):
+    """Compute all gradients of `chain` blocks of time, one after the other, and their partial sum of dtaps."""
     pid = tl.program_id(0)
     lane, column = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)[None, :]
     d = lane[None, :]
@@ -236,6 +238,7 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
 @triton.jit
 def _step(x, B, A, alpha, taps, past, y, blocks, x_b, B_b, A_b, alpha_b, past_b, past_t,
           E: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute y and the new past of one token, for BLOCK channels."""
     pid = tl.program_id(0)
     b, e = (pid // blocks).to(tl.int64), pid % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = e < E
