@@ -1,12 +1,17 @@
-"""The head and the loss: ours beside its plain twin, torch.compile of the twin, and Liger's fused linear cross-entropy.
+"""Time the head and the loss: ours, the plain twin, torch.compile of the twin, and Liger's fused linear cross-entropy.
 
-    python -m bench.head                                                      # 4,096 tokens and V 2,048: a small model on a CPU
-    python -m bench.head --depth=20 --tokens=65536 --vocab-size=65536         # on a GPU
+    python -m bench.head                                                  # 4,096 tokens and V 2,048: small, for a CPU
+    python -m bench.head --depth=20 --tokens=65536 --vocab-size=65536     # on a GPU
 
-"training": forward and backward of the summed loss from float32 weights, targets that do not count among them. "evaluation": the loss
-of each token, nothing kept. All take hidden states in --dtype. "of the product": what the products alone need (three in training, one in
-evaluation) at the speed of a large one, over the time. "error": ‖got − exact‖ / ‖exact‖, exact being the twin in float64 on a
-part of the tokens, the worst of losses and gradients. "memory": bytes alive at the peak that were not alive before.
+"training" is forward and backward of the summed loss from float32 weights, with some targets ignored. "evaluation" is
+the loss of each token, with nothing saved. All take hidden states in --dtype. The columns:
+
+- "of the product": the time that the products alone would take at the speed of a large one (three products in training,
+  one in evaluation), over the time.
+- "error": ‖got − exact‖ / ‖exact‖, exact being the twin in float64 on a part of the tokens; the worst of losses and
+  gradients.
+- "memory": bytes alive at the peak that were not alive before.
+
 Liger gets the weight in the dtype of the hidden states and is asked to sum its gradient in float32, as ours does.
 """
 
@@ -36,7 +41,7 @@ from nanochat.errors import UserError
 from nanochat.kernels.cross_entropy import IGNORE, SOFTCAP, head_loss, head_loss_twin
 
 TWIN, COMPILED, LIGER = "twin, eager", "twin, torch.compile", "Liger"
-JUDGED = 1 << 23  # logits that the error is measured on: 64 MB of float64, some times
+JUDGED = 1 << 23  # logits that the error is measured on: several tensors of 64 MB in float64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Loss = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 
@@ -48,8 +53,9 @@ class Config:
     depth: int = flag(4, "layers of the model whose width is taken")
     tokens: int = flag(4096, "in a step")
     vocab_size: int = flag(2048, "tokens the model knows")
-    dtype: str = flag("auto", "of the hidden states: bfloat16, float32, or auto: what the model computes in on this device")
-    rounds: int = flag(7, "timed calls of each way; the median counts")
+    dtype: str = flag("auto",
+                      "of the hidden states: bfloat16, float32, or auto: what the model computes in on this device")
+    rounds: int = flag(7, "timed calls of each way; the median is shown")
     compile: str = flag("auto", "time torch.compile of the twin too: yes, no, or auto (on GPUs)")
     threads: int = flag(0, "CPU threads; 0 leaves it to torch")
     device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
@@ -57,19 +63,23 @@ class Config:
 
 
 def liger(device: torch.device) -> Loss | str:
-    """Liger's loss with our arguments; or why there is none."""
+    """Return Liger's loss with our arguments, or a sentence that says why there is none."""
     if device.type != "cuda":
         return "it needs a GPU"
     try:
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
     except ImportError:
         return "it is not installed; `pip install liger-kernel`"
-    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", softcap=SOFTCAP, accum_dtype=torch.float32)
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", softcap=SOFTCAP,
+                                            accum_dtype=torch.float32)
     return lambda x, weight, targets, reduction: loss(weight.to(x.dtype), x, targets)
 
 
 def inputs(tokens: int, E: int, V: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states as a norm leaves them, a weight that gives logits of some size, targets of which every 16th does not count."""
+    """Return (x, weight, targets).
+
+    x (tokens, E) is like a norm's output, weight (V, E) gives logits of a few units, and every 16th target is ignored.
+    """
     x, weight = torch.randn(tokens, E, device=device).to(dtype), torch.randn(V, E, device=device) * (3 * E ** -0.5)
     targets = torch.randint(V, (tokens,), device=device)
     targets[::16] = IGNORE
@@ -77,22 +87,25 @@ def inputs(tokens: int, E: int, V: int, dtype: torch.dtype, device: torch.device
 
 
 def train(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
-    """The summed loss and its gradients."""
+    """Return the summed loss and its gradients."""
     total = loss(x, weight, targets, "sum")
     return [total, *torch.autograd.grad(total, (x, weight))]
 
 
 @torch.no_grad()
 def evaluate(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
-    """The loss of each token."""
+    """Return the loss of each token."""
     return [loss(x, weight, targets, "none")]
 
 
-PASSES = {"training": (train, 6), "evaluation": (evaluate, 2)}  # and the FLOPs of its products, over N·V·E
+PASSES = {"training": (train, 6), "evaluation": (evaluate, 2)}  # and the FLOPs of its products, divided by N·V·E
 
 
 def fits(fn: Callable[[], object]) -> bool:
-    """Call it once: compilation and first allocations stay out of what is measured. False where the GPU's memory does not hold it."""
+    """Call fn once, and return False where the GPU's memory does not hold it.
+
+    Compilation and first allocations then stay out of what is measured.
+    """
     try:
         fn()
         return True
@@ -101,12 +114,13 @@ def fits(fn: Callable[[], object]) -> bool:
         return False
 
 
-def compare(name: str, ways: dict[str, Loss], given: tuple[Tensor, Tensor, Tensor], rounds: int, ceiling: float) -> list[dict[str, Any]]:
-    """A row of numbers for each way of one pass."""
+def compare(name: str, ways: dict[str, Loss], given: tuple[Tensor, Tensor, Tensor], rounds: int,
+            ceiling: float) -> list[dict[str, Any]]:
+    """Return a table row for each way of one pass."""
     x, weight, targets = given
     run, flops = PASSES[name]
     judged = min(len(x), max(16, JUDGED // len(weight)))
-    where = torch.device("cpu") if x.device.type == "mps" else x.device  # float64 there is
+    where = torch.device("cpu") if x.device.type == "mps" else x.device  # MPS has no float64
     part = [x[:judged].detach().requires_grad_(), weight, targets[:judged]]
     wide = [t.detach().to(where, torch.float64).requires_grad_() for t in part[:2]]
     exact = run(head_loss_twin, *wide, part[2].to(where))
@@ -120,31 +134,39 @@ def compare(name: str, ways: dict[str, Loss], given: tuple[Tensor, Tensor, Tenso
         row = {"pass": name, "how": how, "error": errors[how]}
         if how in seconds:
             took = typical(seconds[how])
-            unseen = how == COMPILED and x.device.type == "cpu"  # what compiled code takes is not counted
-            row |= {"seconds": took, "all_seconds": seconds[how], "memory": None if unseen else peak_growth(calls[how], x.device),
+            unseen = how == COMPILED and x.device.type == "cpu"  # the memory of compiled code is not counted
+            row |= {"seconds": took, "all_seconds": seconds[how],
+                    "memory": None if unseen else peak_growth(calls[how], x.device),
                     "of_the_product": flops * x.numel() * len(weight) / took / ceiling}
         rows.append(row)
     twin = rows[[row["how"] for row in rows].index(TWIN)]
     for row in rows:
         if "seconds" in row and "seconds" in twin:
-            row["vs_twin"] = typical(b / a for a, b in zip(row["all_seconds"], twin["all_seconds"]))  # of each round: load drifts
+            # ratios within a round, since the load of the machine drifts
+            row["vs_twin"] = typical(b / a for a, b in zip(row["all_seconds"], twin["all_seconds"]))
             row["memory_vs_twin"] = row["memory"] / twin["memory"] if row["memory"] else None
     return rows
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
-    """The table of all rows."""
+    """Return the table of all rows."""
     def cell(row: dict[str, Any], key: str, form: Callable[[float], str]) -> str:
         return "-" if row.get(key) is None else form(row[key])
     return table(["pass", "how", "ms", "vs twin", "of the product", "memory", "of the twin's", "error"],
-                 [[row["pass"], row["how"], cell(row, "seconds", lambda s: f"{1000 * s:,.2f}") if "seconds" in row else "out of memory",
-                   cell(row, "vs_twin", lambda r: f"{r:.2f}×"), cell(row, "of_the_product", lambda r: f"{100 * r:.0f}%"),
+                 [[row["pass"], row["how"],
+                   cell(row, "seconds", lambda s: f"{1000 * s:,.2f}") if "seconds" in row else "out of memory",
+                   cell(row, "vs_twin", lambda r: f"{r:.2f}×"),
+                   cell(row, "of_the_product", lambda r: f"{100 * r:.0f}%"),
                    cell(row, "memory", lambda b: si(b) + "B"), cell(row, "memory_vs_twin", lambda r: f"{100 * r:.1f}%"),
                    f"{row['error']:.1e}"] for row in rows], left=(0, 1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compare as the flags say. Raises UserError for what the user can mend."""
+    """Compare as the flags say.
+
+    Raises:
+        UserError: a flag is wrong
+    """
     config = parse(Config, argv, __doc__)
     if config.compile not in ("auto", "yes", "no"):
         raise UserError(f"--compile is yes, no or auto, not {config.compile!r}")
@@ -167,12 +189,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             ways[COMPILED] = torch.compile(head_loss_twin, dynamic=False)
         peer = liger(device)
         ceiling = matmul_flops(device, dtype, 8192 if device.type == "cuda" else 2048)
-        rows = compare("training", ways if isinstance(peer, str) else {**ways, LIGER: peer}, given, config.rounds, ceiling)
+        rows = compare("training", ways if isinstance(peer, str) else {**ways, LIGER: peer}, given, config.rounds,
+                       ceiling)
         rows += compare("evaluation", ways, given, config.rounds, ceiling)
     finally:
         close_ranks()
     print(f"{in_a_line(about)}\n{config.tokens:,} tokens of width {64 * config.depth:,}, V {config.vocab_size:,}, "
-          f"{str(dtype).removeprefix('torch.')} on {device}\n\n{shown(rows)}\n\nMedians; ratios are those of each round.", flush=True)
+          f"{str(dtype).removeprefix('torch.')} on {device}\n\n{shown(rows)}\n\n"
+          "Times are medians; ratios are medians of the ratios within a round.", flush=True)
     if isinstance(peer, str):
         print(f"{LIGER} is left out: {peer}.")
     if config.json:

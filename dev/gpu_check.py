@@ -1,12 +1,13 @@
-"""Everything worth knowing on a GPU, in one command of a few minutes: is it right, and how fast is it?
+"""Check a GPU in one command of a few minutes: whether it computes the right numbers, and how fast it is.
 
-    python dev/gpu_check.py                          # from the top of the checkout; writes dev/gpu_check_out/gpu_check.{json,md}
+    python dev/gpu_check.py               # from the top of the checkout; writes dev/gpu_check_out/gpu_check.{json,md}
     python dev/gpu_check.py --golden ../shared/golden --minutes 8 --out results
 
-Needs Python, torch (with triton, to compile), tiktoken and numpy; pyarrow and our rustbpe for the loader's part. On a CPU, or with
---tiny, it runs small shapes, which shows that it works. Sections stand in order of worth; none starts when the time is up, and one that
-fails does not stop the rest. Exit code 0 where every check of correctness held, 1 where one failed, broke or found no time. Goals of speed
-stand in a table of their own; whether they are held does not count.
+Needs Python, torch (with triton, to compile), tiktoken and numpy; pyarrow and our rustbpe for the loader's part. On a
+CPU, or with --tiny, it runs small shapes, which shows that it works. The most important sections come first. None
+starts when the time is up, and one that fails does not stop the rest. The exit code is 0 where every check of
+correctness held, and 1 where one failed, broke or found no time. Goals of speed are listed in a table of their own and
+do not count.
 """
 
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # run as a file, with nothing installed
+if str(ROOT) not in sys.path:  # run as a file, without an installed package
     sys.path.insert(0, str(ROOT))
 
 from bench.measure import circumstances, in_a_line, table, write_json  # noqa: E402
@@ -44,12 +45,19 @@ class Config:
     golden: str = flag("", "folder of golden values; unset is ../shared/golden where that is")
     compile: str = flag("auto", "check and time compiled blocks too: yes, no, or auto (on GPUs)")
     device: str = flag("", "cuda or cpu; unset takes the GPU if there is one")
-    only: str = flag("", "names of sections to run, with commas between; unset is all")
+    only: str = flag("", "names of sections to run, separated by commas; unset means all")
 
 
 @dataclass(frozen=True)
 class Section:
-    """name; what it does; whether a failure counts; seconds it may well take on a GPU."""
+    """A part of the check.
+
+    Attributes:
+        name: as --only takes it
+        work: does it
+        counts: whether a failure fails the check
+        seconds: the time it may take on a GPU
+    """
 
     name: str
     work: Callable[[Run, Report], None]
@@ -89,35 +97,45 @@ SECTIONS = (
 
 
 def do(section: Section, run: Run) -> dict[str, Any]:
-    """Run one section; whatever happens is in what it returns. "status": passed, failed, measured, skipped, broken or no time."""
+    """Run one section and return what happened; it never raises.
+
+    "status" is passed, failed, measured, skipped, broken or no time.
+    """
     report, began, result = Report(), time.monotonic(), {"name": section.name, "counts": section.counts}
     if run.left() < (0 if run.tiny else section.seconds):
         return {**result, "status": "no time", "seconds": 0.0, **asdict(report)}
     try:
         section.work(run, report)
-        status = "measured" if not report.checks else "passed" if all(check["ok"] for check in report.checks) else "failed"
+        held = all(check["ok"] for check in report.checks)
+        status = "measured" if not report.checks else "passed" if held else "failed"
     except Skipped as reason:
         status, result["why"] = "skipped", str(reason)
-    except Exception as error:  # whatever broke here, the rest is still worth knowing
+    except Exception as error:  # anything may break here; the other sections still count
         status, result["why"] = "broken", f"{type(error).__name__}: {str(error)[:2000]}"
         result["trace"] = traceback.format_exc()[-6000:]
     return {**result, "status": status, "seconds": time.monotonic() - began, **asdict(report)}
 
 
 def good(results: list[dict[str, Any]]) -> bool:
-    """Did every section that counts pass, or have a reason to be skipped? Any check that failed counts, wherever it stands."""
-    bad = [r for r in results if r["counts"] and r["status"] in ("failed", "broken", "no time") or not all(c["ok"] for c in r["checks"])]
+    """Return whether every section that counts passed or had a reason to be skipped.
+
+    A failed check counts in any section.
+    """
+    bad = [r for r in results if r["counts"] and r["status"] in ("failed", "broken", "no time")
+           or not all(c["ok"] for c in r["checks"])]
     return not bad
 
 
 def markdown(about: dict[str, Any], results: list[dict[str, Any]], tiny: bool) -> str:
-    """All results as one page: what held, then the tables, then what failed."""
+    """Return all results as one page: what held, then the tables, then what failed."""
     rows = []
     for r in results:
         worst = [f"{c['name']}: {show(c['value'])} (must be {c['limit']})" for c in r["checks"] if not c["ok"]]
         held = f"{sum(c['ok'] for c in r['checks'])} of {len(r['checks'])}" if r["checks"] else "-"
-        rows.append([r["name"], r["status"], held, f"{r['seconds']:.1f}", "; ".join(worst) or r.get("why", "").split("\n")[0][:200]])
-    text = ["# GPU check" + (" (small shapes: no speed below means anything)" if tiny else ""), "", in_a_line(about), "",
+        rows.append([r["name"], r["status"], held, f"{r['seconds']:.1f}",
+                     "; ".join(worst) or r.get("why", "").split("\n")[0][:200]])
+    text = ["# GPU check" + (" (small shapes: no speed below means anything)" if tiny else ""), "", in_a_line(about),
+            "",
             table(["section", "status", "checks", "seconds", "what"], rows, (0, 1, 4))]
     goals = [[g["goal"], f"{g['sign']} {show(g['wish'])}", "-" if g["measured"] is None else show(g["measured"]),
               {True: "yes", False: "no", None: "-"}[g["held"]]] for r in results for g in r["goals"]]
@@ -126,7 +144,8 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]], tiny: bool) -
     for r in results:
         for part in r["tables"]:
             text += ["", f"## {r['name']}", "", part]
-    checks = [[r["name"], c["name"], show(c["value"]), c["limit"], "yes" if c["ok"] else "NO"] for r in results for c in r["checks"]]
+    checks = [[r["name"], c["name"], show(c["value"]), c["limit"], "yes" if c["ok"] else "NO"] for r in results
+              for c in r["checks"]]
     text += ["", "## checks", "", table(["section", "check", "value", "limit", "ok"], checks, (0, 1, 4))]
     for r in results:
         if plain := fast.brief(r["numbers"]):
@@ -137,19 +156,24 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]], tiny: bool) -
 
 
 def show(value: Any) -> str:
-    """A value for people: three digits, or all of a large one."""
+    """Return a value for people: three digits, or all digits of a large one."""
     if isinstance(value, bool) or not isinstance(value, float | int):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the sections; returns the exit code. Raises UserError for what the user can mend."""
+    """Run the sections and return the exit code.
+
+    Raises:
+        UserError: a flag is wrong
+    """
     began = time.monotonic()
     config = parse(Config, argv, __doc__)
     if config.compile not in ("auto", "yes", "no"):
         raise UserError(f"--compile is yes, no or auto, not {config.compile!r}")
-    wanted = [name.strip() for name in config.only.split(",")] if config.only else [section.name for section in SECTIONS]
+    wanted = [name.strip()
+              for name in config.only.split(",")] if config.only else [section.name for section in SECTIONS]
     if unknown := set(wanted) - {section.name for section in SECTIONS}:
         raise UserError(f"--only={config.only}: there is no section {', '.join(sorted(unknown))}; there are "
                         f"{', '.join(section.name for section in SECTIONS)}")
@@ -168,12 +192,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append(do(section, run))
             last = results[-1]
             print(f"{section.name}: {last['status']}, {last['seconds']:.1f} s {last.get('why', '')[:200]}", flush=True)
-            page = markdown(about, results, run.tiny)  # written after every section: a kill loses one section
-            write_json(out / "gpu_check.json", {"about": about, "config": asdict(config), "device": str(device), "tiny": run.tiny,
-                                                "seconds": time.monotonic() - began, "good": good(results), "sections": results})
+            page = markdown(about, results, run.tiny)  # written after every section, so that a kill loses only one
+            write_json(out / "gpu_check.json",
+                       {"about": about, "config": asdict(config), "device": str(device), "tiny": run.tiny,
+                        "seconds": time.monotonic() - began, "good": good(results), "sections": results})
             with atomic_write(out / "gpu_check.md") as file:
                 file.write(page.encode())
-    print(f"\n{page}\n{'all checks held' if good(results) else 'NOT all checks held'}; {time.monotonic() - began:.0f} s; "
+    verdict = "all checks held" if good(results) else "NOT all checks held"
+    print(f"\n{page}\n{verdict}; {time.monotonic() - began:.0f} s; "
           f"numbers in {out / 'gpu_check.json'}", flush=True)
     return 0 if good(results) else 1
 

@@ -1,6 +1,7 @@
-"""The measurements of dev/gpu_check.py on single parts: kernels by themselves, the head, evaluation, and whether 8 bits would be worth it.
+"""The measurements of dev/gpu_check.py on single parts: kernels, the head, evaluation, and whether 8 bits would pay.
 
-Like dev/gpu_correctness.py, a section is a function of (Run, Report); all shapes are those of a d20 at rows of 2048.
+Like in dev/gpu_correctness.py, a section is a function of (Run, Report). All shapes are those of a d20 with rows of
+2048.
 """
 
 from collections.abc import Sequence
@@ -21,14 +22,14 @@ from nanochat.tokenizer.tokenizer import _rustbpe
 
 
 def shape_of(run: Run, B: int = 32) -> kernels.Shape:
-    """The shapes of a d20 step of B rows of 2048; something small where that is asked for."""
+    """Return the shapes of a d20 step of B rows of 2048, or small ones where the run asks for that."""
     depth, B, T, rows = (2, 2, 32, 3) if run.tiny else (20, B, 2048, 64)
     model = GPTConfig.from_depth(depth, sequence_len=T, vocab_size=300 if run.tiny else 65536)
     return kernels.Shape(model, B, T, rows, compute_dtype(run.device), run.device)
 
 
 def _operations(run: Run, out: Report, names: Sequence[str], B: int = 32) -> list[dict[str, Any]]:
-    """Time these operations in all their ways; a number of ours that is wrong fails the check."""
+    """Time these operations in all their ways; a wrong number of ours fails the check."""
     clean(run)
     rows = out.numbers.setdefault("rows", [])
     for name in names:
@@ -41,24 +42,28 @@ def _operations(run: Run, out: Report, names: Sequence[str], B: int = 32) -> lis
         clean(run)
     out.tables.append(kernels.shown(rows))
     wrong = out.numbers["too_far"] = kernels.too_far(rows, shape_of(run).dtype)
-    out.expect(f"errors of ours beyond three times the twin's{': ' if wrong else ''}{'; '.join(wrong)}", len(wrong), at_most=0)
+    out.expect(f"errors of ours beyond three times the twin's{': ' if wrong else ''}{'; '.join(wrong)}", len(wrong),
+               at_most=0)
     return rows
 
 
 def slc2_speed(run: Run, out: Report) -> None:
-    """The core of SLC2 by itself: forward, backward, and one token of 64 rows."""
+    """The core of SLC2: forward, backward, and a decode step of 64 rows."""
     rows = _operations(run, out, ["slc2 core", "slc2 step"])
     for number, way in enumerate(("forward", "backward")):
         seconds = {row["how"]: row["seconds"] for row in rows if (row["operation"], row["pass"]) == ("slc2 core", way)}
-        mine = min((row for row in rows if (row["operation"], row["pass"]) == ("slc2 core", way) and row["how"].startswith("ours")),
+        mine = min((row for row in rows if (row["operation"], row["pass"]) == ("slc2 core", way)
+                    and row["how"].startswith("ours")),
                    key=lambda row: row["seconds"])
         compiled = seconds.get(kernels.COMPILED)
-        out.goal(f"SLC2 core, {way}: of the measured copy bandwidth", mine["of_the_copy"], at_least=(0.80, 0.65)[number])
-        out.goal(f"SLC2 core, {way}: speed over torch.compile of the twin", compiled / mine["seconds"] if compiled else None, at_least=1.15)
+        out.goal(f"SLC2 core, {way}: of the measured copy bandwidth", mine["of_the_copy"],
+                 at_least=(0.80, 0.65)[number])
+        out.goal(f"SLC2 core, {way}: speed over torch.compile of the twin",
+                 compiled / mine["seconds"] if compiled else None, at_least=1.15)
 
 
 def head_speed(run: Run, out: Report) -> None:
-    """The head and the loss of 16 rows, beside the twin, its compilation, and Liger's where it is installed."""
+    """The head and the loss of 16 rows, beside the twin, its compilation, and Liger's loss where it is installed."""
     rows = _operations(run, out, [kernels.HEAD], B=16)
     found = {row["how"]: row for row in rows if row["pass"] == "training"}
     ours, twin = found["ours"], found[kernels.TWIN]
@@ -68,31 +73,33 @@ def head_speed(run: Run, out: Report) -> None:
 
 
 def kernel_table(run: Run, out: Report) -> None:
-    """All other operations by themselves."""
+    """All other operations."""
     _operations(run, out, [name for name in kernels.OPERATIONS if not name.startswith("slc2")], B=16)
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 def evaluation(run: Run, out: Report) -> None:
     """bench.eval: bits per byte beside the twin; CORE and written answers too, where our rustbpe is built."""
     clean(run)
-    given = {"depth": 1, "vocab_size": 300, "max_seq_len": 16, "device_batch_size": 2, "max_per_task": 3, "problems": 2, "max_tokens": 3,
-             "rounds": 1} if run.tiny else {"depth": 20, "vocab_size": 65536, "max_seq_len": 2048, "device_batch_size": 8, "max_tokens": 64}
+    given = {"depth": 1, "vocab_size": 300, "max_seq_len": 16, "device_batch_size": 2, "max_per_task": 3, "problems": 2,
+             "max_tokens": 3,
+             "rounds": 1} if run.tiny else {"depth": 20, "vocab_size": 65536, "max_seq_len": 2048,
+                                            "device_batch_size": 8, "max_tokens": 64}
     parts = evaluation_bench.PARTS if _rustbpe() is not None and not run.tiny else ("bpb",)
     out.numbers["rows"] = rows = evaluation_bench.compare(evaluation_bench.Config(**given), parts, run.ranks)
     out.tables.append(evaluation_bench.shown(rows))
     clean(run)
 
 
-# --- 8 bits ------------------------------------------------------------------------------------------------------------
+# --- 8 bits -----------------------------------------------------------------------------------------------------------
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2  # activations and weights; gradients
 Eight = tuple[Tensor, Tensor, Tensor]  # of `quantised`
 
 
 def quantised(x: Tensor, dtype: torch.dtype) -> Eight:
-    """x in 8 bits with one scale, once as it lies and once transposed (both contiguous), and what undoes the scale."""
+    """Return x in 8 bits with one scale, the same transposed (both contiguous), and the reciprocal of the scale."""
     largest = torch.finfo(dtype).max
     scale = largest / x.abs().amax().float().clamp_min(1e-12)
     small = (x.float() * scale).clamp(-largest, largest).to(dtype)
@@ -100,18 +107,25 @@ def quantised(x: Tensor, dtype: torch.dtype) -> Eight:
 
 
 def scaled(a: Tensor, b_transposed: Tensor, a_scale: Tensor, b_scale: Tensor, fast: bool) -> Tensor:
-    """a (M, K) times the transpose of b_transposed (N, K), in bfloat16; the tensor cores want both so. fast: sums of fewer digits."""
-    return torch._scaled_mm(a, b_transposed.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    """Return a (M, K) times the transpose of b_transposed (N, K), in bfloat16; tensor cores want this layout.
+
+    fast: let the hardware sum with fewer digits.
+    """
+    return torch._scaled_mm(a, b_transposed.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16,
+                            use_fast_accum=fast)
 
 
 def linear_in_8_bits(x: Eight, w: Eight, dy: Eight) -> tuple[Tensor, Tensor, Tensor]:
-    """y, dx, dw of y = x @ w.T: x (M, K), w (N, K), dy (M, N); gradients with full sums, as is the custom."""
+    """Return y, dx, dw of y = x @ w.T, x (M, K), w (N, K), dy (M, N); gradients are summed precisely, as is usual."""
     (x8, x8_t, x_s), (w8, w8_t, w_s), (d8, d8_t, d_s) = x, w, dy
     return scaled(x8, w8, x_s, w_s, True), scaled(d8, w8_t, d_s, w_s, False), scaled(d8_t, x8_t, d_s, x_s, False)
 
 
 def fp8(run: Run, out: Report) -> None:
-    """The MLP's two matrices, forward and backward: bfloat16 beside 8 bits with one scale a tensor, casts alone, products alone, both."""
+    """The two matrices of the MLP, forward and backward: bfloat16 beside 8 bits with one scale a tensor.
+
+    8 bits are timed as casts alone, products alone, and both.
+    """
     if run.device.type == "cuda" and torch.cuda.get_device_capability(run.device) < (8, 9):
         raise Skipped("no products of 8 bits on this GPU")
     tokens, E = (64, 32) if run.tiny else (65536, 1280)
@@ -129,16 +143,20 @@ def fp8(run: Run, out: Report) -> None:
 
         def casts(i: int, x=x, w=w, dy=dy) -> tuple[Eight, ...]:
             return cast(x, E4), cast(w, E4), cast(dy, E5)
-        work = {"bfloat16": plain, "8 bits, products alone": lambda i, eight=eight: linear_in_8_bits(*eight), "casts alone": casts,
+        work = {"bfloat16": plain, "8 bits, products alone": lambda i, eight=eight: linear_in_8_bits(*eight),
+                "casts alone": casts,
                 "8 bits with casts": lambda i, casts=casts: linear_in_8_bits(*casts(i))}
         seconds = {how: typical(times) for how, times in paced(work, run.device, 1 if run.tiny else 7).items()}
-        rows.append({"matrix": name, "seconds": seconds, "error": error, "bfloat16_error": off(plain(0)[0][:64], exact)})
+        rows.append({"matrix": name, "seconds": seconds, "error": error,
+                     "bfloat16_error": off(plain(0)[0][:64], exact)})
         wrong = {"bfloat16": rows[-1]["bfloat16_error"], "8 bits with casts": error}
-        lines += [[name, how, f"{1000 * took:.3f}", f"{seconds['bfloat16'] / took:.2f}×", f"{wrong[how]:.1e}" if how in wrong else "-"]
+        lines += [[name, how, f"{1000 * took:.3f}", f"{seconds['bfloat16'] / took:.2f}×",
+                   f"{wrong[how]:.1e}" if how in wrong else "-"]
                   for how, took in seconds.items()]
     total = {how: sum(row["seconds"][how] for row in rows) for how in rows[0]["seconds"]}
-    lines += [["both", how, f"{1000 * took:.3f}", f"{total['bfloat16'] / took:.2f}×", "-"] for how, took in total.items()]
+    lines += [["both", how, f"{1000 * took:.3f}", f"{total['bfloat16'] / took:.2f}×", "-"]
+              for how, took in total.items()]
     out.table(["MLP, forward and backward", "how", "ms", "vs bfloat16", "error"], lines, (0, 1))
-    out.goal("8 bits in the MLP, casts paid: speed over bfloat16 (from 1.2 on it is worth building)",
+    out.goal("8 bits in the MLP, casts paid: speed over bfloat16 (worth building from 1.2 on)",
              total["bfloat16"] / total["8 bits with casts"], at_least=1.2)
     clean(run)

@@ -1,6 +1,7 @@
 """The measurements of dev/gpu_check.py: how fast, against what the device can do, hybrid beside all-attention.
 
-Like dev/gpu_correctness.py, a section is a function of (Run, Report). Each looks at the time left before it starts something long.
+Like in dev/gpu_correctness.py, a section is a function of (Run, Report). Each checks the time left before a long
+measurement.
 """
 
 import gc
@@ -24,13 +25,17 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.llm import ready_to_decode
 from nanochat.logs import machine, versions
 
-STEP_TOKENS = 524_288  # of the published recipe: tokens/s are for one device doing such steps alone
-NVIDIA_SMI = ("name", "driver_version", "memory.total", "memory.used", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem",
+STEP_TOKENS = 524_288  # of the published recipe; tokens/s are those of one device that does such steps
+NVIDIA_SMI = ("name", "driver_version", "memory.total", "memory.used", "power.limit", "clocks.sm", "clocks.max.sm",
+              "clocks.mem",
               "clocks.max.mem", "temperature.gpu")
 
 
 def clean(run: Run) -> None:
-    """Give back what the last model held, and what was compiled for it: too many variants of a function, and torch stops compiling it."""
+    """Free what the last model held, and reset the compiler.
+
+    With too many variants of a function compiled, torch stops compiling it.
+    """
     gc.collect()
     if run.compiled:
         torch._dynamo.reset()
@@ -40,7 +45,7 @@ def clean(run: Run) -> None:
 
 
 def environment(run: Run, out: Report) -> None:
-    """The machine as it was found."""
+    """The machine, its software and its state."""
     out.numbers |= {**versions(), **machine(), "cuda": torch.version.cuda,
                     "compute_dtype": str(compute_dtype(run.device)).removeprefix("torch.")}
     try:
@@ -66,18 +71,24 @@ def ceilings(run: Run, out: Report) -> None:
     numbers["matmul_bfloat16"] = matmul_flops(run.device, torch.bfloat16, side)
     numbers["matmul_float32"] = matmul_flops(run.device, torch.float32, side // 2)
     numbers["data_sheet"] = peak_flops(run.device, torch.bfloat16) if run.device.type == "cuda" else None
-    names = {"copy_bandwidth": "copy, bytes/s", "matmul_bfloat16": "bfloat16 matmul, FLOP/s", "matmul_float32": "float32 matmul, FLOP/s",
+    names = {"copy_bandwidth": "copy, bytes/s", "matmul_bfloat16": "bfloat16 matmul, FLOP/s",
+             "matmul_float32": "float32 matmul, FLOP/s",
              "data_sheet": "bfloat16 by the data sheet, FLOP/s"}
     out.table(["ceiling", "measured"], [[name, si(numbers[key])] for key, name in names.items()])
     clean(run)
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
-def train_once(run: Run, depth: int, kind: str, compiled: bool, batches: tuple[int, ...], rounds: int = 5) -> dict[str, Any]:
-    """Time training of one model at the largest of `batches` that fits; one micro-batch a step, then reckoned for STEP_TOKENS."""
+def train_once(run: Run, depth: int, kind: str, compiled: bool, batches: tuple[int, ...],
+               rounds: int = 5) -> dict[str, Any]:
+    """Time training of one model at the largest of `batches` that fits.
+
+    One micro-batch a step is timed; numbers are then scaled to steps of STEP_TOKENS.
+    """
     T, V = (32, 300) if run.tiny else (2048, 65536)
-    shape = GPTConfig.from_depth(depth, sequence_len=T, vocab_size=V, layer_pattern="A" * depth if kind == "attention" else None)
+    shape = GPTConfig.from_depth(depth, sequence_len=T, vocab_size=V,
+                                 layer_pattern="A" * depth if kind == "attention" else None)
     row: dict[str, Any] = {"model": f"d{depth} {kind}", "compiled": compiled, "too_large": []}
     for B in batches:
         clean(run)
@@ -98,16 +109,18 @@ def _time_training(run: Run, shape: GPTConfig, B: int, compiled: bool, rounds: i
     seconds = interleaved({"step": case.step, "pass": case.forward_backward}, run.device, rounds)
     step, passing = typical(seconds["step"]), typical(seconds["pass"])
     peak = peak_flops(run.device, case.dtype)
-    whole = max(1, STEP_TOKENS // (B * T)) * passing + max(0.0, step - passing)  # micro-batches, then the optimizer once
+    # gradient accumulation, then the optimizer once
+    whole = max(1, STEP_TOKENS // (B * T)) * passing + max(0.0, step - passing)
     speed = max(STEP_TOKENS, B * T) / whole
-    return {"batch": B, "first_seconds": first, "pass_seconds": passing, "optimizer_seconds": max(0.0, step - passing), "seconds": seconds,
+    return {"batch": B, "first_seconds": first, "pass_seconds": passing, "optimizer_seconds": max(0.0, step - passing),
+            "seconds": seconds,
             "tokens_per_second": speed, "pass_tokens_per_second": B * T / passing,
             "mfu": speed * case.flops_per_token / peak if peak else None,
             "memory": torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None}
 
 
 def _training(run: Run, out: Report, jobs: list[tuple[int, str, bool]]) -> None:
-    """Do the jobs that there is time for, and table them; a ratio compares with all-attention of the same depth, compiled alike."""
+    """Time the jobs that there is time for; ratios are against all-attention of the same depth, compiled alike."""
     rows = out.numbers.setdefault("rows", [])
     longest = 0.0
     for depth, kind, compiled in jobs:
@@ -127,23 +140,27 @@ def _training(run: Run, out: Report, jobs: list[tuple[int, str, bool]]) -> None:
         lines.append([row["model"], how, row["batch"], si(row["tokens_per_second"]),
                       f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}×" if "batch" in other else "-",
                       f"{100 * row['mfu']:.1f}%" if row["mfu"] else "-", f"{1000 * row['pass_seconds']:.1f}",
-                      f"{1000 * row['optimizer_seconds']:.1f}", f"{row['memory'] / 1e9:.1f} GB" if row["memory"] else "-"])
-    out.table(["training", "how", "batch", "tok/s", "vs attention", "MFU", "fwd+bwd ms", "optimizer ms", "peak memory"], lines, (0, 1))
+                      f"{1000 * row['optimizer_seconds']:.1f}",
+                      f"{row['memory'] / 1e9:.1f} GB" if row["memory"] else "-"])
+    out.table(["training", "how", "batch", "tok/s", "vs attention", "MFU", "fwd+bwd ms", "optimizer ms", "peak memory"],
+              lines, (0, 1))
     if "left_out" in out.numbers:
         out.tables.append(f"No time was left for: {', '.join(out.numbers['left_out'])}.")
     clean(run)
 
 
 def training(run: Run, out: Report) -> None:
-    """The d20 step, hybrid and all-attention, in the best way here: rows of 2048, the largest of 32, 16, 8 rows that fits."""
+    """The d20 step, hybrid and all-attention: rows of 2048, the largest of 32, 16, 8 rows that fits."""
     _training(run, out, [(2 if run.tiny else 20, kind, run.compiled) for kind in ("hybrid", "attention")])
-    hybrid, attention = (next((row for row in out.numbers["rows"] if row["model"].endswith(kind) and "batch" in row), {})
+    hybrid, attention = (next((row for row in out.numbers["rows"] if row["model"].endswith(kind) and "batch" in row),
+                              {})
                          for kind in ("hybrid", "attention"))
     speed, other, memory = hybrid.get("tokens_per_second"), attention.get("tokens_per_second"), hybrid.get("memory")
     out.goal("training d20: tokens/s", speed, at_least=190_000)
     out.goal("training d20: MFU, attention counted causally", hybrid.get("mfu"), at_least=0.55)
     out.goal("training d20: speed over all-attention", speed / other if speed and other else None, at_least=1.25)
-    out.goal("training d20: GB of memory with 32 rows of 2048", memory / 1e9 if memory and hybrid["batch"] == 32 else None, at_most=72)
+    out.goal("training d20: GB of memory with 32 rows of 2048",
+             memory / 1e9 if memory and hybrid["batch"] == 32 else None, at_most=72)
 
 
 def training_more(run: Run, out: Report) -> None:
@@ -159,7 +176,8 @@ def kernels(run: Run, out: Report) -> None:
     if run.device.type != "cuda":
         raise Skipped("the kernels of a GPU")
     T, depth, V = (32, 2, 300) if run.tiny else (2048, 20, 65536)
-    shape, batch = GPTConfig.from_depth(depth, sequence_len=T, vocab_size=V), random_batch(2 if run.tiny else 16, T, V, run.device)
+    shape = GPTConfig.from_depth(depth, sequence_len=T, vocab_size=V)
+    batch = random_batch(2 if run.tiny else 16, T, V, run.device)
     case = our_case("", shape, batch, run.ranks, compute_dtype(run.device), run.compiled)
     for _ in range(3):
         case.step()
@@ -169,25 +187,30 @@ def kernels(run: Run, out: Report) -> None:
     found = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
     busy = sum(e.self_device_time_total for e in found) / 1e6
     out.numbers |= {"step_seconds": whole, "busy_seconds": busy,
-                    "kernels": [{"name": e.key, "calls": e.count, "seconds": e.self_device_time_total / 1e6} for e in found[:60]]}
-    out.table(["kernel", "calls", "ms", "of the step"], [[e.key[:70].replace("|", "/"), e.count, f"{e.self_device_time_total / 1000:.2f}",
-                                                        f"{e.self_device_time_total / 1e4 / whole:.1f}%"] for e in found[:20]])
+                    "kernels": [{"name": e.key, "calls": e.count, "seconds": e.self_device_time_total / 1e6}
+                                for e in found[:60]]}
+    out.table(["kernel", "calls", "ms", "of the step"],
+              [[e.key[:70].replace("|", "/"), e.count, f"{e.self_device_time_total / 1000:.2f}",
+                f"{e.self_device_time_total / 1e4 / whole:.1f}%"] for e in found[:20]])
     clean(run)
 
 
-# --- decoding ----------------------------------------------------------------------------------------------------------
+# --- decoding ---------------------------------------------------------------------------------------------------------
 
 def decoding(run: Run, out: Report) -> None:
-    """d20 through the engine, greedily: one row and 64, with captured graphs and without, hybrid and all-attention; prefill of 2048.
+    """d20 through the engine, greedily: 1 row and 64, with CUDA graphs and without, hybrid and all-attention; prefill
+    of 2048.
 
-    The goals of decoding are for 4.8 TB/s by the data sheet, of which a copy has been seen to reach 4.3: elsewhere in proportion.
+    The goals of decoding are for a GPU of 4.8 TB/s by the data sheet, whose copies reach 4.3; elsewhere they scale with
+    the copy bandwidth.
     """
     depth, V, context, new = (2, 300, 16, 4) if run.tiny else (20, 65536, 2048, 48)
     many, short = (4, 2) if run.tiny else (64, 128)
     bandwidth = copy_bandwidth(run.device, 1 << 22 if run.tiny else 1 << 32)
     rows = out.numbers.setdefault("rows", [])
     fixed = (1, short, True), (many, context, True)
-    for kind, cases in (("hybrid", (*fixed, (1, context, True), (1, short, False), (many, context, False))), ("attention", fixed)):
+    for kind, cases in (("hybrid", (*fixed, (1, context, True), (1, short, False), (many, context, False))),
+                        ("attention", fixed)):
         clean(run)
         pattern = "A" * depth if kind == "attention" else None
         shape = GPTConfig.from_depth(depth, sequence_len=2 * context, vocab_size=V, layer_pattern=pattern)
@@ -199,32 +222,37 @@ def decoding(run: Run, out: Report) -> None:
             rows.append(_decode_row(model, f"d{depth} {kind}", B, prompt, new, bandwidth, graphs))
         del model
     out.table(["decoding", "steps", "batch", "context", "tok/s", "of the bandwidth", "prefill tok/s", "state"],
-              [[row["model"], "fixed" if row["graphs"] else "ordinary", row["batch"], row["context"], si(row["tokens_per_second"]),
-                f"{100 * row['of_the_bandwidth']:.0f}%", si(row["prefill_tokens_per_second"]), si(row["state_bytes"]) + "B"]
+              [[row["model"], "fixed" if row["graphs"] else "ordinary", row["batch"], row["context"],
+                si(row["tokens_per_second"]),
+                f"{100 * row['of_the_bandwidth']:.0f}%", si(row["prefill_tokens_per_second"]),
+                si(row["state_bytes"]) + "B"]
                for row in rows], (0, 1))
-    found = {(row["model"].split()[1], row["batch"], row["context"], row["graphs"]): row["tokens_per_second"] for row in rows}
+    found = {(row["model"].split()[1], row["batch"], row["context"], row["graphs"]): row["tokens_per_second"]
+             for row in rows}
     scale, one, all = bandwidth / 4.3e12, found.get(("hybrid", *fixed[0])), found.get(("hybrid", *fixed[1]))
     out.goal("decoding d20, one row: tokens/s", one, at_least=3_500 * scale)
     out.goal(f"decoding d20, {many} rows behind {context} tokens: tokens/s", all, at_least=35_000 * scale)
-    out.goal("prefill d20 of 2048 tokens: tokens/s", max(row["prefill_tokens_per_second"] for row in rows if row["context"] == context),
+    out.goal("prefill d20 of 2048 tokens: tokens/s",
+             max(row["prefill_tokens_per_second"] for row in rows if row["context"] == context),
              at_least=500_000)
     clean(run)
 
 
 def _decode_row(model: GPT, name: str, B: int, prompt: int, new: int, bandwidth: float, graphs: bool) -> dict[str, Any]:
     seconds = typical(decode.decode_seconds(model, B, prompt, new, graphs))
-    rows = min(B, 8)  # a prefill of 64 prompts at once is not how anybody serves
+    rows = min(B, 8)  # nobody serves by a prefill of 64 prompts at once
     prefill = typical(decode.prefill_seconds(model, rows, prompt))
-    return {"model": name, "batch": B, "context": prompt, "graphs": graphs, "tokens_per_second": B / seconds, "step_seconds": seconds,
+    return {"model": name, "batch": B, "context": prompt, "graphs": graphs, "tokens_per_second": B / seconds,
+            "step_seconds": seconds,
             "of_the_bandwidth": decode.step_bytes(model, B, prompt + new // 2) / bandwidth / seconds,
             "prefill_batch": rows, "prefill_tokens_per_second": rows * prompt / prefill,
             "state_bytes": decode.state_bytes(model, B, prompt + new)}
 
 
-# --- loader ------------------------------------------------------------------------------------------------------------
+# --- loader -----------------------------------------------------------------------------------------------------------
 
 def loader(run: Run, out: Report) -> None:
-    """Packed rows onto the device: the CPU's rows, fast enough, and without waiting (needs pyarrow and our rustbpe)."""
+    """Packed rows on the device: those of the CPU, fast, without waiting (needs pyarrow and our rustbpe)."""
     try:
         import pyarrow  # noqa: F401
 
@@ -259,6 +287,7 @@ def loader(run: Run, out: Report) -> None:
 
 def brief(numbers: dict[str, Any]) -> str:
     """The plain numbers and words of a section in one line; "" where it has none."""
-    plain = {key: value for key, value in numbers.items() if isinstance(value, str | int | float) or value is None or key.endswith("syncs")
+    plain = {key: value for key, value in numbers.items() if isinstance(value, str | int | float) or value is None
+             or key.endswith("syncs")
              or key == "nvidia_smi"}
     return json.dumps(plain, ensure_ascii=False) if plain else ""

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from nanochat.cache import LayerCache
 from nanochat.kernels.attention import attend
-from nanochat.kernels.one_query import next_query as append_and_attend
-from nanochat.kernels.one_query import one_query as decode_attention
-from nanochat.kernels.one_query import one_query_each as decode_attention_ragged
+from nanochat.kernels.decode_attention import append_and_attend, decode_attention, decode_attention_ragged
 from nanochat.kernels.rope_norm import rope_norm
 from nanochat.layers import Linear, columns_of
 from nanochat.mixer import Mixer

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nanochat.attention import Attention
 from nanochat.cache import Cache, LayerCache
 from nanochat.kernels.cross_entropy import head_loss, softcap
-from nanochat.kernels.one_row import one_row as fused_matvec
+from nanochat.kernels.fused_matvec import fused_matvec
 from nanochat.kernels.relu2 import relu_squared
 from nanochat.kernels.rms_norm import rms_norm
 from nanochat.layers import Linear, init_linear

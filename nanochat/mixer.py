@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.cache import LayerCache
-from nanochat.kernels.one_row import one_row as fused_matvec
+from nanochat.kernels.fused_matvec import fused_matvec
 from nanochat.layers import Linear, init_linear, joined, together
 from nanochat.positions import Positions
 

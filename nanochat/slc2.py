@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.cache import LayerCache
-from nanochat.kernels.slc2 import columns as split_columns
-from nanochat.kernels.slc2 import gated_input, slc2_mix
-from nanochat.kernels.slc2_step import slc2_step
+from nanochat.kernels.slc2 import gated_input, slc2_mix, slc2_step, split_columns
 from nanochat.layers import Linear, init_linear
 from nanochat.mixer import Mixer
 from nanochat.positions import Positions

@@ -15,7 +15,9 @@ from dev import gpu_parts as parts
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
-from nanochat.kernels import attention, native, one_query
+from nanochat.kernels import attention, cpu, decode_attention
+from nanochat.kernels.cross_entropy.cpu import softcapped_cross_entropy_
+from nanochat.kernels.slc2 import cpu as slc2_cpu
 from nanochat.logs import read_log
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
 from nanochat.positions import Positions
@@ -217,7 +219,7 @@ def test_the_gpu_check_works_on_a_cpu(capsys, tmp_path):
     assert list(status) == [section.name for section in gpu_check.SECTIONS]
     for name in ("twin", "head_loss", "state", "optimizer", "learning", "attention", "one_token", "projections", "graphs", "slc2_speed"):
         assert status[name] == "passed", name
-    assert status["slc2"] == status["loss_kernel"] == ("skipped" if native.cpukernels is None else "passed")
+    assert status["slc2"] == status["loss_kernel"] == ("skipped" if cpu.cpukernels is None else "passed")
     assert status["compiled"] == status["no_waiting"] == status["kernels"] == "skipped"
     numbers = {section["name"]: section["numbers"] for section in found["sections"]}
     assert numbers["ceilings"]["copy_bandwidth"] > 0 and numbers["environment"]["torch"] == torch.__version__
@@ -278,20 +280,22 @@ def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_chec
     (right.optimizer, "nanochat.optim.newton_schulz",
      lambda x, dtype, steps=5, whole=newton_schulz: whole(x, dtype, 4 if dtype == torch.bfloat16 else 5)),
     (right.learning, "nanochat.optim._Bucket.direction", lambda self, gradient, *rest: torch.zeros_like(gradient)),
-    (single.slc2, "nanochat.kernels.native.slc2_forward", lambda *given, whole=native.slc2_forward: whole(*given) * 1.02),
-    (single.slc2, "nanochat.kernels.native.slc2_backward", lambda *given, whole=native.slc2_backward: whole(*given[:7], *map(
+    (single.slc2, "nanochat.kernels.slc2.cpu.forward", lambda *given, whole=slc2_cpu.forward: whole(*given) * 1.02),
+    (single.slc2, "nanochat.kernels.slc2.cpu.backward", lambda *given, whole=slc2_cpu.backward: whole(*given[:7], *map(
         torch.empty_like, given[7:]))),
-    (single.slc2, "nanochat.kernels.native.slc2_step", lambda *given, whole=native.slc2_step: whole(*given[:5], given[5].clone())),
-    (single.loss_kernel, "nanochat.kernels.native.softcapped_", lambda z, *more, whole=native.softcapped_: whole(z.clone(), *more)),
+    (single.slc2, "nanochat.kernels.slc2.cpu.step", lambda *given, whole=slc2_cpu.step: whole(*given[:5], given[5].clone())),
+    (single.loss_kernel, "nanochat.kernels.cross_entropy.cpu.softcapped_cross_entropy_",
+     lambda z, *more, whole=softcapped_cross_entropy_: whole(z.clone(), *more)),
     (single.attention, "nanochat.kernels.attention.attend", lambda *given, window=None, whole=attention.attend, **more: whole(
         *given, **more)),
-    (single.one_token, "nanochat.kernels.one_query.next_query", lambda *given, whole=one_query.next_query: whole(*given[:7])),
+    (single.one_token, "nanochat.kernels.decode_attention.append_and_attend",
+     lambda *given, whole=decode_attention.append_and_attend: whole(*given[:7])),
     (single.projections, "dev.gpu_kernels.project", lambda h, *layers: tuple(layer(h.detach()) for layer in layers)),
     (single.graphs, "nanochat.positions.Positions.static",
      lambda table, index, end, whole=Positions.static: whole(table, torch.zeros_like(index), end)),
 ])
 def test_a_section_sees_what_it_is_there_to_see(monkeypatch, section, where, broken):
-    if "native" in where and native.cpukernels is None:
+    if ".cpu." in where and cpu.cpukernels is None:
         pytest.skip("cpukernels is not built; bash dev/setup.sh builds it")
     monkeypatch.setattr(where, broken)
     assert small_check(section)["status"] in ("failed", "broken")

@@ -1,28 +1,29 @@
-//! Causal softmax attention with an optional window, and its gradients: each block of queries against one block of keys after the
-//! other, from the first that it sees, so that scores never leave the cache and what is not seen costs nothing.
+//! Causal softmax attention with an optional window, and its gradients. A block of queries goes through the blocks of
+//! keys that it sees, one after the other, so that scores never leave the CPU's cache and hidden keys cost nothing.
 //!
-//! Blocks are converted once to float32 in `Panels` form, in which every operand of `multiply` is read in steps known to the compiler.
+//! Blocks are converted once to float32 in panels (see `N`), so that every operand of `multiply` has strides known to
+//! the compiler.
 
 use crate::math::{dot, exp, Elem};
 use crate::pool::{block, blocks};
-use crate::rows::Heads;
 use crate::simd::Kernel;
+use crate::view::Heads;
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Queries, or keys, in a block.
 const BLOCK: usize = 64;
-/// Columns of a panel: a matrix (rows, columns) lies as panels (rows, N) one behind the other.
+/// Columns of a panel: a matrix (rows, columns) is stored as panels (rows, N), one after the other.
 const N: usize = 16;
-/// Rows of a tile of M · N sums, which stay in registers.
+/// Rows of a tile: its M · N sums stay in registers.
 const M: usize = 4;
 
-/// A later score may be higher by so much than the one that is subtracted from all before what is summed up is scaled anew.
+/// The running maximum is raised, and the sums rescaled, only where a score exceeds it by more than this.
 const LEEWAY: f32 = 8.0;
 
-/// q, y (B, T, H, D); k, v (B, T, G, D); H / G neighbouring query heads share a key head. A query sees the last `window` keys up to
-/// its own place.
+/// q, y (B, T, H, D); k, v (B, T, G, D); H / G neighbouring query heads share a key head. A query sees the last
+/// `window` keys up to its own position.
 #[derive(Clone, Copy)]
 pub struct Shape {
     pub T: usize,
@@ -37,7 +38,7 @@ impl Shape {
         blocks(self.T, BLOCK)
     }
 
-    /// About how much there is to do for a head.
+    /// Roughly the operations that a head takes.
     pub fn operations(&self) -> usize {
         self.T.saturating_mul(self.T.min(self.window)).saturating_mul(self.D)
     }
@@ -54,7 +55,7 @@ impl Shape {
         block(i, BLOCK, self.T)
     }
 
-    /// Of the keys of a block those that one of these queries sees, counted from the block's start.
+    /// The keys of a block that at least one of these queries sees, counted from the block's start.
     #[inline(always)]
     fn keys(&self, queries: Range<usize>, keys: &Range<usize>) -> Range<usize> {
         let first = (queries.start + 1).saturating_sub(self.window).clamp(keys.start, keys.end);
@@ -62,7 +63,7 @@ impl Shape {
         first - keys.start..end - keys.start
     }
 
-    /// Of the queries of a block those that see one of these keys, counted from the block's start.
+    /// The queries of a block that see at least one of these keys, counted from the block's start.
     #[inline(always)]
     fn queries(&self, keys: Range<usize>, queries: &Range<usize>) -> Range<usize> {
         let first = keys.start.clamp(queries.start, queries.end);
@@ -71,18 +72,23 @@ impl Shape {
     }
 }
 
-/// Σ over `terms` of a[r, p] · b[p, l], added to sums. `a` begins with the tile's first row, `b` with the panel; with TURNED, a is
-/// given as its transpose.
+/// sums[r, l] += Σ a[r, p] · b[p, l] over p in `terms`. `a` begins with the tile's first row, `b` with the panel. With
+/// TRANSPOSED, a is given as its transpose.
 ///
 /// # Safety
-/// These elements are there.
+/// All these elements exist.
 #[inline(always)]
-unsafe fn tile<const F: bool, const TURNED: bool>(a: *const f32, b: *const f32, terms: Range<usize>, sums: &mut [[f32; N]; M]) {
+unsafe fn tile<const F: bool, const TRANSPOSED: bool>(
+    a: *const f32,
+    b: *const f32,
+    terms: Range<usize>,
+    sums: &mut [[f32; N]; M],
+) {
     let mut kept = *sums;
     for p in terms {
         let b = &*(b.add(p * N) as *const [f32; N]);
         for r in 0..M {
-            let a = *a.add(if TURNED { p * N + r } else { r * N + p % N });
+            let a = *a.add(if TRANSPOSED { p * N + r } else { r * N + p % N });
             for l in 0..N {
                 kept[r][l] = crate::math::fma::<F>(a, b[l], kept[r][l]);
             }
@@ -91,10 +97,11 @@ unsafe fn tile<const F: bool, const TURNED: bool>(a: *const f32, b: *const f32, 
     *sums = kept;
 }
 
-/// c = a · b, or with ADD c += a · b, in `tiles` rows of tiles. a and c have BLOCK rows, b `b_rows`, in panels; with TURNED, a is given
-/// as its transpose. The i-th row of tiles is done for the panels `columns(i)` of b alone, and sums over `terms(i)` alone.
+/// c = a · b, or with ADD c += a · b, in `tiles` rows of tiles. All are in panels; a and c have BLOCK rows, b has
+/// `b_rows`. With TRANSPOSED, a is given as its transpose. The i-th row of tiles is computed only for the panels
+/// `columns(i)` of b, and sums only over `terms(i)`.
 #[inline(always)]
-fn multiply<const F: bool, const TURNED: bool, const ADD: bool>(
+fn multiply<const F: bool, const TRANSPOSED: bool, const ADD: bool>(
     (a, b, c): (&[f32], &[f32], &mut [f32]),
     b_rows: usize,
     tiles: usize,
@@ -119,10 +126,12 @@ fn multiply<const F: bool, const TURNED: bool, const ADD: bool>(
                 }
             }
             assert!(terms.end <= b_rows);
-            if TURNED {
+            if TRANSPOSED {
                 assert!(terms.end <= BLOCK && (i * M / N + 1) * BLOCK * N <= a.len());
-                // SAFETY: the panel with columns i · M and on has BLOCK rows, b has b_rows
-                unsafe { tile::<F, true>(a.as_ptr().add(i * M / N * BLOCK * N + i * M % N), b.as_ptr(), terms, &mut sums) };
+                // SAFETY: the panel that starts at column i · M has BLOCK rows, b has b_rows
+                unsafe {
+                    tile::<F, true>(a.as_ptr().add(i * M / N * BLOCK * N + i * M % N), b.as_ptr(), terms, &mut sums)
+                };
             } else {
                 assert!(terms.end.div_ceil(N) * BLOCK * N <= a.len() && (i + 1) * M <= BLOCK);
                 let mut start = terms.start;
@@ -130,7 +139,12 @@ fn multiply<const F: bool, const TURNED: bool, const ADD: bool>(
                     let end = (start / N * N + N).min(terms.end);
                     // SAFETY: the panel with column `start` has BLOCK rows, b has b_rows
                     unsafe {
-                        tile::<F, false>(a.as_ptr().add(start / N * BLOCK * N + i * M * N), b.as_ptr(), start..end, &mut sums)
+                        tile::<F, false>(
+                            a.as_ptr().add(start / N * BLOCK * N + i * M * N),
+                            b.as_ptr(),
+                            start..end,
+                            &mut sums,
+                        )
                     };
                     start = end;
                 }
@@ -150,8 +164,8 @@ fn row(panel: &mut [f32], i: usize) -> &mut [f32; N] {
     (&mut panel[i * N..(i + 1) * N]).try_into().expect("N columns")
 }
 
-/// Rows of a head times `factor`, as panels of BLOCK rows; columns beyond D, and what a tile of rows begun lacks, are filled up with
-/// zeros, further rows stay as they are. `line` is room for a row.
+/// Rows of a head times `factor`, written as panels of BLOCK rows. Columns beyond D, and the rows that complete the
+/// last tile, become zeros; further rows stay as they are. `line` is scratch memory for a row.
 #[inline(always)]
 fn pack<T: Elem>(
     (x, b, h): (Heads, usize, usize),
@@ -165,7 +179,7 @@ fn pack<T: Elem>(
     line[D..].fill(0.0);
     for i in 0..rows.len().div_ceil(M) * M {
         if i < rows.len() {
-            // SAFETY: native.py gives tensors of these shapes
+            // SAFETY: the caller has checked the shapes
             let x = unsafe { view.row::<T>(b, rows.start + i, D) };
             for (x, to) in x.iter().zip(line.iter_mut()) {
                 *to = x.get() * factor;
@@ -181,7 +195,7 @@ fn pack<T: Elem>(
 
 /// The transpose of a block in panels, (depth, BLOCK); columns beyond its rows may be anything.
 #[inline(always)]
-fn turn(from: &[f32], rows: usize, depth: usize, into: &mut [f32]) {
+fn transpose_block(from: &[f32], rows: usize, depth: usize, into: &mut [f32]) {
     for (j, to) in into.chunks_exact_mut(depth * N).enumerate().take(rows.div_ceil(N)) {
         for (from, to) in from.chunks_exact(BLOCK * N).zip(to.chunks_exact_mut(N * N)) {
             let from: &[f32; N * N] = from[j * N * N..(j + 1) * N * N].try_into().expect("N rows of N");
@@ -190,8 +204,8 @@ fn turn(from: &[f32], rows: usize, depth: usize, into: &mut [f32]) {
     }
 }
 
-/// The transpose of N rows of N: of an element's place, two digits of 4 bits, each step turns one bit round, till the digits have
-/// changed places.
+/// The transpose of N rows of N. An element's index has two digits of 4 bits, row and column. Each step rotates the
+/// index by one bit; after four steps the digits have changed places.
 #[inline(always)]
 pub fn transpose(from: &[f32; N * N], to: &mut [f32; N * N]) {
     let (mut x, mut y) = ([0.0f32; N * N], [0.0f32; N * N]);
@@ -209,7 +223,7 @@ fn interleave(x: &[f32; N * N], y: &mut [f32; N * N]) {
     }
 }
 
-/// Rows of panels times what is given for each, to a head; what `pack` does, back again.
+/// Rows of panels, each times its factor, written to a head: the reverse of `pack`.
 #[inline(always)]
 fn unpack<T: Elem>(
     from: &[f32],
@@ -225,7 +239,7 @@ fn unpack<T: Elem>(
             to.copy_from_slice(&panel[i * N..(i + 1) * N]);
         }
         let factor = factor(i);
-        // SAFETY: native.py gives tensors of these shapes; a block of a head is one thread's
+        // SAFETY: the caller has checked the shapes; no two threads share a block of a head
         let x = unsafe { view.row_mut::<T>(b, t, D) };
         for (x, from) in x.iter_mut().zip(line.iter()) {
             *x = T::put(*from * factor);
@@ -233,8 +247,8 @@ fn unpack<T: Elem>(
     }
 }
 
-/// What a thread needs while it works, kept for the next time, since new memory costs time. Forward 2 · T · D floats and some blocks,
-/// backward 3 · T · D · H / G.
+/// Scratch memory of a thread, kept for the next call, since allocating costs time. Forward takes 2 · T · D floats and
+/// some blocks, backward 3 · T · D · H / G.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Line(#[allow(dead_code)] [f32; 16]);
@@ -257,11 +271,12 @@ impl Scratch {
         Scratch { lines, used: 0 }
     }
 
-    /// So many numbers, a multiple of 16; what they are is not said.
+    /// So many uninitialised numbers, a multiple of 16.
     fn take<'a>(&mut self, floats: usize) -> &'a mut [f32] {
         assert!(floats % 16 == 0 && self.used + floats <= self.lines.len() * 16);
-        // SAFETY: each part is given once, and lives no longer than the kernel's run, which drops the scratch last
-        let part = unsafe { std::slice::from_raw_parts_mut((self.lines.as_mut_ptr() as *mut f32).add(self.used), floats) };
+        // SAFETY: no part is handed out twice, and none outlives the kernel's run, which drops the scratch memory last
+        let part =
+            unsafe { std::slice::from_raw_parts_mut((self.lines.as_mut_ptr() as *mut f32).add(self.used), floats) };
         self.used += floats;
         part
     }
@@ -273,14 +288,14 @@ impl Drop for Scratch {
     }
 }
 
-/// y, and with `sums` (B, H, T) of float32 the logarithm of each query's sum of exponentials. Items are blocks of queries.
+/// y, and with `lse` (B, H, T) in float32 the log-sum-exp of each query's scores. Items are blocks of queries.
 pub struct Forward<T> {
     pub shape: Shape,
     pub q: Heads,
     pub k: Heads,
     pub v: Heads,
     pub y: Heads,
-    pub sums: Option<usize>,
+    pub lse: Option<usize>,
     pub dtype: PhantomData<T>,
 }
 
@@ -292,13 +307,14 @@ impl<T: Elem> Kernel for Forward<T> {
         let size = BLOCK * depth;
         let mut scratch = Scratch::new(2 * count * size + 3 * size + BLOCK * BLOCK + depth);
         let (keys, values) = (scratch.take(count * size), scratch.take(count * size));
-        let (q, y, spare, p) = (scratch.take(size), scratch.take(size), scratch.take(size), scratch.take(BLOCK * BLOCK));
+        let (q, y, spare, p) =
+            (scratch.take(size), scratch.take(size), scratch.take(size), scratch.take(BLOCK * BLOCK));
         let line = scratch.take(depth);
         let mut packed = vec![false; count];
         let mut at = None;
         for item in items {
             let (b, h) = (item / (s.H * count), item / count % s.H);
-            // early and late ones by turns: so each thread has as much to do
+            // early and late blocks alternate, so that threads get equal work
             let i = item % count;
             let i = if i % 2 == 0 { i / 2 } else { count - 1 - i / 2 };
             let g = h / (s.H / s.G);
@@ -318,11 +334,12 @@ impl<T: Elem> Kernel for Forward<T> {
                 let (keys, values) = (&mut keys[part.clone()], &mut values[part]);
                 if !packed[j] {
                     pack::<T>((self.k, b, g), &seen, s.D, 1.0, line, spare);
-                    turn(spare, seen.len(), depth, keys);
+                    transpose_block(spare, seen.len(), depth, keys);
                     pack::<T>((self.v, b, g), &seen, s.D, 1.0, line, values);
                     packed[j] = true;
                 }
-                let of_tile = |r: usize| s.keys(queries.start + r * M..(queries.start + (r + 1) * M).min(queries.end), &seen);
+                let of_tile =
+                    |r: usize| s.keys(queries.start + r * M..(queries.start + (r + 1) * M).min(queries.end), &seen);
                 let columns = |r: usize| {
                     let keys = of_tile(r);
                     keys.start / N..keys.end.div_ceil(N)
@@ -351,10 +368,13 @@ impl<T: Elem> Kernel for Forward<T> {
                 *total = crate::math::sum(sums);
             }
             unpack::<T>(y, (self.y, b, h), &queries, s.D, |r| 1.0 / total[r], line);
-            if let Some(address) = self.sums {
-                // SAFETY: native.py gives (B, H, T) of float32; a block of a head is one thread's
+            if let Some(address) = self.lse {
+                // SAFETY: the caller gives (B, H, T) of float32; no two threads share a block of a head
                 let to = unsafe {
-                    std::slice::from_raw_parts_mut((address as *mut f32).add((b * s.H + h) * s.T + queries.start), queries.len())
+                    std::slice::from_raw_parts_mut(
+                        (address as *mut f32).add((b * s.H + h) * s.T + queries.start),
+                        queries.len(),
+                    )
                 };
                 for ((to, top), total) in to.iter_mut().zip(&top).zip(&total) {
                     *to = top + total.ln();
@@ -364,7 +384,7 @@ impl<T: Elem> Kernel for Forward<T> {
     }
 }
 
-/// The highest score of row r among the columns `mine`; `columns` are the panels to look into.
+/// The highest score of row r among the columns `mine`, which lie in the panels `columns`.
 #[inline(always)]
 fn highest(scores: &[f32], r: usize, columns: &Range<usize>, mine: &Range<usize>) -> f32 {
     let mut lanes = [f32::MIN; N];
@@ -386,7 +406,7 @@ fn highest(scores: &[f32], r: usize, columns: &Range<usize>, mine: &Range<usize>
     lanes[0]
 }
 
-/// Overwrite row r of the scores with e^(score − top), 0 outside of `mine`, and add it up in lanes.
+/// Overwrite row r of the scores with e^(score − top), 0 outside of `mine`, and add it to the sums, lane by lane.
 #[inline(always)]
 fn exponentials<const F: bool>(
     p: &mut [f32],
@@ -409,7 +429,7 @@ fn exponentials<const F: bool>(
     *sums = lanes;
 }
 
-/// dq, dk and dv, from y and the sums of the forward pass. Items are the key heads of all sequences.
+/// dq, dk and dv, from y and the lse of the forward pass. Items are the key heads of all sequences.
 pub struct Backward<T> {
     pub shape: Shape,
     pub q: Heads,
@@ -417,7 +437,7 @@ pub struct Backward<T> {
     pub v: Heads,
     pub y: Heads,
     pub dy: Heads,
-    pub sums: usize,
+    pub lse: usize,
     pub dq: Heads,
     pub dk: Heads,
     pub dv: Heads,
@@ -430,30 +450,32 @@ impl<T: Elem> Kernel for Backward<T> {
         let s = &self.shape;
         let (D, count, depth, panels, sharing) = (s.D, s.blocks(), s.depth(), s.depth() / N, s.H / s.G);
         let (size, scale) = (BLOCK * depth, 1.0 / (D as f32).sqrt());
-        let mut scratch = Scratch::new((3 * sharing * count + 6) * size + 2 * BLOCK * BLOCK + sharing * count * BLOCK + depth);
+        let mut scratch =
+            Scratch::new((3 * sharing * count + 6) * size + 2 * BLOCK * BLOCK + sharing * count * BLOCK + depth);
         let [q, dy, dq] = [(); 3].map(|_| scratch.take(sharing * count * size));
-        let [k, k_turned, v, v_turned, dk, dv] = [(); 6].map(|_| scratch.take(size));
+        let [k, k_transposed, v, v_transposed, dk, dv] = [(); 6].map(|_| scratch.take(size));
         let (p, ds) = (scratch.take(BLOCK * BLOCK), scratch.take(BLOCK * BLOCK));
         let (deltas, line) = (scratch.take(sharing * count * BLOCK), scratch.take(depth));
         for item in items {
             let (b, g) = (item / s.G, item % s.G);
             for part in 0..sharing * count {
-                let (h, queries, place) = (g * sharing + part / count, s.block(part % count), part * size..(part + 1) * size);
+                let (h, queries, place) =
+                    (g * sharing + part / count, s.block(part % count), part * size..(part + 1) * size);
                 pack::<T>((self.q, b, h), &queries, D, scale, line, &mut q[place.clone()]);
                 pack::<T>((self.dy, b, h), &queries, D, 1.0, line, &mut dy[place.clone()]);
                 dq[place].fill(0.0);
                 let (dy, y) = (self.dy.head::<T>(h), self.y.head::<T>(h));
                 for (delta, t) in deltas[part * BLOCK..].iter_mut().zip(queries) {
-                    // SAFETY: native.py gives tensors of these shapes
+                    // SAFETY: the caller has checked the shapes
                     *delta = unsafe { dot::<F, T, T>(dy.row(b, t, D), y.row(b, t, D)) };
                 }
             }
             for j in 0..count {
                 let keys = s.block(j);
                 pack::<T>((self.k, b, g), &keys, D, 1.0, line, k);
-                turn(k, keys.len(), depth, k_turned);
+                transpose_block(k, keys.len(), depth, k_transposed);
                 pack::<T>((self.v, b, g), &keys, D, 1.0, line, v);
-                turn(v, keys.len(), depth, v_turned);
+                transpose_block(v, keys.len(), depth, v_transposed);
                 dk.fill(0.0);
                 dv.fill(0.0);
                 let last = (keys.end - 1).saturating_add(s.window - 1).min(s.T - 1) / BLOCK;
@@ -462,20 +484,30 @@ impl<T: Elem> Kernel for Backward<T> {
                     let place = part * size..(part + 1) * size;
                     let (q, dy, dq) = (&q[place.clone()], &dy[place.clone()], &mut dq[place]);
                     let tiles = queries.len().div_ceil(M);
-                    let of_tile = |r: usize| s.keys(queries.start + r * M..(queries.start + (r + 1) * M).min(queries.end), &keys);
+                    let of_tile =
+                        |r: usize| s.keys(queries.start + r * M..(queries.start + (r + 1) * M).min(queries.end), &keys);
                     let columns = |r: usize| {
                         let keys = of_tile(r);
                         keys.start / N..keys.end.div_ceil(N)
                     };
-                    multiply::<F, false, false>((q, k_turned, p), depth, tiles, columns, |_| 0..D);
-                    multiply::<F, false, false>((dy, v_turned, ds), depth, tiles, columns, |_| 0..D);
+                    multiply::<F, false, false>((q, k_transposed, p), depth, tiles, columns, |_| 0..D);
+                    multiply::<F, false, false>((dy, v_transposed, ds), depth, tiles, columns, |_| 0..D);
                     let h = g * sharing + part / count;
-                    // SAFETY: native.py gives (B, H, T) of float32
-                    let sums = unsafe { std::slice::from_raw_parts((self.sums as *const f32).add((b * s.H + h) * s.T), s.T) };
+                    // SAFETY: the caller gives (B, H, T) of float32
+                    let lse =
+                        unsafe { std::slice::from_raw_parts((self.lse as *const f32).add((b * s.H + h) * s.T), s.T) };
                     for (r, t) in queries.clone().enumerate() {
-                        slopes::<F>((p, ds), r, &columns(r / M), &s.keys(t..t + 1, &keys), sums[t], deltas[part * BLOCK + r]);
+                        slopes::<F>(
+                            (p, ds),
+                            r,
+                            &columns(r / M),
+                            &s.keys(t..t + 1, &keys),
+                            lse[t],
+                            deltas[part * BLOCK + r],
+                        );
                     }
-                    let by_key = |c: usize| s.queries(keys.start + c * M..(keys.start + (c + 1) * M).min(keys.end), &queries);
+                    let by_key =
+                        |c: usize| s.queries(keys.start + c * M..(keys.start + (c + 1) * M).min(keys.end), &queries);
                     let tiles_of_keys = keys.len().div_ceil(M);
                     multiply::<F, true, true>((p, dy, dv), BLOCK, tiles_of_keys, |_| 0..panels, by_key);
                     multiply::<F, true, true>((ds, q, dk), BLOCK, tiles_of_keys, |_| 0..panels, by_key);
@@ -486,21 +518,28 @@ impl<T: Elem> Kernel for Backward<T> {
             }
             for part in 0..sharing * count {
                 let h = g * sharing + part / count;
-                unpack::<T>(&dq[part * size..(part + 1) * size], (self.dq, b, h), &s.block(part % count), D, |_| scale, line);
+                unpack::<T>(
+                    &dq[part * size..(part + 1) * size],
+                    (self.dq, b, h),
+                    &s.block(part % count),
+                    D,
+                    |_| scale,
+                    line,
+                );
             }
         }
     }
 }
 
-/// Overwrite row r of the scores with the probabilities p, and the gradients of the probabilities with those of the scores; both are
-/// 0 outside of `mine`.
+/// Overwrite row r of the scores with the probabilities p, and the gradients of the probabilities with those of the
+/// scores. Both are 0 outside of `mine`.
 #[inline(always)]
 fn slopes<const F: bool>(
     (p, ds): (&mut [f32], &mut [f32]),
     r: usize,
     columns: &Range<usize>,
     mine: &Range<usize>,
-    sum: f32,
+    lse: f32,
     delta: f32,
 ) {
     for c in columns.clone() {
@@ -510,7 +549,7 @@ fn slopes<const F: bool>(
         let (first, end) = (mine.start as i32 - (c * N) as i32, mine.end as i32 - (c * N) as i32);
         for l in 0..N {
             let seen = l as i32 >= first && (l as i32) < end;
-            let x = exp::<F>(p[l] - sum);
+            let x = exp::<F>(p[l] - lse);
             p[l] = if seen { x } else { 0.0 };
             ds[l] = if seen { x * (ds[l] - delta) } else { 0.0 };
         }
@@ -523,29 +562,34 @@ mod tests {
     use crate::simd::{assert_levels_agree, run_at, Level};
     use crate::view::View;
 
-    /// y, sums, dq, dk and dv of two sequences with a window.
+    /// y, lse, dq, dk and dv of two sequences with a window.
     fn results(level: Level) -> Vec<f32> {
         let shape = Shape { T: 150, H: 2, G: 1, D: 21, window: 70 };
         let (T, H, G, D) = (shape.T, shape.H, shape.G, shape.D);
-        let numbers = |n: usize, step: usize| (0..n).map(|i| (i * step % 1009) as f32 / 252.0 - 2.0).collect::<Vec<f32>>();
+        let numbers =
+            |n: usize, step: usize| (0..n).map(|i| (i * step % 1009) as f32 / 252.0 - 2.0).collect::<Vec<f32>>();
         let heads = |t: &mut Vec<f32>, count: usize| Heads {
-            tokens: View { address: t.as_mut_ptr() as usize, strides: [(T * count * D) as isize, (count * D) as isize] },
+            tokens: View {
+                address: t.as_mut_ptr() as usize,
+                strides: [(T * count * D) as isize, (count * D) as isize],
+            },
             stride: D as isize,
         };
         let [wide, narrow] = [2 * T * H * D, 2 * T * G * D];
         let (mut q, mut k, mut v, mut dy) =
             (numbers(wide, 7919), numbers(narrow, 7907), numbers(narrow, 7901), numbers(wide, 7883));
-        let (mut sums, mut y, mut dq) = (vec![f32::NAN; 2 * H * T], vec![f32::NAN; wide], vec![f32::NAN; wide]);
+        let (mut lse, mut y, mut dq) = (vec![f32::NAN; 2 * H * T], vec![f32::NAN; wide], vec![f32::NAN; wide]);
         let (mut dk, mut dv) = (vec![f32::NAN; narrow], vec![f32::NAN; narrow]);
         let [q, dy, y_heads, dq_heads] = [&mut q, &mut dy, &mut y, &mut dq].map(|t| heads(t, H));
         let [k, v, dk_heads, dv_heads] = [&mut k, &mut v, &mut dk, &mut dv].map(|t| heads(t, G));
-        let at = sums.as_mut_ptr() as usize;
-        let forward = Forward::<f32> { shape, q, k, v, y: y_heads, sums: Some(at), dtype: PhantomData };
+        let at = lse.as_mut_ptr() as usize;
+        let forward = Forward::<f32> { shape, q, k, v, y: y_heads, lse: Some(at), dtype: PhantomData };
         run_at(level, &forward, 0..2 * H * shape.blocks());
         let (y_in, dtype) = (y_heads, PhantomData);
-        let backward = Backward::<f32> { shape, q, k, v, y: y_in, dy, sums: at, dq: dq_heads, dk: dk_heads, dv: dv_heads, dtype };
+        let backward =
+            Backward::<f32> { shape, q, k, v, y: y_in, dy, lse: at, dq: dq_heads, dk: dk_heads, dv: dv_heads, dtype };
         run_at(level, &backward, 0..2 * G);
-        [y, sums, dq, dk, dv].concat()
+        [y, lse, dq, dk, dv].concat()
     }
 
     #[test]

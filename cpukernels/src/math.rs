@@ -1,8 +1,9 @@
-//! Numbers: bfloat16, and the functions of float32 that kernels need, without branches so that loops over them vectorise.
+//! bfloat16, and the float32 functions that kernels need, without branches so that loops over them vectorise.
 //!
-//! Every function takes `F`: whether the instruction set has fused multiply-add. Coefficients are minimax fits made for this file.
+//! Every function takes `F`: whether the instruction set has fused multiply-add. Coefficients are minimax fits made for
+//! this file.
 
-/// A number in memory, float32 for all arithmetic.
+/// The type of a number in memory; arithmetic is float32.
 pub trait Elem: Copy + Send + Sync + 'static {
     fn get(self) -> f32;
     fn put(x: f32) -> Self;
@@ -29,7 +30,7 @@ impl Elem for Bf16 {
     fn get(self) -> f32 {
         f32::from_bits((self.0 as u32) << 16)
     }
-    /// To the nearest, ties to even; a NaN stays one.
+    /// Round to nearest, ties to even; NaN stays NaN.
     #[inline(always)]
     fn put(x: f32) -> Bf16 {
         let bits = x.to_bits();
@@ -38,7 +39,8 @@ impl Elem for Bf16 {
     }
 }
 
-/// a · b + c, rounded once where the instruction set can (without it, the library's exact form would take a hundred times as long).
+/// a · b + c, rounded once where the instruction set can do that (elsewhere the library's exact form takes a hundred
+/// times as long).
 #[inline(always)]
 pub fn fma<const F: bool>(a: f32, b: f32, c: f32) -> f32 {
     if F {
@@ -51,10 +53,10 @@ pub fn fma<const F: bool>(a: f32, b: f32, c: f32) -> f32 {
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 const LN_2_HIGH: f32 = 0.693_359_4; // 9 bits: its product with an exponent is exact
 const LN_2_LOW: f32 = -2.121_944_4e-4;
-const SHIFT: f32 = 12_582_912.0; // 1.5 · 2²³: what is added to it is rounded to an integer in the lowest bits
+const SHIFT: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to an integer, in the lowest bits
 
-/// e^x within 1.5 units of the last place for x in [−87.3, 88.3], which is what this file needs; below the smallest normal number,
-/// above ∞, NaN of NaN.
+/// e^x within 1.5 units in the last place for x in [−87.3, 88.3]; below that the smallest normal number, above it ∞;
+/// NaN of NaN.
 #[inline(always)]
 pub fn exp<const F: bool>(x: f32) -> f32 {
     let x = if x > 89.0 { 89.0 } else { x };
@@ -62,7 +64,7 @@ pub fn exp<const F: bool>(x: f32) -> f32 {
     exp_within::<F>(x)
 }
 
-/// The same for what is known to be within these bounds.
+/// The same for x known to be within these bounds.
 #[inline(always)]
 pub fn exp_within<const F: bool>(x: f32) -> f32 {
     let shifted = fma::<F>(x, LOG2_E, SHIFT);
@@ -77,7 +79,7 @@ pub fn exp_within<const F: bool>(x: f32) -> f32 {
     p * f32::from_bits(exponent << 23)
 }
 
-/// 1 / (1 + e^−x) within 2.5 units of the last place; 0 below −88.3, where it is less than float32's normal range.
+/// 1 / (1 + e^−x) within 2.5 units in the last place; 0 below −88.3, where it is less than float32's normal range.
 #[inline(always)]
 pub fn sigmoid<const F: bool>(x: f32) -> f32 {
     1.0 / (1.0 + exp::<F>(-x))
@@ -91,14 +93,16 @@ pub fn silu<const F: bool>(x: f32) -> f32 {
 
 /// silu(x) and its derivative.
 #[inline(always)]
-pub fn silu_and_slope<const F: bool>(x: f32) -> (f32, f32) {
+pub fn silu_and_derivative<const F: bool>(x: f32) -> (f32, f32) {
     let s = sigmoid::<F>(x);
     (x * s, s * fma::<F>(x, 1.0 - s, 1.0))
 }
 
-/// tanh(x) within 2.5 units of the last place, never beyond ±1, and its derivative 1 − tanh² within 5 (never below 1e-37); NaN of NaN. With w = 2 / (e^2|x| + 1): |tanh| = 1 − w, and the derivative is w · (2 − w), which has no cancellation; near 0 a polynomial.
+/// tanh(x) within 2.5 units in the last place, never beyond ±1, and its derivative 1 − tanh² within 5 units (never
+/// below 1e-37); NaN of NaN. With w = 2 / (e^2|x| + 1): |tanh| = 1 − w, and the derivative is w · (2 − w), which has no
+/// cancellation; near 0 a polynomial.
 #[inline(always)]
-pub fn tanh_and_slope<const F: bool>(x: f32) -> (f32, f32) {
+pub fn tanh_and_derivative<const F: bool>(x: f32) -> (f32, f32) {
     let a = x.abs();
     let doubled = if a > 43.0 { 86.0 } else { 2.0 * a };
     let w = 2.0 / (exp_within::<F>(doubled) + 1.0);
@@ -112,7 +116,7 @@ pub fn tanh_and_slope<const F: bool>(x: f32) -> (f32, f32) {
     (t.copysign(x), w * (2.0 - w))
 }
 
-/// Partial sums that go side by side; part of the definition of a result, so the same for every instruction set.
+/// Partial sums side by side. They determine the rounding of a result, so they are the same for every instruction set.
 const LANES: usize = 32;
 
 /// Σ a[i] · b[i], in one fixed order.
@@ -165,12 +169,14 @@ fn fold(mut lanes: [f32; LANES]) -> f32 {
 mod tests {
     use super::*;
 
-    /// The largest error in units of the last place over every 61st float32; errors below `tiny` do not count, and what is NaN must
-    /// come out NaN.
+    /// Check the largest error, in units in the last place, over every 61st float32. Errors below `tiny` do not count;
+    /// NaN must give NaN.
     fn check(name: &str, limit: f64, tiny: f64, ways: [fn(f32) -> f32; 2], exact: fn(f64) -> f64) {
         for (way, ours) in ["fused", "plain"].into_iter().zip(ways) {
             let (mut worst, mut place) = (0.0, 0.0);
-            for x in (0..=u32::MAX).step_by(61).map(f32::from_bits).chain([f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0]) {
+            for x in
+                (0..=u32::MAX).step_by(61).map(f32::from_bits).chain([f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0])
+            {
                 let (y, z) = (ours(x), exact(x as f64));
                 if x.is_nan() {
                     assert!(y.is_nan(), "{name} {way} of NaN is {y}");
@@ -185,7 +191,7 @@ mod tests {
                 }
             }
             println!("{name} {way}: {worst:.3} at {place}");
-            assert!(worst <= limit, "{name} {way}: {worst} units of the last place at {place}");
+            assert!(worst <= limit, "{name} {way}: {worst} units in the last place at {place}");
         }
     }
 
@@ -206,17 +212,32 @@ mod tests {
 
     #[test]
     fn tanh_and_its_slope_are_within_their_bounds_for_floats_of_every_size() {
-        check("tanh", 2.5, 0.0, [|x| tanh_and_slope::<true>(x).0, |x| tanh_and_slope::<false>(x).0], f64::tanh);
+        check(
+            "tanh",
+            2.5,
+            0.0,
+            [|x| tanh_and_derivative::<true>(x).0, |x| tanh_and_derivative::<false>(x).0],
+            f64::tanh,
+        );
         let slope = |x: f64| (1.0 / x.cosh()).powi(2);
-        check("its slope", 5.0, 1e-36, [|x| tanh_and_slope::<true>(x).1, |x| tanh_and_slope::<false>(x).1], slope);
-        assert_eq!((tanh_and_slope::<true>(f32::INFINITY).0, tanh_and_slope::<true>(f32::NEG_INFINITY).0), (1.0, -1.0));
+        check(
+            "its slope",
+            5.0,
+            1e-36,
+            [|x| tanh_and_derivative::<true>(x).1, |x| tanh_and_derivative::<false>(x).1],
+            slope,
+        );
+        assert_eq!(
+            (tanh_and_derivative::<true>(f32::INFINITY).0, tanh_and_derivative::<true>(f32::NEG_INFINITY).0),
+            (1.0, -1.0)
+        );
     }
 
     #[test]
     fn silu_and_its_slope_are_those_of_float64() {
         for x in (-4000..4000).map(|i| i as f64 / 128.0) {
             let s = 1.0 / (1.0 + (-x).exp());
-            let (value, slope) = silu_and_slope::<true>(x as f32);
+            let (value, slope) = silu_and_derivative::<true>(x as f32);
             assert!((value as f64 - x * s).abs() <= 3e-7 * (x * s).abs(), "silu({x}) = {value}");
             assert!(
                 (slope as f64 - s * (1.0 + x * (1.0 - s))).abs() < 2e-7 * s * (1.0 + x.abs()),
@@ -227,7 +248,8 @@ mod tests {
 
     #[test]
     fn bfloat16_is_rounded_to_the_nearest_with_ties_to_even() {
-        for bits in (0..=u32::MAX).step_by(97).chain([0x7f7f_ffff, 0x7f80_0000, 0xff80_0000, 0x3f80_8000, 0x3f81_8000]) {
+        for bits in (0..=u32::MAX).step_by(97).chain([0x7f7f_ffff, 0x7f80_0000, 0xff80_0000, 0x3f80_8000, 0x3f81_8000])
+        {
             let x = f32::from_bits(bits);
             let y = Bf16::put(x);
             if x.is_nan() {
@@ -235,7 +257,7 @@ mod tests {
                 continue;
             }
             let below = f32::from_bits(bits & 0xffff_0000);
-            let above = f32::from_bits((bits & 0xffff_0000).wrapping_add(0x1_0000)); // away from zero; ∞ after the largest
+            let above = f32::from_bits((bits & 0xffff_0000).wrapping_add(0x1_0000)); // away from 0; ∞ after the largest
             let rest = bits & 0xffff;
             let up = rest > 0x8000 || (rest == 0x8000 && bits >> 16 & 1 == 1);
             assert_eq!(y.get(), if up { above } else { below }, "{x}");

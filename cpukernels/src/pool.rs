@@ -1,6 +1,7 @@
-//! Sharing a kernel's items out to threads: those of the OpenMP library that torch itself works with (libgomp, or one that offers
-//! its entry points). They wait in a spin after each of torch's operations, so they start at once, and a second pool would have
-//! to fight with them for the cores. Where there is no such library in the process (macOS), threads are started for large work.
+//! Distribute a kernel's items over threads: those of the OpenMP library that torch uses (libgomp, or one with its
+//! entry points). These spin for a while after each of torch's operations, so that they start at once, and a second
+//! pool would compete with them for the cores. Where the process has no such library (macOS), threads are started for
+//! large work.
 
 use crate::simd::{best, run_at, Kernel};
 use std::ffi::{c_char, c_int, c_uint, c_void};
@@ -9,7 +10,8 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::OnceLock;
 
-/// Below so many simple operations on elements the calling thread works alone: waking others takes as long (a few µs).
+/// With fewer simple operations on elements than this, the calling thread works alone: waking others takes as long (a
+/// few µs).
 const LEAST_WORK: usize = 1 << 15;
 /// The same where threads must be started first (tens of µs).
 const LEAST_WORK_TO_START_THREADS: usize = 1 << 20;
@@ -26,7 +28,7 @@ extern "C" {
 
 const RTLD_DEFAULT: *mut c_void = if cfg!(target_os = "macos") { -2isize as *mut c_void } else { std::ptr::null_mut() };
 
-/// Among what is loaded for all to see; torch loads its OpenMP library so.
+/// Looks among the libraries whose symbols are global; torch loads its OpenMP library so.
 fn openmp() -> Option<&'static OpenMp> {
     static FOUND: OnceLock<Option<OpenMp>> = OnceLock::new();
     let find = || {
@@ -35,7 +37,7 @@ fn openmp() -> Option<&'static OpenMp> {
         if parallel.is_null() || thread.is_null() || threads.is_null() {
             return None;
         }
-        // SAFETY: the types are those of OpenMP's and of GCC's own interface
+        // SAFETY: the types are those of the interfaces of OpenMP and GCC
         unsafe {
             Some(OpenMp {
                 parallel: std::mem::transmute_copy(&parallel),
@@ -52,7 +54,7 @@ pub fn shares_threads() -> bool {
     openmp().is_some()
 }
 
-/// A kernel panicked, which is a mistake of ours; what it should have written is not written whole.
+/// A kernel panicked, which is a bug here; its results are incomplete.
 #[derive(Debug)]
 pub struct Panicked;
 
@@ -64,7 +66,7 @@ struct Team<'a, K> {
 }
 
 impl<K: Kernel> Team<'_, K> {
-    /// One thread's contiguous share, in the calling thread's way of rounding; never unwinds.
+    /// Do one thread's contiguous share, in the calling thread's floating-point mode; never unwinds.
     fn share(&self, thread: usize, threads: usize) {
         let own = FloatMode::of_this_thread();
         self.mode.set();
@@ -78,18 +80,19 @@ impl<K: Kernel> Team<'_, K> {
 }
 
 extern "C" fn enter<K: Kernel>(team: *mut c_void) {
-    let omp = openmp().expect("called by it");
+    let omp = openmp().expect("OpenMP called this");
     // SAFETY: `run` passes a team that outlives the region
     unsafe { (*(team as *const Team<K>)).share((omp.thread)() as usize, (omp.threads)() as usize) }
 }
 
-/// Do all items of a kernel, on up to `threads` threads; `work` is about how many simple operations on elements that takes.
+/// Do all items of a kernel, on up to `threads` threads; `work` is the approximate number of simple operations on
+/// elements.
 pub fn run<K: Kernel>(kernel: &K, items: usize, work: usize, threads: usize) -> Result<(), Panicked> {
     let team = Team { kernel, items, mode: FloatMode::of_this_thread(), failed: AtomicBool::new(false) };
     if threads <= 1 || items <= 1 || work < LEAST_WORK {
         team.share(0, 1);
     } else if let Some(omp) = openmp() {
-        // all of torch's threads, also where there are fewer items: a team of another size would end some of them
+        // all of torch's threads even for fewer items: OpenMP would end some threads for a team of another size
         unsafe { (omp.parallel)(enter::<K>, &team as *const Team<K> as *mut c_void, threads as c_uint, 0) };
     } else if work < LEAST_WORK_TO_START_THREADS {
         team.share(0, 1);
@@ -109,16 +112,18 @@ pub fn run<K: Kernel>(kernel: &K, items: usize, work: usize, threads: usize) -> 
     }
 }
 
-/// Blocks of `size` out of `total`: how many, and which elements are in the i-th.
+/// The number of blocks of `size` elements in `total`.
 pub fn blocks(total: usize, size: usize) -> usize {
     total.div_ceil(size)
 }
 
+/// The elements of the i-th block.
 pub fn block(i: usize, size: usize, total: usize) -> Range<usize> {
     i * size..((i + 1) * size).min(total)
 }
 
-/// How a thread treats numbers below float32's normal range (`torch.set_flush_denormal` sets it in its own thread alone).
+/// How a thread treats numbers below float32's normal range (`torch.set_flush_denormal` sets it in its own thread
+/// alone).
 #[derive(Clone, Copy)]
 struct FloatMode(u64);
 
@@ -127,7 +132,7 @@ impl FloatMode {
     fn of_this_thread() -> FloatMode {
         let mut mode = 0u32;
         unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) std::ptr::addr_of_mut!(mode), options(nostack)) };
-        FloatMode((mode & !0x3f) as u64) // without the flags of what has happened
+        FloatMode((mode & !0x3f) as u64) // without the exception flags
     }
     #[cfg(target_arch = "x86_64")]
     fn set(self) {

@@ -1,16 +1,21 @@
-//! The Python module. It takes addresses and strides on trust: nanochat/kernels/native.py checks them, and nothing else calls it.
-//! A tensor is (address, stride, stride) in elements, its last dimension contiguous; `bf16` says the dtype of all that have one in
-//! common; a tensor with a dtype of its own is (is bf16, (address, stride, stride)). The GIL is released during the work.
+//! The Python module. Its only caller is nanochat/kernels (cpu.py and the cpu.py of each operation), which checks
+//! shapes, dtypes and strides; here they are not checked again.
+//!
+//! A tensor is passed as (address, stride, stride), strides in elements, the last dimension contiguous. `bf16` is the
+//! dtype of all tensors that have one in common: bfloat16, or else float32. A tensor whose dtype may differ is (is
+//! bf16, (address, stride, stride)). The GIL is released during the work.
 
 use crate::attention;
+use crate::cross_entropy::{SoftcappedCrossEntropy, IGNORE};
+use crate::decode_attention::{Combine, Shape as DecodeShape, Split};
 use crate::math::{Bf16, Elem};
-use crate::one_query::{Joined, Parts, Shape as OneQuery};
 use crate::pool::{blocks, run, shares_threads, Panicked};
-use crate::rows::{Heads, Relu2, RmsNorm, RopeNorm, BLOCK};
+use crate::relu2::{Relu2, BLOCK};
+use crate::rms_norm::RmsNorm;
+use crate::rope_norm::RopeNorm;
 use crate::simd::{best, Kernel};
 use crate::slc2::{Backward, Forward, Inputs, Shape, Step, SumTaps, SUM_BLOCK};
-use crate::softcap::{Softcapped, IGNORE};
-use crate::view::{AnyView, Dtype, View};
+use crate::view::{AnyView, Dtype, Heads, View};
 use pyo3::exceptions::{PyIndexError, PyRuntimeError};
 use pyo3::prelude::*;
 use std::marker::PhantomData;
@@ -38,7 +43,7 @@ macro_rules! with_dtype {
     };
 }
 
-/// The instructions in use, and whether the threads are torch's own.
+/// The instruction set in use, and whether the kernels run on torch's own threads.
 #[pyfunction]
 fn runs_on() -> (String, bool) {
     (format!("{:?}", best()), shares_threads())
@@ -52,7 +57,7 @@ fn relu2(py: Python<'_>, threads: usize, bf16: bool, n: usize, x: usize, dy: Opt
     with_dtype!(bf16, go(py, threads, n, x, dy, y))
 }
 
-/// Rows `n` of `width`; strides are (row to row, 0).
+/// `n` rows of `width` elements; strides are (row to row, 0).
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn rms_norm(
@@ -65,13 +70,21 @@ fn rms_norm(
     dy: Option<Rows>,
     y: Rows,
 ) -> PyResult<()> {
-    fn go<T: Elem>(py: Python<'_>, threads: usize, n: usize, width: usize, x: View, dy: Option<View>, y: View) -> PyResult<()> {
+    fn go<T: Elem>(
+        py: Python<'_>,
+        threads: usize,
+        n: usize,
+        width: usize,
+        x: View,
+        dy: Option<View>,
+        y: View,
+    ) -> PyResult<()> {
         work(py, RmsNorm::<T> { x, dy, y, width, dtype: PhantomData }, n, 2 * n * width, threads)
     }
     with_dtype!(bf16, go(py, threads, n, width, view(x), dy.map(view), view(y)))
 }
 
-/// shape: (B, T, H, D). x, dy and y come with the stride from head to head.
+/// shape: (B, T, H, D). x, dy and y each have the stride from head to head too.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn rope_norm(
@@ -85,25 +98,25 @@ fn rope_norm(
     cos: Rows,
     sin: Rows,
 ) -> PyResult<()> {
-    fn go<T: Elem>(
+    fn go<E: Elem>(
         py: Python<'_>,
         threads: usize,
-        (B, times, heads, width): (usize, usize, usize, usize),
+        (B, T, H, D): (usize, usize, usize, usize),
         [x, y]: [Heads; 2],
         dy: Option<Heads>,
         [cos, sin]: [View; 2],
     ) -> PyResult<()> {
-        let kernel = RopeNorm::<T> { x, dy, y, cos, sin, times, heads, width, dtype: PhantomData };
-        work(py, kernel, B * times, 4 * B * times * heads * width, threads)
+        let kernel = RopeNorm::<E> { x, dy, y, cos, sin, T, H, D, dtype: PhantomData };
+        work(py, kernel, B * T, 4 * B * T * H * D, threads)
     }
     with_dtype!(bf16, go(py, threads, shape, [heads(x), heads(y)], dy.map(heads), [view(cos), view(sin)]))
 }
 
-/// targets (n,) of int64, factors and losses (n,) of float32, contiguous. IndexError, and nothing written, where a target is neither
-/// −1 nor in the vocabulary.
+/// targets (n,) of int64, factors and losses (n,) of float32, contiguous. Raises IndexError, and writes nothing, where
+/// a target is neither −1 nor in the vocabulary.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
-fn softcapped_(
+fn softcapped_cross_entropy_(
     py: Python<'_>,
     threads: usize,
     bf16: bool,
@@ -115,7 +128,7 @@ fn softcapped_(
     losses: usize,
     grad: bool,
 ) -> PyResult<()> {
-    // SAFETY: native.py gives n targets
+    // SAFETY: the caller gives n targets
     let all = unsafe { std::slice::from_raw_parts(targets as *const i64, n) };
     if let Some(wrong) = all.iter().find(|&&target| target != IGNORE && !(0..vocab as i64).contains(&target)) {
         return Err(PyIndexError::new_err(format!("target {wrong} is neither −1 nor one of the {vocab} tokens")));
@@ -130,7 +143,7 @@ fn softcapped_(
         factors: Option<usize>,
         grad: bool,
     ) -> PyResult<()> {
-        let kernel = Softcapped::<T> { z, targets, factors, losses, vocab, grad, dtype: PhantomData };
+        let kernel = SoftcappedCrossEntropy::<T> { z, targets, factors, losses, vocab, grad, dtype: PhantomData };
         work(py, kernel, n, 16 * n * vocab, threads)
     }
     with_dtype!(bf16, go(py, threads, n, vocab, view(z), [targets, losses], factors, grad))
@@ -139,6 +152,7 @@ fn softcapped_(
 /// (B, T, H, D, K); x, B, A, alpha; taps (E, K); past
 type Slc2 = ((usize, usize, usize, usize, usize), Rows, Rows, Rows, Rows, AnyRows, Option<AnyRows>);
 
+/// taps (E, K) as rows of time (K, E) in float32.
 unsafe fn by_time<T: Elem>((address, by_row, by_tap): Rows, E: usize, rows: &mut [f32]) {
     for (j, row) in rows.chunks_exact_mut(E).enumerate() {
         let first = (address as *const T).offset(by_tap * j as isize);
@@ -148,12 +162,12 @@ unsafe fn by_time<T: Elem>((address, by_row, by_tap): Rows, E: usize, rows: &mut
     }
 }
 
-/// The number of sequences, the taps as rows of time, and what the kernels take; the taps must live as long as that.
+/// The number of sequences, the taps as rows of time, and the inputs of the kernels, which must not outlive the taps.
 fn slc2_inputs((shape, x, b, a, alpha, (taps_bf16, taps), past): Slc2) -> (usize, Vec<f32>, Inputs) {
     let (sequences, T, H, D, K) = shape;
     let E = H * D;
     let mut rows = vec![0.0f32; K * E];
-    // SAFETY: native.py gives (E, K) of this dtype
+    // SAFETY: the caller gives (E, K) of this dtype
     unsafe {
         if taps_bf16 {
             by_time::<Bf16>(taps, E, &mut rows)
@@ -184,7 +198,7 @@ fn slc2_forward(py: Python<'_>, threads: usize, bf16: bool, inputs: Slc2, y: Row
     with_dtype!(bf16, go(py, threads, sequences, inputs, view(y)))
 }
 
-/// past is there, and moved on in place; T is 1.
+/// The decode step: T is 1; past is required and updated in place.
 #[pyfunction]
 fn slc2_step(py: Python<'_>, threads: usize, bf16: bool, inputs: Slc2, y: Rows) -> PyResult<()> {
     fn go<T: Elem>(py: Python<'_>, threads: usize, sequences: usize, inputs: Inputs, y: View) -> PyResult<()> {
@@ -220,7 +234,7 @@ fn slc2_backward(
     ) -> PyResult<()> {
         let Shape { T: length, H, D, K } = inputs.shape;
         let (E, count) = (H * D, sequences * inputs.shape.chunks());
-        let mut parts = Vec::<f32>::with_capacity(count * K * E); // written whole by the kernel
+        let mut parts = Vec::<f32>::with_capacity(count * K * E); // the kernel writes all of it
         let at = parts.as_mut_ptr() as usize;
         let kernel = Backward::<T> { inputs, dy, dx, dB, dA, dalpha, dtaps: at, dpast, dtype: PhantomData };
         work(py, kernel, count, 32 * sequences * length * E, threads)?;
@@ -243,7 +257,7 @@ fn attention_shape((B, T, H, G, D, window): Attention) -> (usize, attention::Sha
     (B, attention::Shape { T, H, G, D, window })
 }
 
-/// tensors: q, k, v and y, each with the stride from head to head; sums: (B, H, T) of float32.
+/// tensors: q, k, v and y, each with the stride from head to head too; lse: (B, H, T) in float32.
 #[pyfunction]
 fn attention_forward(
     py: Python<'_>,
@@ -251,19 +265,19 @@ fn attention_forward(
     bf16: bool,
     shape: Attention,
     tensors: [(Rows, isize); 4],
-    sums: Option<usize>,
+    lse: Option<usize>,
 ) -> PyResult<()> {
     fn go<T: Elem>(
         py: Python<'_>,
         threads: usize,
         (B, shape): (usize, attention::Shape),
         [q, k, v, y]: [Heads; 4],
-        sums: Option<usize>,
+        lse: Option<usize>,
     ) -> PyResult<()> {
-        let kernel = attention::Forward::<T> { shape, q, k, v, y, sums, dtype: PhantomData };
+        let kernel = attention::Forward::<T> { shape, q, k, v, y, lse, dtype: PhantomData };
         work(py, kernel, B * shape.H * shape.blocks(), B * shape.H * shape.operations(), threads)
     }
-    with_dtype!(bf16, go(py, threads, attention_shape(shape), tensors.map(heads), sums))
+    with_dtype!(bf16, go(py, threads, attention_shape(shape), tensors.map(heads), lse))
 }
 
 /// tensors: q, k, v, y, dy, dq, dk and dv.
@@ -274,56 +288,56 @@ fn attention_backward(
     bf16: bool,
     shape: Attention,
     tensors: [(Rows, isize); 8],
-    sums: usize,
+    lse: usize,
 ) -> PyResult<()> {
     fn go<T: Elem>(
         py: Python<'_>,
         threads: usize,
         (B, shape): (usize, attention::Shape),
         [q, k, v, y, dy, dq, dk, dv]: [Heads; 8],
-        sums: usize,
+        lse: usize,
     ) -> PyResult<()> {
-        let kernel = attention::Backward::<T> { shape, q, k, v, y, dy, sums, dq, dk, dv, dtype: PhantomData };
+        let kernel = attention::Backward::<T> { shape, q, k, v, y, dy, lse, dq, dk, dv, dtype: PhantomData };
         work(py, kernel, B * shape.G, B * shape.H * shape.operations(), threads)
     }
-    with_dtype!(bf16, go(py, threads, attention_shape(shape), tensors.map(heads), sums))
+    with_dtype!(bf16, go(py, threads, attention_shape(shape), tensors.map(heads), lse))
 }
 
-/// heads: (H, G, D); tensors: q, k, v and y; spans: of each row, the first key that counts and the one behind the last.
+/// heads: (H, G, D); tensors: q, k, v and y; ranges: of each row, the first key that counts and the one after the last.
 #[pyfunction]
-fn one_query(
+fn decode_attention(
     py: Python<'_>,
     threads: usize,
     bf16: bool,
     heads_of: (usize, usize, usize),
     tensors: [(Rows, isize); 4],
-    spans: Vec<(usize, usize)>,
+    ranges: Vec<(usize, usize)>,
 ) -> PyResult<()> {
-    fn go<T: Elem>(py: Python<'_>, threads: usize, shape: OneQuery, [q, k, v, y]: [Heads; 4]) -> PyResult<()> {
-        let (B, H, G, most) = (shape.spans.len(), shape.H, shape.G, shape.most());
-        let size = B * most * H * shape.part();
-        let mut room = Vec::<f32>::with_capacity(size); // what is read of it is written before
-        let parts = room.as_mut_ptr() as usize;
-        let first = Parts::<T> { shape: &shape, q, k, v, parts, dtype: PhantomData };
-        work(py, first, B * G * most, 4 * shape.keys() * H * shape.D, threads)?;
-        let second = Joined::<T> { shape: &shape, parts, y, dtype: PhantomData };
+    fn go<T: Elem>(py: Python<'_>, threads: usize, shape: DecodeShape, [q, k, v, y]: [Heads; 4]) -> PyResult<()> {
+        let (B, H, G, chunks) = (shape.ranges.len(), shape.H, shape.G, shape.max_chunks());
+        let size = B * chunks * H * shape.part();
+        let mut scratch = Vec::<f32>::with_capacity(size); // nothing is read before it is written
+        let parts = scratch.as_mut_ptr() as usize;
+        let first = Split::<T> { shape: &shape, q, k, v, parts, dtype: PhantomData };
+        work(py, first, B * G * chunks, 4 * shape.keys() * H * shape.D, threads)?;
+        let second = Combine::<T> { shape: &shape, parts, y, dtype: PhantomData };
         work(py, second, B * H, size, threads)
     }
     let (H, G, D) = heads_of;
-    let spans = spans.into_iter().map(|(start, end)| start..end).collect();
-    with_dtype!(bf16, go(py, threads, OneQuery { H, G, D, spans }, tensors.map(heads)))
+    let ranges = ranges.into_iter().map(|(start, end)| start..end).collect();
+    with_dtype!(bf16, go(py, threads, DecodeShape { H, G, D, ranges }, tensors.map(heads)))
 }
 
 #[pymodule]
 fn cpukernels(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(runs_on, module)?)?;
     module.add_function(wrap_pyfunction!(attention_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(one_query, module)?)?;
+    module.add_function(wrap_pyfunction!(decode_attention, module)?)?;
     module.add_function(wrap_pyfunction!(attention_backward, module)?)?;
     module.add_function(wrap_pyfunction!(relu2, module)?)?;
     module.add_function(wrap_pyfunction!(rms_norm, module)?)?;
     module.add_function(wrap_pyfunction!(rope_norm, module)?)?;
-    module.add_function(wrap_pyfunction!(softcapped_, module)?)?;
+    module.add_function(wrap_pyfunction!(softcapped_cross_entropy_, module)?)?;
     module.add_function(wrap_pyfunction!(slc2_forward, module)?)?;
     module.add_function(wrap_pyfunction!(slc2_step, module)?)?;
     module.add_function(wrap_pyfunction!(slc2_backward, module)?)

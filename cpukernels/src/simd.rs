@@ -1,11 +1,12 @@
-//! One source, several instruction sets: a kernel's body is inlined into one function for each of them, and the processor at hand
-//! picks. On aarch64 the baseline already has what the loops want (NEON, fused multiply-add).
+//! One source for several instruction sets: a kernel's body is inlined into one function for each, and the best that
+//! the CPU has is called. On aarch64 the baseline already has NEON and fused multiply-add.
 
 use std::ops::Range;
 
-/// Work on rows or blocks, each of which can be done alone.
+/// Work on items (rows or blocks) that are independent of each other.
 pub trait Kernel: Sync {
-    /// Do these items. To be `#[inline(always)]`, as all it calls: what is not inlined is compiled for the baseline.
+    /// Do these items; F says whether there is fused multiply-add. Must be `#[inline(always)]`, as must all that it
+    /// calls: a function that is not inlined is compiled for the baseline.
     fn run<const F: bool>(&self, items: Range<usize>);
 }
 
@@ -18,7 +19,7 @@ pub enum Level {
     Avx512,
 }
 
-/// What this processor has, best last.
+/// The levels that this CPU has, the best last.
 pub fn levels() -> Vec<Level> {
     let mut levels = vec![Level::Base];
     #[cfg(target_arch = "x86_64")]
@@ -41,11 +42,11 @@ pub fn best() -> Level {
     *BEST.get_or_init(|| *levels().last().expect("the baseline"))
 }
 
-/// Do these items with the instructions of a level, which is one of `levels()`.
+/// Do these items with the instructions of a level, one of `levels()`.
 pub fn run_at<K: Kernel>(level: Level, kernel: &K, items: Range<usize>) {
     match level {
         Level::Base => kernel.run::<{ cfg!(any(target_arch = "aarch64", target_feature = "fma")) }>(items),
-        // SAFETY: `levels` found these instructions here
+        // SAFETY: `levels` has found that the CPU has these instructions
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { run_avx2(kernel, items) },
         #[cfg(all(target_arch = "x86_64", avx512))]
@@ -65,7 +66,8 @@ unsafe fn run_avx512<K: Kernel>(kernel: &K, items: Range<usize>) {
     kernel.run::<true>(items)
 }
 
-/// For tests: what each level gives is what the baseline does, up to rounding, and that of all with fused multiply-add has the same bits.
+/// For tests: every level gives the baseline's results up to rounding, and those with fused multiply-add give the same
+/// bits.
 #[cfg(test)]
 pub(crate) fn assert_levels_agree(results: impl Fn(Level) -> Vec<f32>) {
     let base = results(Level::Base);
@@ -85,8 +87,8 @@ pub(crate) fn assert_levels_agree(results: impl Fn(Level) -> Vec<f32>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cross_entropy::SoftcappedCrossEntropy;
     use crate::slc2::{Backward, Inputs, Shape};
-    use crate::softcap::Softcapped;
     use crate::view::View;
     use std::marker::PhantomData;
 
@@ -102,7 +104,7 @@ mod tests {
     fn results(level: Level) -> Vec<f32> {
         let (n, vocab) = (3, 1301);
         let (mut z, targets, mut losses) = (numbers(n * vocab, 40.0), [5i64, -1, 1300], vec![f32::NAN; n]);
-        let softcapped = Softcapped::<f32> {
+        let cross_entropy = SoftcappedCrossEntropy::<f32> {
             z: rows(&mut z, 1, vocab),
             targets: targets.as_ptr() as usize,
             factors: None,
@@ -111,12 +113,14 @@ mod tests {
             grad: true,
             dtype: PhantomData,
         };
-        run_at(level, &softcapped, 0..n);
+        run_at(level, &cross_entropy, 0..n);
         let shape = Shape { T: 9, H: 2, D: 37, K: 3 };
         let (T, E) = (shape.T, shape.H * shape.D);
         let (mut x, mut B, mut dy) = (numbers(2 * T * E, 2.0), numbers(2 * T * E, 1.5), numbers(2 * T * E, 1.0));
-        let (mut A, mut alpha, taps) = (numbers(2 * T * shape.D, 3.0), numbers(2 * T * shape.H, 2.0), numbers(3 * E, 1.0));
-        let mut outputs = [2 * T * E, 2 * T * E, 2 * T * shape.D, 2 * T * shape.H, 2 * 3 * E].map(|n| vec![f32::NAN; n]);
+        let (mut A, mut alpha, taps) =
+            (numbers(2 * T * shape.D, 3.0), numbers(2 * T * shape.H, 2.0), numbers(3 * E, 1.0));
+        let mut outputs =
+            [2 * T * E, 2 * T * E, 2 * T * shape.D, 2 * T * shape.H, 2 * 3 * E].map(|n| vec![f32::NAN; n]);
         let inputs = Inputs {
             shape,
             x: rows(&mut x, T, E),

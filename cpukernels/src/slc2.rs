@@ -1,9 +1,10 @@
 //! The core of SLC2: u = silu(silu(alpha) ⊗ A) · x, c its causal depthwise convolution along time, y = B · silu(c).
 //!
-//! Time is cut into chunks; each computes anew the few rows of u and of the gradient it needs from beyond its ends, so that chunks
-//! are done alone. Within one, rows go by in order of time and the last K of what is needed again stay in `Ring`s.
+//! Time is split into chunks. Each computes again the few rows of u and of the gradient that it needs from beyond its
+//! ends, so that chunks are independent. Within a chunk, tokens are processed in order of time, and `Ring`s keep the
+//! last K rows of what is needed again.
 
-use crate::math::{dot, fma, silu, silu_and_slope, Elem};
+use crate::math::{dot, fma, silu, silu_and_derivative, Elem};
 use crate::pool::block;
 use crate::simd::Kernel;
 use crate::view::{AnyView, View};
@@ -27,12 +28,12 @@ impl Shape {
         self.H * self.D
     }
 
-    /// Chunks of one sequence.
+    /// The number of chunks of a sequence.
     pub fn chunks(&self) -> usize {
         crate::pool::blocks(self.T, CHUNK)
     }
 
-    /// Of the i-th chunk of all: its sequence, and its tokens there.
+    /// The sequence of the i-th chunk of the batch, and its tokens there.
     fn chunk(&self, i: usize) -> (usize, Range<usize>) {
         (i / self.chunks(), block(i % self.chunks(), CHUNK, self.T))
     }
@@ -45,7 +46,7 @@ pub struct Inputs {
     pub B: View,
     pub A: View,
     pub alpha: View,
-    /// (K, E), in float32: taps[K − 1] is the one on the present
+    /// (K, E), in float32; taps[K − 1] weighs the present token
     pub taps: usize,
     pub past: Option<AnyView>,
 }
@@ -53,22 +54,22 @@ pub struct Inputs {
 impl Inputs {
     #[inline(always)]
     fn taps(&self) -> &[f32] {
-        // SAFETY: python.rs keeps them until the work is done
+        // SAFETY: python.rs keeps the taps until the work is done
         unsafe { std::slice::from_raw_parts(self.taps as *const f32, self.shape.K * self.shape.E()) }
     }
 
-    /// What lies before the sequence, K − 1 rows at most.
+    /// Row t < 0 of u: from the past, or zeros.
     #[inline(always)]
     fn before(&self, b: usize, t: isize, u: &mut [f32]) {
         match self.past {
-            // SAFETY: native.py gives K − 1 rows, and t ≥ −(K − 1)
+            // SAFETY: the caller has checked that there are K − 1 rows, and t ≥ −(K − 1)
             Some(past) => unsafe { past.read(b, (t + self.shape.K as isize - 1) as usize, u) },
             None => u.fill(0.0),
         }
     }
 }
 
-/// The last K rows of something, by time.
+/// The last K rows of a sequence of rows, indexed by time.
 struct Ring {
     rows: Vec<f32>,
     K: usize,
@@ -160,7 +161,7 @@ impl<T: Elem> Kernel for Forward<T> {
                     continue;
                 }
                 let at = t as usize;
-                // SAFETY: native.py gives tensors of these shapes; a chunk is one thread's
+                // SAFETY: the caller has checked the shapes; no two threads share a chunk
                 unsafe { gated::<F, T>(i.x.row(b, at, E), i.A.row(b, at, D), i.alpha.row(b, at, H), u.row_mut(t)) };
                 if at >= tokens.start {
                     combine::<F>(i.taps(), |j| u.row(t - (K - 1 - j) as isize), &mut c);
@@ -171,7 +172,7 @@ impl<T: Elem> Kernel for Forward<T> {
     }
 }
 
-/// y of one token a sequence, and `past` (which is given) moved on in place. Items are sequences.
+/// The decode step: y of one token a sequence. `past`, which is required, is updated in place. Items are sequences.
 pub struct Step<T> {
     pub inputs: Inputs,
     pub y: View,
@@ -191,20 +192,21 @@ impl<T: Elem> Kernel for Step<T> {
             for (j, row) in before.chunks_exact_mut(E).enumerate() {
                 i.before(b, j as isize - (K as isize - 1), row);
             }
-            // SAFETY: native.py gives tensors of these shapes; a sequence is one thread's
+            // SAFETY: the caller has checked the shapes; no two threads share a sequence
             unsafe {
                 gated::<F, T>(i.x.row(b, 0, E), i.A.row(b, 0, D), i.alpha.row(b, 0, H), u);
                 combine::<F>(i.taps(), |j| &window[j * E..(j + 1) * E], &mut c);
                 output::<F, T>(i.B.row(b, 0, E), &c, self.y.row_mut(b, 0, E));
                 for (j, row) in window.chunks_exact(E).skip(1).enumerate() {
-                    i.past.expect("a step goes on from a past").write(b, j, row);
+                    i.past.expect("a decode step has a past").write(b, j, row);
                 }
             }
         }
     }
 }
 
-/// All gradients. Items are chunks; each leaves its part of the taps' in `dtaps`, (chunks of all, K, E) of float32.
+/// All gradients. Items are chunks; each writes its part of the gradient of the taps to `dtaps`, (chunks, K, E) in
+/// float32.
 pub struct Backward<T> {
     pub inputs: Inputs,
     pub dy: View,
@@ -217,16 +219,16 @@ pub struct Backward<T> {
     pub dtype: PhantomData<T>,
 }
 
-/// What backward keeps of the last K tokens.
+/// Intermediate results of the last K tokens in the backward pass.
 struct Kept {
     u: Ring,
-    /// gate, and x times the slope of silu that made the gate
+    /// the gate, and x times the derivative of the silu that gives it
     gate: Ring,
     slope: Ring,
-    /// silu(alpha) and its slope, for each head
+    /// silu(alpha) and its derivative, for each head
     alpha: Ring,
     alpha_slope: Ring,
-    /// gradient of c
+    /// the gradient of c
     dc: Ring,
 }
 
@@ -237,12 +239,13 @@ impl<T: Elem> Kernel for Backward<T> {
         let Shape { T: length, H, D, K } = i.shape;
         let E = H * D;
         let ring = |width| Ring::new(K, width);
-        let mut kept = Kept { u: ring(E), gate: ring(E), slope: ring(E), alpha: ring(H), alpha_slope: ring(H), dc: ring(E) };
+        let mut kept =
+            Kept { u: ring(E), gate: ring(E), slope: ring(E), alpha: ring(H), alpha_slope: ring(H), dc: ring(E) };
         let (mut c, mut du, mut A, mut dA) = (vec![0.0f32; E], vec![0.0f32; E], vec![0.0f32; D], vec![0.0f32; D]);
-        let lag = K as isize - 1; // the gradient of a token's u is known when that of c of K − 1 later ones is
+        let lag = K as isize - 1; // the gradient of a token's u needs that of c of the K − 1 tokens after it
         for item in items {
             let (b, tokens) = i.shape.chunk(item);
-            // SAFETY: python.rs gives one such part for each chunk
+            // SAFETY: python.rs allocates such a part for each chunk
             let dtaps = unsafe { std::slice::from_raw_parts_mut((self.dtaps as *mut f32).add(item * K * E), K * E) };
             dtaps.fill(0.0);
             kept.dc.rows.fill(0.0);
@@ -251,7 +254,7 @@ impl<T: Elem> Kernel for Backward<T> {
                 if t < 0 {
                     i.before(b, t, kept.u.row_mut(t));
                 } else if now < length {
-                    // SAFETY (here and below): native.py gives tensors of these shapes; a chunk is one thread's
+                    // SAFETY (here and below): the caller has checked the shapes; no two threads share a chunk
                     let (x, A, alpha) =
                         unsafe { (i.x.row::<T>(b, now, E), i.A.row::<T>(b, now, D), i.alpha.row::<T>(b, now, H)) };
                     gate::<F, T>(x, A, alpha, &mut kept, t);
@@ -296,14 +299,15 @@ fn gate<const F: bool, T: Elem>(x: &[T], A: &[T], alpha: &[T], kept: &mut Kept, 
     let D = A.len();
     let (alphas, alpha_slopes) = (kept.alpha.row_mut(t), kept.alpha_slope.row_mut(t));
     for ((from, to), slope) in alpha.iter().zip(alphas.iter_mut()).zip(alpha_slopes) {
-        (*to, *slope) = silu_and_slope::<F>(from.get());
+        (*to, *slope) = silu_and_derivative::<F>(from.get());
     }
     let (u, gates, slopes) = (kept.u.row_mut(t), kept.gate.row_mut(t), kept.slope.row_mut(t));
     for (h, &mut alpha) in alphas.iter_mut().enumerate() {
         let part = h * D..(h + 1) * D;
-        let (x, u, gates, slopes) = (&x[part.clone()], &mut u[part.clone()], &mut gates[part.clone()], &mut slopes[part]);
+        let (x, u, gates, slopes) =
+            (&x[part.clone()], &mut u[part.clone()], &mut gates[part.clone()], &mut slopes[part]);
         for d in 0..D {
-            let (gate, slope) = silu_and_slope::<F>(alpha * A[d].get());
+            let (gate, slope) = silu_and_derivative::<F>(alpha * A[d].get());
             let x = x[d].get();
             u[d] = gate * x;
             gates[d] = gate;
@@ -316,7 +320,7 @@ fn gate<const F: bool, T: Elem>(x: &[T], A: &[T], alpha: &[T], kept: &mut Kept, 
 #[inline(always)]
 fn output_gradients<const F: bool, T: Elem>(c: &[f32], B: &[T], dy: &[T], dc: &mut [f32], dB: &mut [T]) {
     for ((((c, B), dy), dc), dB) in c.iter().zip(B).zip(dy).zip(dc).zip(dB) {
-        let (value, slope) = silu_and_slope::<F>(*c);
+        let (value, slope) = silu_and_derivative::<F>(*c);
         *dc = dy.get() * B.get() * slope;
         *dB = T::put(dy.get() * value);
     }
@@ -325,7 +329,7 @@ fn output_gradients<const F: bool, T: Elem>(c: &[f32], B: &[T], dy: &[T], dc: &m
 #[inline(always)]
 fn inner_gradient<const F: bool, T: Elem>(c: &[f32], B: &[T], dy: &[T], dc: &mut [f32]) {
     for (((c, B), dy), dc) in c.iter().zip(B).zip(dy).zip(dc) {
-        *dc = dy.get() * B.get() * silu_and_slope::<F>(*c).1;
+        *dc = dy.get() * B.get() * silu_and_derivative::<F>(*c).1;
     }
 }
 
@@ -336,7 +340,7 @@ fn add_products<const F: bool>(a: &[f32], b: &[f32], into: &mut [f32]) {
     }
 }
 
-/// From du of token s to the gradients of x, A and alpha; du becomes the gradient of silu(alpha) ⊗ A.
+/// The gradients of x, A and alpha from du of token s; du is overwritten with the gradient of silu(alpha) ⊗ A.
 #[inline(always)]
 fn gate_gradients<const F: bool, T: Elem>(
     kept: &Kept,
@@ -366,7 +370,8 @@ fn gate_gradients<const F: bool, T: Elem>(
     }
 }
 
-/// dtaps (E, K) from the chunks' parts (chunks, K, E), in order, in float64. Items are blocks of SUM_BLOCK columns of (K, E).
+/// dtaps (E, K): the sum of the chunks' parts (chunks, K, E), in order, in float64. Items are blocks of SUM_BLOCK
+/// columns of (K, E).
 pub struct SumTaps {
     pub parts: usize,
     pub count: usize,
@@ -385,9 +390,10 @@ impl Kernel for SumTaps {
             let columns = block(item, SUM_BLOCK, n);
             let mut total = [0.0f64; SUM_BLOCK];
             for i in 0..self.count {
-                // SAFETY: python.rs gives so many parts, and the output; a column is one thread's
-                let part =
-                    unsafe { std::slice::from_raw_parts((self.parts as *const f32).add(i * n + columns.start), columns.len()) };
+                // SAFETY: python.rs gives so many parts, and the output; no two threads share a column
+                let part = unsafe {
+                    std::slice::from_raw_parts((self.parts as *const f32).add(i * n + columns.start), columns.len())
+                };
                 for (total, x) in total.iter_mut().zip(part) {
                     *total += *x as f64;
                 }

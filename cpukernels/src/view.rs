@@ -1,8 +1,8 @@
-//! Tensors as they come from Python: an address and strides, the last dimension contiguous.
+//! Tensors as Python passes them: an address and strides, in elements; the last dimension is contiguous.
 
 use crate::math::{Bf16, Elem};
 
-/// Rows at (i, j): of a tensor (I, J, …) with these strides, in elements.
+/// Rows at (i, j) of a tensor (I, J, ...).
 #[derive(Clone, Copy)]
 pub struct View {
     pub address: usize,
@@ -16,17 +16,32 @@ impl View {
     }
 
     /// # Safety
-    /// The row lies inside the tensor, has this type, and nobody writes it meanwhile.
+    /// The row lies inside the tensor and has this type, and nothing writes to it meanwhile.
     #[inline(always)]
     pub unsafe fn row<'a, T>(&self, i: usize, j: usize, width: usize) -> &'a [T] {
         std::slice::from_raw_parts(self.at(i, j), width)
     }
 
     /// # Safety
-    /// The row lies inside the tensor, has this type, and nobody else reads or writes it meanwhile.
+    /// The row lies inside the tensor and has this type, and nothing else reads or writes it meanwhile.
     #[inline(always)]
     pub unsafe fn row_mut<'a, T>(&self, i: usize, j: usize, width: usize) -> &'a mut [T] {
         std::slice::from_raw_parts_mut(self.at(i, j), width)
+    }
+}
+
+/// Heads at (b, t): a tensor (B, T, H, D), `stride` elements from one head to the next.
+#[derive(Clone, Copy)]
+pub struct Heads {
+    pub tokens: View,
+    pub stride: isize,
+}
+
+impl Heads {
+    #[inline(always)]
+    pub fn head<T>(&self, h: usize) -> View {
+        let address = (self.tokens.address as *mut T).wrapping_offset(self.stride * h as isize) as usize;
+        View { address, strides: self.tokens.strides }
     }
 }
 
@@ -36,7 +51,7 @@ pub enum Dtype {
     Bf16,
 }
 
-/// A view whose dtype is its own, other than that of the tensors beside it.
+/// A view whose dtype may differ from that of the other tensors.
 #[derive(Clone, Copy)]
 pub struct AnyView {
     pub view: View,

@@ -1,17 +1,17 @@
-//! Counting distinct pieces on many threads, holding each distinct piece once.
+//! Count distinct pieces on many threads, with each distinct piece stored once.
 //!
-//! A thread counts into a small table of its own, which stays in its cache. When that is full it is emptied into 64 shared
-//! tables, chosen by hash, each behind a lock. So memory grows with the number of distinct pieces, whatever the number of threads,
-//! and the sums do not depend on which thread counted what.
+//! A thread counts into a small table of its own, which fits in its CPU cache. When that is full it is emptied into 64
+//! shared tables, chosen by hash, each behind a lock. So memory depends on the number of distinct pieces and hardly on
+//! that of threads, and the sums do not depend on which thread counted what.
 
 use crate::key::{hash_bytes, Block, Key, Map, SHORT};
 use crate::split::Splitter;
 use std::sync::Mutex;
 
 const SHARD_BITS: u32 = 6;
-/// Slots of a thread's own table (24 bytes each), emptied when half of them are taken.
+/// Slots of a thread's own table, 24 bytes each; it is emptied when half of them are used.
 const LOCAL_BITS: u32 = 15;
-/// Long pieces a thread holds, in number and in bytes, before it empties its table.
+/// Long pieces that a thread's table may hold, in number and in bytes, before it is emptied.
 const LOCAL_LONG: usize = 1 << 14;
 const LOCAL_LONG_BYTES: usize = 1 << 20;
 
@@ -26,7 +26,7 @@ struct Table {
     slots: Vec<Slot>,
     bits: u32,
     taken: usize,
-    /// leading bits of the hash that say nothing here, since all pieces of the table share them
+    /// leading bits of the hash to ignore, since all pieces of the table share them
     skip: u32,
     long: Map<Box<[u8]>, u64>,
     long_bytes: usize,
@@ -99,7 +99,7 @@ impl Table {
 pub struct PieceCounter {
     splitter: Splitter,
     shards: Vec<Mutex<Table>>,
-    /// tables of threads that are not counting just now
+    /// tables of threads that are not counting at the moment
     locals: Mutex<Vec<(Splitter, Table)>>,
 }
 
@@ -109,10 +109,11 @@ impl PieceCounter {
         PieceCounter { splitter, shards, locals: Mutex::new(Vec::new()) }
     }
 
-    /// Adds the pieces of the texts; called from several threads at once. `go_on` is asked between texts.
+    /// Adds the pieces of the texts; called from several threads at once. `go_on` is called between texts; false ends
+    /// the work.
     pub fn count<'t>(&self, texts: impl Iterator<Item = &'t str>, go_on: impl Fn() -> bool) -> Result<(), String> {
         let idle = self.locals.lock().unwrap().pop();
-        // a splitter of its own, since threads that share a regular expression wait for one another
+        // every thread has its own splitter, since threads that share a regular expression wait for each other
         let (splitter, mut table) = idle.unwrap_or_else(|| (self.splitter.clone(), Table::new(LOCAL_BITS, 0)));
         let mut outcome = Ok(());
         let mut block = Block::new();
@@ -139,8 +140,8 @@ impl PieceCounter {
         outcome
     }
 
-    /// Moves a thread's counts into the shared tables. Slots stand in the order of their hashes, so a shard's lock is taken once
-    /// for a whole run of them.
+    /// Moves a thread's counts into the shared tables. Slots are ordered by hash, so a shard's lock is taken once for
+    /// all of its slots.
     #[cold]
     fn empty(&self, local: &mut Table) {
         let shard_of = |hash: u64| (hash >> (64 - SHARD_BITS)) as usize;
@@ -162,8 +163,8 @@ impl PieceCounter {
         (local.taken, local.long_bytes) = (0, 0);
     }
 
-    /// All pieces of two bytes or more with their counts, the most frequent first; no particular order among equals.
-    /// Pieces of one byte hold no pair, so nothing is learnt from them.
+    /// Returns all pieces of two bytes or more with their counts, the most frequent first, equals in no particular
+    /// order. Pieces of one byte contain no pair, so there is nothing to learn from them.
     pub fn finish(self) -> Vec<(Piece, u64)> {
         for (_, mut table) in std::mem::take(&mut *self.locals.lock().unwrap()) {
             self.empty(&mut table);
@@ -202,8 +203,9 @@ mod tests {
 
     #[test]
     fn counts_equal_those_of_a_plain_map_on_any_number_of_threads() {
-        let mut texts: Vec<String> =
-            (0..60_000u64).map(|i| format!("w{} word{} {}", i % 7, i * i % 50_021, "x".repeat((i % 40) as usize))).collect();
+        let mut texts: Vec<String> = (0..60_000u64)
+            .map(|i| format!("w{} word{} {}", i % 7, i * i % 50_021, "x".repeat((i % 40) as usize)))
+            .collect();
         texts.push("長い一続きの文字列".repeat(20));
         let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
         let mut plain: HashMap<Vec<u8>, u64> = HashMap::new();

@@ -1,5 +1,6 @@
-//! Text to token ids. A piece that is a token as a whole is that token; else its bytes are merged, the pair with the smallest
-//! id first and the leftmost among equals, as tiktoken does. Pieces met before come out of a small cache.
+//! Text to token ids. A piece that is itself a token becomes that token. The bytes of any other piece are merged, the
+//! pair with the smallest id first and the leftmost among equals, as in tiktoken. Recent pieces come from a small
+//! cache.
 
 use crate::key::{Block, Key, SHORT};
 use crate::split::Splitter;
@@ -9,9 +10,9 @@ use std::collections::BinaryHeap;
 
 /// The cache has 2^SET_BITS sets of two entries of 32 bytes: 4 MB.
 const SET_BITS: u32 = 16;
-/// Ids an entry holds itself.
+/// The most ids of a piece that is cached.
 const INLINE: usize = 3;
-/// Up to this many tokens are merged by looking at all pairs again; longer ones with a heap. A power of two, at most 128.
+/// Up to so many tokens are merged by scanning all pairs each time, more with a heap. A power of two, at most 128.
 const SCANNED: usize = 128;
 
 #[derive(Clone, Copy, Default)]
@@ -21,25 +22,25 @@ struct Entry {
     ids: [u32; INLINE],
 }
 
-/// Two entries, the one used last first, in one cache line.
+/// Two entries in one cache line, the most recently used first.
 #[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 struct Set([Entry; 2]);
 
-/// What one thread keeps from text to text: token ids of short pieces. It belongs to one vocabulary.
+/// The token ids of short pieces, kept by a thread between texts. It belongs to one vocabulary.
 pub struct Cache {
     sets: Vec<Set>,
     splitter: Splitter,
 }
 
 impl Cache {
-    /// With a splitter of its own, since threads that share a regular expression wait for one another.
+    /// It has its own splitter, since threads that share a regular expression wait for each other.
     pub fn new(splitter: &Splitter) -> Cache {
         Cache { sets: vec![Set::default(); 1 << SET_BITS], splitter: splitter.clone() }
     }
 }
 
-/// Appends the ids of `text`. Errors where a regular expression gives up on it; `out` is then of no use.
+/// Appends the ids of `text`. An error means that the regular expression failed on it; `out` is then unusable.
 pub fn encode(vocab: &Vocab, cache: &mut Cache, text: &str, out: &mut Vec<u32>) -> Result<(), String> {
     let bytes = text.as_bytes();
     let Cache { sets, splitter } = cache;
@@ -70,14 +71,15 @@ fn encode_block(vocab: &Vocab, sets: &mut [Set], block: &mut Block, out: &mut Ve
                 continue;
             }
         }
-        // all ids an entry can hold are written and those it has are kept: no branch on their number, which nobody can foresee
+        // append all ids that an entry can hold, then keep those it has: no branch on their number, which is
+        // unpredictable
         let n = out.len();
         out.extend_from_slice(&newer.ids);
         out.truncate(n + newer.n as usize);
     }
 }
 
-/// A short piece that is not in the cache: encoded, and put where the older entry of its set was.
+/// Encodes a short piece that is not in the cache, and replaces the older entry of its set.
 #[inline(never)]
 fn encode_new(vocab: &Vocab, key: Key, hash: u64, entry: &mut Entry, out: &mut Vec<u32>) {
     let before = out.len();
@@ -115,9 +117,9 @@ fn merge_tokens(vocab: &Vocab, out: &mut Vec<u32>, first: usize) {
     }
 }
 
-/// The tokens to begin with: bytes, and of characters of two or three bytes what is sure to merge before anything else does. A merge
-/// inside a character comes before all that would go over its borders if its id is below that of every token which holds the two
-/// bytes on either side of a border. Most text that is not ASCII needs far fewer steps from there.
+/// Appends the initial tokens: bytes, with those of characters of two or three bytes merged as far as is certain. A
+/// merge inside a character precedes every merge across its borders if its id is below that of every token that
+/// contains the two bytes at a border. Most text that is not ASCII then needs far fewer steps.
 fn first_tokens(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
     let mut i = 0;
     while i < piece.len() {
@@ -131,7 +133,8 @@ fn first_tokens(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
             i += 1;
             continue;
         };
-        let border = |at: usize| if at > 0 && at < piece.len() { vocab.crossing(piece[at - 1], piece[at]) } else { NONE };
+        let border =
+            |at: usize| if at > 0 && at < piece.len() { vocab.crossing(piece[at - 1], piece[at]) } else { NONE };
         let limit = border(i).min(border(i + width));
         let begin = out.len();
         out.extend(character.iter().map(|&b| vocab.byte_id(b)));
@@ -148,16 +151,16 @@ fn first_tokens(vocab: &Vocab, piece: &[u8], out: &mut Vec<u32>) {
     }
 }
 
-/// Merges the tokens from `out[first]` on. They stay at their places, linked with their neighbours. `merges[i]` holds what token i and
-/// the next one merge into and, in the low bits, i itself: the smallest of them is the next merge, the leftmost among equals. All are
-/// looked at each time, which for so few is faster than keeping them in order.
+/// Merges the tokens from `out[first]` on. Tokens keep their index and are linked to their neighbours. `merges[i]`
+/// holds what token i and the next one merge into and, in the low bits, i: the smallest value is the next merge, the
+/// leftmost among equals. All are scanned each time, which for so few is faster than keeping them sorted.
 fn merge_scanning(vocab: &Vocab, out: &mut Vec<u32>, first: usize) {
     const PLACE: u32 = SCANNED as u32 - 1;
     const NEVER: i32 = i32::MAX; // above any id and place
     let n = out.len() - first;
     let packed = |id: u32, i: usize| if id == NONE { NEVER } else { (id << PLACE.count_ones() | i as u32) as i32 };
     let (mut ids, mut merges) = ([0; SCANNED], [NEVER; SCANNED]);
-    let (mut next, mut previous) = ([0; SCANNED], [0; SCANNED]); // n stands for the end, and for what is before the start
+    let (mut next, mut previous) = ([0; SCANNED], [0; SCANNED]); // n means the end, and before the start
     ids[..n].copy_from_slice(&out[first..]);
     out.truncate(first);
     for i in 0..n {
@@ -194,18 +197,20 @@ fn merge_scanning(vocab: &Vocab, out: &mut Vec<u32>, first: usize) {
     }
 }
 
-/// The same in n log n steps: the merges, id above place, stand in a heap, and those that came to nothing are skipped when met.
+/// The same in n log n steps, with the merges in a heap, ordered by id and then by index. Merges that are no longer
+/// possible are skipped when they are popped.
 fn merge_with_heap(vocab: &Vocab, out: &mut Vec<u32>, first: usize) {
     struct Token {
         id: u32,
-        /// what it and the next token merge into
+        /// what this token and the next one merge into
         merged: u32,
         previous: usize,
         next: usize,
     }
-    let n = out.len() - first; // also stands for the end, and for what is before the start
+    let n = out.len() - first; // also means the end, and before the start
     let packed = |id: u32, i: usize| Reverse(u128::from(id) << 64 | i as u128);
-    let link = |(i, &id): (usize, &u32)| Token { id, merged: NONE, previous: if i == 0 { n } else { i - 1 }, next: i + 1 };
+    let link =
+        |(i, &id): (usize, &u32)| Token { id, merged: NONE, previous: if i == 0 { n } else { i - 1 }, next: i + 1 };
     let mut tokens: Vec<Token> = out[first..].iter().enumerate().map(link).collect();
     out.truncate(first);
     let mut merges = Vec::new();
@@ -299,7 +304,8 @@ mod tests {
         for letters in ["日本語の木", "éèaàüñ", "aé日😀の", "をんにちは。カキク、"] {
             let letters: Vec<char> = letters.chars().collect();
             for size in [3, 10, 40, 300] {
-                // any stretch of bytes is a token of any rank, so that many go over the borders of characters and come first
+                // random byte strings are tokens of random ranks, so that many cross the borders of characters and come
+                // first
                 let text = random_text(&mut seed, 3000, &letters).into_bytes();
                 let mut stretches: Vec<Vec<u8>> = (0..size).map(|i| text[7 * i..7 * i + 2 + i % 5].to_vec()).collect();
                 stretches.sort();

@@ -1,14 +1,14 @@
 //! Short byte strings as fixed-size keys, and the hashes of the crate's tables.
 //!
-//! Nearly all pieces of a text have at most 15 bytes. Such a piece fits two machine words together with its length, so that
-//! comparing and hashing it takes a few instructions and no pointer is followed.
+//! Nearly all pieces of a text have at most 15 bytes. Such a piece and its length fit in two machine words, so that
+//! comparing and hashing take a few instructions and follow no pointer.
 
 use std::hash::{BuildHasherDefault, Hasher};
 
-/// Longest byte string that a `Key` holds.
+/// The longest byte string that a `Key` can hold.
 pub const SHORT: usize = 15;
 
-/// 1 to 15 bytes, padded with zeros, the length in the top byte of `hi`. All zero is no key: it marks a free slot.
+/// 1 to 15 bytes, padded with zeros, the length in the top byte of `hi`. All zeros mark a free slot.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Key {
     lo: u64,
@@ -31,7 +31,7 @@ impl Key {
     pub fn of(text: &[u8], start: usize, end: usize) -> Key {
         let n = end - start;
         let raw = match text.get(start..start + 16) {
-            // one load; the bytes behind the piece are masked away
+            // one load; the bytes after the piece are masked out
             Some(window) => u128::from_le_bytes(window.try_into().unwrap()) & MASKS[n],
             None => {
                 let mut window = [0; 16];
@@ -42,7 +42,7 @@ impl Key {
         Key { lo: raw as u64, hi: (raw >> 64) as u64 | (n as u64) << 56 }
     }
 
-    /// The length and some of the bytes, to be read for its own sake.
+    /// The length and some of the bytes; reading it loads the cache line.
     #[inline(always)]
     pub fn word(self) -> u64 {
         self.hi
@@ -60,7 +60,7 @@ impl Key {
         self.is_free()
     }
 
-    /// The bytes; the first `len` of them count.
+    /// The bytes, padded with zeros; the first `len` are those of the piece.
     pub fn bytes(self) -> [u8; 16] {
         (u128::from(self.lo) | u128::from(self.hi & !(0xff << 56)) << 64).to_le_bytes()
     }
@@ -71,8 +71,8 @@ impl Key {
     }
 }
 
-/// Keys waiting to be looked up. A lookup in a table larger than the nearest cache waits for memory; many in a row, none of which
-/// depends on another, wait together. So pieces are gathered, their places in the table touched, and only then looked up.
+/// Keys to be looked up together. A lookup in a table larger than the L1 cache waits for memory; independent lookups
+/// wait at the same time. So keys are collected, their slots are touched, and only then are they looked up.
 pub struct Block {
     n: usize,
     keys: [(Key, u64); Block::SIZE],
@@ -85,7 +85,7 @@ impl Block {
         Block { n: 0, keys: [(Key::default(), 0); Block::SIZE] }
     }
 
-    /// Adds a key; true when the block is full and must be taken.
+    /// Adds a key; returns true when the block is full, and `take` must follow.
     #[inline(always)]
     pub fn push(&mut self, key: Key) -> bool {
         self.keys[self.n] = (key, key.hash());
@@ -93,7 +93,7 @@ impl Block {
         self.n == Block::SIZE
     }
 
-    /// The keys with their hashes, in the order they came, after `touch` has read something at the place of each.
+    /// Returns the keys with their hashes, in order, after `touch` has read from the slot of each.
     #[inline(always)]
     pub fn take(&mut self, touch: impl Fn(u64) -> u64) -> &[(Key, u64)] {
         let keys = &self.keys[..std::mem::take(&mut self.n)];
@@ -108,7 +108,7 @@ impl Default for Block {
     }
 }
 
-/// Two words to one, every bit of the result depending on all of them (the two halves of a 128-bit product, folded).
+/// Hashes two words to one, each bit of which depends on all bits of both (the halves of a 128-bit product, xored).
 #[inline(always)]
 pub fn mix(a: u64, b: u64) -> u64 {
     let product = u128::from(a ^ 0x9e37_79b9_7f4a_7c15) * u128::from(b ^ 0xd6e8_feb8_6659_fd93);
@@ -127,7 +127,7 @@ pub fn hash_bytes(bytes: &[u8]) -> u64 {
     mix(state, u64::from_le_bytes(last))
 }
 
-/// The same hash for std's maps.
+/// The same hash for the maps of std.
 #[derive(Default)]
 pub struct MixHasher(u64);
 

@@ -1,8 +1,9 @@
-//! Byte-level BPE: learning the merges of a text and turning texts into token ids, as the Python module `rustbpe`.
+//! Byte-level BPE: training of merges and encoding of texts, as the Python module `rustbpe`.
 //!
-//! The way of the data: a text is cut into pieces (`split`), training counts distinct pieces (`count`) and merges pairs inside
-//! them (`train`); encoding looks pieces up or merges their bytes (`vocab`, `encode`). `python` is the thin layer to Python;
-//! without the feature of that name the crate is plain Rust. Build: `maturin build --release`; test: `cargo test --release`.
+//! A text is split into pieces (`split`). Training counts distinct pieces (`count`) and merges pairs inside them
+//! (`train`). Encoding looks pieces up or merges their bytes (`vocab`, `encode`). `python` is the interface to Python;
+//! without the feature of that name the crate is plain Rust. Build: `maturin build --release`; test: `cargo test
+//! --release`.
 
 pub mod count;
 pub mod encode;

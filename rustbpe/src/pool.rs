@@ -1,9 +1,9 @@
-//! The threads that count and encode: as many as RAYON_NUM_THREADS says, else as the machine has cores.
+//! The thread pool for counting and encoding: RAYON_NUM_THREADS threads, by default one a core.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::sync::{Arc, Mutex};
 
-/// The pool of this process. A forked child has none of its parent's threads, so it gets a pool of its own.
+/// Returns the pool of this process. A forked child has no threads of its parent, so it gets a new pool.
 pub fn pool() -> Result<Arc<ThreadPool>, String> {
     static POOL: Mutex<Option<(u32, Arc<ThreadPool>)>> = Mutex::new(None);
     let process = std::process::id();
@@ -15,7 +15,7 @@ pub fn pool() -> Result<Arc<ThreadPool>, String> {
     }
     let made = ThreadPoolBuilder::new().thread_name(|i| format!("rustbpe-{i}")).build();
     let made = Arc::new(made.map_err(|e| format!("cannot start threads: {e}"))?);
-    // a parent's pool is left alone: ending it would wait for threads that are not here
+    // the parent's pool is not dropped: that would wait for threads that do not exist here
     std::mem::forget(pool.replace((process, made.clone())));
     Ok(made)
 }

@@ -1,5 +1,5 @@
-//! The Python module. Texts come in and ids go out under the GIL; the work between is done without it, and now and then it is
-//! taken back for a moment to see whether Ctrl-C was pressed.
+//! The Python module. Arguments and results are converted under the GIL; the work is done without it. It is taken again
+//! from time to time to check for Ctrl-C.
 
 use crate::count::PieceCounter;
 use crate::encode::{encode, Cache};
@@ -17,11 +17,11 @@ use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
-/// Training holds at most two buffers of texts; one ends after so many bytes, whatever `buffer_size` says.
+/// Training holds at most two buffers of texts. A buffer ends after so many bytes, even below `buffer_size` texts.
 const BUFFER_BYTES: usize = 16 << 20;
-/// Work handed to a thread at once, bytes of text.
+/// Bytes of text in a thread's task.
 const TASK_BYTES: usize = 1 << 18;
-/// Encoding looks for Ctrl-C after so many bytes.
+/// Encoding checks for Ctrl-C after so many bytes.
 const GROUP_BYTES: usize = 32 << 20;
 const SIGNALS_EVERY: Duration = Duration::from_millis(100);
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -30,7 +30,8 @@ fn value_error(message: String) -> PyErr {
     PyValueError::new_err(message)
 }
 
-/// UTF-8 of a text, in memory that is not tied to the str: asking a str itself would make it keep a second copy for ever.
+/// Returns the UTF-8 of a text in memory of its own. A str that is asked for its UTF-8 keeps that copy for its
+/// lifetime.
 fn utf8(item: &Bound<'_, PyAny>, what: impl Fn() -> String) -> PyResult<PyBackedBytes> {
     let Ok(text) = item.cast::<PyString>() else {
         return Err(PyTypeError::new_err(format!("{} is no str but {}", what(), item.get_type().name()?)));
@@ -49,13 +50,13 @@ fn text_of(bytes: &PyBackedBytes) -> &str {
     std::str::from_utf8(bytes).expect("Python encodes to valid UTF-8")
 }
 
-/// What encoding needs; never changed once made, so that it is shared freely.
+/// What encoding needs. It never changes, so threads share it.
 struct Model {
     vocab: Vocab,
     splitter: Splitter,
     pattern: String,
     caches: Mutex<Vec<Cache>>,
-    /// the ids as Python ints, made once: lists of ids share them, which takes less time and memory than new ones
+    /// the ids as Python ints, made once: lists share them, which takes less time and memory than new ones
     ints: OnceLock<Vec<Py<PyAny>>>,
 }
 
@@ -68,7 +69,7 @@ impl Model {
         let make = |id: usize| Ok(id.into_pyobject(py)?.into_any().unbind());
         if self.ints.get().is_none() {
             let made: PyResult<_> = (0..self.vocab.id_limit()).map(make).collect();
-            let _ = self.ints.set(made?); // another thread may have been first
+            let _ = self.ints.set(made?); // another thread may have set it first
         }
         let ints = &self.ints.get().expect("set above")[..];
         PyList::new(py, ids.iter().map(|&id| ints[id as usize].bind(py)))
@@ -82,10 +83,10 @@ impl Model {
         result
     }
 
-    /// Ids of all texts, one after another, as the parts in `tasks` give them; and the number of ids of each text.
+    /// Returns the ids of all texts, in order, in several vectors, and the number of ids of each text.
     fn encode_batch(&self, py: Python<'_>, texts: &[PyBackedBytes]) -> PyResult<(Vec<Vec<u32>>, Vec<usize>)> {
         py.detach(|| {
-            // a task is a run of parts of texts: (text, part)
+            // a task is a sequence of parts of texts: (text, part)
             let mut tasks: Vec<Vec<(usize, &str)>> = vec![Vec::new()];
             let mut task_bytes = 0;
             for (i, text) in texts.iter().enumerate() {
@@ -129,7 +130,7 @@ impl Model {
     }
 }
 
-/// Byte-level BPE: learns merges from texts, encodes and decodes. All methods may be called from several threads.
+/// A byte-level BPE tokenizer: learns merges from texts, encodes and decodes. All methods are thread-safe.
 #[pyclass(frozen, module = "rustbpe")]
 struct Tokenizer {
     model: RwLock<Option<Arc<Model>>>,
@@ -154,8 +155,8 @@ impl Tokenizer {
         Tokenizer { model: RwLock::new(None) }
     }
 
-    /// A tokenizer from saved ranks, a dict or pairs of (bytes, rank), and the split pattern they were trained with.
-    /// ValueError where a single byte is missing or a token or rank stands twice.
+    /// Make a tokenizer from saved ranks, a dict or pairs of (bytes, rank), and the split pattern they were trained
+    /// with. Raises ValueError where a single byte is missing, or a token or rank occurs twice.
     #[staticmethod]
     fn from_ranks(ranks: &Bound<'_, PyAny>, pattern: String) -> PyResult<Tokenizer> {
         let pairs = match ranks.cast::<PyDict>() {
@@ -172,12 +173,14 @@ impl Tokenizer {
         Ok(Tokenizer { model: RwLock::new(Some(Model::new(vocab, splitter, pattern))) })
     }
 
-    /// Learns merges until there are `vocab_size` tokens, the 256 bytes counted and special tokens not, or no pair is left.
+    /// Learn merges until there are `vocab_size` tokens, including the 256 bytes but no special tokens, or until no
+    /// pair is left.
     ///
-    /// Texts are taken from the iterator up to `buffer_size` (or 16 MB) at a time and counted by other threads meanwhile; only
-    /// distinct pieces are held. `pattern` splits texts into pieces (None: GPT-4's). `progress(stage, done, total)` is called
-    /// about every second and at the end of each stage: "count", bytes of text and 0, then "merge", merges and their number.
-    /// The iterator's and progress's exceptions and Ctrl-C pass through and leave the tokenizer as it was.
+    /// Texts are read from the iterator up to `buffer_size` (or 16 MB) at a time, while other threads count the
+    /// previous ones; only distinct pieces are stored. `pattern` splits texts into pieces (None: GPT-4's).
+    /// `progress(stage, done, total)` is called about every second and at the end of each stage: "count" with bytes of
+    /// text and 0, then "merge" with merges and their total. Exceptions of the iterator and of `progress`, and Ctrl-C,
+    /// pass through and leave the tokenizer as it was.
     #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None))]
     fn train_from_iterator(
         &self,
@@ -189,7 +192,9 @@ impl Tokenizer {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
         if vocab_size < 256 {
-            return Err(value_error(format!("vocab_size must be at least 256, one token for each byte; got {vocab_size}")));
+            return Err(value_error(format!(
+                "vocab_size must be at least 256, one token for each byte; got {vocab_size}"
+            )));
         }
         if vocab_size > i64::from(MAX_ID) + 1 {
             return Err(value_error(format!("vocab_size can be {} at most; got {vocab_size}", MAX_ID + 1)));
@@ -198,7 +203,9 @@ impl Tokenizer {
             return Err(value_error("buffer_size must be at least 1 text; got 0".into()));
         }
         if iterator.is_instance_of::<PyString>() {
-            return Err(PyTypeError::new_err("iterator is a str, which would be trained on letter by letter: pass [text]"));
+            return Err(PyTypeError::new_err(
+                "iterator is a str, which would be trained on letter by letter: pass [text]",
+            ));
         }
         let pattern = pattern.unwrap_or_else(|| DEFAULT_PATTERN.into());
         let splitter = Splitter::new(&pattern).map_err(value_error)?;
@@ -221,12 +228,12 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// The split pattern; "" before training.
+    /// Return the split pattern; "" before training.
     fn get_pattern(&self) -> String {
         self.model().map_or(String::new(), |model| model.pattern.clone())
     }
 
-    /// (bytes, rank) of every token, by rank; the 256 bytes before training.
+    /// Return (bytes, rank) of every token, by rank; the 256 bytes before training.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
         match self.model() {
             Some(model) => model.vocab.iter().map(|(bytes, id)| (PyBytes::new(py, bytes), id)).collect(),
@@ -234,13 +241,13 @@ impl Tokenizer {
         }
     }
 
-    /// Number of tokens, the 256 bytes counted.
+    /// The number of tokens, including the 256 bytes.
     #[getter]
     fn vocab_size(&self) -> usize {
         self.model().map_or(256, |model| model.vocab.len())
     }
 
-    /// Token ids of a text.
+    /// Return the token ids of a text.
     fn encode<'py>(&self, py: Python<'py>, text: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
         let texts = [utf8(text, || "text".into())?];
         let model = self.trained()?;
@@ -248,7 +255,7 @@ impl Tokenizer {
         model.list(py, &parts.concat())
     }
 
-    /// Token ids of each text, the texts shared among all threads.
+    /// Return the token ids of each text; all threads work on them.
     fn batch_encode<'py>(&self, py: Python<'py>, texts: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
         let model = self.trained()?;
         let (parts, lengths) = model.encode_batch(py, &batch(texts)?)?;
@@ -263,8 +270,9 @@ impl Tokenizer {
         Ok(lists)
     }
 
-    /// The same without a Python object per id: (ids, offsets), bytes of little-endian uint32 and uint64. Text i has the ids from
-    /// offsets[i] up to offsets[i + 1]. `numpy.frombuffer(ids, "<u4")` reads them in place.
+    /// Return the same without a Python object an id: (ids, offsets), bytes of little-endian uint32 and uint64. The ids
+    /// of text i are those from offsets[i] to offsets[i + 1], exclusive. `numpy.frombuffer(ids, "<u4")` reads them
+    /// without a copy.
     fn batch_encode_flat<'py>(
         &self,
         py: Python<'py>,
@@ -287,7 +295,7 @@ impl Tokenizer {
         Ok((ids, offsets))
     }
 
-    /// Bytes of the tokens, one after another. ValueError for an id no token has.
+    /// Return the bytes of the tokens, joined. Raises ValueError for an unknown id.
     fn decode_bytes<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
         let model = self.trained()?;
         let mut bytes = Vec::new();
@@ -295,15 +303,18 @@ impl Tokenizer {
             let id = id?;
             let token = id.extract::<i64>()?.try_into().ok().and_then(|id| model.vocab.bytes_of(id));
             let Some(token) = token else {
-                return Err(value_error(format!("unknown token id {id}: ids go from 0 to {}", model.vocab.id_limit() - 1)));
+                return Err(value_error(format!(
+                    "unknown token id {id}: ids go from 0 to {}",
+                    model.vocab.id_limit() - 1
+                )));
             };
             bytes.extend_from_slice(token);
         }
         Ok(PyBytes::new(py, &bytes))
     }
 
-    /// Text of the tokens. UnicodeDecodeError where their bytes are no UTF-8, unless `errors` says otherwise ("replace", as for
-    /// bytes.decode).
+    /// Return the text of the tokens. Raises UnicodeDecodeError where their bytes are not UTF-8, unless `errors` says
+    /// otherwise, as in bytes.decode.
     #[pyo3(signature = (ids, errors="strict"))]
     fn decode<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>, errors: &str) -> PyResult<Bound<'py, PyAny>> {
         self.decode_bytes(py, ids)?.call_method1("decode", ("utf-8", errors))
@@ -321,7 +332,7 @@ fn batch(texts: &Bound<'_, PyAny>) -> PyResult<Vec<PyBackedBytes>> {
     texts.try_iter()?.enumerate().map(|(i, text)| utf8(&text?, || format!("texts[{i}]"))).collect()
 }
 
-/// Looks for Ctrl-C and reports progress, each as often as is right.
+/// Checks for Ctrl-C and reports progress, each at its interval.
 struct Watch {
     progress: Option<Py<PyAny>>,
     looked: Instant,
@@ -355,7 +366,8 @@ impl Watch {
     }
 }
 
-/// Counts the pieces of all texts: while the threads of the pool work on one buffer, the next is filled from the iterator.
+/// Counts the pieces of all texts. While the threads of the pool work on one buffer, the next is filled from the
+/// iterator.
 fn count_texts(
     py: Python<'_>,
     iterator: &Bound<'_, PyAny>,
@@ -395,7 +407,7 @@ fn count_texts(
                 .par_chunks(per_task)
                 .try_for_each(|task| counter.count(task.iter().copied(), || !stop.0.load(Ordering::Relaxed)));
             drop((buffer, counter));
-            let _ = tell.send(counted); // nobody listens after an exception
+            let _ = tell.send(counted); // after an exception there is no receiver
         });
         working = Some(outcome);
     }
@@ -403,7 +415,7 @@ fn count_texts(
     Ok(Arc::into_inner(counter).expect("no thread counts any more"))
 }
 
-/// Waits for a buffer to be counted, without the GIL.
+/// Waits without the GIL until a buffer is counted.
 fn wait(py: Python<'_>, outcome: Receiver<Result<(), String>>, watch: &mut Watch, bytes_seen: usize) -> PyResult<()> {
     py.detach(move || loop {
         match outcome.recv_timeout(SIGNALS_EVERY) {
@@ -414,7 +426,7 @@ fn wait(py: Python<'_>, outcome: Receiver<Result<(), String>>, watch: &mut Watch
     })
 }
 
-/// Tells the threads to leave a buffer they still work on when training ends early.
+/// Tells the threads to stop working on a buffer when training ends early.
 struct Stop(AtomicBool);
 struct StopOnDrop(Arc<Stop>);
 

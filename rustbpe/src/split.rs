@@ -1,15 +1,15 @@
-//! Cutting a text into pieces, which tokens never cross.
+//! Split a text into pieces. No token crosses the border of a piece.
 //!
-//! The split pattern of the project and its relatives (only the longest run of digits differs) have a scanner written by hand,
-//! which gives exactly the matches of the regular expression, one after another, without backtracking and in linear time.
-//! Every other pattern goes through `fancy-regex`; what such a pattern does not match is skipped.
+//! The split pattern of the project and its variants, which differ only in the length of digit groups, have a
+//! hand-written scanner. It gives exactly the matches of the regular expression, without backtracking and in linear
+//! time. Every other pattern goes through `fancy-regex`; text that such a pattern does not match is skipped.
 
 use crate::unicode::{decode, Classes, ASCII, HIGH, LETTER, NUMBER, OTHER, SPACE};
 
 const BEFORE_DIGITS: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,";
 const AFTER_DIGITS: &str = r"}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
-/// The pattern used when none is given: GPT-4's, digits in groups of up to three.
+/// The default pattern: GPT-4's, with groups of up to three digits.
 pub const DEFAULT_PATTERN: &str =
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
@@ -20,7 +20,7 @@ pub enum Splitter {
 }
 
 impl Splitter {
-    /// Errors with what is wrong with the pattern.
+    /// An error says what is wrong with the pattern.
     pub fn new(pattern: &str) -> Result<Splitter, String> {
         if pattern.is_empty() {
             return Err("the split pattern is empty; leave it out for the default one".into());
@@ -32,20 +32,22 @@ impl Splitter {
         Splitter::regex(pattern)
     }
 
-    /// The pattern through `fancy-regex`, even where the scanner would know it.
+    /// A splitter that uses `fancy-regex`, even for a pattern that the scanner supports.
     pub fn regex(pattern: &str) -> Result<Splitter, String> {
         let regex = fancy_regex::Regex::new(pattern).map_err(|e| format!("invalid split pattern {pattern:?}: {e}"))?;
         Ok(Splitter::Regex(Box::new(regex)))
     }
 
-    /// Calls `piece(start, end)` for every piece of the text, in order. Errors where a regular expression gives up.
+    /// Calls `piece(start, end)` for every piece of the text, in order. An error means that the regular expression
+    /// failed.
     #[inline(always)]
     pub fn pieces(&self, text: &str, mut piece: impl FnMut(usize, usize)) -> Result<(), String> {
         match self {
             Splitter::Scanner { max_digits } => scan(text.as_bytes(), *max_digits, piece),
             Splitter::Regex(regex) => {
                 for found in regex.find_iter(text) {
-                    let found = found.map_err(|e| format!("the split pattern gave up on a text of {} bytes: {e}", text.len()))?;
+                    let found = found
+                        .map_err(|e| format!("the split pattern gave up on a text of {} bytes: {e}", text.len()))?;
                     if found.start() < found.end() {
                         piece(found.start(), found.end());
                     }
@@ -55,16 +57,18 @@ impl Splitter {
         Ok(())
     }
 
-    /// Cuts a text into parts of about `size` bytes whose pieces, one part after another, are the pieces of the text, so that
-    /// one long text keeps several threads busy. A newline before an ASCII letter always ends a piece of the scanned patterns:
-    /// no alternative goes on from a newline to a letter, and none looks back. Other patterns: one part.
+    /// Splits a text into parts of about `size` bytes, so that one long text keeps several threads busy. The pieces of
+    /// the parts are the pieces of the text: in the scanned patterns, a newline before an ASCII letter always ends a
+    /// piece, since no alternative continues from a newline to a letter, and none looks back. With other patterns the
+    /// text is one part.
     pub fn parts<'t>(&self, text: &'t str, size: usize) -> Vec<&'t str> {
         let mut parts = Vec::new();
         let mut rest = text;
         if let Splitter::Scanner { .. } = self {
             while rest.len() > size {
                 let bytes = rest.as_bytes();
-                let Some(cut) = (size..bytes.len()).find(|&i| bytes[i - 1] == b'\n' && bytes[i].is_ascii_alphabetic()) else {
+                let Some(cut) = (size..bytes.len()).find(|&i| bytes[i - 1] == b'\n' && bytes[i].is_ascii_alphabetic())
+                else {
                     break;
                 };
                 parts.push(&rest[..cut]);
@@ -76,7 +80,7 @@ impl Splitter {
     }
 }
 
-/// Class and length in bytes of the character at `i`.
+/// Returns the class and the length in bytes of the character at `i`.
 #[inline(always)]
 fn class_at(classes: &Classes, text: &[u8], i: usize) -> (u8, usize) {
     match ASCII[text[i] as usize] {
@@ -88,7 +92,7 @@ fn class_at(classes: &Classes, text: &[u8], i: usize) -> (u8, usize) {
     }
 }
 
-/// End of the run of letters from `i` on, eight bytes at a time while they are ASCII.
+/// Returns the end of the run of letters from `i` on; ASCII is processed eight bytes at a time.
 #[inline(always)]
 fn letters_end(classes: &Classes, text: &[u8], mut i: usize) -> usize {
     const ONES: u64 = 0x0101_0101_0101_0101;
@@ -96,7 +100,7 @@ fn letters_end(classes: &Classes, text: &[u8], mut i: usize) -> usize {
     loop {
         while let Some(window) = text.get(i..i + 8) {
             let bytes = u64::from_le_bytes(window.try_into().unwrap());
-            // per byte, in its top bit: lower-cased without the top bit, at least 'a', not above 'z', and ASCII
+            // the top bit of each byte becomes 1 where the byte is an ASCII letter: lower-cased, from 'a' to 'z'
             let lower = (bytes | (0x20 * ONES)) & !TOP;
             let letters = (lower + (0x80 - b'a' as u64) * ONES) & !(lower + (0x7f - b'z' as u64) * ONES) & !bytes & TOP;
             if letters != TOP {
@@ -123,10 +127,11 @@ fn letters_end(classes: &Classes, text: &[u8], mut i: usize) -> usize {
     }
 }
 
-/// The matches of the scanned pattern. Its alternatives, in order: (1) `'s`-like endings, (2) letters with at most one character
-/// before them that is no letter, number or line end, (3) numbers, (4) other characters with at most one blank before them and
-/// any line ends behind, (5) white space up to its last line end, (6) white space but the last character of it, where something
-/// follows, (7) white space. One of them matches at every place, so the pieces make up the whole text.
+/// The matches of the scanned pattern. Its alternatives, in order: (1) endings like `'s`, (2) letters, with at most one
+/// character before them that is no letter, number or line end, (3) numbers, (4) other characters, with at most one
+/// blank before them and any line ends after them, (5) white space up to its last line end, (6) white space except its
+/// last character, where something follows, (7) white space. One of them matches at every position, so the pieces cover
+/// the whole text.
 #[inline(always)]
 fn scan(text: &[u8], max_digits: usize, mut piece: impl FnMut(usize, usize)) {
     let classes = Classes::get();
@@ -160,7 +165,8 @@ fn scan(text: &[u8], max_digits: usize, mut piece: impl FnMut(usize, usize)) {
     }
 }
 
-/// Bytes after an apostrophe that belong to it: `(?i:[sdmt]|ll|ve|re)`; ſ (U+017F) is an s to a pattern that ignores case.
+/// Returns how many bytes after an apostrophe belong to it: `(?i:[sdmt]|ll|ve|re)`; where case is ignored, ſ (U+017F)
+/// is an s.
 #[inline(always)]
 fn contraction(rest: &[u8]) -> usize {
     let lower = |k: usize| rest.get(k).map_or(0, u8::to_ascii_lowercase);

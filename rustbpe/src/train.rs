@@ -1,11 +1,12 @@
-//! Learning the merges: the most frequent pair of neighbouring tokens becomes a token, again and again; among equally
-//! frequent pairs the smaller (first id, then second id) wins. Counts are exact at every step.
+//! Learn the merges: repeatedly, the most frequent pair of neighbouring tokens becomes a token; among equally frequent
+//! pairs the smaller one (by first id, then by second id). Counts are exact at every step.
 //!
-//! All distinct pieces stand in one flat array, one slot per byte, with a boundary before and after each. A token of n bytes
-//! takes n slots: the first holds its id with the START mark, the last its id without (for n = 1 they are one slot, marked),
-//! so both neighbours of a token are found in one step and a merge writes two or three slots, moving nothing. Per pair we hold
-//! where it occurs; places that a later merge has changed are recognised when they are visited. So a merge costs its
-//! occurrences, also inside one piece of a million bytes.
+//! All distinct pieces are stored in one flat array, one slot a byte, with a boundary before and after each piece. A
+//! token of n bytes takes n slots: the first holds its id with the START mark, the last its id without it (for n = 1
+//! they are one slot, with the mark). So both neighbours of a token are found in one step, and a merge writes two or
+//! three slots and moves nothing. For each pair the positions where it occurs are stored; positions that a later merge
+//! has changed are recognised when they are visited. So the cost of a merge is the number of its occurrences, even
+//! inside one piece of a million bytes.
 
 use crate::count::Piece;
 use crate::key::Map;
@@ -16,19 +17,21 @@ use std::collections::BinaryHeap;
 const START: u32 = 1 << 31;
 const BOUNDARY: u32 = u32::MAX;
 
-/// The distinct pieces, laid out as above, the most frequent first.
+/// The distinct pieces, stored as described above, the most frequent first.
 pub struct Corpus {
     slots: Vec<u32>,
-    /// (first slot, how often each piece from here on occurs), in the order of slots
+    /// (first slot, count of each piece from here on), ordered by slot
     counts: Vec<(u32, u64)>,
 }
 
 impl Corpus {
-    /// `pieces` come with falling counts. Errors where the distinct pieces make up more than 4 GB.
+    /// `pieces` are ordered by falling count. Fails where the distinct pieces take more than 4 GB.
     pub fn new(pieces: Vec<(Piece, u64)>) -> Result<Corpus, String> {
         let size = 1 + pieces.iter().map(|(piece, _)| 1 + piece.with_bytes(<[u8]>::len)).sum::<usize>();
         if u32::try_from(size).is_err() {
-            return Err(format!("the distinct pieces of the text take {size} bytes, 4 GB is the most; train on less text"));
+            return Err(format!(
+                "the distinct pieces of the text take {size} bytes, 4 GB is the most; train on less text"
+            ));
         }
         let mut corpus = Corpus { slots: Vec::with_capacity(size), counts: Vec::new() };
         corpus.slots.push(BOUNDARY);
@@ -45,17 +48,17 @@ impl Corpus {
 
 struct Pair {
     count: u64,
-    /// where it may occur: this part of `Trainer::places`, in rising order
+    /// where it may occur: the part of `Trainer::places` that starts here, in rising order
     first: usize,
     places: u32,
 }
 
-/// What one merge does to the counts of pairs with a token `other` on one side; a slot per token.
+/// How a merge changes the counts of pairs that have a given other token on one side.
 #[derive(Clone, Copy, Default)]
 struct Change {
     lost: u64,
     gained: u64,
-    /// number of places written down for the pair gained, then where the next of them goes
+    /// the number of places recorded for the new pair, later the index where the next of them is written
     places: usize,
     touched: bool,
 }
@@ -72,14 +75,15 @@ fn key(left: u32, right: u32) -> u64 {
     u64::from(left) << 32 | u64::from(right)
 }
 
-/// Learns up to `merges` merges and returns them in order: token 256 + i is the pair at i. Fewer where no pair is left.
-/// `tick(done)` is called often; where it returns false the work ends and so far learnt merges are returned.
+/// Learns up to `merges` merges and returns them in order: token 256 + i is the pair at i. There are fewer where no
+/// pair is left. `tick(done)` is called often; when it returns false the work ends and the merges learnt so far are
+/// returned.
 pub fn learn(corpus: Corpus, merges: usize, mut tick: impl FnMut(usize) -> bool) -> Vec<(u32, u32)> {
     let mut trainer =
         Trainer { corpus, lengths: vec![1; 256], pairs: Map::default(), places: Vec::new(), heap: BinaryHeap::new() };
     trainer.index_bytes();
     let mut learnt = Vec::new();
-    // left[x]: changes of (x, merged); right[x]: of (merged, x)
+    // left[x]: changes of the pair (x, merged); right[x]: of (merged, x)
     let mut left = vec![Change::default(); 256];
     let mut right = left.clone();
     while learnt.len() < merges && tick(learnt.len()) {
@@ -95,7 +99,7 @@ pub fn learn(corpus: Corpus, merges: usize, mut tick: impl FnMut(usize) -> bool)
 }
 
 impl Trainer {
-    /// Counts the pairs of bytes and writes down where they occur.
+    /// Counts the pairs of bytes and records where they occur.
     fn index_bytes(&mut self) {
         let byte_pair = |pair: &[u32]| {
             (pair[0] != BOUNDARY && pair[1] != BOUNDARY).then(|| ((pair[0] & 0xff) << 8 | pair[1] & 0xff) as usize)
@@ -130,8 +134,8 @@ impl Trainer {
         }
     }
 
-    /// The pair to merge next. Counts in the heap may be too high, never too low: pairs only lose occurrences after the merge
-    /// that made them.
+    /// Returns the pair to merge next. Counts in the heap may be too high but never too low: after the merge that
+    /// created it, a pair only loses occurrences.
     fn pop_best(&mut self) -> Option<(u32, u32)> {
         loop {
             let mut top = self.heap.peek_mut()?;
@@ -149,15 +153,23 @@ impl Trainer {
         }
     }
 
-    /// Replaces all (a, b) by a new token, from left to right. False where `tick` ended the work; the trainer is of no use then.
-    fn merge(&mut self, a: u32, b: u32, left: &mut [Change], right: &mut [Change], mut tick: impl FnMut() -> bool) -> bool {
+    /// Replaces all (a, b) by a new token, from left to right. Returns false where `tick` ended the work; the trainer
+    /// is then unusable.
+    fn merge(
+        &mut self,
+        a: u32,
+        b: u32,
+        left: &mut [Change],
+        right: &mut [Change],
+        mut tick: impl FnMut() -> bool,
+    ) -> bool {
         let pair = self.pairs.remove(&key(a, b)).expect("the best pair is known");
         let new = self.lengths.len() as u32;
         let (a_length, b_length) = (self.lengths[a as usize] as usize, self.lengths[b as usize] as usize);
         self.lengths.push((a_length + b_length) as u32);
-        let mut lefts: Vec<u32> = Vec::new(); // tokens touched in `left`, `right`
+        let mut lefts: Vec<u32> = Vec::new(); // tokens changed in `left` and `right`
         let mut rights: Vec<u32> = Vec::new();
-        let mut seen: Vec<(u32, u32, bool)> = Vec::new(); // (other token, place, other is on the left) of pairs gained
+        let mut seen: Vec<(u32, u32, bool)> = Vec::new(); // (other token, place, whether it is on the left) of new pairs
         let slots = &mut self.corpus.slots;
         let counts = &self.corpus.counts;
         let mut run = 0;
@@ -177,7 +189,7 @@ impl Trainer {
             let end = second + b_length;
             if slots[at - 1] != BOUNDARY {
                 let other = slots[at - 1] & !START;
-                // to the left stands the new token itself: its pair with `a` was gained one step ago
+                // the new token itself is on the left: its pair with `a` was counted one step ago
                 if other == new {
                     right[a as usize].gained -= count;
                 } else {
@@ -222,7 +234,7 @@ impl Trainer {
 
     fn lose(&mut self, key: u64, count: u64) {
         if count > 0 {
-            // the pair being merged is gone already: (a, a) in a row of them
+            // in a run of the token a, the pair (a, a) that is being merged is already removed
             if let Some(pair) = self.pairs.get_mut(&key) {
                 pair.count -= count;
                 if pair.count == 0 {
@@ -232,7 +244,7 @@ impl Trainer {
         }
     }
 
-    /// Makes the pair with room for its places; `change.places` becomes where the first of them goes.
+    /// Creates the pair and reserves space for its places; `change.places` becomes the index of the first of them.
     fn gain(&mut self, key: u64, change: &mut Change) {
         if change.gained > 0 {
             let first = self.places.len();
@@ -265,18 +277,25 @@ mod tests {
         learn(Corpus::new(counter.finish()).unwrap(), merges, |_| true)
     }
 
-    /// The definition: count all pairs anew before every merge.
+    /// The definition: count all pairs again before every merge.
     fn learn_plainly(pattern: &str, texts: &[String], merges: usize) -> Vec<(u32, u32)> {
         let splitter = Splitter::regex(pattern).unwrap();
         let mut words: Vec<Vec<u32>> = Vec::new();
         for text in texts {
-            splitter.pieces(text, |s, e| words.push(text.as_bytes()[s..e].iter().map(|&b| b.into()).collect())).unwrap();
+            splitter
+                .pieces(text, |s, e| words.push(text.as_bytes()[s..e].iter().map(|&b| b.into()).collect()))
+                .unwrap();
         }
         let mut learnt = Vec::new();
         while learnt.len() < merges {
             let mut counts = std::collections::HashMap::new();
-            words.iter().flat_map(|word| word.windows(2)).for_each(|pair| *counts.entry((pair[0], pair[1])).or_insert(0) += 1);
-            let Some((_, Reverse(best))) = counts.into_iter().map(|(pair, count)| (count, Reverse(pair))).max() else { break };
+            words
+                .iter()
+                .flat_map(|word| word.windows(2))
+                .for_each(|pair| *counts.entry((pair[0], pair[1])).or_insert(0) += 1);
+            let Some((_, Reverse(best))) = counts.into_iter().map(|(pair, count)| (count, Reverse(pair))).max() else {
+                break;
+            };
             for word in &mut words {
                 let mut i = 0;
                 while i + 1 < word.len() {

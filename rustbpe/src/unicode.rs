@@ -1,5 +1,6 @@
-//! Which characters are letters (`\p{L}`), numbers (`\p{N}`) or white space (`\s`): one table, read from the tables of the
-//! `regex-syntax` crate at first use, so that the scanner and the regular expressions agree on the version of Unicode.
+//! The class of each character: letter (`\p{L}`), number (`\p{N}`) or white space (`\s`). The table is built at first
+//! use from those of the `regex-syntax` crate, so that the scanner and the regular expressions use the same version of
+//! Unicode.
 
 use regex_syntax::hir::{Class, HirKind};
 use std::sync::OnceLock;
@@ -9,7 +10,7 @@ pub const LETTER: u8 = 1;
 pub const NUMBER: u8 = 2;
 pub const SPACE: u8 = 3;
 
-/// Classes by code point, in blocks of 256 of which equal ones are held once.
+/// Classes by code point, in blocks of 256; equal blocks are stored once.
 pub struct Classes {
     block_of: [u8; 0x1100],
     blocks: Vec<[u8; 256]>,
@@ -42,14 +43,14 @@ impl Classes {
         classes
     }
 
-    /// Class of a code point below 0x110000.
+    /// Returns the class of a code point below 0x110000.
     #[inline(always)]
     pub fn of(&self, code: u32) -> u8 {
         self.blocks[self.block_of[(code >> 8) as usize] as usize][(code & 0xff) as usize]
     }
 }
 
-/// Classes of the ASCII bytes; bytes from 0x80 on are `HIGH`: decode and look in `Classes`.
+/// Classes of the ASCII bytes. Bytes from 0x80 on are `HIGH`: decode the character and look it up in `Classes`.
 pub const HIGH: u8 = 4;
 pub const ASCII: [u8; 256] = {
     let mut table = [OTHER; 256];
@@ -67,7 +68,7 @@ pub const ASCII: [u8; 256] = {
     table
 };
 
-/// Code point and length in bytes of the character that begins at `text[i]`, a byte from 0x80 on, in valid UTF-8.
+/// Returns the code point and the length in bytes of the character at `text[i]`, a byte from 0x80 on, in valid UTF-8.
 #[inline(always)]
 pub fn decode(text: &[u8], i: usize) -> (u32, usize) {
     let at = |k: usize| u32::from(text.get(i + k).copied().unwrap_or(0) & 0x3f);

@@ -1,25 +1,25 @@
-//! A vocabulary: which bytes are which token, and which two tokens merge into which third.
+//! A vocabulary: the bytes of each token, and which two tokens merge into which.
 
 use crate::key::{Key, Map, SHORT};
 use std::collections::BTreeSet;
 
-/// Ids above this are refused: tables are laid out by id.
+/// The largest id accepted: tables are indexed by id.
 pub const MAX_ID: u32 = (1 << 24) - 1;
 
 /// Returned by `Vocab::merged` for two tokens that do not merge.
 pub const NONE: u32 = u32::MAX;
 
 pub struct Vocab {
-    /// tokens by id, one after another; ids nobody has are empty
+    /// the bytes of all tokens, ordered by id; unused ids are empty
     bytes: Vec<u8>,
     ends: Vec<usize>,
     tokens: usize,
     byte_ids: [u32; 256],
     short: Flat<Key>,
     long: Map<Box<[u8]>, u32>,
-    /// what two bytes merge into, by first and second byte: the first thing asked about every piece
+    /// what two bytes merge into, indexed by first and second byte; looked up first for every piece
     byte_pairs: Vec<u32>,
-    /// the smallest id of a token that holds the two bytes side by side, or `NONE`
+    /// the smallest id of a token that contains the two bytes in sequence, or `NONE`
     crossing: Vec<u32>,
     pairs: Flat<u64>,
 }
@@ -69,8 +69,9 @@ fn byte_pair(left: u8, right: u8) -> usize {
 }
 
 impl Vocab {
-    /// From (bytes, id) of every token, in any order. A pair of tokens merges where its bytes together are a token, and the
-    /// smaller id goes first, as in tiktoken. Errors say which token is wrong: one twice, an id twice, a single byte missing.
+    /// From (bytes, id) of every token, in any order. Two tokens merge where their bytes together are a token, the
+    /// smallest id first, as in tiktoken. Errors name the wrong token: a token or an id that occurs twice, or a missing
+    /// single byte.
     pub fn new(mut tokens: Vec<(Vec<u8>, u32)>) -> Result<Vocab, String> {
         tokens.sort_unstable_by_key(|&(_, id)| id);
         let mut vocab = Vocab {
@@ -115,7 +116,7 @@ impl Vocab {
             return Err(format!("no token for the single byte {missing}; all 256 must be there"));
         }
         vocab.short = Flat::new(&short, Key::default(), Key::hash);
-        // only lengths that exist are tried as halves, which bounds the work on very long tokens
+        // only existing lengths are tried for the halves, which bounds the work for very long tokens
         let lengths: BTreeSet<usize> = tokens.iter().map(|(bytes, _)| bytes.len()).collect();
         let mut pairs = Vec::new();
         for (bytes, id) in &tokens {
@@ -136,7 +137,7 @@ impl Vocab {
         Ok(vocab)
     }
 
-    /// From the merges of a training: ids below 256 are the bytes, 256 + i is the pair at i.
+    /// From trained merges: ids below 256 are the bytes, id 256 + i is the pair at i.
     pub fn from_merges(merges: &[(u32, u32)]) -> Result<Vocab, String> {
         let mut tokens: Vec<(Vec<u8>, u32)> = (0..=255u8).map(|b| (vec![b], b.into())).collect();
         for &(left, right) in merges {
@@ -146,7 +147,7 @@ impl Vocab {
         Vocab::new(tokens)
     }
 
-    /// Id of the token with these bytes, or `NONE`.
+    /// Returns the id of the token with these bytes, or `NONE`.
     pub fn find(&self, bytes: &[u8]) -> u32 {
         if bytes.len() <= SHORT {
             let key = Key::of(bytes, 0, bytes.len());
@@ -161,7 +162,7 @@ impl Vocab {
         self.short.get(key, hash)
     }
 
-    /// The token that two neighbours merge into, or `NONE`.
+    /// Returns the token that two neighbouring tokens merge into, or `NONE`.
     #[inline(always)]
     pub fn merged(&self, left: u32, right: u32) -> u32 {
         let pair = u64::from(left) << 32 | u64::from(right);
@@ -174,7 +175,7 @@ impl Vocab {
         self.byte_pairs[byte_pair(left, right)]
     }
 
-    /// No token with a smaller id goes over the place between these two bytes; `NONE` if no token does at all.
+    /// Returns the smallest id of a token that crosses the border between these two bytes; `NONE` if no token does.
     #[inline(always)]
     pub fn crossing(&self, left: u8, right: u8) -> u32 {
         self.crossing[byte_pair(left, right)]
@@ -185,14 +186,14 @@ impl Vocab {
         self.byte_ids[byte as usize]
     }
 
-    /// Bytes of a token; `None` for an id that no token has.
+    /// Returns the bytes of a token; `None` for an unused id.
     pub fn bytes_of(&self, id: u32) -> Option<&[u8]> {
         let end = *self.ends.get(id as usize)?;
         let start = if id == 0 { 0 } else { self.ends[id as usize - 1] };
         (start < end).then(|| &self.bytes[start..end])
     }
 
-    /// Number of tokens.
+    /// The number of tokens.
     pub fn len(&self) -> usize {
         self.tokens
     }
@@ -201,7 +202,7 @@ impl Vocab {
         self.tokens == 0
     }
 
-    /// (bytes, id) of every token by rising id.
+    /// Iterates over (bytes, id) of all tokens, ordered by id.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], u32)> {
         (0..self.ends.len() as u32).filter_map(|id| Some((self.bytes_of(id)?, id)))
     }

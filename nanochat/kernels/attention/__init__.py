@@ -1,0 +1,134 @@
+"""Softmax attention over many positions: training, evaluation and prefill. `attend_twin` is the definition.
+
+    y = attend(q, k, v, causal=True)              # each of T positions sees itself and those before
+    y = attend(q, k, v, causal=True, window=512)  # ... only the last 512 of these, itself included
+    y = attend(q, k, v, mask=mask)                # a mask says what each query sees: prefill behind cached keys
+
+q (B, T, H, D); k, v (B, S, G, D); y (B, T, H, D) in q's dtype. H/G neighbouring query heads share a key head. Strides
+are free but for the last dimension. Written in place: nothing.
+
+The choice, which `path` tells:
+- Hopper GPUs, 16-bit, D ≤ 256, no mask: FlashAttention 3 where it is installed (a module `flash_attn_interface`). With
+  NANOCHAT_FA3_HUB set to the name of a kernel repository, the package `kernels` downloads it from there; nothing is
+  downloaded unless that is set.
+- CPUs, causal, float32 or bfloat16: the kernels of cpu.py, which compute nothing that the mask hides and store no
+  scores. Saved for backward: q, k, v, y and the log-sum-exp of each query's scores, (B, H, T) in float32. A position's
+  result depends neither on the other rows nor on later positions. They have no second derivative.
+- Everything else, and CPUs under torch.compile: PyTorch's scaled_dot_product_attention.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import cache, lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.kernels.dispatch import fused
+
+FLASH3, NATIVE, PYTORCH = "FlashAttention 3", "native", "PyTorch"
+
+
+def attend_twin(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None,
+                window: int | None = None) -> Tensor:
+    """Return softmax(q · k / √D) · v. The definition; computes in float32, or in float64 for such inputs.
+
+    Args:
+        q, k, v: (B, T, H, D) and twice (B, S, G, D)
+        causal: position t sees the keys up to t; T = S
+        mask: bool, True where a query sees a key; broadcasts to (B, H, T, S)
+        window: with causal, only the last `window` of these keys are seen
+    """
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.transpose(1, 2).to(wide) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    if causal:
+        mask = causal_mask(q.shape[2], window, q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).to(dtype)
+
+
+def causal_mask(T: int, window: int | None, device: torch.device) -> Tensor:
+    """Return the bool mask (T, T) of causal attention: True for the own position and those before, `window` in all."""
+    seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+@lru_cache(maxsize=8)
+def _cached_mask(T: int, window: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # evaluation may make the mask that training uses later
+        return causal_mask(T, window, device)
+
+
+# ---- FlashAttention 3
+
+_flash_attn_func: Callable | None = None  # a global, since the compiler traces through a function held by one
+
+
+@cache
+def _load_flash3(device: torch.device) -> bool:
+    global _flash_attn_func
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        if hub := os.environ.get("NANOCHAT_FA3_HUB"):
+            from kernels import get_kernel
+            module = get_kernel(hub)
+            module = getattr(module, "flash_attn_interface", module)
+        else:
+            import flash_attn_interface as module
+    except ImportError:
+        return False
+    _flash_attn_func = module.flash_attn_func
+    forward = getattr(sys.modules.get(_flash_attn_func.__module__), "_flash_attn_forward", None)
+    if not isinstance(forward, torch.library.CustomOpDef):  # an older version, which the compiler cannot trace
+        _flash_attn_func = torch.compiler.disable(_flash_attn_func)
+    return True
+
+
+def _flash3(device: torch.device) -> bool:
+    """Whether FlashAttention 3 can be used on this device, a Hopper GPU. The first call loads it."""
+    return _load_flash3(device)
+
+
+# What torch.compiler.assume_constant_result sets, but without its import of the whole compiler, which takes 3.7 s.
+_flash3._dynamo_marked_constant = True
+
+
+# ---- the choice
+
+def path(q: Tensor, *others: Tensor, causal: bool = True, mask: Tensor | None = None) -> str:
+    """Return the path that `attend` takes, FLASH3, NATIVE (cpu.py) or PYTORCH; k and v are like q where not given."""
+    if mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and _flash3(q.device):
+        return FLASH3
+    return NATIVE if causal and mask is None and fused("attention", "attend", q, *others) is not None else PYTORCH
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None,
+           window: int | None = None) -> Tensor:
+    """Return what `attend_twin` returns for these arguments, up to rounding.
+
+    Raises:
+        ValueError: causal with a mask or with S ≠ T, or a window that is not causal or is below 1
+    """
+    T, S = q.shape[1], k.shape[1]
+    if causal and (T != S or mask is not None):
+        raise ValueError(f"causal attention takes no mask and as many keys as queries, not {S} keys for {T} queries")
+    if window is not None and (not causal or window < 1):
+        raise ValueError(f"a window needs causal attention and is at least 1, not {window}")
+    if window is not None and window >= T:
+        window = None
+    chosen = path(q, k, v, causal=causal, mask=mask)
+    if chosen == FLASH3:
+        y = _flash_attn_func(q, k, v, causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0))
+        return y[0] if isinstance(y, tuple) else y  # older versions return the log-sum-exp too
+    if chosen == NATIVE:
+        return fused("attention", "attend", q, k, v)(q, k, v, window)
+    if window is not None:
+        causal, mask = False, (causal_mask if torch.compiler.is_compiling() else _cached_mask)(T, window, q.device)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+                                          is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
