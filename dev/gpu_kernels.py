@@ -25,7 +25,7 @@ from nanochat.kernels import attention as attend_kernel
 from nanochat.kernels import cross_entropy, native, one_query
 from nanochat.kernels.slc2 import causal_taps, gated_input
 from nanochat.layers import Linear, project
-from nanochat.llm import ready_to_decode
+from nanochat.loading import ready_to_decode
 
 NOISE = 1.5  # how much larger than the twin's an error may be
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

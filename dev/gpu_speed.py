@@ -21,7 +21,7 @@ from bench.train import our_case
 from dev.gpu_correctness import Report, Run, Skipped, setting, syncs
 from nanochat.distributed import compute_dtype, peak_flops
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.llm import ready_to_decode
+from nanochat.loading import ready_to_decode
 from nanochat.logs import machine, versions
 
 STEP_TOKENS = 524_288  # of the published recipe: tokens/s are for one device doing such steps alone

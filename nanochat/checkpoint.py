@@ -4,16 +4,18 @@ A checkpoint of step 500 is three files in one folder, named as the published on
 
     model_000500.pt     the weights by name, float32
     optim_000500.pt     the optimizer's whole state, whatever the number of ranks that held it (where there is one)
-    meta_000500.json    step, val_bpb, model_config, user_config, ...; and "files": name → size and sha256 of the two above
+    meta_000500.json    step, val_bpb, model_config, user_config, ...; and "files": name → size and sha256 of the two
+    above
 
-A checkpoint is valid if its meta is there and the files are those the meta says. Published ones have no "files": they are
-taken if the model file is there and loads.
+A checkpoint is valid if its meta is there and the files are those the meta says. Published ones have no "files": they
+are taken if the model file is there and loads.
 
-How a save survives a kill at any moment. Each file is written aside, synced and renamed (`atomic_write`), at first to its name
-with `.new` behind it, the meta last: from the moment `meta_000500.json.new` stands, the checkpoint is committed, and readers look
-at `X.new` before `X`. Then the names are changed one by one, the meta last again; a later save ends what a kill cut short. So a
-checkpoint that is saved again is at every moment the old one or the new one. Deleting goes the other way: the meta is
-renamed to `.gone`, then the files go, then the meta. One process writes to a folder at a time; any number read, and change nothing.
+How a save survives a kill at any moment. Each file is written aside, synced and renamed (`atomic_write`), at first to
+its name with `.new` behind it, the meta last: from the moment `meta_000500.json.new` stands, the checkpoint is
+committed, and readers look at `X.new` before `X`. Then the names are changed one by one, the meta last again; a later
+save ends what a kill cut short. So a checkpoint that is saved again is at every moment the old one or the new one.
+Deleting goes the other way: the meta is renamed to `.gone`, then the files go, then the meta. One process writes to a
+folder at a time; any number read, and change nothing.
 """
 
 import dataclasses
@@ -29,10 +31,10 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, base_dir, free_name, need_disk, sweep, sync_folder, to_json
+from nanochat.files import atomic_write, free_name, need_disk, sweep, sync_folder, to_json
 
 SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
 TRAINED_BY = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
@@ -48,7 +50,8 @@ class Corrupt(UserError):
 
 @dataclass
 class Checkpoint:
-    """One checkpoint in memory. `optimizer_state` is None if it was not asked for, or for the reason that `no_optimizer` says."""
+    """One checkpoint in memory. `optimizer_state` is None if it was not asked for, or for the reason that
+    `no_optimizer` says."""
 
     step: int
     model_state: dict[str, Tensor]
@@ -65,10 +68,11 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
                     optimizer_state: dict | None = None, keep: int | None = None) -> None:
     """Write the checkpoint of `step` into `folder`. Rank 0 calls it.
 
-    meta: JSON-able; holds "model_config" (a dict or the dataclass) and what else is to be known. `step` and "files" are added.
-    keep: this is a periodical save; of the periodical ones up to this step only the newest `keep` stay. Saves without `keep`
-    are never deleted, nor is anything that was not written here. A published checkpoint of the same step is set aside as `X.kept`.
-    Raises UserError where the disk is full; what stood in the folder before is then untouched.
+    meta: JSON-able; holds "model_config" (a dict or the dataclass) and what else is to be known. `step` and "files" are
+    added.
+    keep: this is a periodical save; of the periodical ones up to this step only the newest `keep` stay. Saves without
+    `keep` are never deleted, nor is anything that was not written here. A published checkpoint of the same step is set
+    aside as `X.kept`. Raises UserError where the disk is full; what stood in the folder before is then untouched.
     """
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"step must be at least 0 and keep at least 1, not {step} and {keep}")
@@ -146,7 +150,8 @@ def _bytes_in(part: Any) -> int:
 
 
 def _finish(folder: Path) -> None:
-    """End what a save or a deletion began: give committed files their names, remove those of deleted and of given up ones."""
+    """End what a save or a deletion began: give committed files their names, remove those of deleted and of given up
+    ones."""
     for gone in sorted(folder.glob("meta_*.json.gone")):
         for name in _files(gone):
             (folder / name).unlink(missing_ok=True)
@@ -192,7 +197,7 @@ def _set_aside(path: Path) -> None:
 def _delete_older(folder: Path, step: int, keep: int) -> None:
     """Delete the periodical checkpoints of ours beyond the newest `keep` of those up to `step`."""
     ours = []
-    for older in _steps(folder):
+    for older in steps_in(folder):
         if older <= step:
             with suppress(Corrupt):
                 meta = _read_meta(folder, older)
@@ -224,9 +229,9 @@ def load_checkpoint(folder: str | Path, step: int | None = None, *, device: str 
                     optimizer: bool = False) -> Checkpoint:
     """Read and verify a checkpoint: that of `step`, or the newest valid one. Weights come in float32 on `device`.
 
-    optimizer: read the optimizer's state too, to the CPU. A published checkpoint has none that we can use: it is then None.
-    Without a step, a corrupt newest one is skipped with a warning. Raises UserError if nothing is left, or if that of `step` is
-    missing or corrupt.
+    optimizer: read the optimizer's state too, to the CPU. A published checkpoint has none that we can use: it is then
+    None. Without a step, a corrupt newest one is skipped with a warning. Raises UserError if nothing is left, or if
+    that of `step` is missing or corrupt.
     """
     folder = Path(folder)
 
@@ -239,12 +244,12 @@ def load_checkpoint(folder: str | Path, step: int | None = None, *, device: str 
                 return _load(folder, step, meta, device, optimizer)
             except Corrupt as error:
                 log.warning("skipping the checkpoint of step %d: %s", step, error)
-        raise Corrupt(_nothing_in(folder))
+        raise Corrupt(nothing_found(folder))
 
     if step is None:
         return _steady(folder, newest)
-    if step not in _steps(folder):
-        there = ", ".join(map(str, sorted(_steps(folder))))
+    if step not in steps_in(folder):
+        there = ", ".join(map(str, sorted(steps_in(folder))))
         raise UserError(f"no checkpoint of step {step} in {folder}: "
                         + (f"there are those of {there}." if there else "there is none of any step."))
     return _steady(folder, given)
@@ -283,7 +288,8 @@ def _load(folder: Path, step: int, meta: dict, device: str | torch.device, optim
 
 
 def _read_tensors(folder: Path, name: str, meta: dict, device: str | torch.device) -> dict:
-    """Read one file of tensors, after checking it against the meta. Nothing but tensors and plain values is ever unpickled."""
+    """Read one file of tensors, after checking it against the meta. Nothing but tensors and plain values is ever
+    unpickled."""
     path = folder / name
     try:
         with _open(folder, name, meta) as file:
@@ -308,7 +314,8 @@ def _read_tensors(folder: Path, name: str, meta: dict, device: str | torch.devic
 
 
 def _open(folder: Path, name: str, meta: dict) -> IO:
-    """Open a file of a checkpoint; where its save has not ended yet, it may still be called `name`.new. Checks the size."""
+    """Open a file of a checkpoint; where its save has not ended yet, it may still be called `name`.new. Checks the
+    size."""
     size = meta["files"][name]["size"] if "files" in meta else None
     ending = (folder / f"meta_{meta['step']:06d}.json.new").exists()
     for path in (folder / f"{name}.new", folder / name) if ending else (folder / name,):
@@ -327,11 +334,12 @@ def _open(folder: Path, name: str, meta: dict) -> IO:
 
 
 def _valid(folder: Path, optimizer: bool) -> Iterator[tuple[int, dict]]:
-    """Yield (step, meta) of the checkpoints in `folder` whose files are there in full length, newest first; warn of others.
+    """Yield (step, meta) of the checkpoints in `folder` whose files are there in full length, newest first; warn of
+    others.
 
     optimizer False: the model file is enough. People carry a model elsewhere without the optimizer's state.
     """
-    for step in _steps(folder):
+    for step in steps_in(folder):
         try:
             meta = _read_meta(folder, step)
             _check_sizes(folder, meta, optimizer)
@@ -348,7 +356,7 @@ def _check_sizes(folder: Path, meta: dict, optimizer: bool = True) -> None:
             _open(folder, name, meta).close()
 
 
-def _steps(folder: Path) -> list[int]:
+def steps_in(folder: Path) -> list[int]:
     """The steps that have a meta file, newest first."""
     names = (META.fullmatch(path.name) for path in folder.glob("meta_*"))
     return sorted({int(match[1]) for match in names if match}, reverse=True)
@@ -383,105 +391,19 @@ def _parse(path: Path) -> dict[str, Any]:
     return {**meta, "step": int(step)}
 
 
-def _nothing_in(folder: Path) -> str:
+def nothing_found(folder: Path) -> str:
     source = next((source for source, name in SOURCES.items() if name in folder.parts), "base")
     problem = "" if folder.is_dir() else ", there is no such folder"
     return (f"no usable checkpoint in {folder}{problem}: looked for meta_NNNNNN.json with its model_NNNNNN.pt. "
             f"Train one with `python -m {TRAINED_BY[source]}` (or `bash speedrun.sh`), or set NANOCHAT_BASE_DIR to where yours are.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a name to a model
+def __getattr__(name: str) -> Any:
+    """Keep `from nanochat.checkpoint import load_model` working: published notebooks import it from here.
 
-def checkpoint_dir(source: str, model_tag: str | None = None) -> Path:
-    """Return the folder of a stage's checkpoints: base_dir()/{base,mid,chatsft,chatrl}_checkpoints/<tag>.
-
-    Without a tag, of those that hold a checkpoint: the only one, else the deepest dNN, else the one last written. Raises UserError.
+    Imported only when asked for, because nanochat.loading imports this module.
     """
-    return _choose(source, model_tag)[0]
-
-
-def _choose(source: str | Path, model_tag: str | None) -> tuple[Path, str]:
-    """The folder of `source` (a stage, or a path) and `model_tag`, and why it is this one."""
-    root = base_dir() / SOURCES[source] if source in SOURCES else Path(source).expanduser()
-    if source not in SOURCES and not root.is_dir():
-        raise UserError(f"no folder {root}: a source is one of {', '.join(SOURCES)}, or a folder with a checkpoint.")
-    if model_tag:
-        if Path(model_tag).name != model_tag:
-            raise UserError(f"{model_tag!r} is not a model tag: it names one folder under {root}, such as d20.")
-        return root / model_tag, "as asked"
-    if source not in SOURCES and _steps(root):
-        return root, "as asked"
-    tags = [path for path in sorted(root.glob("*")) if path.is_dir() and _steps(path)]
-    if not tags:
-        raise UserError(_nothing_in(root / "<tag>" if root.is_dir() else root))
-    if len(tags) == 1:
-        return tags[0], "the only one there"
-    depths = {int(path.name[1:]): path for path in tags if re.fullmatch(r"d\d+", path.name)}
-    if depths:
-        return depths[max(depths)], f"the deepest of {len(tags)} there"
-    newest = max(tags, key=lambda path: max(meta.stat().st_mtime for meta in path.glob("meta_*")))
-    return newest, f"the last written of {len(tags)} there"
-
-
-def load_model(source: str | Path, device: str | torch.device, *, model_tag: str | None = None,
-               step: int | None = None) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Return (model in eval mode on `device`, float32; tokenizer; meta) of a checkpoint.
-
-    source: "base", "mid", "sft", "rl", or a folder. The tokenizer is the one in the checkpoint's folder, else that of base_dir().
-    meta has two entries more: "folder", and "loaded", a line that says what was taken and why.
-    Raises UserError if there is none, or it does not fit the model's shape or the tokenizer.
-    """
-    from nanochat.tokenizer import tokenizer as tokenizers
-
-    folder, why = _choose(source, model_tag)
-    checkpoint = load_checkpoint(folder, step, device=device)
-    meta = {**checkpoint.meta, "folder": str(folder), "loaded": f"step {checkpoint.step} of {folder} ({why})"}
-    model = model_from_state(meta["model_config"], checkpoint.model_state, what=str(folder))
-
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.pkl"))
-    tokenizer = tokenizers.RustBPETokenizer.from_directory(str(folder)) if own else tokenizers.get_tokenizer()
-    where = folder if own else base_dir() / "tokenizer"
-    if meta.get("tokenizer") and meta["tokenizer"] != tokenizer.fingerprint():
-        raise UserError(f"the tokenizer in {where} is not the one that the model in {folder} was trained with: its ids mean other text. "
-                        "Put the model's own tokenizer there, or train the model anew.")
-    if tokenizer.get_vocab_size() != model.config.vocab_size:
-        raise UserError(f"the model in {folder} has a vocabulary of {model.config.vocab_size}, the tokenizer in {where} one of "
-                        f"{tokenizer.get_vocab_size()}: they do not belong together.")
-    return model.eval(), tokenizer, meta
-
-
-def model_from_state(model_config: dict[str, Any], state: dict[str, Tensor], what: str = "the checkpoint") -> nn.Module:
-    """Build a GPT of `model_config` whose parameters are the tensors of `state` themselves. UserError where they do not fit."""
-    from nanochat.gpt import GPT, GPTConfig
-
-    known = {field.name for field in dataclasses.fields(GPTConfig)}
-    if unknown := sorted(set(model_config) - known):
-        raise UserError(f"{what}: model_config has {', '.join(unknown)}, which this version does not know. "
-                        "The checkpoint is of another model, or of a newer version.")
-    try:
-        with torch.device("meta"):  # no time is spent on weights that are replaced
-            model = GPT(GPTConfig(**model_config))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{what}: its model_config makes no model: {error}") from error
-    fit(model, state, what)
-    model.load_state_dict(state, strict=True, assign=True)
-    return model
-
-
-def fit(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Raise UserError, naming the differences, unless `state` has just the names and shapes of the model's parameters."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    parts = []
-    for problem, names in (
-        ("missing", [name for name in wanted if name not in found]),
-        ("not expected", [name for name in found if name not in wanted]),
-        ("of another shape", [f"{name} {found[name]}, not {wanted[name]}" for name in wanted
-                              if name in found and found[name] != wanted[name]]),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{problem}: {'; '.join(names[:3])}{more}")
-    if parts:
-        raise UserError(f"{what} is a checkpoint of another shape than its model. {'. '.join(parts)}.")
+    if name == "load_model":
+        from nanochat.loading import load_model
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

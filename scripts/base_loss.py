@@ -15,7 +15,7 @@ from nanochat.dataset import data_dir, iter_documents
 from nanochat.distributed import Ranks, joined_ranks
 from nanochat.engine import Engine
 from nanochat.evaluation.loss import EvalRows, evaluate_bpb
-from nanochat.llm import load_for_decoding
+from nanochat.loading import load_for_decoding
 from nanochat.logs import RunLog
 
 

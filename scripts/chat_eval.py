@@ -19,7 +19,7 @@ from nanochat.distributed import joined_ranks
 from nanochat.errors import UserError
 from nanochat.evaluation.chat import chatcore, evaluate_task
 from nanochat.files import atomic_write, base_dir, to_json
-from nanochat.llm import load_for_decoding
+from nanochat.loading import load_for_decoding
 from nanochat.logs import RunLog
 from nanochat.tools.sandbox import run_python
 from nanochat.training import clock

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat.checkpoint import SOURCES, checkpoint_dir, latest_step, load_checkpoint, load_model, save_checkpoint
+from nanochat.checkpoint import SOURCES, latest_step, load_checkpoint, save_checkpoint
 from nanochat.cli import flag
 from nanochat.distributed import Ranks, barrier, broadcast_object, compute_dtype, gather_objects
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.files import base_dir, free_name
+from nanochat.loading import checkpoint_dir, load_model
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.training import clock

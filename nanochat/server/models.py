@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from nanochat.checkpoint import SOURCES, checkpoint_dir, latest_step
+from nanochat.checkpoint import SOURCES, latest_step
 from nanochat.errors import UserError
 from nanochat.files import base_dir
+from nanochat.loading import checkpoint_dir, from_hub
 from nanochat.server.worker import ModelInfo, WorkerConfig
 
 SAID = {"base": "continues text; has not learnt to chat", "mid": "has seen conversations and the calculator",
@@ -37,7 +38,6 @@ def _default(config: WorkerConfig) -> ModelInfo:
         if Path(source).expanduser().is_dir():
             id = Path(source).expanduser().resolve().name
         else:
-            from nanochat.llm import from_hub
             source = str(from_hub(source, None))
     folder = checkpoint_dir(source, config.model_tag or None)
     stage = source if source in SOURCES else next((stage for stage, name in SOURCES.items() if name in folder.resolve().parts), "")
