@@ -39,7 +39,7 @@ def _choose_folder(source: str | Path, model_tag: str | None) -> tuple[Path, str
         raise UserError(f"no folder {root}: a source is one of {', '.join(SOURCES)}, or a folder with a checkpoint.")
     if model_tag:
         if Path(model_tag).name != model_tag:
-            raise UserError(f"{model_tag!r} is not a model tag: it is the name of one folder under {root}, such as d20.")
+            raise UserError(f"{model_tag!r} is not a model tag: it names one folder under {root}, such as d20.")
         return root / model_tag, "as asked"
     if source not in SOURCES and steps_in(root):
         return root, "as asked"
