@@ -35,9 +35,8 @@ from torch import Tensor
 
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, free_name, need_disk, sweep, sync_folder, to_json
+from nanochat.stages import STAGES, stage_of_folder
 
-SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
-TRAINED_BY = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
 META = re.compile(r"meta_(\d{6}|[1-9]\d{6,})\.json(\.new)?")  # as %06d writes it
 
 R = TypeVar("R")
@@ -392,10 +391,10 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def nothing_found(folder: Path) -> str:
-    source = next((source for source, name in SOURCES.items() if name in folder.parts), "base")
+    stage = stage_of_folder(folder.parts) or STAGES["base"]
     problem = "" if folder.is_dir() else ", there is no such folder"
     return (f"no usable checkpoint in {folder}{problem}: looked for meta_NNNNNN.json with its model_NNNNNN.pt. "
-            f"Train one with `python -m {TRAINED_BY[source]}` (or `bash speedrun.sh`), or set NANOCHAT_BASE_DIR to where yours are.")
+            f"Train one with `python -m {stage.script}` (or `bash speedrun.sh`), or set NANOCHAT_BASE_DIR to where yours are.")
 
 
 def __getattr__(name: str) -> Any:

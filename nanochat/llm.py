@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint import SOURCES
 from nanochat.distributed import init_ranks
 from nanochat.engine import Engine, Row
 from nanochat.errors import UserError
 from nanochat.loading import from_hub, load_for_decoding
+from nanochat.stages import STAGES
 from nanochat.tokenizer.stream import Shown
 
 Chat = str | Sequence[dict[str, Any]]
@@ -33,7 +33,7 @@ class LLM:
 
         Raises UserError where there is no such model.
         """
-        if source not in SOURCES and not Path(source).expanduser().is_dir():
+        if source not in STAGES and not Path(source).expanduser().is_dir():
             source = from_hub(str(source), revision)
         self.device = init_ranks(device).device
         self.model, self.tokenizer, self.meta = load_for_decoding(source, self.device, model_tag=model_tag, step=step, quantize=quantize)

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import SOURCES, load_checkpoint, nothing_found, steps_in
+from nanochat.checkpoint import load_checkpoint, nothing_found, steps_in
 from nanochat.distributed import compute_dtype
 from nanochat.engine.quantize import quantize as quantized
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layers import join
+from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
 
@@ -34,14 +35,14 @@ def checkpoint_dir(source: str | Path, model_tag: str | None = None) -> Path:
 
 def _choose_folder(source: str | Path, model_tag: str | None) -> tuple[Path, str]:
     """Return the folder that `source` and `model_tag` mean, and the reason for this choice in words."""
-    root = base_dir() / SOURCES[source] if source in SOURCES else Path(source).expanduser()
-    if source not in SOURCES and not root.is_dir():
-        raise UserError(f"no folder {root}: a source is one of {', '.join(SOURCES)}, or a folder with a checkpoint.")
+    root = base_dir() / STAGES[source].folder if source in STAGES else Path(source).expanduser()
+    if source not in STAGES and not root.is_dir():
+        raise UserError(f"no folder {root}: a source is one of {', '.join(STAGES)}, or a folder with a checkpoint.")
     if model_tag:
         if Path(model_tag).name != model_tag:
             raise UserError(f"{model_tag!r} is not a model tag: it names one folder under {root}, such as d20.")
         return root / model_tag, "as asked"
-    if source not in SOURCES and steps_in(root):
+    if source not in STAGES and steps_in(root):
         return root, "as asked"
     tags = [path for path in sorted(root.glob("*")) if path.is_dir() and steps_in(path)]
     if not tags:
@@ -161,7 +162,7 @@ def from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"there is no folder {name}: a model is one of {', '.join(SOURCES)}, a folder with a "
+        raise UserError(f"there is no folder {name}: a model is one of {', '.join(STAGES)}, a folder with a "
                         "checkpoint, or owner/name on the hub.")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.pt", "*.json", "*.pkl"],
