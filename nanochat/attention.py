@@ -35,6 +35,10 @@ class Attention(nn.Module):
         """The matrices of the input."""
         return [self.c_q, self.c_k, self.c_v]
 
+    def optimizer_group(self, name: str) -> str:
+        """Return the optimizer group of the parameter called `name` here."""
+        return "matrices"
+
     def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], state: KeysValues | None = None) -> Tensor:
         """Mix h (B, T, E) along time; returns (B, T, E). With a state, h goes on where the state ends, and the state takes it in."""
         D = self.head_width

@@ -15,8 +15,7 @@ Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon. AdamW: Loshchilo
 """
 
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,39 +24,64 @@ from torch import Tensor, nn
 
 from nanochat.distributed import Ranks, all_reduce_sum, compute_dtype
 from nanochat.errors import UserError
+from nanochat.recipe import OptimizerGroup, published
 
-BETA1, BETA2, EPS = 0.8, 0.95, 1e-10  # AdamW's, of the published recipe
 STATE = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
-def parameter_groups(model: nn.Module, *, matrix_lr: float = 0.02, embedding_lr: float = 0.2, unembedding_lr: float = 0.004,
-                     conv_lr: float = 0.02, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Sort a GPT's parameters into groups for MuonAdamW; each one is in exactly one group.
+def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = published.groups) -> list[dict[str, Any]]:
+    """Sort a GPT's parameters into the optimizer groups of a recipe, each into exactly one.
 
-    2-D matrices inside the blocks go to Muon at `matrix_lr`. wte, lm_head and the convolutions' taps (E, 1, K) go to AdamW at
-    their rate x (E/768)^-0.5, with decoupled `weight_decay`. Names are those of the model without `_orig_mod.`.
-    Raises ValueError for a parameter that is none of these.
+    The embedding is in group "wte", the head in "lm_head" and the MLPs' matrices in "matrices". A mixer says for each of
+    its parameters, by `optimizer_group(name)`, which group it is in.
+
+    Args:
+        model: a GPT, compiled or not.
+        groups: of a recipe; the order is kept.
+
+    Returns:
+        For MuonAdamW, a dict for each group that has parameters: kind, names (without `_orig_mod.`), params, lr,
+        weight_decay, and AdamW's betas and eps.
+
+    Raises:
+        ValueError: a parameter that nothing gives a group to, one in a group that the recipe does not have, or one in a
+            group for Muon that is not a matrix.
     """
-    rules = (("matrices", r"transformer\.h\.\d+\..+\.weight", 2), ("wte", r"transformer\.wte\.weight", 2),
-             ("lm_head", r"lm_head\.weight", 2), ("taps", r"transformer\.h\.\d+\..+\.conv1d\.weight", 3))
-    found: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind, _, _ in rules}
-    for name, parameter in model.named_parameters():
-        name = name.replace("_orig_mod.", "")
-        kind = next((kind for kind, pattern, ndim in rules if re.fullmatch(pattern, name) and parameter.ndim == ndim), None)
-        if kind is None:
-            raise ValueError(f"no rule says how to train {name} of shape {tuple(parameter.shape)}: "
-                             "add one to parameter_groups in nanochat/optim.py")
-        found[kind].append((name, parameter))
+    named = {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
+    group_of = {"transformer.wte.weight": "wte", "lm_head.weight": "lm_head"}
+    for i, block in enumerate(getattr(model, "_orig_mod", model).transformer.h):
+        for name in _names(block.attn):
+            group_of[f"transformer.h.{i}.attn.{name}"] = block.attn.optimizer_group(name)
+        for name in _names(block.mlp):
+            group_of[f"transformer.h.{i}.mlp.{name}"] = "matrices"
+
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in groups}
+    for name, parameter in named.items():
+        group = group_of.get(name)
+        what = f"{name} of shape {tuple(parameter.shape)}"
+        if group is None:
+            raise ValueError(f"nothing says which optimizer group {what} is in: see parameter_groups in nanochat/optim.py")
+        if group not in groups:
+            raise ValueError(f"{what} is in the optimizer group {group!r}, which the recipe does not have: "
+                             f"its groups are {', '.join(groups)}")
+        if groups[group].optimizer == "muon" and parameter.ndim != 2:
+            raise ValueError(f"{what} is in the optimizer group {group!r}, but Muon trains 2-D matrices alone: "
+                             "its mixer's optimizer_group must name another group")
+        members[group].append((name, parameter))
+
     width_scale = (model.config.n_embd / 768) ** -0.5
-    rates = {"matrices": matrix_lr, "wte": embedding_lr * width_scale, "lm_head": unembedding_lr * width_scale,
-             "taps": conv_lr * width_scale}
-    groups = []
-    for kind, members in found.items():
-        if members:
-            group = {"kind": "muon" if kind == "matrices" else "adamw", "names": [name for name, _ in members],
-                     "params": [parameter for _, parameter in members], "lr": rates[kind]}
-            groups.append(group if kind == "matrices" else {**group, "weight_decay": weight_decay})
-    return groups
+    result = []
+    for name, group in groups.items():
+        if members[name]:
+            names, parameters = map(list, zip(*members[name]))
+            result.append({"kind": group.optimizer, "names": names, "params": parameters,
+                           "lr": group.lr * width_scale if group.by_width else group.lr,
+                           "weight_decay": group.weight_decay, "betas": group.betas, "eps": group.eps})
+    return result
+
+
+def _names(module: nn.Module) -> Iterator[str]:
+    return (name.replace("_orig_mod.", "") for name, _ in module.named_parameters())
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
@@ -148,20 +172,26 @@ class _Bucket:
             buffer = self.state["momentum"].lerp_(gradient, 1 - momentum)
             ahead = gradient.lerp_(buffer, momentum).view(-1, rows, columns)  # Nesterov's
             return newton_schulz(ahead, dtype).to(gradient.dtype).mul(max(1, rows / columns) ** 0.5).reshape(-1)
-        mean = self.state["exp_avg"].lerp_(gradient, 1 - BETA1)
-        square = self.state["exp_avg_sq"].mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-        root = torch.sqrt(square, out=gradient).mul_((1 - BETA2 ** step) ** -0.5).add_(EPS)
-        return torch.div(mean, root, out=root).mul_(1 / (1 - BETA1 ** step))
+        beta1, beta2 = self.group["betas"]
+        mean = self.state["exp_avg"].lerp_(gradient, 1 - beta1)
+        square = self.state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = torch.sqrt(square, out=gradient).mul_((1 - beta2 ** step) ** -0.5).add_(self.group["eps"])
+        return torch.div(mean, root, out=root).mul_(1 / (1 - beta1 ** step))
 
 
 class MuonAdamW:
     """The optimizer of a whole model, for any number of ranks. The top of this file says how to use it and how it works."""
 
     def __init__(self, groups: list[dict[str, Any]], ranks: Ranks):
-        """groups: from parameter_groups, or alike: {"kind": "muon" or "adamw", "names", "params", "lr"}, adamw "weight_decay".
+        """Lay out buckets and this rank's part of the state.
 
-        Every rank hands in the same. Raises ValueError for a parameter given twice, or one that is not contiguous float32 on
-        the ranks' kind of device: the weights trained are float32, whatever the precision of the matrix products.
+        Args:
+            groups: from `parameter_groups`, the same on every rank.
+            ranks: who shares the work.
+
+        Raises:
+            ValueError: a parameter was given twice, or is not contiguous float32 on the ranks' kind of device. The weights
+                that are trained are float32, whatever the precision of the matrix products.
         """
         self.ranks, self.steps, self.dtype = ranks, 0, compute_dtype(ranks.device)
         self.buckets: list[_Bucket] = []
@@ -211,7 +241,7 @@ class MuonAdamW:
                 rate = finite * (bucket.group["lr"] * lr_scale)
                 gradient = torch.where(finite, gradient, 0).mul_(scale)
                 change = bucket.direction(gradient, momentum, self.steps, self.dtype).mul_(rate)
-                if decay := bucket.group.get("weight_decay", 0):
+                if decay := bucket.group["weight_decay"]:
                     torch._foreach_mul_(weights, 1 - rate * decay)
                 torch._foreach_sub_(weights, change.split([view.numel() for view in weights]))
             if self.ranks.world_size > 1:

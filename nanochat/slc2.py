@@ -29,6 +29,10 @@ class SLC2(nn.Module):
         """The matrices of the input, in the order that the fused core wants their columns in."""
         return [self.x_proj, self.B_proj, self.A_proj, self.alpha_proj]
 
+    def optimizer_group(self, name: str) -> str:
+        """Return the optimizer group of the parameter called `name` here."""
+        return "taps" if name == "conv1d.weight" else "matrices"
+
     def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], state: Taps | None = None) -> Tensor:
         """Mix h (B, T, E) along time; returns (B, T, E). With a state, h goes on where the state ends, and the state takes it in.
 

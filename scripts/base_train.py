@@ -29,6 +29,7 @@ from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.recipe import override, published
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import Plan, clock, share_of_micro_batches, train
@@ -141,8 +142,9 @@ def run(config: Config, ranks: Ranks) -> None:
     model.compute_dtype = dtype
     if config.compile == "yes" or config.compile == "auto" and ranks.device.type == "cuda":
         model.compile_blocks(config.device_batch_size, config.max_seq_len)
-    optimizer = MuonAdamW(parameter_groups(model, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr, conv_lr=config.matrix_lr,
-                                           unembedding_lr=config.unembedding_lr, weight_decay=config.weight_decay), ranks)
+    groups = override(published.groups, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr,
+                      unembedding_lr=config.unembedding_lr, weight_decay=config.weight_decay)
+    optimizer = MuonAdamW(parameter_groups(model, groups), ranks)
     loader_state = None
     if found is not None:
         optimizer.load_state_dict(found.optimizer_state)

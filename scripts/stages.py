@@ -18,6 +18,7 @@ from nanochat.files import base_dir, free_name
 from nanochat.loading import checkpoint_dir, load_model
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.recipe import override, published
 from nanochat.stages import STAGES
 from nanochat.training import clock
 
@@ -115,10 +116,10 @@ class Stage:
 
     def make_optimizer(self) -> None:
         """The optimizer, with its state where the run goes on. Raises UserError where that is gone."""
-        config, part = self.config, self.config.init_lr_frac
-        self.optimizer = MuonAdamW(parameter_groups(
-            self.model, matrix_lr=part * config.matrix_lr, embedding_lr=part * config.embedding_lr, conv_lr=part * config.matrix_lr,
-            unembedding_lr=part * config.unembedding_lr, weight_decay=config.weight_decay), self.ranks)
+        config = self.config
+        groups = override(published.groups, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr,
+                          unembedding_lr=config.unembedding_lr, weight_decay=config.weight_decay, lr_frac=config.init_lr_frac)
+        self.optimizer = MuonAdamW(parameter_groups(self.model, groups), self.ranks)
         if self.start:
             found = load_checkpoint(self.folder, self.start, optimizer=True)
             if found.optimizer_state is None:

@@ -1,6 +1,7 @@
 """Muon + AdamW: against plain twins, and on 1, 2 and 3 ranks."""
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
+from nanochat.recipe import OptimizerGroup, override, published
 from tests.test_distributed import start_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -23,6 +25,9 @@ class Mixer(nn.Module):
         self.conv1d = nn.Conv1d(E, E, 3, groups=E, bias=False)
         if small:
             self.A_proj = nn.Linear(E, 4, bias=False)  # one matrix of its shape: fewer than ranks
+
+    def optimizer_group(self, name: str) -> str:
+        return "taps" if name == "conv1d.weight" else "matrices"
 
 
 class Tiny(nn.Module):
@@ -84,7 +89,14 @@ def with_gradients(*shapes: tuple[int, ...], seed: int = 0) -> list[nn.Parameter
 
 
 def optimizer_of(kind: str, parameters: list[nn.Parameter], **group) -> MuonAdamW:
-    return MuonAdamW([{"kind": kind, "names": [f"p{i}" for i in range(len(parameters))], "params": parameters, **group}], ALONE)
+    return MuonAdamW([{"kind": kind, "names": [f"p{i}" for i in range(len(parameters))], "params": parameters,
+                       "weight_decay": 0.0, "betas": (0.8, 0.95), "eps": 1e-10, **group}], ALONE)
+
+
+def rates(**given: float) -> dict[str, OptimizerGroup]:
+    """The published groups with rates and weight decay as given."""
+    flags = {"matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "weight_decay": 0.0}
+    return override(published.groups, **{**flags, **given})
 
 
 # --- the arithmetic ----------------------------------------------------------------------------------------------------
@@ -161,7 +173,7 @@ def test_adamw_is_torchs(weight_decay):
 
 def test_zero_rate_leaves_the_weights_and_steps_leave_the_gradients():
     model = tiny()
-    optimizer = MuonAdamW(parameter_groups(model, weight_decay=0.1), ALONE)
+    optimizer = MuonAdamW(parameter_groups(model, rates(weight_decay=0.1)), ALONE)
     before = weights(model)
     backward(model, ALONE)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -189,7 +201,7 @@ def test_clipping_bounds_the_gradient_that_is_used_and_the_norm_returned_is_from
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_told_and_changes_no_weight(bad):
     model = tiny()
-    optimizer = MuonAdamW(parameter_groups(model, weight_decay=0.1), ALONE)
+    optimizer = MuonAdamW(parameter_groups(model, rates(weight_decay=0.1)), ALONE)
     train(model, optimizer, ALONE, range(2))
     before = weights(model)
     model.lm_head.weight.grad[3, 2] = bad
@@ -207,7 +219,7 @@ def test_every_parameter_is_in_the_group_and_at_the_rate_of_the_recipe():
     model = gpt.GPT(gpt.GPTConfig(sequence_len=16, vocab_size=32, n_layer=5, n_head=2, n_kv_head=1, n_embd=192))
     compiled = nn.Module()  # as torch.compile wraps it
     compiled._orig_mod, compiled.config = model, model.config
-    groups = parameter_groups(compiled, weight_decay=0.1)
+    groups = parameter_groups(compiled, rates(weight_decay=0.1))
     kind_and_rate = {name: (group["kind"], group["lr"]) for group in groups for name in group["names"]}
     assert sum(len(group["names"]) for group in groups) == len(kind_and_rate) == len(dict(model.named_parameters()))
     for group in groups:
@@ -218,9 +230,11 @@ def test_every_parameter_is_in_the_group_and_at_the_rate_of_the_recipe():
         rate = next((rate * 2 for ending, rate in adamw.items() if name.endswith(ending)), None)  # (192/768)^-0.5 = 2
         assert got == (("muon", 0.02) if rate is None else ("adamw", pytest.approx(rate))), name
     assert sum(name.endswith("conv1d.weight") for name in kind_and_rate) == 3
-    given = parameter_groups(model, matrix_lr=1.0, embedding_lr=2.0, unembedding_lr=3.0, conv_lr=4.0)
+    lr = {"matrices": 1.0, "wte": 2.0, "lm_head": 3.0, "taps": 4.0}
+    given = parameter_groups(model, {name: replace(group, lr=lr[name]) for name, group in published.groups.items()})
     assert [group["lr"] for group in given] == pytest.approx([1.0, 4.0, 6.0, 8.0])
-    assert [group.get("weight_decay") for group in groups] == [None, 0.1, 0.1, 0.1]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.1, 0.1, 0.1]
+    assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-10 for group in groups[1:])
 
 
 @pytest.mark.parametrize("where, name", [("transformer.h.0.attn", "bias"), ("lm_head", "bias"), ("transformer", "scale")])
@@ -229,6 +243,17 @@ def test_a_parameter_without_a_rule_is_an_error(where, name):
     model.get_submodule(where).register_parameter(name, nn.Parameter(torch.zeros(3)))
     with pytest.raises(ValueError, match=rf"{where}\.{name}"):
         parameter_groups(model)
+
+
+def test_a_mixer_can_name_any_group_of_the_recipe_and_no_other(monkeypatch):
+    monkeypatch.setattr(Mixer, "optimizer_group", lambda self, name: "own" if name == "c_q.weight" else "taps")
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_q\.weight .* group 'own', which the recipe does not have"):
+        parameter_groups(tiny())
+    own = replace(published.groups["taps"], lr=0.5, by_width=False, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.3)
+    groups = parameter_groups(tiny(), {**published.groups, "own": own})
+    assert groups[-1]["names"] == [f"transformer.h.{i}.attn.c_q.weight" for i in range(4)]
+    assert {name: groups[-1][name] for name in ("kind", "lr", "betas", "eps", "weight_decay")} == {
+        "kind": "adamw", "lr": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.3}
 
 
 def test_parameters_given_twice_or_not_in_float32_are_refused():

@@ -22,12 +22,12 @@ from tests.conftest import ROOT
 from tests.helpers import module_of
 
 SCRIPTS = {"tokenizer": "scripts.tok_train", "base": "scripts.base_train", "base_eval": "scripts.base_eval",
-           "identity": "dev.gen_identity", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl",
-           "chat_eval": "scripts.chat_eval"}
+           "identity": "dev.gen_identity", "mid": "scripts.mid_train", "sft": "scripts.chat_sft",
+           "rl": "scripts.chat_rl", "chat_eval": "scripts.chat_eval"}
 RATES = {"warmup_ratio", "warmdown_ratio", "final_lr_frac"}
-MOMENTUM = {"start", "rise", "steps"}
+MOMENTUM = {"start", "rise", "steps"}  # no flag overrides these
 NO_FLAG = {"base": MOMENTUM, "mid": MOMENTUM | RATES - {"warmdown_ratio"}, "sft": MOMENTUM | RATES - {"warmdown_ratio"},
-           "rl": MOMENTUM | RATES}  # fields that no flag overrides
+           "rl": MOMENTUM | RATES}
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)

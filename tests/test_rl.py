@@ -6,6 +6,7 @@ import torch
 from nanochat.distributed import Ranks
 from nanochat.engine import Engine, Row
 from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.recipe import override, published
 from nanochat.rl import Group, batches, pass_at_k, rollouts
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.training import train_step
@@ -115,7 +116,8 @@ class Stops:
 def test_stopping_is_learnt_when_it_is_rewarded(tokenizer):
     model = small_model(2, vocab_size=tokenizer.get_vocab_size())
     engine, task = Engine(model, tokenizer), Stops()
-    optimizer = MuonAdamW(parameter_groups(model, matrix_lr=0.01, embedding_lr=0.02, unembedding_lr=0.01, conv_lr=0.01), ALONE)
+    groups = override(published.groups, matrix_lr=0.01, embedding_lr=0.02, unembedding_lr=0.01, weight_decay=0.0)
+    optimizer = MuonAdamW(parameter_groups(model, groups), ALONE)
     chats = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]} for text in "aaa"]
     rewards = []
     for step in range(25):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import RunLog, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.recipe import published
 from nanochat.training import Plan, clock, share_of_micro_batches, train, train_step
 from tests.conftest import ROOT
 from tests.helpers import small_model
@@ -201,7 +203,8 @@ def test_ranks_train_as_one_process_does(tiny_base, ranks):
 
 def _six_steps(ranks, out):
     model = small_model()
-    optimizer = MuonAdamW(parameter_groups(model, embedding_lr=0.01), ranks)
+    groups = {**published.groups, "wte": replace(published.groups["wte"], lr=0.01)}
+    optimizer = MuonAdamW(parameter_groups(model, groups), ranks)
     dice = torch.Generator().manual_seed(1)
     for _ in range(6):
         ids = torch.randint(97, (7, 16), generator=dice)
