@@ -149,8 +149,8 @@ def test_buffer_stays_small_where_documents_are_books(small, monkeypatch):
     packer = Packer(enumerate(books), BOS, 11)
     row, seen = np.empty(11, dtype=np.int64), []
     while packer.fill(row):
-        assert packer._held <= 200
-        assert packer._held == sum(len(item[4]) for item in packer._buffer)
+        assert packer._buffered_tokens <= 200
+        assert packer._buffered_tokens == sum(len(item[4]) for item in packer._buffer)
         seen.append(int(row[1]))
     assert seen[:4] == [0, 1, 0, 1]  # long documents take turns
 

@@ -27,7 +27,7 @@ TINY = ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A base folder with a little text and a tokenizer for it."""
-    from nanochat.dataset import documents as dataset
+    from nanochat.dataset import __main__ as dataset
     from scripts import tok_train
     folder = tmp_path_factory.mktemp("tiny")
     before = os.environ.get("NANOCHAT_BASE_DIR")
