@@ -231,7 +231,7 @@ def loader(run: Run, out: Report) -> None:
         import rustbpe  # noqa: F401
     except ImportError as error:
         raise Skipped(f"{error.name} is not here") from error
-    from nanochat.dataloader import PackedLoader
+    from nanochat.dataloader import PackedLoader, TextSource
     from nanochat.dataset.importing import make_small_world
     from nanochat.distributed import Ranks
     from nanochat.small_world import documents
@@ -242,8 +242,8 @@ def loader(run: Run, out: Report) -> None:
         make_small_world(folder, docs, say=lambda text: None)
         stream = documents()
         tokenizer = RustBPETokenizer.train_from_iterator((next(stream) for _ in range(200)), 300 if run.tiny else 2048)
-        mine = PackedLoader(tokenizer, "train", B, T, ranks=run.ranks, folder=folder)
-        theirs = PackedLoader(tokenizer, "train", B, T, ranks=Ranks(0, 0, 1, torch.device("cpu")), folder=folder)
+        mine = PackedLoader(TextSource(tokenizer, "train", folder), B, T, ranks=run.ranks)
+        theirs = PackedLoader(TextSource(tokenizer, "train", folder), B, T, ranks=Ranks(0, 0, 1, torch.device("cpu")))
         try:
             same = all(torch.equal(a.cpu(), b) for _ in range(3) for a, b in zip(next(mine), next(theirs)))
             out.expect("rows on the device are the CPU's", same)

@@ -16,8 +16,8 @@ class Stage:
     name: what commands call it (`-i sft`, `load_model("sft")`); its log is logs/<name>_<tag>.jsonl.
     noun: the stage in a sentence. script: the module that trains it.
     folder: of its checkpoints, under $NANOCHAT_BASE_DIR. page: what the web page says of a model of this stage.
-    starts_from: the stages whose checkpoints it can start from, the usual one first; empty for the base model, which starts from nothing.
-    sections: of the report, by the name of the log that fills it, in the order of the report; the first is the training itself.
+    starts_from: the stages whose checkpoints it can start from, the usual one first; empty for the base model.
+    sections: of the report, by the name of the log that fills each; the first is the training itself.
     column: of the report's summary. graded_by: the name of the log whose scores stand in that column.
     settings: flags that change what is trained; a resumed run that has other values than before says so.
     """
@@ -35,8 +35,9 @@ class Stage:
 
 
 CHAT_SETTINGS = ("data", "conversations", "seed", "num_iterations", "num_epochs", "max_seq_len", "total_batch_size",
-                 "target_examples_per_step", "examples_per_step", "num_samples", "max_new_tokens", "temperature", "top_k", "embedding_lr",
-                 "unembedding_lr", "matrix_lr", "init_lr_frac", "weight_decay", "grad_clip", "warmdown_ratio")
+                 "target_examples_per_step", "examples_per_step", "num_samples", "max_new_tokens", "temperature",
+                 "top_k", "embedding_lr", "unembedding_lr", "matrix_lr", "init_lr_frac", "weight_decay", "grad_clip",
+                 "warmdown_ratio")
 
 STAGES = {stage.name: stage for stage in (
     Stage("base", "pretraining", "scripts.base_train", "base_checkpoints",
@@ -44,8 +45,9 @@ STAGES = {stage.name: stage for stage in (
           starts_from=(),
           sections={"base": "Base model", "base_loss": "Base model, loss", "base_eval": "Base model, evaluation"},
           column="BASE", graded_by="base_eval",
-          settings=("total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "grad_clip", "warmup_ratio",
-                    "warmdown_ratio", "final_lr_frac", "num_iterations", "target_flops", "target_param_data_ratio", "data_dir", "seed")),
+          settings=("total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "grad_clip",
+                    "warmup_ratio", "warmdown_ratio", "final_lr_frac", "num_iterations", "target_flops",
+                    "target_param_data_ratio", "data_dir", "seed")),
     Stage("mid", "mid-training", "scripts.mid_train", "mid_checkpoints",
           page="has seen conversations and the calculator",
           starts_from=("base",),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat.cli import flag, parse, run_main
+from nanochat.dataloader import TextSource
 from nanochat.dataset import data_dir, iter_documents
 from nanochat.distributed import Ranks, joined_ranks
 from nanochat.engine import Engine
@@ -54,8 +55,8 @@ def bits_per_byte(model, tokenizer, config: Config, folder: Path, ranks: Ranks, 
     token_bytes = tokenizer.token_bytes().to(ranks.device)
     bpb = {}
     for split in ("train", "val"):
-        rows = EvalRows(tokenizer, split, config.device_batch_size, model.config.sequence_len, config.split_tokens, ranks=ranks,
-                        folder=folder)
+        rows = EvalRows(TextSource(tokenizer, split, folder), config.device_batch_size, model.config.sequence_len,
+                        config.split_tokens, ranks=ranks)
         bpb[split] = evaluate_bpb(model, rows, token_bytes, ranks)
         log.say(f"{split} bpb {bpb[split]:.4f}")
     return bpb

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.chat_data import ChatTokens, Conversations, SupervisedSteps, batch_of, count_tokens
+from nanochat.chat_data import Conversations, ConversationSource, SupervisedSteps, batch_of, count_tokens
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
@@ -58,7 +58,7 @@ def conversations_in(inputs, targets, bos):
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=30), st.integers(1, 3), st.integers(0, 5))
 def test_packed_rows_hold_every_conversation_whole_once_an_epoch(tokenizer, sizes, B, seed):
     task, bos = chats(sizes, seed), tokenizer.get_bos_token_id()
-    loader = PackedLoader(ChatTokens(tokenizer), "train", B, 60, ranks=ALONE, documents=Conversations(task, seed), cut=False, loop=False)
+    loader = PackedLoader(ConversationSource(tokenizer, task, seed), B, 60, ranks=ALONE, cut=False, loop=False)
     with loader:
         found = [part for inputs, targets in loader for part in conversations_in(inputs, targets, bos)]
     wanted = [tokenizer.render_conversation(chat)[0][1:] for chat in task]
@@ -67,7 +67,7 @@ def test_packed_rows_hold_every_conversation_whole_once_an_epoch(tokenizer, size
 
 def test_padding_is_never_a_target_and_a_long_conversation_goes_on_in_the_next_row(tokenizer):
     task, bos = chats([(2, 3), (40, 60), (1, 1)]), tokenizer.get_bos_token_id()
-    with PackedLoader(ChatTokens(tokenizer), "val", 1, 50, ranks=ALONE, documents=Conversations(task), cut=False, loop=False) as loader:
+    with PackedLoader(ConversationSource(tokenizer, task), 1, 50, ranks=ALONE, cut=False, loop=False) as loader:
         rows = list(loader)
     assert any((targets == -1).any() for _, targets in rows)
     assert all(((inputs != bos) | (inputs == bos)).all() and (inputs >= 0).all() for inputs, _ in rows)
@@ -79,10 +79,10 @@ def test_padding_is_never_a_target_and_a_long_conversation_goes_on_in_the_next_r
 
 
 def test_packed_rows_go_on_bit_for_bit_and_lose_nothing_on_another_number_of_ranks(tokenizer):
-    task, tokens = chats([(i % 5, i % 7) for i in range(100)]), ChatTokens(tokenizer)
+    task = chats([(i % 5, i % 7) for i in range(100)])
 
     def loader(ranks=ALONE, state=None):
-        return PackedLoader(tokens, "train", 2, 40, ranks=ranks, documents=Conversations(task, 1), cut=False, state=state)
+        return PackedLoader(ConversationSource(tokenizer, task, 1), 2, 40, ranks=ranks, cut=False, state=state)
 
     with loader() as whole:
         batches = [next(whole) for _ in range(30)]  # beyond one epoch

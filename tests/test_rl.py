@@ -7,7 +7,7 @@ from nanochat.distributed import Ranks
 from nanochat.engine import Engine, Row
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import override, published
-from nanochat.rl import Group, batches, pass_at_k, rollouts
+from nanochat.rl import AnswerGroup, batches, pass_at_k, rollouts
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.training import train_step
 from tests.helpers import small_model
@@ -30,7 +30,7 @@ def some_groups(seed=0):
         ids = torch.randint(97, (4 + size,), generator=dice).tolist()
         return Row(ids[:4], 9, tokens=ids[4:], mask=mask)
 
-    return [Group([row() for _ in range(4)], rewards) for rewards in ([1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0.5, 0], [0, 0, 0, 0])]
+    return [AnswerGroup([row() for _ in range(4)], rewards) for rewards in ([1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0.5, 0], [0, 0, 0, 0])]
 
 
 def plain_objective(model, groups):
@@ -74,11 +74,11 @@ def test_the_gradient_is_that_of_the_definition_whatever_the_micro_batches(devic
 def test_forced_tokens_and_prompts_are_no_targets_and_the_closing_token_is():
     row = Row([5, 6], 9, tokens=[7, 8, 9, 3], mask=[1, 0, 0, 1])
     other = Row([5, 6], 9, tokens=[4], mask=[1])
-    [(inputs, targets, factors)] = batches([Group([row, other], [1.0, 0.0])], 8, 0, "cpu")
+    [(inputs, targets, factors)] = batches([AnswerGroup([row, other], [1.0, 0.0])], 8, 0, "cpu")
     rows = {tuple(targets[i].tolist()): factors[i, 0].item() for i in range(2)}
     assert rows == {(-1, 7, -1, -1, 3): 0.5, (-1, 4, -1, -1, -1): -0.5}
     assert inputs.shape == (2, 5)
-    assert list(batches([Group([row, row], [1.0, 1.0])], 8, 0, "cpu")) == []
+    assert list(batches([AnswerGroup([row, row], [1.0, 1.0])], 8, 0, "cpu")) == []
 
 
 def _one_step(ranks, out):

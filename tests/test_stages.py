@@ -14,10 +14,10 @@ import torch
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import read_log
+from nanochat.run import move_aside
 from nanochat.tools import sandbox
 from nanochat.tools.sandbox import Level, best_level
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train
-from scripts.stages import move_aside
 from tasks import recipes
 from tests.conftest import ROOT
 from tests.test_distributed import start_ranks
