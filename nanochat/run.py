@@ -60,16 +60,17 @@ class ChatStageFlags:
                                                        "about the built-in small world; auto is what goes with the base "
                                                        "model")
     conversations: str = flag("", "further conversations, your own: .jsonl files, with commas between")
-    num_iterations: int = flag(-1, "optimizer steps; -1 = num_epochs of the data")
-    embedding_lr: float = flag(0.2, "learning rate of the embedding (AdamW)")
-    unembedding_lr: float = flag(0.004, "learning rate of the head (AdamW)")
-    matrix_lr: float = flag(0.02, "learning rate of the matrices (Muon) and of the convolution taps (AdamW)")
-    init_lr_frac: float = flag(1.0, "factor of all learning rates")
-    weight_decay: float = flag(0.0, "weight decay of embedding, head and taps")
-    grad_clip: float = flag(1.0, "largest gradient norm; 0 = no limit")
-    save_every: int = flag(-1, "steps from one checkpoint to the next; -1 = at the end only")
-    keep: int = flag(2, "periodical checkpoints to keep; the last one always stays")
-    seed: int = flag(0, "of the order of the conversations, and of what is sampled")
+    num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data")
+    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)")
+    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)")
+    matrix_lr: float = flag(published.groups["matrices"].lr,
+                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)")
+    init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates")
+    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps")
+    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit")
+    save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only")
+    keep: int = flag(published.mid.keep, "periodical checkpoints to keep; the last one always stays")
+    seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled")
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
 
 

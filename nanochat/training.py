@@ -24,6 +24,7 @@ from nanochat.distributed import Ranks, all_reduce_sum
 from nanochat.errors import UserError
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW
+from nanochat.recipe import MomentumSchedule, RateSchedule, published
 
 SMOOTHING = 0.9        # decay of the moving average of the loss on the console, per step
 CONSOLE_SECONDS = 2.0  # at least, between console lines after the first ten steps; the log on disk has every step
@@ -38,35 +39,23 @@ class TrainingPlan:
         of ranks can share a batch.
     tokens_per_step: of all ranks; None where each step has its own number of supervised tokens.
     clip: the largest gradient norm; None for no limit.
-    warmup_ratio, warmdown_ratio: fractions of num_iterations.
-    final_lr_frac: the last learning rates, as a fraction of the full ones.
-    momentum_steps: steps over which Muon's momentum rises.
+    rates, muon_momentum: schedules of the learning rates and of Muon's momentum.
     """
 
     num_iterations: int
     micro_batches: int
     tokens_per_step: int | None
-    clip: float | None = 1.0
-    warmup_ratio: float = 0.0
-    warmdown_ratio: float = 0.2
-    final_lr_frac: float = 0.0
-    momentum_steps: int = 300
+    clip: float | None = published.grad_clip
+    rates: RateSchedule = published.base.rates
+    muon_momentum: MomentumSchedule = published.base.momentum
 
     def lr_scale(self, step: int) -> float:
-        """Return the factor of all learning rates at `step` (from 0): rises to 1, stays, falls to final_lr_frac."""
-        warmup = round(self.warmup_ratio * self.num_iterations)
-        warmdown = round(self.warmdown_ratio * self.num_iterations)
-        if step < warmup:
-            return (step + 1) / warmup
-        if step <= self.num_iterations - warmdown:
-            return 1.0
-        left = (self.num_iterations - step) / warmdown
-        return left + (1 - left) * self.final_lr_frac
+        """Return the factor of all learning rates at `step`, which counts from 0."""
+        return self.rates.factor(step, self.num_iterations)
 
     def momentum(self, step: int) -> float:
-        """Return Muon's momentum at `step`: it rises from 0.85 to 0.95 over the first momentum_steps."""
-        part = min(step / self.momentum_steps, 1.0)
-        return 0.85 + 0.1 * part
+        """Return Muon's momentum at `step`."""
+        return self.muon_momentum.at(step)
 
 
 def share_of_micro_batches(total_batch_size: int, device_batch_size: int, T: int, ranks: Ranks) -> int:

@@ -18,6 +18,7 @@ from nanochat.engine import Engine
 from nanochat.evaluation.loss import EvalRows, evaluate_bpb
 from nanochat.loading import load_for_decoding
 from nanochat.logs import RunLog
+from nanochat.recipe import published
 
 
 @dataclass
@@ -25,8 +26,8 @@ class Config:
     """Flags of base_loss."""
 
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    device_batch_size: int = flag(32, "rows a device takes at a time")
-    split_tokens: int = flag(20 * 524288, "tokens of each split to evaluate on")
+    device_batch_size: int = flag(published.base_eval.device_batch_size, "rows a device takes at a time")
+    split_tokens: int = flag(published.base_eval.split_tokens, "tokens of each split to evaluate on")
     model_tag: str = flag("", "which model under base_checkpoints; unset takes the only or the deepest one")
     model_step: int = flag(-1, "which of its checkpoints; -1 is the last")
     data_dir: str = flag("", "folder of shards; unset is base_data")

@@ -26,11 +26,14 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.recipe import RateSchedule, published
 from nanochat.run import Event, Origin, compile_wanted, is_trained, launch, loader_state, open_run, resume_step
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import TrainingPlan, clock, share_of_micro_batches
 from scripts.base_loss import beginnings, samples
+
+BASE = published.base
 
 
 @dataclass
@@ -39,35 +42,41 @@ class Config:
 
     run: str = flag("dummy", "name of the wandb run; dummy means no wandb")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    depth: int = flag(20, "layers; sets width (64 a layer) and heads too")
-    max_seq_len: int = flag(2048, "tokens in a row")
-    layer_pattern: str = flag("", "mixer of each layer, S for SLC2 and A for attention; one letter stands for all layers")
-    window: int = flag(0, "tokens that attention sees, each itself and those before it; 0 = all")
-    n_kernel: int = flag(3, "taps of the SLC2 convolution")
-    slc_rate: int = flag(3, "every how manyth layer is attention")
-    num_iterations: int = flag(-1, "optimizer steps; goes before the two that follow; -1 = unset")
-    target_flops: float = flag(-1.0, "train until this many FLOPs are done; -1 = unset")
-    target_param_data_ratio: float = flag(20.0, "train on this many tokens a parameter")
-    device_batch_size: int = flag(32, "rows a device takes at a time; lower it when memory does not suffice")
-    total_batch_size: int = flag(524288, "tokens of all devices in an optimizer step")
-    embedding_lr: float = flag(0.2, "rate of the embedding (AdamW)")
-    unembedding_lr: float = flag(0.004, "rate of the head (AdamW)")
-    matrix_lr: float = flag(0.02, "rate of the matrices (Muon) and of the convolution taps (AdamW)")
-    weight_decay: float = flag(0.0, "decay of embedding, head and taps")
-    grad_clip: float = flag(1.0, "largest gradient norm; 0 = no limit")
-    warmup_ratio: float = flag(0.0, "part of the steps over which the rates rise")
-    warmdown_ratio: float = flag(0.2, "part of the steps over which the rates fall")
-    final_lr_frac: float = flag(0.0, "rates at the end, as a part of the full ones")
-    eval_every: int = flag(250, "steps from one validation to the next; -1 = at the end only")
-    eval_tokens: int = flag(20 * 524288, "tokens to validate on")
-    core_metric_every: int = flag(-1, "steps from one CORE evaluation to the next, and one at the end; -1 = never")
-    core_metric_max_per_task: int = flag(500, "examples of each task in that evaluation; -1 = all")
-    sample_every: int = flag(2000, "steps from one set of samples to the next; -1 = at the end only")
-    save_every: int = flag(1000, "steps from one checkpoint to the next; -1 = at the end only")
-    keep: int = flag(2, "periodical checkpoints to keep; the last one always stays")
+    depth: int = flag(BASE.shape.depth, "layers; sets width (64 a layer) and heads too")
+    max_seq_len: int = flag(BASE.shape.max_seq_len, "tokens in a row")
+    layer_pattern: str = flag(BASE.shape.layer_pattern,
+                              "mixer of each layer, S for SLC2 and A for attention; one letter stands for all layers")
+    window: int = flag(BASE.shape.window, "tokens that attention sees, each itself and those before it; 0 = all")
+    n_kernel: int = flag(BASE.shape.n_kernel, "taps of the SLC2 convolution")
+    slc_rate: int = flag(BASE.shape.slc_rate, "one layer in this many is attention")
+    num_iterations: int = flag(BASE.horizon.num_iterations,
+                               "optimizer steps; counts before the next two; -1 = unset")
+    target_flops: float = flag(BASE.horizon.target_flops, "train until this many FLOPs are done; -1 = unset")
+    target_param_data_ratio: float = flag(BASE.horizon.target_param_data_ratio, "train on this many tokens a parameter")
+    device_batch_size: int = flag(BASE.device_batch_size,
+                                  "rows a device takes at a time; lower it when memory does not suffice")
+    total_batch_size: int = flag(BASE.total_batch_size, "tokens of all devices in an optimizer step")
+    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)")
+    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)")
+    matrix_lr: float = flag(published.groups["matrices"].lr,
+                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)")
+    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps")
+    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit")
+    warmup_ratio: float = flag(BASE.rates.warmup_ratio, "part of the steps over which the learning rates rise")
+    warmdown_ratio: float = flag(BASE.rates.warmdown_ratio, "part of the steps over which the learning rates fall")
+    final_lr_frac: float = flag(BASE.rates.final_lr_frac, "learning rates at the end, as a fraction of the full ones")
+    eval_every: int = flag(BASE.eval_every, "steps from one validation to the next; -1 = at the end only")
+    eval_tokens: int = flag(BASE.eval_tokens, "tokens to validate on")
+    core_metric_every: int = flag(BASE.core_metric_every,
+                                  "steps from one CORE evaluation to the next, and one at the end; -1 = never")
+    core_metric_max_per_task: int = flag(BASE.core_metric_max_per_task,
+                                         "examples of each task in that evaluation; -1 = all")
+    sample_every: int = flag(BASE.sample_every, "steps from one set of samples to the next; -1 = at the end only")
+    save_every: int = flag(BASE.save_every, "steps from one checkpoint to the next; -1 = at the end only")
+    keep: int = flag(BASE.keep, "periodical checkpoints to keep; the last one always stays")
     model_tag: str = flag("", "name of the checkpoint folder; unset is d<depth>")
     data_dir: str = flag("", "folder of shards; unset is base_data")
-    seed: int = flag(1337, "of the initial weights")
+    seed: int = flag(BASE.seed, "of the initial weights")
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
 
@@ -151,8 +160,8 @@ def run(config: Config, ranks: Ranks) -> None:
         model.compile_blocks(B, T)
     loader = PackedLoader(TextSource(tokenizer, "train", text), B, T, ranks=ranks, state=loader_state(origin, ranks))
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
-                        warmup_ratio=config.warmup_ratio, warmdown_ratio=config.warmdown_ratio,
-                        final_lr_frac=config.final_lr_frac)
+                        rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),
+                        muon_momentum=BASE.momentum)
     with loader, open_run(origin, config, ranks, num_iterations=num_iterations, loader=loader, val_bpb=None) as run:
         log, token_bytes = run.log, get_token_bytes(ranks.device)
         prompts = beginnings(tokenizer, text) if ranks.is_main else []

@@ -17,6 +17,7 @@ from nanochat.cli import flag, run_main
 from nanochat.distributed import Ranks
 from nanochat.engine import Engine
 from nanochat.errors import UserError
+from nanochat.recipe import published
 from nanochat.rl import batches, pass_rates, rollout_stats, rollouts
 from nanochat.run import (
     ChatStageFlags,
@@ -31,7 +32,7 @@ from nanochat.stages import STAGES
 from nanochat.training import TrainingPlan, check_finite, clock, train_step
 from tasks import recipes
 
-STAGE = STAGES["rl"]
+STAGE, RL = STAGES["rl"], published.rl
 
 
 @dataclass
@@ -40,19 +41,20 @@ class Config(ChatStageFlags):
     likely tokens and learnt as if from all."""
 
     source: Literal[STAGE.starts_from] = flag(STAGE.starts_from[0], "stage to start from")
-    num_epochs: float = flag(1.0, "how often to go through the problems")
-    device_batch_size: int = flag(8, "answers a device learns from at a time")
-    rollout_batch_size: int = flag(128, "answers a device writes at a time")
-    examples_per_step: int = flag(16, "problems of all devices in an optimizer step")
-    num_samples: int = flag(16, "answers to each problem, 2 or more: their rewards are compared with one another")
-    max_new_tokens: int = flag(256, "tokens of an answer at most")
-    temperature: float = flag(1.0, "sampling temperature; only 1 is on-policy")
-    top_k: int = flag(0, "sample from this many most likely tokens; 0 = all, and only that is on-policy")
-    init_lr_frac: float = flag(0.05, "factor of all learning rates")
-    save_every: int = flag(60, "steps from one checkpoint to the next; -1 = at the end only")
-    eval_every: int = flag(60, "steps from one evaluation to the next; -1 = before and after only")
-    eval_examples: int = flag(400, "problems of the test in an evaluation")
-    eval_samples: int = flag(8, "answers to each of them, for pass@1 to pass@this")
+    num_epochs: float = flag(RL.num_epochs, "how often to go through the problems")
+    device_batch_size: int = flag(RL.device_batch_size, "answers a device learns from at a time")
+    rollout_batch_size: int = flag(RL.rollout_batch_size, "answers a device writes at a time")
+    examples_per_step: int = flag(RL.examples_per_step, "problems of all devices in an optimizer step")
+    num_samples: int = flag(RL.num_samples,
+                            "answers to each problem, 2 or more: their rewards are compared with one another")
+    max_new_tokens: int = flag(RL.max_new_tokens, "tokens of an answer at most")
+    temperature: float = flag(RL.temperature, "sampling temperature; only 1 is on-policy")
+    top_k: int = flag(RL.top_k, "sample from this many most likely tokens; 0 = all, and only that is on-policy")
+    init_lr_frac: float = flag(RL.init_lr_frac, "factor of all learning rates")
+    save_every: int = flag(RL.save_every, "steps from one checkpoint to the next; -1 = at the end only")
+    eval_every: int = flag(RL.eval_every, "steps from one evaluation to the next; -1 = before and after only")
+    eval_examples: int = flag(RL.eval_examples, "problems of the test in an evaluation")
+    eval_samples: int = flag(RL.eval_samples, "answers to each of them, for pass@1 to pass@this")
 
 
 AT_LEAST = {"examples_per_step": 1, "num_samples": 2, "device_batch_size": 1, "eval_examples": 1, "eval_samples": 1,
@@ -78,7 +80,8 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))
     if is_trained(origin, num_iterations, ranks):
         return
-    plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, warmdown_ratio=1.0)
+    plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, rates=RL.rates,
+                        muon_momentum=RL.momentum)
     sampling = {"max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,
                 "batch_size": config.rollout_batch_size}
     with open_run(origin, config, ranks, num_iterations=num_iterations) as run:
@@ -109,7 +112,8 @@ def run(config: Config, ranks: Ranks) -> None:
             loss = norm = 0.0
             if stats.teaching:
                 micro_batches = batches(groups, config.device_batch_size, origin.tokenizer.get_bos_token_id(), ranks.device)
-                trained = train_step(origin.model, run.optimizer, micro_batches, ranks, lr_scale=scale, clip=plan.clip)
+                trained = train_step(origin.model, run.optimizer, micro_batches, ranks, lr_scale=scale,
+                                     momentum=plan.momentum(step), clip=plan.clip)
                 loss, norm = trained[:2].tolist()
                 check_finite(step, loss, norm, log)
             seconds = time.perf_counter() - began

@@ -10,7 +10,7 @@ $NANOCHAT_BASE_DIR. The training data is chosen in tasks/recipes.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
@@ -20,6 +20,7 @@ from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.evaluation.chat import evaluate_task
 from nanochat.evaluation.loss import evaluate_loss
+from nanochat.recipe import published
 from nanochat.run import (
     ChatStageFlags,
     Event,
@@ -34,7 +35,7 @@ from nanochat.stages import STAGES
 from nanochat.training import TrainingPlan
 from tasks import recipes
 
-STAGE = STAGES["sft"]
+STAGE, SFT = STAGES["sft"], published.sft
 
 
 @dataclass
@@ -42,16 +43,19 @@ class Config(ChatStageFlags):
     """Flags of chat_sft; the defaults are the published recipe."""
 
     source: Literal[STAGE.starts_from] = flag(STAGE.starts_from[0], "stage to start from")
-    num_epochs: float = flag(1.0, "how often to go through the data")
-    max_seq_len: int = flag(-1, "tokens at which a conversation is cut; -1 = the model's own")
-    device_batch_size: int = flag(4, "conversations a device takes at a time")
-    target_examples_per_step: int = flag(32, "conversations of all devices in an optimizer step")
-    init_lr_frac: float = flag(0.02, "factor of all learning rates")
-    warmdown_ratio: float = flag(1.0, "part of the steps over which the learning rates fall to zero")
-    eval_every: int = flag(100, "steps from one validation to the next; -1 = at the end only")
-    eval_steps: int = flag(100, "validation: this many steps' worth of conversations")
-    eval_metrics_every: int = flag(200, "steps from one grading on multiple choice to the next; -1 = never")
-    eval_metrics_max_problems: int = flag(1024, "problems of each task in that grading")
+    num_epochs: float = flag(SFT.num_epochs, "how often to go through the data")
+    max_seq_len: int = flag(SFT.max_seq_len, "tokens at which a conversation is cut; -1 = the model's own")
+    device_batch_size: int = flag(SFT.device_batch_size, "conversations a device takes at a time")
+    target_examples_per_step: int = flag(SFT.target_examples_per_step,
+                                         "conversations of all devices in an optimizer step")
+    init_lr_frac: float = flag(SFT.init_lr_frac, "factor of all learning rates")
+    warmdown_ratio: float = flag(SFT.rates.warmdown_ratio,
+                                 "part of the steps over which the learning rates fall to zero")
+    eval_every: int = flag(SFT.eval_every, "steps from one validation to the next; -1 = at the end only")
+    eval_steps: int = flag(SFT.eval_steps, "validation: this many steps' worth of conversations")
+    eval_metrics_every: int = flag(SFT.eval_metrics_every,
+                                   "steps from one grading on multiple choice to the next; -1 = never")
+    eval_metrics_max_problems: int = flag(SFT.eval_metrics_max_problems, "problems of each task in that grading")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +80,8 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * len(steps)))
     if is_trained(origin, num_iterations, ranks):
         return
-    plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, warmdown_ratio=config.warmdown_ratio)
+    plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None,
+                        rates=replace(SFT.rates, warmdown_ratio=config.warmdown_ratio), muon_momentum=SFT.momentum)
     graded = recipes.graded(data.source, seed=data.seed)
     with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, val_loss=None) as run:
         log = run.log

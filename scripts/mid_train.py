@@ -10,13 +10,14 @@ tasks/recipes.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanochat.chat_data import ConversationSource, count_tokens
 from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader
 from nanochat.distributed import Ranks, broadcast_object
 from nanochat.evaluation.loss import EvalRows
+from nanochat.recipe import published
 from nanochat.run import (
     ChatStageFlags,
     Event,
@@ -33,18 +34,21 @@ from nanochat.stages import STAGES
 from nanochat.training import TrainingPlan, share_of_micro_batches
 from tasks import recipes
 
+MID = published.mid
+
 
 @dataclass
 class Config(ChatStageFlags):
     """Flags of mid_train; the defaults are the published recipe."""
 
-    num_epochs: float = flag(1.0, "how often to go through the data")
-    max_seq_len: int = flag(-1, "tokens in a row; -1 = as the base model")
-    device_batch_size: int = flag(32, "rows a device takes at a time; lower it when memory does not suffice")
-    total_batch_size: int = flag(524288, "tokens of all devices in an optimizer step")
-    warmdown_ratio: float = flag(0.2, "part of the steps over which the learning rates fall")
-    eval_every: int = flag(150, "steps from one validation to the next; -1 = at the end only")
-    eval_tokens: int = flag(20 * 524288, "tokens to validate on")
+    num_epochs: float = flag(MID.num_epochs, "how often to go through the data")
+    max_seq_len: int = flag(MID.max_seq_len, "tokens in a row; -1 = as the base model")
+    device_batch_size: int = flag(MID.device_batch_size,
+                                  "rows a device takes at a time; lower it when memory does not suffice")
+    total_batch_size: int = flag(MID.total_batch_size, "tokens of all devices in an optimizer step")
+    warmdown_ratio: float = flag(MID.rates.warmdown_ratio, "part of the steps over which the learning rates fall")
+    eval_every: int = flag(MID.eval_every, "steps from one validation to the next; -1 = at the end only")
+    eval_tokens: int = flag(MID.eval_tokens, "tokens to validate on")
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
 
 
@@ -73,7 +77,8 @@ def run(config: Config, ranks: Ranks) -> None:
     source = ConversationSource(tokenizer, train_task, config.seed)
     loader = PackedLoader(source, B, T, ranks=ranks, cut=False, state=loader_state(origin, ranks))
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
-                        warmdown_ratio=config.warmdown_ratio)
+                        rates=replace(MID.rates, warmdown_ratio=config.warmdown_ratio),
+                        muon_momentum=MID.momentum)
     with loader, open_run(origin, config, ranks, num_iterations=num_iterations, loader=loader, val_bpb=None) as run:
         run.introduce([f"{num_iterations:,} steps of {config.total_batch_size:,} tokens from {len(train_task):,} "
                        f"conversations; {run.where()}"],

@@ -15,7 +15,7 @@ from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import RunLog, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.recipe import published
+from nanochat.recipe import RateSchedule, published
 from nanochat.training import TrainingPlan, clock, share_of_micro_batches, train, train_step
 from tests.conftest import ROOT
 from tests.helpers import small_model
@@ -96,11 +96,11 @@ def test_every_supervised_token_weighs_the_same_whatever_micro_batch_it_is_in():
 
 
 def test_rates_and_momentum_follow_the_recipe():
-    plan = TrainingPlan(1000, 1, 1, warmup_ratio=0.1, warmdown_ratio=0.2, final_lr_frac=0.1)
+    plan = TrainingPlan(1000, 1, 1, rates=RateSchedule(warmup_ratio=0.1, warmdown_ratio=0.2, final_lr_frac=0.1))
     assert plan.lr_scale(0) == pytest.approx(0.01) and plan.lr_scale(99) == 1 and plan.lr_scale(500) == 1 and plan.lr_scale(800) == 1
     assert plan.lr_scale(900) == pytest.approx(0.55) and plan.lr_scale(1000) == pytest.approx(0.1)
     assert plan.momentum(0) == 0.85 and plan.momentum(150) == pytest.approx(0.9) and plan.momentum(5000) == pytest.approx(0.95)
-    assert TrainingPlan(10, 1, 1, warmdown_ratio=0).lr_scale(10) == 1.0
+    assert TrainingPlan(10, 1, 1, rates=RateSchedule(0.0, 0.0, 0.0)).lr_scale(10) == 1.0
 
 
 def test_any_number_of_ranks_shares_a_batch():
