@@ -1,4 +1,5 @@
-"""nanochat/checkpoint.py: a checkpoint is whole or not there, whatever happens, and readers are told what they cannot have."""
+"""nanochat/checkpoint.py: a checkpoint is whole or not there, whatever happens, and readers are told what they cannot
+have."""
 
 import errno
 import itertools
@@ -38,7 +39,8 @@ def momenta(value=0.0, size=300):
 
 def save(folder, step, value=None, optimizer=True, **more):
     value = step if value is None else value
-    save_checkpoint(folder, step, weights(value), META | {"value": value}, momenta(value) if optimizer else None, **more)
+    save_checkpoint(folder, step, weights(value), META | {"value": value}, momenta(value) if optimizer else None,
+                    **more)
 
 
 def inside(folder):
@@ -69,7 +71,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert inside(tmp_path) == names(500)
     meta = json.loads((tmp_path / "meta_000500.json").read_text())
     assert meta["step"] == 500 and meta["val_bpb"] == 1.5 and meta["user_config"] == {"depth": 1}
-    assert meta["model_config"] == {"sequence_len": 8, "vocab_size": 16, "n_layer": 1}  # published code knows no layer_pattern
+    assert meta["model_config"] == {"sequence_len": 8, "vocab_size": 16, "n_layer": 1}  # no layer_pattern, as published
     assert {name: said["sha256"] for name, said in meta["files"].items()} == {
         name: files.sha256_of(tmp_path / name) for name in ("model_000500.pt", "optim_000500.pt")}
     loaded = load_checkpoint(tmp_path, optimizer=True)
@@ -80,7 +82,8 @@ def test_what_is_saved_comes_back(tmp_path):
 
 def test_weights_are_filed_in_float32_by_plain_names_and_without_what_they_are_views_of(tmp_path):
     big = torch.arange(100000.0)
-    state = {"_orig_mod.wte.weight": torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), "_orig_mod.view": big[10:14],
+    state = {"_orig_mod.wte.weight": torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)),
+             "_orig_mod.view": big[10:14],
              "_orig_mod.turned": big[:6].view(2, 3).T}
     save_checkpoint(tmp_path, 1, state, META)
     filed = torch.load(tmp_path / "model_000001.pt", weights_only=True)
@@ -91,8 +94,10 @@ def test_weights_are_filed_in_float32_by_plain_names_and_without_what_they_are_v
 
 
 def test_a_pattern_that_is_set_and_a_loss_that_is_not_finite_are_kept_in_valid_json(tmp_path):
-    save_checkpoint(tmp_path, 1, weights(), META | {"model_config": CONFIG | {"layer_pattern": "S"}, "val_bpb": float("nan")})
-    meta = json.loads((tmp_path / "meta_000001.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    config = CONFIG | {"layer_pattern": "S"}
+    save_checkpoint(tmp_path, 1, weights(), META | {"model_config": config, "val_bpb": float("nan")})
+    meta = json.loads((tmp_path / "meta_000001.json").read_text(),
+                      parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert meta["model_config"]["layer_pattern"] == "S" and meta["val_bpb"] == "NaN"
 
 
@@ -112,7 +117,8 @@ def write_for_ever(folder, first, kind, said, largest=None):
     try:
         for value in itertools.count(first):
             step = value if kind == "new" else 7
-            save_checkpoint(folder, step, weights(value, 100000), META | {"value": value}, momenta(value, 100000), keep=2)
+            save_checkpoint(folder, step, weights(value, 100000), META | {"value": value}, momenta(value, 100000),
+                            keep=2)
             said.send(value)
     except UserError as error:
         said.send(str(error))
@@ -144,7 +150,8 @@ def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_valid(tmp_path, kind,
         writer.join()
         assert writer.exitcode == -signal.SIGKILL
         loaded = load_checkpoint(tmp_path, optimizer=True)
-        assert loaded.meta["value"] in (value, value + 1) and is_whole(loaded, loaded.meta["value"])  # +1: saved, not yet said
+        assert loaded.meta["value"] in (value, value + 1)  # +1: saved, but killed before it said so
+        assert is_whole(loaded, loaded.meta["value"])
         assert latest_step(tmp_path) == loaded.step == (loaded.meta["value"] if kind == "new" else 7)
         assert not caplog.records
         value = loaded.meta["value"]
@@ -210,7 +217,8 @@ def test_a_changed_byte_is_noticed_and_the_one_before_is_taken(three, caplog):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     assert load_checkpoint(three).step == 20
-    assert [("step 30" in text, "model_000030.pt is damaged" in text, "\n" in text) for text in caplog.messages] == [(True, True, False)]
+    assert [("step 30" in text, "model_000030.pt is damaged" in text, "\n" in text) for text in caplog.messages] == [
+        (True, True, False)]
     with pytest.raises(UserError, match="model_000030.pt is damaged"):
         load_checkpoint(three, 30)
 
@@ -229,9 +237,12 @@ def test_a_damaged_optimizer_state_counts_where_it_is_needed(three):
 
 @pytest.mark.parametrize("name, damage", [
     ("model_000030.pt", lambda path: path.write_bytes(path.read_bytes()[:-1])), ("model_000030.pt", Path.unlink),
-    ("model_000030.pt", lambda path: path.write_bytes(b"")), ("meta_000030.json", lambda path: path.write_text('{"step": 30, "mod')),
-    ("meta_000030.json", lambda path: path.write_text("[]")), ("meta_000030.json", lambda path: path.write_bytes(b"\xff\x00")),
-    ("meta_000030.json", lambda path: path.write_text("{}")), ("optim_000030.pt", lambda path: path.write_bytes(bytes(9)))])
+    ("model_000030.pt", lambda path: path.write_bytes(b"")),
+    ("meta_000030.json", lambda path: path.write_text('{"step": 30, "mod')),
+    ("meta_000030.json", lambda path: path.write_text("[]")),
+    ("meta_000030.json", lambda path: path.write_bytes(b"\xff\x00")),
+    ("meta_000030.json", lambda path: path.write_text("{}")),
+    ("optim_000030.pt", lambda path: path.write_bytes(bytes(9)))])
 def test_a_torn_or_missing_file_makes_the_one_before_the_newest(three, name, damage, caplog):
     damage(three / name)
     assert latest_step(three) == 20 and "skipping the checkpoint of step 30" in caplog.text
@@ -252,7 +263,8 @@ def test_files_without_meta_are_no_checkpoint(three):
 def test_nothing_to_load_says_what_was_looked_for_and_how_to_train(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         assert latest_step(folder) is None
-        with pytest.raises(UserError, match=r"no usable checkpoint in .*looked for meta_NNNNNN.json.*scripts.base_train"):
+        with pytest.raises(UserError, match=r"no usable checkpoint in .*looked for meta_NNNNNN.json"
+                                            r".*scripts.base_train"):
             load_checkpoint(folder)
         with pytest.raises(UserError, match="there is none of any step"):
             load_checkpoint(folder, 5)

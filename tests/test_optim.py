@@ -31,7 +31,8 @@ class Mixer(nn.Module):
 
 
 class Tiny(nn.Module):
-    """A model with the published names. Its last block is for row 0 of the batch alone, so most ranks have no gradient there."""
+    """A model with the published names. Its last block is for row 0 of the batch alone, so most ranks have no gradient
+    there."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +44,8 @@ class Tiny(nn.Module):
         self.lm_head = nn.Linear(E, V, bias=False)
 
     def loss(self, row: int) -> torch.Tensor:
-        """Summed loss over the T tokens of one row of the global batch. Rows weigh 1, 10, 100: ranks' gradients differ in size."""
+        """Summed loss over the T tokens of one row of the global batch. Rows weigh 1, 10, 100: ranks' gradients differ
+        in size."""
         ids = torch.randint(V, (T + 1,), generator=torch.Generator().manual_seed(row))
         x = self.transformer.wte(ids[:-1])
         for block in self.transformer.h if row == 0 else list(self.transformer.h)[:-1]:
@@ -75,7 +77,8 @@ def train(model: Tiny, optimizer: MuonAdamW, ranks: Ranks, steps: range, clip: f
     for step in steps:
         optimizer.zero_grad()
         backward(model, ranks)
-        norm = optimizer.step(lr_scale=1 / (1 + step), momentum=0.85 + 0.02 * step, grad_scale=1 / (ROWS * T), clip=clip)
+        norm = optimizer.step(lr_scale=1 / (1 + step), momentum=0.85 + 0.02 * step, grad_scale=1 / (ROWS * T),
+                              clip=clip)
         norms.append(norm.item())
     return norms
 
@@ -99,7 +102,8 @@ def rates(**given: float) -> dict[str, OptimizerGroup]:
     return override(published.groups, **{**flags, **given})
 
 
-# --- the arithmetic ----------------------------------------------------------------------------------------------------
+# --- the arithmetic
+# ----------------------------------------------------------------------------------------------------
 
 def plain_newton_schulz(g: torch.Tensor) -> torch.Tensor:
     """Muon's iteration, one matrix, in float64."""
@@ -122,7 +126,8 @@ def test_newton_schulz_is_the_plain_iteration(rows, columns, spectrum):
         x = x * 10.0 ** torch.linspace(0, -8, columns)
     got = newton_schulz(x, torch.float32)
     expected = torch.stack([plain_newton_schulz(matrix) for matrix in x])
-    # float32 rounding, 6e-8, grows at most 3.44-fold in each of 5 steps, 11.9-fold where the Gram matrix alone is kept: below 1.5e-3
+    # float32 rounding, 6e-8, grows at most 3.44-fold in each of 5 steps, 11.9-fold where the Gram matrix alone is kept:
+    # below 1.5e-3
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1.5e-3)
     if spectrum == "full":
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4)
@@ -212,7 +217,8 @@ def test_a_gradient_that_is_not_finite_is_told_and_changes_no_weight(bad):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-# --- groups ------------------------------------------------------------------------------------------------------------
+# --- groups
+# ------------------------------------------------------------------------------------------------------------
 
 def test_every_parameter_is_in_the_group_and_at_the_rate_of_the_recipe():
     gpt = pytest.importorskip("nanochat.gpt")
@@ -237,7 +243,8 @@ def test_every_parameter_is_in_the_group_and_at_the_rate_of_the_recipe():
     assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-10 for group in groups[1:])
 
 
-@pytest.mark.parametrize("where, name", [("transformer.h.0.attn", "bias"), ("lm_head", "bias"), ("transformer", "scale")])
+@pytest.mark.parametrize("where, name", [("transformer.h.0.attn", "bias"), ("lm_head", "bias"),
+                                         ("transformer", "scale")])
 def test_a_parameter_without_a_rule_is_an_error(where, name):
     model = tiny()
     model.get_submodule(where).register_parameter(name, nn.Parameter(torch.zeros(3)))
@@ -266,7 +273,8 @@ def test_parameters_given_twice_or_not_in_float32_are_refused():
         optimizer_of("sgd", [p], lr=0.1)
 
 
-# --- state -------------------------------------------------------------------------------------------------------------
+# --- state
+# -------------------------------------------------------------------------------------------------------------
 
 def test_state_that_is_not_of_this_model_is_refused_and_changes_nothing():
     model = tiny()
@@ -305,10 +313,12 @@ def same_state(got: dict, expected: dict, **tolerance: float) -> None:
             torch.testing.assert_close(got[name][key], expected[name][key], **(tolerance or EXACT))
 
 
-# --- ranks -------------------------------------------------------------------------------------------------------------
+# --- ranks
+# -------------------------------------------------------------------------------------------------------------
 
 def scenario(ranks: Ranks, folder: str) -> None:
-    """What every world does; rank r of n leaves what it found in folder/n-r.pt. n = 3 also loads what n = 2 saved; n = 1 both."""
+    """What every world does; rank r of n leaves what it found in folder/n-r.pt. n = 3 also loads what n = 2 saved; n =
+    1 both."""
     told: dict = {}
     model = tiny()
     optimizer = MuonAdamW(parameter_groups(model), ranks)
@@ -361,8 +371,9 @@ def worlds(tmp_path_factory) -> dict[int, list[dict]]:
     return {n: [torch.load(f"{folder}/{n}-{rank}.pt") for rank in range(n)] for n in (1, 2, 3)}
 
 
-# Ranks sum gradients in another order than one process: differences of 1e-7 relative at first. Newton-Schulz raises them up to
-# 3.44^5 = 484-fold where a matrix is nearly singular, and they feed back through the weights over the steps. Measured: 7e-6.
+# Ranks sum gradients in another order than one process: differences of 1e-7 relative at first. Newton-Schulz raises
+# them up to 3.44^5 = 484-fold where a matrix is nearly singular, and they feed back through the weights over the steps.
+# Measured: 7e-6.
 CLOSE = {"rtol": 5e-5, "atol": 5e-5}
 
 
@@ -385,7 +396,8 @@ def test_clipping_is_by_the_norm_of_the_gradient_over_all_ranks(worlds, world_si
     per_rank = []  # what clipping on each rank, before averaging, would do
     for rank in range(world_size):
         backward(model, Ranks(rank, rank, world_size, torch.device("cpu")))
-        per_rank.append({name: p.grad.clone() / (ROWS * T) for name, p in model.named_parameters() if p.grad is not None})
+        per_rank.append({name: p.grad.clone() / (ROWS * T) for name, p in model.named_parameters()
+                         if p.grad is not None})
         model.zero_grad()
     total = {name: sum(g[name] for g in per_rank if name in g) for name in per_rank[0]}
     norm = torch.stack([g.norm() for g in total.values()]).norm()
@@ -415,7 +427,7 @@ def test_training_goes_on_from_a_state_saved_with_any_number_of_ranks(worlds, sa
     again, went_on = told[f"from {saved_with}"]
     same_state(again, worlds[saved_with][0]["state"])
     same_weights(went_on, worlds[saved_with][0]["went on"],
-                 **(EXACT if saved_with == loaded_with else CLOSE))  # the same number of ranks: as if it had never stopped
+                 **(EXACT if saved_with == loaded_with else CLOSE))  # with as many ranks, as if it had never stopped
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
