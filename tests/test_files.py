@@ -152,7 +152,8 @@ def test_json_is_strict_and_takes_what_runs_hold():
              "zero_d": torch.tensor(float("nan")), "bf16": torch.ones(2).bfloat16()}
     back = json.loads(to_json(value), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert back == {"nan": "NaN", "inf": ["Infinity", "-Infinity"], "config": {"depth": 4, "folder": "x"},
-                    "3": True, "none": None, "text": "é", "numpy": 0.5, "array": [1, 2], "zero_d": "NaN", "bf16": [1.0, 1.0]}
+                    "3": True, "none": None, "text": "é", "numpy": 0.5, "array": [1, 2], "zero_d": "NaN",
+                    "bf16": [1.0, 1.0]}
     assert math.isnan(float(back["nan"])) and float(back["inf"][1]) == -math.inf
     with pytest.raises(TypeError):
         to_json({"a": object()})
