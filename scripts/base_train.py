@@ -105,8 +105,8 @@ def horizon(config: Config, model: GPT) -> int:
     else:
         raise UserError("no horizon: set --num-iterations, --target-flops or --target-param-data-ratio above 0")
     if steps < 1:
-        raise UserError(f"the horizon is less than one step of {config.total_batch_size:,} tokens: set --num-iterations, "
-                        "or a smaller --total-batch-size")
+        raise UserError(f"the horizon is less than one step of {config.total_batch_size:,} tokens: set "
+                        "--num-iterations, or a smaller --total-batch-size")
     return steps
 
 
