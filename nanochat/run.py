@@ -228,7 +228,7 @@ def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:
     changed = [f"{name} {before[name]} → {getattr(config, name)}" for name in origin.stage.settings
                if name in before and hasattr(config, name) and before[name] != getattr(config, name)]
     if changed:
-        print(f"note: going on with other settings than the run in {origin.folder} began with: {', '.join(changed)}")
+        print(f"note: resuming with other settings than the run in {origin.folder} began with: {', '.join(changed)}")
 
 
 # ---- the run
@@ -304,7 +304,7 @@ class StageRun:
         for line in lines:
             self.log.say(line)
         if self.origin.step:
-            self.log.say(f"going on from step {self.origin.step} of {self.origin.folder}")
+            self.log.say(f"resuming from step {self.origin.step} of {self.origin.folder}")
         self.log.record("model", parameters=parameters, num_iterations=self.num_iterations,
                         world_size=self.ranks.world_size, dtype=str(self.model.compute_dtype),
                         model_config=self.model.config.to_dict(), start=self.origin.step, **about)

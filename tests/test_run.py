@@ -1,4 +1,4 @@
-"""What a run does and when: schedules, saving on request, refusing to resume. tests/test_stages.py runs whole stages."""
+"""What a run does and when: schedules, saving on request, refusing to resume. tests/test_stages.py runs stages."""
 
 import importlib.util
 import os
