@@ -61,7 +61,7 @@ class ConversationSource(Conversations):
         self.tokenizer_fingerprint = tokenizer.fingerprint()
 
     def walk(self, start: int, step: int, stop: int | None) -> Iterator[tuple[list[int], list[dict]]]:
-        """Yield (numbers, conversations) of start, start + step, … below `stop` (endless where None), in small pieces."""
+        """Yield (numbers, conversations) of start, start + step, … below `stop` (None: endless), in small pieces."""
         while stop is None or start < stop:
             end = start + PIECE * step
             numbers = list(range(start, end if stop is None else min(end, stop), step))
@@ -112,11 +112,12 @@ class SupervisedSteps:
     def __init__(self, tokenizer: Any, task: Any, *, examples_per_step: int, device_batch_size: int, max_tokens: int,
                  ranks: Ranks, seed: int = 0):
         if examples_per_step < ranks.world_size or device_batch_size < 1:
-            raise UserError(f"a step of {examples_per_step} conversations in micro-batches of {device_batch_size} leaves "
-                            f"nothing to some of the {ranks.world_size} ranks: set --target-examples-per-step to "
-                            f"{ranks.world_size} or more.")
+            raise UserError(f"a step of {examples_per_step} conversations, in micro-batches of {device_batch_size}, "
+                            f"leaves nothing to some of the {ranks.world_size} ranks: set --target-examples-per-step "
+                            f"to {ranks.world_size} or more.")
         self.tokenizer, self.conversations, self.ranks = tokenizer, Conversations(task, seed), ranks
-        self.examples_per_step, self.device_batch_size, self.max_tokens = examples_per_step, device_batch_size, max_tokens
+        self.examples_per_step, self.device_batch_size = examples_per_step, device_batch_size
+        self.max_tokens = max_tokens
         self.replaced = 0  # conversations that had nothing to learn within max_tokens
         self._thread = ThreadPoolExecutor(1, "conversations")
         self._ahead: tuple[int, Future] | None = None
@@ -145,7 +146,8 @@ class SupervisedSteps:
         self.close()
 
     def _make(self, step: int) -> list[tuple[list[int], list[int]]]:
-        rows = [self._usable(number) for number in range(step * self.examples_per_step, (step + 1) * self.examples_per_step)]
+        first = step * self.examples_per_step
+        rows = [self._usable(number) for number in range(first, first + self.examples_per_step)]
         rows.sort(key=lambda row: len(row[0]))
         return rows[self.ranks.rank::self.ranks.world_size]
 
@@ -155,11 +157,12 @@ class SupervisedSteps:
             if any(mask[1:]):
                 return ids, mask
             self.replaced += 1
-        raise UserError(f"no conversation has an answer that begins within {self.max_tokens} tokens, so there is nothing to "
-                        "learn: raise --max-seq-len, or look at the conversations.")
+        raise UserError(f"no conversation has an answer that begins within {self.max_tokens} tokens, so there is "
+                        "nothing to learn: raise --max-seq-len, or look at the conversations.")
 
 
-def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device | str
+             ) -> tuple[Tensor, Tensor]:
     """Pad rows on the right to one batch.
 
     Args:

@@ -89,7 +89,8 @@ class TextSource(Documents):
         """Return the tokens of each text without bos."""
         if hasattr(self.tokenizer, "encode_flat"):
             ids, offsets = self.tokenizer.encode_flat(texts)
-            return [ids[start:end].copy() for start, end in zip(offsets[:-1], offsets[1:])]  # a view would keep all of ids
+            # copies: a view would keep all of ids in memory
+            return [ids[start:end].copy() for start, end in zip(offsets[:-1], offsets[1:])]
         return [np.array(ids, dtype=np.uint32) for ids in self.tokenizer.encode(texts)]
 
 
@@ -108,7 +109,7 @@ class Packer:
 
     def __init__(self, stream: Iterator[tuple[int, np.ndarray]], bos: int, row_tokens: int, cut: bool = True):
         self._stream, self._bos, self._row_tokens, self._cut = stream, bos, row_tokens, cut
-        self._buffer: list[tuple[int, int, int, int, np.ndarray]] = []  # sorted: (size, -age, number, offset, its tokens)
+        self._buffer: list[tuple[int, int, int, int, np.ndarray]] = []  # sorted (size, -age, number, offset, tokens)
         self._buffered_tokens = 0
         self._age = 0
         self._ended = False
@@ -185,8 +186,8 @@ class PackedLoader:
         UserError: an argument is below 1, or the state does not belong to this source and rank.
     """
 
-    def __init__(self, source: DocumentSource, batch_size: int, sequence_len: int, *, ranks: Ranks, state: dict | None = None,
-                 prefetch: int = 4, loop: bool = True, cut: bool = True):
+    def __init__(self, source: DocumentSource, batch_size: int, sequence_len: int, *, ranks: Ranks,
+                 state: dict | None = None, prefetch: int = 4, loop: bool = True, cut: bool = True):
         for name, value in (("batch_size", batch_size), ("sequence_len", sequence_len), ("prefetch", prefetch)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
@@ -194,8 +195,8 @@ class PackedLoader:
         self._prefetch, self._loop, self._cut = prefetch, loop, cut
         self._about = {
             "split": source.split, "rank": ranks.rank, "world_size": ranks.world_size, "batch_size": batch_size,
-            "sequence_len": sequence_len, "shards": source.shards, "documents": source.count, "data": source.fingerprint(),
-            "tokenizer": source.tokenizer_fingerprint,
+            "sequence_len": sequence_len, "shards": source.shards, "documents": source.count,
+            "data": source.fingerprint(), "tokenizer": source.tokenizer_fingerprint,
         }
         self._next, self._waiting = ranks.rank, np.zeros((0, 2), dtype=np.int64)
         if state is not None:
@@ -221,7 +222,7 @@ class PackedLoader:
     def __next__(self) -> PackedBatch:
         if self._end is not None:
             raise self._end
-        if self._thread is None or self._thread.process != os.getpid():  # a fork has no thread: continue from the last batch
+        if self._thread is None or self._thread.process != os.getpid():  # a fork has no thread: start one
             self._thread = _Thread(self._prefetch, self._make)
             weakref.finalize(self, self._thread.stop)
         made = self._thread.out.get()
@@ -230,11 +231,11 @@ class PackedLoader:
             self._end = made
             raise made
         tensor, self._next, self._waiting, self.counts = made
-        tensor = tensor.to(self._ranks.device, non_blocking=True)  # from pinned memory: ordered on the stream, no waiting
+        tensor = tensor.to(self._ranks.device, non_blocking=True)  # from pinned memory, on the stream: nobody waits
         return PackedBatch(tensor[0], tensor[1])
 
     def state_dict(self) -> dict:
-        """Return the position behind the last batch handed out, as plain JSON of some kilobytes. Prefetch does not count."""
+        """Return the position behind the last batch handed out (prefetch does not count) as plain JSON."""
         return self._about | {"next": int(self._next), "waiting": self._waiting.tolist()}
 
     def close(self) -> None:
@@ -258,27 +259,27 @@ class PackedLoader:
     def _check(self, state: dict) -> None:
         about, source = self._about, self._source
         try:
-            known = {key: state[key] for key in ("rank", "world_size", "split", "tokenizer", "shards", "data", "documents")}
+            known = {key: state[key] for key in about.keys() - {"batch_size", "sequence_len"}}
             last = max([state["next"] - 1, *(number for number, _ in state["waiting"])])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this is no state of a loader: {error!r}.") from error
         for key in ("rank", "world_size"):
             if known[key] != about[key]:
-                raise UserError(f"the loader's state is of {key} {known[key]}, and this is {key} {about[key]}: give each rank "
-                                "its own, or make them anew for this world size with dataloader.reshard.")
+                raise UserError(f"the loader's state is of {key} {known[key]}, and this is {key} {about[key]}: give "
+                                "each rank its own, or make them anew for this world size with dataloader.reshard.")
         if known["split"] != about["split"]:
             raise UserError(f"the loader's state is of the split {known['split']!r}, not of {about['split']!r}.")
         if known["tokenizer"] != about["tokenizer"]:
-            raise UserError("the loader's state was made with another tokenizer: a run resumes with the tokenizer that it "
+            raise UserError("the loader's state was made with another tokenizer: a run resumes with the tokenizer it "
                             "began with.")
         if known["data"] != about["data"]:
             shards = known["shards"]
             grown = shards < about["shards"] and source.fingerprint(shards) == known["data"]
             if not grown or last >= known["documents"]:
                 only_first = ", and shards can be added during the first pass only" if grown else ""
-                raise UserError(f"the text in {source.folder} is not what it was when the loader's state was made ({shards} "
-                                f"shards of {known['documents']} documents then, {about['shards']} of {about['documents']} "
-                                f"now){only_first}: put the same shards back, or begin a new run.")
+                raise UserError(f"the text in {source.folder} is not what it was when the loader's state was made "
+                                f"({shards} shards of {known['documents']} documents then, {about['shards']} of "
+                                f"{about['documents']} now){only_first}: put the same shards back, or begin a new run.")
 
 
 def reshard(states: Sequence[dict], world_size: int) -> list[dict]:
@@ -322,7 +323,7 @@ def _stream(source: DocumentSource, start: int, step: int, stop: int | None) -> 
 
 def _batches(source: DocumentSource, shape: tuple[int, int], ranks: Ranks, loop: bool, cut: bool, start: int,
              waiting: np.ndarray) -> Iterator[tuple[torch.Tensor, int, np.ndarray, dict]]:
-    """Yield each batch and the position behind it: tensor (2, B, T) of inputs and targets, next document, buffer, counts."""
+    """Yield (tensor, next document, buffer, counts): inputs and targets as (2, B, T), and the position behind them."""
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)  # otherwise pinning would make a context on the first GPU
     stop = None if loop else source.count
@@ -348,7 +349,7 @@ def _batches(source: DocumentSource, shape: tuple[int, int], ranks: Ranks, loop:
 
 
 class _Thread:
-    """Runs an iterator in a thread, up to `ahead` results in advance; the queue `out` ends with the exception that ended it."""
+    """Runs an iterator in a thread, up to `ahead` results in advance; an exception ends the queue `out`."""
 
     def __init__(self, ahead: int, make: Callable[[], Iterator]):
         self.out: queue.Queue = queue.Queue(ahead)

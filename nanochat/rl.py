@@ -64,7 +64,8 @@ def rollouts(engine: Engine, task: Any, conversations: Sequence[dict], seeds: Se
     """
     prompts = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
     groups = []
-    for conversation, rows in zip(conversations, engine.generate_many(prompts, num_samples, seed=list(seeds), **options)):
+    answered = engine.generate_many(prompts, num_samples, seed=list(seeds), **options)
+    for conversation, rows in zip(conversations, answered):
         texts = [engine.tokenizer.decode([token for token in row.tokens if token not in engine.stops]) for row in rows]
         groups.append(AnswerGroup(rows, [task.reward(conversation, text) for text in texts]))
     return groups
@@ -110,7 +111,8 @@ def pass_rates(groups: Sequence[AnswerGroup], problems: int, samples: int, ranks
         groups: of this rank. problems: of all ranks. samples: answers to each problem.
     """
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples]
-    sums = [sum(pass_at_k(sum(reward >= 1 for reward in group.rewards), len(group.rows), k) for group in groups) for k in ks]
+    right = [sum(reward >= 1 for reward in group.rewards) for group in groups]
+    sums = [sum(pass_at_k(correct, len(group.rows), k) for correct, group in zip(right, groups)) for k in ks]
     totals = all_reduce_sum(torch.tensor(sums, device=ranks.device, dtype=torch.float32), ranks).tolist()
     return {f"pass@{k}": total / problems for k, total in zip(ks, totals)}
 

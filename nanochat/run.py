@@ -56,9 +56,9 @@ class ChatStageFlags:
     model_tag: str = flag("", "which model to start from; unset takes the only or the deepest one. "
                               "The result has the same name")
     model_step: int = flag(-1, "which of its checkpoints; -1 is the last")
-    data: Literal["auto", "hub", "small-world"] = flag("auto", "what to train on: the published mixture, or conversations "
-                                                       "about the built-in small world; auto is what goes with the base "
-                                                       "model")
+    data: Literal["auto", "hub", "small-world"] = flag("auto", "what to train on: the published mixture, or "
+                                                       "conversations about the built-in small world; auto is what "
+                                                       "goes with the base model")
     conversations: str = flag("", "further conversations, your own: .jsonl files, with commas between")
     num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data")
     embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)")
@@ -114,7 +114,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class ChatDataChoice:
-    """What a chat stage learns from. source: "hub" or "small-world". seed: the small world's. extra: the user's own files."""
+    """What a chat stage learns from.
+
+    source: "hub" or "small-world". seed: the small world's. extra: files of the user's own conversations.
+    """
 
     source: str
     seed: int
@@ -122,7 +125,10 @@ class ChatDataChoice:
 
 
 def resume_step(folder: Path, fresh: bool, ranks: Ranks) -> int | None:
-    """Return the step of the checkpoint in `folder` to resume from, None for a new run. fresh: move the folder aside first."""
+    """Return the step of the checkpoint in `folder` to resume from, None for a new run. Collective.
+
+    fresh: move the folder aside first, so that the run is a new one.
+    """
     if fresh and ranks.is_main:
         move_aside(folder)
     return broadcast_object(latest_step(folder) if ranks.is_main else None, ranks)
@@ -182,18 +188,19 @@ def is_trained(origin: Origin, num_iterations: int, ranks: Ranks) -> bool:
     if origin.step < num_iterations:
         return False
     if ranks.is_main:
-        print(f"{origin.folder} is trained: step {origin.step} of {num_iterations}. Nothing to do; --fresh trains it anew.")
+        print(f"{origin.folder} is trained: step {origin.step} of {num_iterations}. Nothing to do; --fresh trains it "
+              "anew.")
     return True
 
 
 def cannot_resume(folder: Path, why: str) -> UserError:
     """Return the error that a checkpoint cannot be trained on, with the way out."""
-    return UserError(f"{folder} cannot be trained on: {why}. --fresh moves it aside and trains anew; another --model-tag "
-                     "leaves it where it is.")
+    return UserError(f"{folder} cannot be trained on: {why}. --fresh moves it aside and trains anew; another "
+                     "--model-tag leaves it where it is.")
 
 
 def loader_state(origin: Origin, ranks: Ranks) -> dict | None:
-    """Return the PackedLoader's state to resume from, for this rank; None for a new run. Raises UserError where it is gone."""
+    """Return this rank's PackedLoader state to resume from, None for a new run. Raises UserError where it is gone."""
     if not origin.step:
         return None
     states = origin.meta.get("loader")
@@ -223,7 +230,7 @@ def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:
     changed = [f"{name} {before[name]} → {getattr(config, name)}" for name in origin.stage.settings
                if name in before and hasattr(config, name) and before[name] != getattr(config, name)]
     if changed:
-        print(f"note: going on with other settings than the run in {origin.folder} began with: {', '.join(changed)}")
+        print(f"note: resuming with other settings than the run in {origin.folder} began with: {', '.join(changed)}")
 
 
 # ---- the run
@@ -246,7 +253,7 @@ class Event:
 
 
 def is_due(event: Event, step: int, start: int, end: int) -> bool:
-    """Return whether an event is due before step `step` (after the last, where step == end) of a run of start … end."""
+    """Return whether an event is due before step `step` of a run from step `start` to `end`; step == end is the end."""
     if step == end:
         return event.at_end
     if step == start:
@@ -299,7 +306,7 @@ class StageRun:
         for line in lines:
             self.log.say(line)
         if self.origin.step:
-            self.log.say(f"going on from step {self.origin.step} of {self.origin.folder}")
+            self.log.say(f"resuming from step {self.origin.step} of {self.origin.folder}")
         self.log.record("model", parameters=parameters, num_iterations=self.num_iterations,
                         world_size=self.ranks.world_size, dtype=str(self.model.compute_dtype),
                         model_config=self.model.config.to_dict(), start=self.origin.step, **about)
@@ -321,7 +328,7 @@ class StageRun:
               start=self.origin.step, before_step=self._before_step(events), save=self.save)
 
     def train_by(self, one_step: Callable[[int, bool], bool], events: Sequence[Event]) -> None:
-        """Train with a step of another kind; one_step as `nanochat.training.run_steps` takes it. Otherwise like `train`."""
+        """Train like `train`, with a step of another kind: one_step as `nanochat.training.run_steps` takes it."""
         run_steps(one_step, self.origin.step, self.num_iterations, self.log, before_step=self._before_step(events),
                   save=self.save)
 
@@ -396,5 +403,6 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
         results: meta fields of every checkpoint, as they are before the first evaluation.
     """
     optimizer = make_optimizer(origin, config, ranks)
-    with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run, enabled=ranks.is_main) as log:
+    with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
+                enabled=ranks.is_main) as log:
         yield StageRun(origin, config, ranks, optimizer, num_iterations, log, loader, results)

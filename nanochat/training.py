@@ -287,8 +287,8 @@ def check_finite(step: int, loss: float, norm: float, log: RunLog) -> None:
     if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
         log.record("diverged", step=step, loss=loss, norm=norm)
         raise UserError(f"step {step}: the loss is {loss}, the gradient norm {norm}: training has diverged and stops. "
-                        "The last good checkpoint is untouched. Run the same command to resume from it; use lower learning "
-                        "rates if it happens again.")
+                        "The last good checkpoint is untouched. Run the same command to resume from it; use lower "
+                        "learning rates if it happens again.")
 
 
 def clock(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Train a base model from text.
 
-    python -m scripts.base_train --depth=4 --max-seq-len=256 --device-batch-size=8 --total-batch-size=2048 --num-iterations=500
+    python -m scripts.base_train --depth=4 --max-seq-len=256 --device-batch-size=8 --total-batch-size=2048 \\
+        --num-iterations=500
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 --run=NAME --device_batch_size=32
 
 The same command resumes a run that was stopped; Ctrl-C and SIGTERM save first. Files: base_checkpoints/<tag>/ and
@@ -87,28 +88,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def model_shape(config: Config, vocab_size: int) -> GPTConfig:
-    """The model's shape from the flags. Raises UserError for one that cannot be."""
+    """Return the model's shape from the flags. Raises UserError where they make none."""
     pattern = config.layer_pattern * (config.depth if len(config.layer_pattern) == 1 else 1)
     try:
-        return GPTConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=vocab_size, n_kernel=config.n_kernel,
-                                    slc_rate=config.slc_rate, layer_pattern=pattern or None, window=config.window or None)
+        return GPTConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=vocab_size,
+                                    n_kernel=config.n_kernel, slc_rate=config.slc_rate, layer_pattern=pattern or None,
+                                    window=config.window or None)
     except ValueError as error:
         raise UserError(f"these flags make no model: {error}") from error
 
 
 def horizon(config: Config, model: GPT) -> int:
-    """How many steps to train: num_iterations, else target_flops, else tokens a parameter."""
+    """Return how many steps to train: by num_iterations, else target_flops, else the tokens per parameter.
+
+    Raises:
+        UserError: none of the three is set, or they come to less than one step.
+    """
     if config.num_iterations > 0:
         return config.num_iterations
     if config.target_flops > 0:
         steps = round(config.target_flops / (model.flops_per_token() * config.total_batch_size))
     elif config.target_param_data_ratio > 0:
-        steps = int(config.target_param_data_ratio * sum(p.numel() for p in model.parameters())) // config.total_batch_size
+        parameters = sum(p.numel() for p in model.parameters())
+        steps = int(config.target_param_data_ratio * parameters) // config.total_batch_size
     else:
         raise UserError("no horizon: set --num-iterations, --target-flops or --target-param-data-ratio above 0")
     if steps < 1:
-        raise UserError(f"the horizon is less than one step of {config.total_batch_size:,} tokens: set --num-iterations, or a smaller "
-                        "--total-batch-size")
+        raise UserError(f"the horizon is less than one step of {config.total_batch_size:,} tokens: set "
+                        "--num-iterations, or a smaller --total-batch-size")
     return steps
 
 

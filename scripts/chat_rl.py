@@ -86,9 +86,9 @@ def run(config: Config, ranks: Ranks) -> None:
                 "batch_size": config.rollout_batch_size}
     with open_run(origin, config, ranks, num_iterations=num_iterations) as run:
         log = run.log
-        run.introduce([f"{num_iterations:,} steps of {config.examples_per_step} problems, {config.num_samples} answers to "
-                       f"each; {run.where()}"], data=data.source, problems=problems.count)
-        engine = Engine(origin.model, origin.tokenizer)
+        run.introduce([f"{num_iterations:,} steps of {config.examples_per_step} problems, {config.num_samples} answers "
+                       f"to each; {run.where()}"], data=data.source, problems=problems.count)
+        engine, bos = Engine(origin.model, origin.tokenizer), origin.tokenizer.get_bos_token_id()
 
         def evaluate(step: int) -> None:
             count = min(config.eval_examples, len(test))
@@ -111,7 +111,7 @@ def run(config: Config, ranks: Ranks) -> None:
             stats = rollout_stats(groups, stop, ranks)
             loss = norm = 0.0
             if stats.teaching:
-                micro_batches = batches(groups, config.device_batch_size, origin.tokenizer.get_bos_token_id(), ranks.device)
+                micro_batches = batches(groups, config.device_batch_size, bos, ranks.device)
                 trained = train_step(origin.model, run.optimizer, micro_batches, ranks, lr_scale=scale,
                                      momentum=plan.momentum(step), clip=plan.clip)
                 loss, norm = trained[:2].tolist()
@@ -121,8 +121,9 @@ def run(config: Config, ranks: Ranks) -> None:
                     f"{config.examples_per_step} groups teach | {stats.ended:.0%} end, {stats.tokens:.0f} tokens | "
                     f"norm {norm:.2f} | lr x{scale:.2f} | {drawing:.1f} + {seconds - drawing:.1f} s | "
                     f"{clock((num_iterations - step - 1) * seconds)} left")
-            log.record("rl", step=step + 1, reward=stats.reward, kept_groups=stats.teaching, sequence_length=stats.tokens,
-                       ended=stats.ended, loss=loss, norm=norm, lr_scale=scale, seconds=seconds, rollout_seconds=drawing)
+            log.record("rl", step=step + 1, reward=stats.reward, kept_groups=stats.teaching,
+                       sequence_length=stats.tokens, ended=stats.ended, loss=loss, norm=norm, lr_scale=scale,
+                       seconds=seconds, rollout_seconds=drawing)
             return stats.stop
 
         run.train_by(one_step, [

@@ -1,4 +1,4 @@
-"""The loader against a plain definition of its packing, and its position: stopped anywhere, it goes on with the very next row."""
+"""The loader against a plain definition of its packing; stopped anywhere, it resumes with the very next row."""
 
 import gc
 import json
@@ -215,7 +215,8 @@ def test_state_is_small(tmp_path):
 
 def all_but(lost, texts, tokens):
     """True if `tokens`, bos aside, are the bytes of `texts`, each as often, but for at most `lost` that are missing."""
-    wanted, found = Counter(b"".join(text.encode() for text in texts)), Counter(token for token in tokens if token != BOS)
+    wanted = Counter(b"".join(text.encode() for text in texts))
+    found = Counter(token for token in tokens if token != BOS)
     return not found - wanted and (wanted - found).total() <= lost
 
 

@@ -30,7 +30,8 @@ def some_groups(seed=0):
         ids = torch.randint(97, (4 + size,), generator=dice).tolist()
         return Row(ids[:4], 9, tokens=ids[4:], mask=mask)
 
-    return [AnswerGroup([row() for _ in range(4)], rewards) for rewards in ([1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0.5, 0], [0, 0, 0, 0])]
+    return [AnswerGroup([row() for _ in range(4)], rewards)
+            for rewards in ([1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0.5, 0], [0, 0, 0, 0])]
 
 
 def plain_objective(model, groups):
@@ -68,7 +69,8 @@ def test_the_gradient_is_that_of_the_definition_whatever_the_micro_batches(devic
     stats = train_step(model, optimizer, batches(groups, device_batch, 0, "cpu"), ALONE)
     assert stats[0].item() == pytest.approx(wanted.item(), abs=1e-5)
     for name, p in twin.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5,
+                                   msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_forced_tokens_and_prompts_are_no_targets_and_the_closing_token_is():

@@ -75,7 +75,7 @@ def test_a_stage_goes_on_bit_for_bit_and_then_is_done(base, monkeypatch, capsys,
     for path in (base / folder / "d2").glob(f"*_{steps:06d}*"):
         path.unlink()
     script.main(flags)
-    assert f"going on from step {steps // 2}" in capsys.readouterr().out
+    assert f"resuming from step {steps // 2}" in capsys.readouterr().out
     assert_same(weights(base, stage, steps), whole)
     before = weights(base, stage, steps // 2)
     assert any(not torch.equal(before[name], whole[name]) for name in whole)  # it had learnt something meanwhile
@@ -101,7 +101,7 @@ def test_going_on_with_other_settings_is_said(base, capsys):
     for path in (base / "chatsft_checkpoints" / "d2").glob("*_000006*"):
         path.unlink()
     chat_sft.main([*SFT, "--target-examples-per-step=4", "--eval-metrics-every=-1"])
-    assert "note: going on with other settings" in (out := capsys.readouterr().out) and "target_examples_per_step 8 → 4\n" in out
+    assert "note: resuming with other settings" in (out := capsys.readouterr().out) and "target_examples_per_step 8 → 4\n" in out
 
 
 def test_a_stage_refuses_a_model_it_did_not_begin_with(base):

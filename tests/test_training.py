@@ -173,7 +173,7 @@ def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(tiny_base, ti
     assert process.returncode == 128 + signal.SIGTERM, rest
     assert "asked to stop" in rest and not (other / "base_checkpoints/d2/model_000012.pt").exists()
     code, out = base_train()
-    assert code == 0 and "going on from step" in out, out
+    assert code == 0 and "resuming from step" in out, out
     assert_same(weights(other), whole)
     assert losses(other) == whole_losses
     code, out = base_train()
@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_base):
             break
     process.communicate()
     code, out = base_train()
-    assert code == 0 and "going on from step 5" in out, out
+    assert code == 0 and "resuming from step 5" in out, out
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -198,7 +198,7 @@ def test_ranks_train_as_one_process_does(tiny_base, ranks):
     assert code == 0, out  # 5 micro-batches over 2 or 3 ranks: uneven shares
     assert {row["supervised"] for row in read_log(tiny_base / "logs" / f"base_r{ranks}.jsonl") if row["kind"] == "train"} == {320}
     code, out = base_train("--num-iterations=6", "--total-batch-size=320", f"--model-tag=r{ranks}", ranks=1)
-    assert code == 0 and "going on from step 4" in out, out  # fewer ranks take the run over
+    assert code == 0 and "resuming from step 4" in out, out  # fewer ranks take the run over
 
 
 def _six_steps(ranks, out):
