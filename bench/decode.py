@@ -42,7 +42,7 @@ from nanochat.distributed import close_ranks, compute_dtype, init_ranks
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.llm import ready_to_decode
+from nanochat.loading import ready_to_decode
 
 TURN = 8  # steps of one case before the next one's
 PUBLISHED = "published engine, float32"

@@ -25,6 +25,7 @@ from dev.identity_phrases import FULL, GREETINGS, OPENINGS, RIVALS, SHORT, SHORT
 from nanochat.cli import flag, parse, run_main  # noqa: E402
 from nanochat.errors import UserError  # noqa: E402
 from nanochat.files import atomic_write, base_dir, to_json  # noqa: E402
+from nanochat.recipe import published  # noqa: E402
 
 LIKE_FIRST = 5     # conversations that may begin with the same question and answer
 TRIES = 300        # for each conversation, before there are no other ones
@@ -53,9 +54,9 @@ SMALL = {"size": "4 million", "data": "stories of a small invented world", "time
 class Config(Who):
     """Flags: the description, and what to write."""
 
-    count: int = flag(1000, "conversations")
+    count: int = flag(published.identity.count, "conversations")
     seed: int = flag(0, "of the choice of phrases")
-    short: bool = flag(False, "short questions and answers, for a tiny model")
+    short: bool = flag(published.identity.short, "short questions and answers, for a tiny model")
     out: str = flag("", "file to write; unset: identity_conversations.jsonl in the base directory")
 
 

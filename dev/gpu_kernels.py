@@ -27,7 +27,7 @@ from nanochat.kernels import attention as attend_kernel
 from nanochat.kernels import cpu, cross_entropy, decode_attention
 from nanochat.kernels.slc2 import causal_conv, gated_input
 from nanochat.layers import Linear, project
-from nanochat.llm import ready_to_decode
+from nanochat.loading import ready_to_decode
 from nanochat.positions import rope_table
 
 NOISE = 1.5  # an error may be so many times the twin's

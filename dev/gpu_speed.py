@@ -22,7 +22,7 @@ from bench.train import our_case
 from dev.gpu_correctness import Report, Run, Skipped, setting, syncs
 from nanochat.distributed import compute_dtype, peak_flops
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.llm import ready_to_decode
+from nanochat.loading import ready_to_decode
 from nanochat.logs import machine, versions
 
 STEP_TOKENS = 524_288  # of the published recipe; tokens/s are those of one device that does such steps
@@ -259,7 +259,7 @@ def loader(run: Run, out: Report) -> None:
         import rustbpe  # noqa: F401
     except ImportError as error:
         raise Skipped(f"{error.name} is not here") from error
-    from nanochat.dataloader import PackedLoader
+    from nanochat.dataloader import PackedLoader, TextSource
     from nanochat.dataset.importing import make_small_world
     from nanochat.distributed import Ranks
     from nanochat.small_world import documents
@@ -270,8 +270,8 @@ def loader(run: Run, out: Report) -> None:
         make_small_world(folder, docs, say=lambda text: None)
         stream = documents()
         tokenizer = RustBPETokenizer.train_from_iterator((next(stream) for _ in range(200)), 300 if run.tiny else 2048)
-        mine = PackedLoader(tokenizer, "train", B, T, ranks=run.ranks, folder=folder)
-        theirs = PackedLoader(tokenizer, "train", B, T, ranks=Ranks(0, 0, 1, torch.device("cpu")), folder=folder)
+        mine = PackedLoader(TextSource(tokenizer, "train", folder), B, T, ranks=run.ranks)
+        theirs = PackedLoader(TextSource(tokenizer, "train", folder), B, T, ranks=Ranks(0, 0, 1, torch.device("cpu")))
         try:
             same = all(torch.equal(a.cpu(), b) for _ in range(3) for a, b in zip(next(mine), next(theirs)))
             out.expect("rows on the device are the CPU's", same)

@@ -1,10 +1,12 @@
-"""Conversations to batches: packed rows for mid-training, masked rows for fine-tuning, both in an order and at a position that is exact.
+"""Conversations to batches: packed rows for mid-training, masked rows for fine-tuning. Order and position are exact.
 
-    loader = PackedLoader(ChatTokens(tokenizer), "train", B, T, ranks=ranks, documents=Conversations(task), cut=False)
+    loader = PackedLoader(ConversationSource(tokenizer, task), B, T, ranks=ranks, cut=False)
     steps = SupervisedSteps(tokenizer, task, examples_per_step=32, device_batch_size=4, max_tokens=2048, ranks=ranks)
-    for inputs, targets in steps(step): ...       # this rank's micro-batches of an optimizer step; targets −1 where nothing is learnt
+    for inputs, targets in steps(step): ...       # this rank's micro-batches of an optimizer step; target −1: nothing
+    learnt
 
-A task is anything with `len` and `[i]` → conversation (tasks/base.py). Each epoch has its own order, which depends on the seed alone.
+A task is anything with `len` and `[i]` → conversation (tasks/base.py). Each epoch has its own order, which depends on
+the seed alone.
 """
 
 import hashlib
@@ -21,18 +23,20 @@ from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.files import to_json
 
-PIECE = 64       # conversations that `Conversations.walk` hands out at a time
-SAMPLE = 1000    # conversations that stand for all where counting all takes too long
+PIECE = 64       # conversations that `ConversationSource.walk` yields at a time
+SAMPLE = 1000    # conversations counted where counting all takes too long
 
 
 class Conversations:
-    """A task as the endless stream of documents that PackedLoader reads: number n is conversation n mod count of epoch n div count."""
+    """A task as an endless stream: number n is a conversation of epoch n div count, in the order of that epoch.
+
+    count: conversations of an epoch. Raises UserError where the task has none.
+    """
 
     def __init__(self, task: Any, seed: int = 0):
         self.task, self.seed, self.count = task, seed, len(task)
         if self.count == 0:
             raise UserError(f"there is no conversation to train on in {getattr(task, 'name', task)}.")
-        self.paths = [Path("conversations") / "all"]  # named in PackedLoader's messages
         self._orders: dict[int, np.ndarray] = {}
 
     def __getitem__(self, number: int) -> dict:
@@ -42,13 +46,22 @@ class Conversations:
             self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.count)
         return self.task[int(self._orders[epoch][place])]
 
-    def fingerprint(self, shards: int | None = None) -> str:
-        """Hex digest of the number of conversations, the seed, and some of the conversations."""
-        some = [self.task[i] for i in range(0, self.count, max(1, self.count // 16))]
-        return hashlib.sha256(to_json([self.count, self.seed, some]).encode()).hexdigest()[:16]
 
-    def walk(self, start: int = 0, step: int = 1, stop: int | None = None) -> Iterator[tuple[list[int], list[dict]]]:
-        """Yield (numbers, conversations) of start, start + step, ... below `stop` (endless where None), in small pieces."""
+class ConversationSource(Conversations):
+    """A task's conversations as a `nanochat.dataloader.DocumentSource`: every token is trained on, the user's too."""
+
+    split = "train"
+    folder = Path("conversations")  # named in PackedLoader's messages
+    shards = 1
+
+    def __init__(self, tokenizer: Any, task: Any, seed: int = 0):
+        super().__init__(task, seed)
+        self.tokenizer = tokenizer
+        self.bos = tokenizer.get_bos_token_id()
+        self.tokenizer_fingerprint = tokenizer.fingerprint()
+
+    def walk(self, start: int, step: int, stop: int | None) -> Iterator[tuple[list[int], list[dict]]]:
+        """Yield (numbers, conversations) of start, start + step, … below `stop` (None: endless), in small pieces."""
         while stop is None or start < stop:
             end = start + PIECE * step
             numbers = list(range(start, end if stop is None else min(end, stop), step))
@@ -59,27 +72,19 @@ class Conversations:
         """Return some conversations by number."""
         return {number: self[number] for number in set(numbers)}
 
+    def encode(self, conversations: Sequence[dict]) -> list[np.ndarray]:
+        """Return the tokens of each whole conversation, without bos."""
+        return [np.array(self.tokenizer.render_conversation(conversation, max_tokens=1 << 30)[0][1:], dtype=np.uint32)
+                for conversation in conversations]
 
-class ChatTokens:
-    """What PackedLoader asks of a tokenizer, for conversations: every token counts as text, the user's too."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    def get_bos_token_id(self) -> int:
-        return self.tokenizer.get_bos_token_id()
-
-    def fingerprint(self) -> str:
-        return self.tokenizer.fingerprint()
-
-    def encode_flat(self, conversations: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of all conversations, without bos, in one array, and where each begins and ends, (N+1,)."""
-        rows = [self.tokenizer.render_conversation(conversation, max_tokens=1 << 30)[0][1:] for conversation in conversations]
-        return np.concatenate([np.array(row, dtype=np.uint32) for row in rows]), np.cumsum([0, *map(len, rows)])
+    def fingerprint(self, shards: int | None = None) -> str:
+        """Return a hex digest of the number of conversations, the seed, and some of the conversations."""
+        some = [self.task[i] for i in range(0, self.count, max(1, self.count // 16))]
+        return hashlib.sha256(to_json([self.count, self.seed, some]).encode()).hexdigest()[:16]
 
 
 def count_tokens(task: Any, tokenizer: Any, most: int = 20_000) -> int:
-    """Return how many tokens the conversations have, bos included; of more than `most` conversations, an estimate from SAMPLE of them."""
+    """Return the number of tokens of all conversations, bos included; an estimate from SAMPLE of more than `most`."""
     count = len(task)
     which = range(count) if count <= most else np.random.default_rng(0).choice(count, SAMPLE, replace=False).tolist()
     sizes = [len(tokenizer.render_conversation(task[i], max_tokens=1 << 30)[0]) for i in which]
@@ -89,30 +94,42 @@ def count_tokens(task: Any, tokenizer: Any, most: int = 20_000) -> int:
 class SupervisedSteps:
     """The micro-batches of every optimizer step of supervised fine-tuning, made one step ahead in a thread.
 
-    A step is the next `examples_per_step` conversations, dealt out to the ranks by length, so that all have about as much to do; a
-    micro-batch is at most `device_batch_size` of a rank's own, padded to the longest. Conversations are cut at max_tokens; one with nothing
-    to learn before the cut gives its place to the next one. The step's number is the whole state: any number of ranks can go on from it.
-    Raises UserError where none of the conversations fits.
+    A step is the next `examples_per_step` conversations, dealt out to the ranks by length so that all have about the
+    same work. A conversation with nothing to learn within max_tokens is replaced by the next one. The number of the
+    step is the whole state, so any number of ranks can resume from it. `close()` or leaving a `with` block ends the
+    thread.
+
+    Args:
+        task: the conversations. seed: of their order.
+        examples_per_step: conversations of all ranks in an optimizer step.
+        device_batch_size: conversations of a micro-batch at most, padded to the longest.
+        max_tokens: tokens at which a conversation is cut.
+
+    Raises:
+        UserError: a rank would have nothing to do. When called: no conversation has anything to learn.
     """
 
-    def __init__(self, tokenizer: Any, task: Any, *, examples_per_step: int, device_batch_size: int, max_tokens: int, ranks: Ranks,
-                 seed: int = 0):
+    def __init__(self, tokenizer: Any, task: Any, *, examples_per_step: int, device_batch_size: int, max_tokens: int,
+                 ranks: Ranks, seed: int = 0):
         if examples_per_step < ranks.world_size or device_batch_size < 1:
-            raise UserError(f"a step of {examples_per_step} conversations in micro-batches of {device_batch_size} leaves nothing to some "
-                            f"of the {ranks.world_size} ranks: set --target-examples-per-step to {ranks.world_size} or more.")
+            raise UserError(f"a step of {examples_per_step} conversations, in micro-batches of {device_batch_size}, "
+                            f"leaves nothing to some of the {ranks.world_size} ranks: set --target-examples-per-step "
+                            f"to {ranks.world_size} or more.")
         self.tokenizer, self.conversations, self.ranks = tokenizer, Conversations(task, seed), ranks
-        self.examples_per_step, self.device_batch_size, self.max_tokens = examples_per_step, device_batch_size, max_tokens
-        self.replaced = 0  # conversations that had nothing to learn before the cut
+        self.examples_per_step, self.device_batch_size = examples_per_step, device_batch_size
+        self.max_tokens = max_tokens
+        self.replaced = 0  # conversations that had nothing to learn within max_tokens
         self._thread = ThreadPoolExecutor(1, "conversations")
         self._ahead: tuple[int, Future] | None = None
 
     def __len__(self) -> int:
-        """Optimizer steps of one epoch, the last one filled up from the next."""
+        """Optimizer steps of one epoch; the last one is filled up from the next epoch."""
         return -(-self.conversations.count // self.examples_per_step)
 
     def __call__(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's (inputs, targets), both (B, T) int64 on the device, of optimizer step `step`, counted from 0."""
-        made = self._ahead[1] if self._ahead is not None and self._ahead[0] == step else self._thread.submit(self._make, step)
+        """Yield this rank's (inputs, targets), both (B, T) int64 on the device, of optimizer step `step`, from 0."""
+        ready = self._ahead is not None and self._ahead[0] == step
+        made = self._ahead[1] if ready else self._thread.submit(self._make, step)
         rows = made.result()
         self._ahead = (step + 1, self._thread.submit(self._make, step + 1))
         for i in range(0, len(rows), self.device_batch_size):
@@ -122,8 +139,15 @@ class SupervisedSteps:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
+    def __enter__(self) -> "SupervisedSteps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _make(self, step: int) -> list[tuple[list[int], list[int]]]:
-        rows = [self._usable(number) for number in range(step * self.examples_per_step, (step + 1) * self.examples_per_step)]
+        first = step * self.examples_per_step
+        rows = [self._usable(number) for number in range(first, first + self.examples_per_step)]
         rows.sort(key=lambda row: len(row[0]))
         return rows[self.ranks.rank::self.ranks.world_size]
 
@@ -133,14 +157,25 @@ class SupervisedSteps:
             if any(mask[1:]):
                 return ids, mask
             self.replaced += 1
-        raise UserError(f"no conversation has an answer that begins within {self.max_tokens} tokens, so there is nothing to learn: "
-                        "raise --max-seq-len, or look at the conversations.")
+        raise UserError(f"no conversation has an answer that begins within {self.max_tokens} tokens, so there is "
+                        "nothing to learn: raise --max-seq-len, or look at the conversations.")
 
 
-def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets (B, T) of rows of (ids, mask): T the longest less one; targets −1 where mask is 0 and behind the end."""
+def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device | str
+             ) -> tuple[Tensor, Tensor]:
+    """Pad rows on the right to one batch.
+
+    Args:
+        rows: (ids, mask) each; mask 1 where a token is trained on.
+        pad: the token that fills the inputs.
+
+    Returns:
+        inputs and targets, both (B, T) int64 on the device, T the longest row less one. Targets are −1 where the mask
+        is 0 and in the padding.
+    """
     T = max(len(ids) for ids, _ in rows) - 1
-    inputs, targets = torch.full((len(rows), T), pad, dtype=torch.long), torch.full((len(rows), T), -1, dtype=torch.long)
+    inputs = torch.full((len(rows), T), pad, dtype=torch.long)
+    targets = torch.full((len(rows), T), -1, dtype=torch.long)
     for i, (ids, mask) in enumerate(rows):
         row, learnt = torch.tensor(ids), torch.tensor(mask)
         inputs[i, :len(ids) - 1] = row[:-1]

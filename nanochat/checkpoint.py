@@ -1,19 +1,28 @@
-"""Checkpoints: written whole or not at all, verified when read, and readable whatever the number of ranks.
+"""Checkpoints on disk: a save is atomic, a load is verified, and any number of ranks can resume.
 
-A checkpoint of step 500 is three files in one folder, named as the published ones are:
+    save_checkpoint(folder, 500, model.state_dict(), {"model_config": model.config}, optimizer.state_dict())
+    checkpoint = load_checkpoint(folder, optimizer=True)      # the newest valid one
+
+A checkpoint of step 500 is three files in one folder, with the published names:
 
     model_000500.pt     the weights by name, float32
-    optim_000500.pt     the optimizer's whole state, whatever the number of ranks that held it (where there is one)
-    meta_000500.json    step, val_bpb, model_config, user_config, ...; and "files": name → size and sha256 of the two above
+    optim_000500.pt     the whole optimizer state, gathered from all ranks; it may be absent
+    meta_000500.json    step, val_bpb, model_config, user_config, ...; and "files": size and sha256 of the other two
 
-A checkpoint is valid if its meta is there and the files are those the meta says. Published ones have no "files": they are
-taken if the model file is there and loads.
+A checkpoint is valid if its meta file exists and the other files are the ones it lists. Published checkpoints have no
+"files" entry: such a one is valid if its model file loads.
 
-How a save survives a kill at any moment. Each file is written aside, synced and renamed (`atomic_write`), at first to its name
-with `.new` behind it, the meta last: from the moment `meta_000500.json.new` stands, the checkpoint is committed, and readers look
-at `X.new` before `X`. Then the names are changed one by one, the meta last again; a later save ends what a kill cut short. So a
-checkpoint that is saved again is at every moment the old one or the new one. Deleting goes the other way: the meta is
-renamed to `.gone`, then the files go, then the meta. One process writes to a folder at a time; any number read, and change nothing.
+How a save survives being killed at any moment:
+
+1. Each file is written to a temporary file, synced and renamed (`atomic_write`) to its name with `.new` at the end. The
+   meta file comes last. As soon as `meta_000500.json.new` exists, the checkpoint is committed: readers look at `X.new`
+   before `X`.
+2. Then `.new` is removed from the names one by one, again the meta file last. If the process is killed here, the next
+   save in this folder finishes this step.
+
+So a checkpoint that is saved again is at every moment either the old one or the new one. A deletion goes the other way:
+the meta file is renamed to `.gone`, the other files are deleted, then the meta file. Only one process may write to a
+folder at a time; any number may read, and reading changes nothing.
 """
 
 import dataclasses
@@ -29,13 +38,12 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, base_dir, free_name, need_disk, sweep, sync_folder, to_json
+from nanochat.files import atomic_write, free_name, need_disk, sweep, sync_folder, to_json
+from nanochat.stages import STAGES, stage_of_folder
 
-SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
-TRAINED_BY = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
 META = re.compile(r"meta_(\d{6}|[1-9]\d{6,})\.json(\.new)?")  # as %06d writes it
 
 R = TypeVar("R")
@@ -43,12 +51,15 @@ log = logging.getLogger(__name__)
 
 
 class Corrupt(UserError):
-    """This checkpoint cannot be used; an older one may do."""
+    """This checkpoint cannot be used; an older one may be valid."""
 
 
 @dataclass
 class Checkpoint:
-    """One checkpoint in memory. `optimizer_state` is None if it was not asked for, or for the reason that `no_optimizer` says."""
+    """One checkpoint in memory.
+
+    optimizer_state: None if it was not asked for, or if there is none; no_optimizer then says why.
+    """
 
     step: int
     model_state: dict[str, Tensor]
@@ -63,12 +74,21 @@ class Checkpoint:
 
 def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor], meta: dict[str, Any],
                     optimizer_state: dict | None = None, keep: int | None = None) -> None:
-    """Write the checkpoint of `step` into `folder`. Rank 0 calls it.
+    """Write the checkpoint of `step` into `folder`. Only rank 0 calls it.
 
-    meta: JSON-able; holds "model_config" (a dict or the dataclass) and what else is to be known. `step` and "files" are added.
-    keep: this is a periodical save; of the periodical ones up to this step only the newest `keep` stay. Saves without `keep`
-    are never deleted, nor is anything that was not written here. A published checkpoint of the same step is set aside as `X.kept`.
-    Raises UserError where the disk is full; what stood in the folder before is then untouched.
+    A published checkpoint of the same step is not overwritten: its files are renamed to `X.kept`.
+
+    Args:
+        folder: created if absent.
+        step: optimizer steps done.
+        model_state: weights by name; they are stored in float32 and without `_orig_mod.`.
+        meta: fields of the meta file. "model_config" (a dict or the dataclass) is required; step and "files" are added.
+        optimizer_state: from MuonAdamW.state_dict, or None.
+        keep: marks this save as periodic, and deletes all but the newest `keep` of the periodic checkpoints up to this
+            step. A save without `keep` is never deleted, and neither is a file that was not written here.
+
+    Raises:
+        UserError: the disk is full. The checkpoints that were in the folder are untouched.
     """
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"step must be at least 0 and keep at least 1, not {step} and {keep}")
@@ -79,7 +99,7 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
         contents[f"optim_{step:06d}.pt"] = optimizer_state
     config = meta["model_config"]
     config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
-    config = {name: value for name, value in config.items() if value is not None}  # published code does not know such fields
+    config = {name: value for name, value in config.items() if value is not None}  # published code reads these
     meta = {**meta, "step": step, "model_config": config, "files": {}, "periodical": keep is not None}
 
     if folder.is_dir():
@@ -92,7 +112,7 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
         with atomic_write(folder / f"meta_{step:06d}.json.new", "w") as file:
             file.write(to_json(meta, indent=2))
     finally:
-        _finish(folder)  # after an error: removes what was written so far
+        _finish(folder)  # after an error, this removes what was written so far
     if keep is not None:
         _delete_older(folder, step, keep)
 
@@ -104,14 +124,14 @@ def _write_tensors(path: Path, part: dict) -> dict[str, Any]:
         try:
             torch.save(part, hashed)
         except RuntimeError:
-            if hashed.error is not None:  # PyTorch hides a full disk behind an error of its own
+            if hashed.error is not None:  # PyTorch replaces the error of a full disk by one of its own
                 raise hashed.error from None
             raise
     return {"size": hashed.size, "sha256": hashed.digest.hexdigest()}
 
 
 class _Hashed:
-    """A file to write to that takes the SHA-256 of what passes."""
+    """A file to write to that computes the SHA-256 of what is written."""
 
     def __init__(self, file: IO):
         self.file, self.size, self.digest, self.error = file, 0, hashlib.sha256(), None
@@ -131,13 +151,14 @@ class _Hashed:
 
 
 def _master(tensor: Tensor) -> Tensor:
-    """A weight as it is filed: on the CPU, float32, alone in its storage (torch.save writes a view's whole storage)."""
+    """Return a tensor as it is stored: on the CPU, float32, and not a view (torch.save writes a view's whole
+    storage)."""
     tensor = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _bytes_in(part: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
+    """Return the bytes of all tensors in nested dicts and lists."""
     if isinstance(part, Tensor):
         return part.nbytes
     if isinstance(part, dict):
@@ -146,7 +167,10 @@ def _bytes_in(part: Any) -> int:
 
 
 def _finish(folder: Path) -> None:
-    """End what a save or a deletion began: give committed files their names, remove those of deleted and of given up ones."""
+    """Finish interrupted saves and deletions.
+
+    Committed files get their names; the files of deleted and of uncommitted checkpoints are removed.
+    """
     for gone in sorted(folder.glob("meta_*.json.gone")):
         for name in _files(gone):
             (folder / name).unlink(missing_ok=True)
@@ -158,13 +182,13 @@ def _finish(folder: Path) -> None:
             _set_aside(new)
             continue
         for name in files:
-            if (folder / f"{name}.new").exists():  # else it has its name already
+            if (folder / f"{name}.new").exists():  # else it was renamed before the interruption
                 if name not in old:
                     _set_aside(folder / name)
                 os.replace(folder / f"{name}.new", folder / name)
         if not old:
             _set_aside(path)
-        for name in old - files:  # the old one's optimizer state
+        for name in old - files:  # an optimizer state that the new checkpoint does not have
             (folder / name).unlink(missing_ok=True)
         sync_folder(folder)
         os.replace(new, path)
@@ -174,7 +198,7 @@ def _finish(folder: Path) -> None:
 
 
 def _files(meta_path: Path) -> set[str]:
-    """The names of the files that a meta file of ours lists; none if it is not there or not ours."""
+    """Return the names of the files that a meta file lists; none if it is missing or was not written here."""
     try:
         return set(_parse(meta_path).get("files", ()))
     except (FileNotFoundError, Corrupt):
@@ -182,55 +206,61 @@ def _files(meta_path: Path) -> set[str]:
 
 
 def _set_aside(path: Path) -> None:
-    """Keep a file that is not ours, such as a published checkpoint's, under another name."""
+    """Rename a file that was not written here, such as a published checkpoint's, to `X.kept`."""
     if path.exists():
         kept = free_name(path.with_name(f"{path.name}.kept"))
         os.replace(path, kept)
-        log.warning("%s is in the way and was not written here; it is kept as %s", path, kept.name)
+        log.warning("%s was not written here, so it is not overwritten but kept as %s", path, kept.name)
 
 
 def _delete_older(folder: Path, step: int, keep: int) -> None:
-    """Delete the periodical checkpoints of ours beyond the newest `keep` of those up to `step`."""
-    ours = []
-    for older in _steps(folder):
+    """Of the valid periodic checkpoints up to `step`, delete all but the newest `keep`."""
+    periodic = []
+    for older in steps_in(folder):
         if older <= step:
             with suppress(Corrupt):
                 meta = _read_meta(folder, older)
                 if meta.get("periodical") and "files" in meta:
                     _check_sizes(folder, meta)
-                    ours.append(older)
-    for older in ours[keep:]:
+                    periodic.append(older)
+    for older in periodic[keep:]:
         path = folder / f"meta_{older:06d}.json"
         os.replace(path, path.with_suffix(".json.gone"))
     _finish(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading: a reader never changes anything
+# Reading. It changes nothing on disk
 
 def latest_step(folder: str | Path) -> int | None:
     """Return the step of the newest valid checkpoint in `folder`, None if there is none.
 
-    Here valid means that all files are there with their sizes; `load_checkpoint` checks every byte. One that is not is
+    Valid means here that all files exist with the right sizes; `load_checkpoint` checks every byte. An invalid one is
     skipped with a warning.
     """
     try:
-        return _steady(Path(folder), lambda: next(_valid(Path(folder), optimizer=True)))[0]
+        return _retry_while_changing(Path(folder), lambda: next(_valid(Path(folder), optimizer=True)))[0]
     except Corrupt:
         return None
 
 
 def load_checkpoint(folder: str | Path, step: int | None = None, *, device: str | torch.device = "cpu",
                     optimizer: bool = False) -> Checkpoint:
-    """Read and verify a checkpoint: that of `step`, or the newest valid one. Weights come in float32 on `device`.
+    """Read and verify a checkpoint.
 
-    optimizer: read the optimizer's state too, to the CPU. A published checkpoint has none that we can use: it is then None.
-    Without a step, a corrupt newest one is skipped with a warning. Raises UserError if nothing is left, or if that of `step` is
-    missing or corrupt.
+    Args:
+        folder: with checkpoints in it.
+        step: which one. None takes the newest valid one; corrupt ones are skipped with a warning.
+        device: where the weights go; they are float32.
+        optimizer: read the optimizer state too, to the CPU. It is None for a published checkpoint, whose own is in
+            another layout.
+
+    Raises:
+        UserError: the checkpoint of `step` is missing or corrupt, or without a step, there is no valid one.
     """
     folder = Path(folder)
 
-    def given() -> Checkpoint:
+    def chosen() -> Checkpoint:
         return _load(folder, step, _read_meta(folder, step), device, optimizer)
 
     def newest() -> Checkpoint:
@@ -239,19 +269,19 @@ def load_checkpoint(folder: str | Path, step: int | None = None, *, device: str 
                 return _load(folder, step, meta, device, optimizer)
             except Corrupt as error:
                 log.warning("skipping the checkpoint of step %d: %s", step, error)
-        raise Corrupt(_nothing_in(folder))
+        raise Corrupt(nothing_found(folder))
 
     if step is None:
-        return _steady(folder, newest)
-    if step not in _steps(folder):
-        there = ", ".join(map(str, sorted(_steps(folder))))
+        return _retry_while_changing(folder, newest)
+    if step not in steps_in(folder):
+        there = ", ".join(map(str, sorted(steps_in(folder))))
         raise UserError(f"no checkpoint of step {step} in {folder}: "
                         + (f"there are those of {there}." if there else "there is none of any step."))
-    return _steady(folder, given)
+    return _retry_while_changing(folder, chosen)
 
 
-def _steady(folder: Path, read: Callable[[], R]) -> R:
-    """Return read(). Where it finds nothing, but a checkpoint was saved or deleted meanwhile, it is called again."""
+def _retry_while_changing(folder: Path, read: Callable[[], R]) -> R:
+    """Return read(); call it again where it fails and another process saved or deleted a checkpoint meanwhile."""
     def seen() -> set:
         return {(entry.name, entry.inode()) for entry in os.scandir(folder)} if folder.is_dir() else set()
 
@@ -274,7 +304,8 @@ def _load(folder: Path, step: int, meta: dict, device: str | torch.device, optim
     for name, tensor in state.items():
         loaded.model_state[name.removeprefix("_orig_mod.")] = tensor.float() if tensor.is_floating_point() else tensor
     if optimizer and "files" not in meta:
-        loaded.no_optimizer = "the checkpoint is a published one, whose optimizer state is a single rank's part in another layout"
+        loaded.no_optimizer = ("the checkpoint is a published one, whose optimizer state is one rank's part in another "
+                               "layout")
     elif optimizer and optim_name not in meta["files"]:
         loaded.no_optimizer = "the checkpoint was saved without"
     elif optimizer:
@@ -283,7 +314,7 @@ def _load(folder: Path, step: int, meta: dict, device: str | torch.device, optim
 
 
 def _read_tensors(folder: Path, name: str, meta: dict, device: str | torch.device) -> dict:
-    """Read one file of tensors, after checking it against the meta. Nothing but tensors and plain values is ever unpickled."""
+    """Verify a file of tensors against the meta, then read it. Only tensors and plain values are unpickled."""
     path = folder / name
     try:
         with _open(folder, name, meta) as file:
@@ -297,7 +328,7 @@ def _read_tensors(folder: Path, name: str, meta: dict, device: str | torch.devic
             part = torch.load(file, map_location=device, weights_only=True)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # on damaged or hostile files PyTorch raises a dozen kinds
+    except Exception as error:  # PyTorch raises many kinds of error for damaged or hostile files
         if isinstance(error, RuntimeError) and "CUDA" in str(error):
             raise
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -308,10 +339,11 @@ def _read_tensors(folder: Path, name: str, meta: dict, device: str | torch.devic
 
 
 def _open(folder: Path, name: str, meta: dict) -> IO:
-    """Open a file of a checkpoint; where its save has not ended yet, it may still be called `name`.new. Checks the size."""
+    """Open a file of a checkpoint after checking its size. It may still be called `name`.new, if its save is not
+    over."""
     size = meta["files"][name]["size"] if "files" in meta else None
-    ending = (folder / f"meta_{meta['step']:06d}.json.new").exists()
-    for path in (folder / f"{name}.new", folder / name) if ending else (folder / name,):
+    unfinished = (folder / f"meta_{meta['step']:06d}.json.new").exists()
+    for path in (folder / f"{name}.new", folder / name) if unfinished else (folder / name,):
         try:
             file = open(path, "rb")
         except FileNotFoundError:
@@ -327,11 +359,11 @@ def _open(folder: Path, name: str, meta: dict) -> IO:
 
 
 def _valid(folder: Path, optimizer: bool) -> Iterator[tuple[int, dict]]:
-    """Yield (step, meta) of the checkpoints in `folder` whose files are there in full length, newest first; warn of others.
+    """Yield (step, meta) of the checkpoints whose files exist in full length, newest first; warn of the others.
 
-    optimizer False: the model file is enough. People carry a model elsewhere without the optimizer's state.
+    Without `optimizer` the model file is enough: people copy a model elsewhere without its optimizer state.
     """
-    for step in _steps(folder):
+    for step in steps_in(folder):
         try:
             meta = _read_meta(folder, step)
             _check_sizes(folder, meta, optimizer)
@@ -348,14 +380,14 @@ def _check_sizes(folder: Path, meta: dict, optimizer: bool = True) -> None:
             _open(folder, name, meta).close()
 
 
-def _steps(folder: Path) -> list[int]:
-    """The steps that have a meta file, newest first."""
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps that have a meta file in `folder`, newest first."""
     names = (META.fullmatch(path.name) for path in folder.glob("meta_*"))
     return sorted({int(match[1]) for match in names if match}, reverse=True)
 
 
 def _read_meta(folder: Path, step: int) -> dict[str, Any]:
-    """The meta of a step: the one being committed where there is one. Raises Corrupt."""
+    """Return the meta of a step, the committed new one before the old one. Raises Corrupt."""
     path = folder / f"meta_{step:06d}.json"
     for candidate in (path.with_suffix(".json.new"), path):
         with suppress(FileNotFoundError):
@@ -370,8 +402,8 @@ def _parse(path: Path) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding="utf-8"))
         config, files = meta["model_config"], meta.get("files", {f"model_{step}.pt": {"size": 0, "sha256": ""}})
         sound = isinstance(config, dict) and f"model_{step}.pt" in files and all(
-            name in (f"model_{step}.pt", f"optim_{step}.pt")  # nothing else is opened or deleted, whatever a meta file names
-            and isinstance(said["size"], int) and isinstance(said["sha256"], str) for name, said in files.items())
+            name in (f"model_{step}.pt", f"optim_{step}.pt")  # a meta file cannot have others opened or deleted
+            and isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for name, entry in files.items())
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -379,109 +411,26 @@ def _parse(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
-        raise Corrupt(f"{path} is not the meta file of a checkpoint: no JSON object with model_config, and files that are its own.")
+        raise Corrupt(f"{path} is not the meta file of a checkpoint: it must be a JSON object with model_config, and "
+                      "list no files but its own.")
     return {**meta, "step": int(step)}
 
 
-def _nothing_in(folder: Path) -> str:
-    source = next((source for source, name in SOURCES.items() if name in folder.parts), "base")
+def nothing_found(folder: Path) -> str:
+    """Return the message that `folder` has no usable checkpoint, with what to do."""
+    stage = stage_of_folder(folder.parts) or STAGES["base"]
     problem = "" if folder.is_dir() else ", there is no such folder"
     return (f"no usable checkpoint in {folder}{problem}: looked for meta_NNNNNN.json with its model_NNNNNN.pt. "
-            f"Train one with `python -m {TRAINED_BY[source]}` (or `bash speedrun.sh`), or set NANOCHAT_BASE_DIR to where yours are.")
+            f"Train one with `python -m {stage.script}` (or `bash speedrun.sh`), or set NANOCHAT_BASE_DIR to where "
+            "yours are.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a name to a model
+def __getattr__(name: str) -> Any:
+    """Keep `from nanochat.checkpoint import load_model` working, as published code has it.
 
-def checkpoint_dir(source: str, model_tag: str | None = None) -> Path:
-    """Return the folder of a stage's checkpoints: base_dir()/{base,mid,chatsft,chatrl}_checkpoints/<tag>.
-
-    Without a tag, of those that hold a checkpoint: the only one, else the deepest dNN, else the one last written. Raises UserError.
+    It is imported only when asked for, because nanochat.loading imports this module.
     """
-    return _choose(source, model_tag)[0]
-
-
-def _choose(source: str | Path, model_tag: str | None) -> tuple[Path, str]:
-    """The folder of `source` (a stage, or a path) and `model_tag`, and why it is this one."""
-    root = base_dir() / SOURCES[source] if source in SOURCES else Path(source).expanduser()
-    if source not in SOURCES and not root.is_dir():
-        raise UserError(f"no folder {root}: a source is one of {', '.join(SOURCES)}, or a folder with a checkpoint.")
-    if model_tag:
-        if Path(model_tag).name != model_tag:
-            raise UserError(f"{model_tag!r} is not a model tag: it names one folder under {root}, such as d20.")
-        return root / model_tag, "as asked"
-    if source not in SOURCES and _steps(root):
-        return root, "as asked"
-    tags = [path for path in sorted(root.glob("*")) if path.is_dir() and _steps(path)]
-    if not tags:
-        raise UserError(_nothing_in(root / "<tag>" if root.is_dir() else root))
-    if len(tags) == 1:
-        return tags[0], "the only one there"
-    depths = {int(path.name[1:]): path for path in tags if re.fullmatch(r"d\d+", path.name)}
-    if depths:
-        return depths[max(depths)], f"the deepest of {len(tags)} there"
-    newest = max(tags, key=lambda path: max(meta.stat().st_mtime for meta in path.glob("meta_*")))
-    return newest, f"the last written of {len(tags)} there"
-
-
-def load_model(source: str | Path, device: str | torch.device, *, model_tag: str | None = None,
-               step: int | None = None) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Return (model in eval mode on `device`, float32; tokenizer; meta) of a checkpoint.
-
-    source: "base", "mid", "sft", "rl", or a folder. The tokenizer is the one in the checkpoint's folder, else that of base_dir().
-    meta has two entries more: "folder", and "loaded", a line that says what was taken and why.
-    Raises UserError if there is none, or it does not fit the model's shape or the tokenizer.
-    """
-    from nanochat.tokenizer import tokenizer as tokenizers
-
-    folder, why = _choose(source, model_tag)
-    checkpoint = load_checkpoint(folder, step, device=device)
-    meta = {**checkpoint.meta, "folder": str(folder), "loaded": f"step {checkpoint.step} of {folder} ({why})"}
-    model = model_from_state(meta["model_config"], checkpoint.model_state, what=str(folder))
-
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.pkl"))
-    tokenizer = tokenizers.RustBPETokenizer.from_directory(str(folder)) if own else tokenizers.get_tokenizer()
-    where = folder if own else base_dir() / "tokenizer"
-    if meta.get("tokenizer") and meta["tokenizer"] != tokenizer.fingerprint():
-        raise UserError(f"the tokenizer in {where} is not the one that the model in {folder} was trained with: its ids mean other text. "
-                        "Put the model's own tokenizer there, or train the model anew.")
-    if tokenizer.get_vocab_size() != model.config.vocab_size:
-        raise UserError(f"the model in {folder} has a vocabulary of {model.config.vocab_size}, the tokenizer in {where} one of "
-                        f"{tokenizer.get_vocab_size()}: they do not belong together.")
-    return model.eval(), tokenizer, meta
-
-
-def model_from_state(model_config: dict[str, Any], state: dict[str, Tensor], what: str = "the checkpoint") -> nn.Module:
-    """Build a GPT of `model_config` whose parameters are the tensors of `state` themselves. UserError where they do not fit."""
-    from nanochat.gpt import GPT, GPTConfig
-
-    known = {field.name for field in dataclasses.fields(GPTConfig)}
-    if unknown := sorted(set(model_config) - known):
-        raise UserError(f"{what}: model_config has {', '.join(unknown)}, which this version does not know. "
-                        "The checkpoint is of another model, or of a newer version.")
-    try:
-        with torch.device("meta"):  # no time is spent on weights that are replaced
-            model = GPT(GPTConfig(**model_config))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{what}: its model_config makes no model: {error}") from error
-    fit(model, state, what)
-    model.load_state_dict(state, strict=True, assign=True)
-    return model
-
-
-def fit(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Raise UserError, naming the differences, unless `state` has just the names and shapes of the model's parameters."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    parts = []
-    for problem, names in (
-        ("missing", [name for name in wanted if name not in found]),
-        ("not expected", [name for name in found if name not in wanted]),
-        ("of another shape", [f"{name} {found[name]}, not {wanted[name]}" for name in wanted
-                              if name in found and found[name] != wanted[name]]),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{problem}: {'; '.join(names[:3])}{more}")
-    if parts:
-        raise UserError(f"{what} is a checkpoint of another shape than its model. {'. '.join(parts)}.")
+    if name == "load_model":
+        from nanochat.loading import load_model
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,11 @@
-"""Command lines from dataclasses: each field is a flag, with its default, its help and its type.
+"""Command lines from dataclasses: each field is a flag with a type, a default and a help text.
 
     @dataclass
     class Config:
         depth: int = flag(20, "layers; sets width, heads and horizon")
         num_files: int = flag(1, "shards", short="n")
 
-    config = parse(Config, argv)     # --depth=20, --depth 20, -n 8; --num_files and --num-files are the same flag
+    config = parse(Config, argv)     # --depth=20, --depth 20, -n 8; --num_files and --num-files are the same
 """
 
 import argparse
@@ -23,7 +23,13 @@ C = TypeVar("C")
 
 
 def flag(default: Any, help: str, short: str = "") -> Any:
-    """A dataclass field with a default and a help text (say the unit). `short` is a letter: -n beside --num-files."""
+    """Return a dataclass field that is a flag.
+
+    Args:
+        default: its value if the flag is not given; dataclasses.MISSING makes the flag required.
+        help: one line for --help, with the unit.
+        short: a letter, for -n beside --num-files.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "short": short})
 
 
@@ -36,9 +42,9 @@ def _boolean(text: str) -> bool:
 
 
 def _count(text: str) -> int:
-    """An integer; 524288, 524_288 and 5e5 are all fine."""
+    """Parse an integer; 524288, 524_288 and 5e5 are all accepted."""
     try:
-        number = Decimal(text)  # a float would round 123456789e12
+        number = Decimal(text)  # exact, where a float would round 123456789e12
     except InvalidOperation:
         number = Decimal("NaN")
     if not number.is_finite() or abs(number.adjusted()) > 30 or number != int(number):
@@ -54,13 +60,14 @@ def _number(text: str) -> float:
 
 
 def _program() -> str | None:
-    """`python -m scripts.x` where that is how we were called; else argparse's own choice."""
+    """Return `python -m scripts.x` if the program was started so; None leaves the name to argparse."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 
 
 def parser_of(config_class: type, description: str = "") -> argparse.ArgumentParser:
-    """Return the argparse parser of a dataclass of flags: bool, int, float, str, Literal, or one of them `| None`."""
+    """Return the argparse parser of a dataclass of flags. A field's type is bool, int, float, str, Literal, or `X |
+    None`."""
     parser = argparse.ArgumentParser(prog=_program(), description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(config_class)
@@ -92,14 +99,20 @@ def parser_of(config_class: type, description: str = "") -> argparse.ArgumentPar
         else:
             how["required"] = True
             shown = "must be given"
-        parser.add_argument(*names, help=f"{field.metadata.get('help', '')} ({shown})".strip().replace("%", "%%"), **how)
+        text = f"{field.metadata.get('help', '')} ({shown})".strip()
+        parser.add_argument(*names, help=text.replace("%", "%%"), **how)
     return parser
 
 
 def parse(config_class: type[C], argv: Sequence[str] | None = None, description: str = "") -> C:
-    """Turn a command line into an instance of `config_class`. Exits with a usage line, code 2, where it is wrong.
+    """Parse a command line into an instance of `config_class`. A wrong one prints the usage and exits with code 2.
 
-    A leading `--` is skipped: torchrun hands on the one that separates its own flags from ours.
+    A leading `--` is skipped: torchrun passes on the one that ends its own flags.
+
+    Args:
+        config_class: a dataclass whose fields were made by `flag`.
+        argv: without the program's name; None takes this process's.
+        description: for --help; the docstring of the script.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] == "--":
@@ -108,7 +121,7 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, description:
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a script's main: a UserError becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+    """Run a script's main. A UserError prints one line to stderr and exits with 1; Ctrl-C exits with 130."""
     try:
         main()
     except UserError as error:

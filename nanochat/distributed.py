@@ -1,9 +1,9 @@
-"""Who we are among the ranks, which device is ours, in which precision it computes, and how fast it could be at best.
+"""The ranks of a run: which one this process is, its device, the precision of its matrix products, its peak FLOP/s.
 
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train      # sets RANK, LOCAL_RANK, WORLD_SIZE; nothing else is read
-    NANOCHAT_DTYPE=float32 python -m scripts.base_train                 # computes in float32 whatever the device does best
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train      # sets RANK, LOCAL_RANK, WORLD_SIZE; all we read
+    NANOCHAT_DTYPE=float32 python -m scripts.base_train                 # float32 instead of the device's best precision
 
-One process makes no process group: every function here then hands back what it was given.
+A single process makes no process group; the collectives here then return their argument.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ from nanochat.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world_size`, `local_rank` on its machine, and the device that is its own."""
+    """This process among all: `rank` of `world_size`, `local_rank` on its machine, and its own device."""
 
     rank: int
     local_rank: int
@@ -41,7 +41,7 @@ class Ranks:
 
 
 def _ranks_of_environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) where WORLD_SIZE is not set."""
+    """Return (rank, local rank, world size) as torchrun sets them; (0, 0, 1) where WORLD_SIZE is not set."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 0, 1
     numbers = []
@@ -57,8 +57,8 @@ def _ranks_of_environment() -> tuple[int, int, int]:
     if world_size > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
-                raise UserError(f"WORLD_SIZE is {world_size} but {name} is not set, so the ranks cannot find each other. "
-                                "Start them with torchrun, or unset WORLD_SIZE to run one process.")
+                raise UserError(f"WORLD_SIZE is {world_size} but {name} is not set, so the ranks cannot find each "
+                                "other. Start them with torchrun, or unset WORLD_SIZE to run one process.")
     return rank, local_rank, world_size
 
 
@@ -67,12 +67,14 @@ def _device_of(device_type: str, local_rank: int, world_size: int) -> torch.devi
     if device_type == "":
         device_type = next(name for name in ("cuda", "mps", "cpu") if has[name])
     if device_type not in has:
-        raise UserError(f"device type {device_type!r} is unknown: use cuda, mps or cpu, or leave it out for the best one.")
+        raise UserError(f"device type {device_type!r} is unknown: use cuda, mps or cpu, or leave it out for the best "
+                        "one.")
     if device_type == "mps" and world_size > 1:
-        raise UserError(f"mps is one device and cannot serve {world_size} ranks: start one process, or use --device_type=cpu.")
+        raise UserError(f"mps is one device and cannot serve {world_size} ranks: start one process, or use "
+                        "--device_type=cpu.")
     if not has[device_type]:
-        raise UserError(f"device type {device_type} was asked for, but torch {torch.__version__} finds none on this machine. "
-                        f"Use --device_type={next(name for name in has if has[name])}, or leave it out.")
+        raise UserError(f"device type {device_type} was asked for, but torch {torch.__version__} finds none on this "
+                        f"machine. Use --device_type={next(name for name in has if has[name])}, or leave it out.")
     if device_type != "cuda":
         return torch.device(device_type)
     if local_rank >= torch.cuda.device_count():
@@ -82,11 +84,16 @@ def _device_of(device_type: str, local_rank: int, world_size: int) -> torch.devi
 
 
 def init_ranks(device_type: str = "") -> Ranks:
-    """Find this process's rank and device, and join the others where there are any (nccl on cuda, gloo on cpu).
+    """Find this process's rank and device, and join the process group of several ranks (nccl on cuda, gloo on cpu).
 
-    device_type: "cuda", "mps" or "cpu"; "" takes the first of these that is there. Reads RANK, LOCAL_RANK and WORLD_SIZE
-    (and, through torch, MASTER_ADDR and MASTER_PORT). Called again in the same process, it keeps the group it has.
-    Raises UserError for a device that is not there and for variables that do not fit together.
+    Reads RANK, LOCAL_RANK and WORLD_SIZE from the environment (and, through torch, MASTER_ADDR and MASTER_PORT). A
+    second call in the same process keeps the group.
+
+    Args:
+        device_type: "cuda", "mps" or "cpu"; "" takes the first of these that the machine has.
+
+    Raises:
+        UserError: the machine has no such device, the variables contradict one another, or the ranks do not connect.
     """
     rank, local_rank, world_size = _ranks_of_environment()
     device = _device_of(device_type, local_rank, world_size)
@@ -109,8 +116,8 @@ def init_ranks(device_type: str = "") -> Ranks:
 def _tune_cpu() -> None:
     """Keep freed memory in the process, and round denormal numbers to zero.
 
-    A training step frees and takes the same large blocks again and again; glibc would return each to the system and get it back
-    page by page, zeroed. Both together are a tenth of a step on a CPU (dev/LOG.md).
+    A training step allocates and frees the same large blocks again and again; glibc would return each to the system and
+    get it back page by page, zeroed. Both settings together save a tenth of a step on a CPU (dev/LOG.md).
     """
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
@@ -129,7 +136,7 @@ def close_ranks() -> None:
 
 @contextmanager
 def joined_ranks(device_type: str = "") -> Iterator[Ranks]:
-    """init_ranks at the beginning of the block, close_ranks at its end."""
+    """Call init_ranks at the beginning of the block and close_ranks at its end."""
     ranks = init_ranks(device_type)
     try:
         yield ranks
@@ -138,7 +145,7 @@ def joined_ranks(device_type: str = "") -> Iterator[Ranks]:
 
 
 def all_reduce_sum(x: Tensor, ranks: Ranks) -> Tensor:
-    """Return the sum of `x` over all ranks; `x` itself is left as it is. One process: returns `x`."""
+    """Return the sum of `x` over all ranks, without changing `x`; in a single process `x` itself."""
     if ranks.world_size == 1:
         return x
     total = x.clone()
@@ -147,13 +154,13 @@ def all_reduce_sum(x: Tensor, ranks: Ranks) -> Tensor:
 
 
 def barrier(ranks: Ranks) -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called this."""
     if ranks.world_size > 1:
         dist.barrier(device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
 
 
 def broadcast_object(obj: Any, ranks: Ranks) -> Any:
-    """Return rank 0's `obj` on every rank (pickled on its way between our own processes)."""
+    """Return rank 0's `obj` on every rank (pickled between our own processes)."""
     if ranks.world_size == 1:
         return obj
     box = [obj]
@@ -162,7 +169,7 @@ def broadcast_object(obj: Any, ranks: Ranks) -> Any:
 
 
 def gather_objects(obj: Any, ranks: Ranks) -> list[Any]:
-    """Return every rank's `obj`, in the order of ranks, on every rank."""
+    """Return the list of every rank's `obj`, in the order of ranks, on every rank."""
     if ranks.world_size == 1:
         return [obj]
     box: list[Any] = [None] * ranks.world_size
@@ -170,14 +177,15 @@ def gather_objects(obj: Any, ranks: Ranks) -> list[Any]:
     return box
 
 
-# --- precision ---------------------------------------------------------------------------------------------------------
+# ---- precision
 
 @functools.lru_cache(maxsize=1)
 def _cpu_has_bfloat16() -> bool:
-    """True where the CPU multiplies bfloat16 matrices in hardware and torch's library for it (oneDNN) is built in.
+    """Return whether the CPU multiplies bfloat16 matrices in hardware and torch has the library for it (oneDNN).
 
-    x86: AMX bf16 or AVX512_BF16; ARM: the BF16 extension. Asked of torch, whose functions for it are private and may go,
-    and of /proc/cpuinfo. Apple's CPUs stay with float32: torch's float32 runs on their matrix units, its bfloat16 does not.
+    x86: AMX bf16 or AVX512_BF16; ARM: the BF16 extension. torch is asked first; its functions for this are private and
+    may disappear, so /proc/cpuinfo is read too. Apple's CPUs keep float32: torch's float32 runs on their matrix units,
+    its bfloat16 does not.
     """
     if sys.platform == "darwin" or not torch.backends.mkldnn.is_available():
         return False
@@ -194,29 +202,30 @@ def _cpu_has_bfloat16() -> bool:
 def compute_dtype(device: torch.device | str) -> torch.dtype:
     """Return the precision of matrix products on `device`: bfloat16 where the hardware does it well, else float32.
 
-    NANOCHAT_DTYPE=float32 or bfloat16 overrides. cuda: bfloat16 from compute capability 8.0 (Ampere) on; cpu: where it is
-    native; mps: float32. Raises UserError for any other value of NANOCHAT_DTYPE.
+    NANOCHAT_DTYPE=float32 or bfloat16 overrides. cuda: bfloat16 from compute capability 8.0 (Ampere) on; cpu: where it
+    is native; mps: float32. Raises UserError for any other value of NANOCHAT_DTYPE.
     """
     device = torch.device(device)
     wish = os.environ.get("NANOCHAT_DTYPE", "")
     if wish:
         if wish not in ("float32", "bfloat16"):
-            raise UserError(f"NANOCHAT_DTYPE is {wish!r}: use float32 or bfloat16, or unset it to have the device's best.")
+            raise UserError(f"NANOCHAT_DTYPE is {wish!r}: use float32 or bfloat16, or unset it for the device's best.")
         return torch.float32 if wish == "float32" else torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
 
 
-# --- speed at best -----------------------------------------------------------------------------------------------------
+# ---- peak FLOP/s
 
-# Dense TFLOP/s of one device: (bfloat16 matrix product with float32 sums, float32 without TF32). Vendors' data sheets and
-# architecture papers; where a sheet gives the figure with 2:4 sparsity, half of it. None: the device has no such unit.
-# Device names as the driver gives them, without the vendor; the first pattern that fits the whole name counts.
+# Dense TFLOP/s of one device: (bfloat16 matrix product with float32 sums, float32 without TF32), from vendors' data
+# sheets and architecture papers; half of the figure where a sheet gives it with 2:4 sparsity. None: no such unit.
+# Names are the driver's, without the vendor; the first pattern that matches the whole name counts.
 _DATA_CENTRE = (
-    (r"GB[23]00.*", 2500, 80), (r"B[23]00.*", 2250, 75),                             # Blackwell and Blackwell Ultra data sheets
+    (r"GB[23]00.*", 2500, 80), (r"B[23]00.*", 2250, 75),                             # Blackwell (Ultra) data sheets
     (r"GH200.*", 989.4, 67), (r"H200 NVL", 835.5, 60), (r"H200", 989.4, 67),         # Hopper data sheets
-    (r"H[18]00 PCIe", 756, 51), (r"H100 NVL", 835.5, 60), (r"H100.*(HBM3|SXM).*|H800", 989.4, 67), (r"H20(-3e)?", 148, 44),
+    (r"H[18]00 PCIe", 756, 51), (r"H100 NVL", 835.5, 60), (r"H100.*(HBM3|SXM).*|H800", 989.4, 67),
+    (r"H20(-3e)?", 148, 44),
     (r"A[18]00[- ].*", 312, 19.5), (r"A30", 165, 10.3), (r"A40", 149.7, 37.4),       # Ampere data sheets
     (r"A10", 125, 31.2), (r"A10G", 70, 35), (r"RTX A6000", 154.8, 38.7),
     (r"L4", 121, 30.3), (r"L40", 181, 90.5), (r"L40S", 362, 91.6),                   # Ada data sheets
@@ -228,14 +237,15 @@ _DATA_CENTRE = (
 # By exact name: laptop parts and the variants for export share a name's beginning and are slower.
 _GEFORCE_FLOAT32 = {
     "RTX 3060": 12.7, "RTX 3060 Ti": 16.2, "RTX 3070": 20.3, "RTX 3070 Ti": 21.7, "RTX 3080": 29.8, "RTX 3080 Ti": 34.1,
-    "RTX 3090": 35.6, "RTX 3090 Ti": 40.0, "RTX 4060": 15.1, "RTX 4060 Ti": 22.1, "RTX 4070": 29.1, "RTX 4070 SUPER": 35.5,
-    "RTX 4070 Ti": 40.1, "RTX 4070 Ti SUPER": 44.1, "RTX 4080": 48.7, "RTX 4080 SUPER": 52.2, "RTX 4090": 82.6,
+    "RTX 3090": 35.6, "RTX 3090 Ti": 40.0, "RTX 4060": 15.1, "RTX 4060 Ti": 22.1, "RTX 4070": 29.1,
+    "RTX 4070 SUPER": 35.5, "RTX 4070 Ti": 40.1,
+    "RTX 4070 Ti SUPER": 44.1, "RTX 4080": 48.7, "RTX 4080 SUPER": 52.2, "RTX 4090": 82.6,
     "RTX 5060": 19.2, "RTX 5060 Ti": 23.7, "RTX 5070": 30.9, "RTX 5070 Ti": 43.9, "RTX 5080": 56.3, "RTX 5090": 104.8,
 }
 
 
 def _gpu_peak(name: str, dtype: torch.dtype, tf32: bool) -> float | None:
-    """Dense FLOP/s of the GPU called `name`; None for one that is not in the table, or a slice (MIG) of one that is."""
+    """Return the dense FLOP/s of the GPU called `name`; None where it is not in the table, or is a slice (MIG)."""
     name = re.sub(r"^(NVIDIA |AMD )?(Tesla )?", "", name.strip())
     if " MIG " in name:
         return None
@@ -254,7 +264,7 @@ def _gpu_peak(name: str, dtype: torch.dtype, tf32: bool) -> float | None:
 
 @functools.lru_cache
 def _measured_peak(dtype: torch.dtype, threads: int) -> float:
-    """FLOP/s of a square matrix product on this CPU, best of five, of a size that takes some 20 ms: under half a second."""
+    """Return the FLOP/s of a square matrix product on this CPU: best of five, at a size that takes about 20 ms each."""
     size, best = 256, float("inf")
     while True:
         a, b = torch.randn(2, size, size).to(dtype)
@@ -272,10 +282,10 @@ def _measured_peak(dtype: torch.dtype, threads: int) -> float:
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float | None:
-    """Return the dense FLOP/s that `device` reaches at best in `dtype`, or None where that is not known.
+    """Return the peak dense FLOP/s of `device` in `dtype`, the denominator of the MFU; None where it is not known.
 
     GPUs by name from the vendor's data sheet (float32: TF32 where torch's float32 matmul precision allows it). A CPU is
-    measured once for each dtype and number of threads. The denominator of MFU: never a guess.
+    measured once for each dtype and number of threads.
     """
     device = torch.device(device)
     if device.type == "cuda":

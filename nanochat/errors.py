@@ -1,5 +1,5 @@
-"""The one kind of error that a user can cause, and mend."""
+"""The error for everything that a user can cause and correct."""
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what was wrong, where, and what to do; scripts print it as one line."""
+    """The message says what was wrong, where, and what to do; scripts print it as one line and exit with 1."""

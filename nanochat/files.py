@@ -1,4 +1,8 @@
-"""Where files live and how they are written: aside, synced, renamed. A kill or a full disk leaves the old file, or none."""
+"""Where files live, and atomic writes: after a kill or on a full disk, a file is the old one or absent, never half.
+
+    with atomic_write(base_dir() / "notes.json", "w") as file:
+        file.write(to_json({"loss": 2.5}))
+"""
 
 import dataclasses
 import errno
@@ -21,12 +25,16 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, 
 
 
 def base_dir() -> Path:
-    """Return the folder of everything the project makes: $NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Created if absent."""
+    """Return the folder for everything the project makes: $NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Created if absent.
+
+    Raises UserError if it cannot be created.
+    """
     try:
         folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
         folder.mkdir(parents=True, exist_ok=True)
     except RuntimeError as error:
-        raise UserError("there is no home folder to put files into. Set NANOCHAT_BASE_DIR to a folder you can write to.") from error
+        raise UserError("there is no home folder to put files into. Set NANOCHAT_BASE_DIR to a folder you can write "
+                        "to.") from error
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}. "
                         "Set NANOCHAT_BASE_DIR to one you can write to.") from error
@@ -35,10 +43,17 @@ def base_dir() -> Path:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file beside `path` and move it there, synced to disk, when the block ends well.
+    """Open a temporary file beside `path`, and when the block ends without an error, sync it and rename it to `path`.
 
-    After an error, or a kill at any moment, `path` is what it was before. A full disk, or a folder that may not be
-    written to, raises UserError. What a kill leaves beside `path` is found and removed by `sweep`.
+    After an error, or if the process is killed, `path` is what it was before. `sweep` removes the temporary file that a
+    killed process leaves.
+
+    Args:
+        path: its folder is created if absent.
+        mode: "wb" for bytes, "w" for UTF-8 text without newline conversion.
+
+    Raises:
+        UserError: the disk is full, or the folder may not be written to.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -53,11 +68,11 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         sync_folder(path.parent)
     except OSError as error:
         if error.errno in FULL:
-            raise UserError(f"the disk is full: {path} was not written, what stood there before is untouched. "
+            raise UserError(f"the disk is full: {path} was not written, and an older file there is untouched. "
                             f"Free some space on {path.parent} or set NANOCHAT_BASE_DIR to another disk.") from error
         if error.errno in REFUSED and error.filename is not None and Path(error.filename) in (aside, *path.parents):
             raise UserError(f"cannot write {path}: {error.strerror} ({error.filename2 or error.filename}). "
-                            "Mend that, or set NANOCHAT_BASE_DIR to another folder.") from error
+                            "Correct that, or set NANOCHAT_BASE_DIR to another folder.") from error
         raise
     finally:
         with suppress(OSError):
@@ -65,21 +80,24 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove what `atomic_write` left aside in `folder` when it was killed. Files still being written are left alone."""
+    """Remove temporary files that `atomic_write` left in `folder` when it was killed, not those being written now."""
     for aside in Path(folder).glob(".*.tmp"):
         parts = aside.name.split(".")
         if len(parts[-2]) != 8 or set(parts[-2]) - set("0123456789abcdef"):
-            continue  # not ours
-        with suppress(OSError):  # gone meanwhile, or locked: somebody is writing it
+            continue  # not from atomic_write
+        with suppress(OSError):  # deleted meanwhile, or locked by the process that writes it
             if time.time() - aside.stat().st_mtime < 10:
-                continue  # so young that its writer may not hold its lock yet
+                continue  # so new that its writer may not have locked it yet
             with open(aside, "rb") as file:
                 if _lock(file):
                     aside.unlink()
 
 
 def _lock(file: IO) -> bool:
-    """Hold a lock on an open file until it is closed, or its process dies. False where there are no locks; OSError if taken."""
+    """Lock an open file until it is closed or its process dies.
+
+    Returns False where the system has no locks. Raises BlockingIOError if another process holds the lock.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -94,7 +112,7 @@ def _lock(file: IO) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut. Some systems (Windows) cannot open folders; the rename is then all there is."""
+    """Sync a folder, so that renames in it survive a power cut. Does nothing where none can be opened (Windows)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -109,7 +127,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or where something stands there, the first of `path`2, `path`3, ... that is free."""
+    """Return `path` if nothing is there, else the first of `path`2, `path`3, ... that is free."""
     number = 1
     while (free := path.with_name(f"{path.name}{number if number > 1 else ''}")).exists():
         number += 1
@@ -126,7 +144,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def need_disk(path: str | Path, size: int, what: str) -> None:
-    """Raise UserError if the disk of `path` has fewer than `size` bytes free for `what`."""
+    """Raise UserError if the disk of `path` has fewer than `size` bytes free; the message names `what` needs them."""
     path = Path(path)
     while not path.exists():
         path = path.parent
@@ -137,7 +155,7 @@ def need_disk(path: str | Path, size: int, what: str) -> None:
 
 
 def in_words(size: float) -> str:
-    """Bytes as a person says them: 812 B, 1.3 MB, 2.2 GB."""
+    """Return a number of bytes in a readable unit: 812 B, 1.3 MB, 2.2 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -146,10 +164,11 @@ def in_words(size: float) -> str:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Return `value` as strictly valid JSON. Dataclasses become objects; paths, strings; NumPy and PyTorch scalars, numbers.
+    """Return `value` as strictly valid JSON.
 
-    JSON has no NaN and no infinity: they become the strings "NaN", "Infinity" and "-Infinity", which Python's float() reads.
-    Raises TypeError for what has no JSON form.
+    Dataclasses become objects, paths strings, NumPy and PyTorch scalars numbers. JSON has no NaN and no infinity: they
+    become the strings "NaN", "Infinity" and "-Infinity", which Python's float() reads. Raises TypeError for what has no
+    JSON form.
     """
     return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 

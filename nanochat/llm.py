@@ -13,41 +13,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from nanochat.checkpoint import SOURCES, load_model
-from nanochat.distributed import compute_dtype, init_ranks
+from nanochat.distributed import init_ranks
 from nanochat.engine import Engine, Row
-from nanochat.engine.quantize import quantize as quantized
 from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.layers import join
+from nanochat.loading import from_hub, load_for_decoding
+from nanochat.stages import STAGES
 from nanochat.tokenizer.stream import Shown
 
 Chat = str | Sequence[dict[str, Any]]
-
-
-def load_for_decoding(source: str | Path, device: str | torch.device, *, model_tag: str | None = None, step: int | None = None,
-                      quantize: str = "none") -> tuple[GPT, Any, dict[str, Any]]:
-    """Return what `load_model` does, and raise what it does; the model only to decode and evaluate with, as `ready_to_decode` leaves it."""
-    model, tokenizer, meta = load_model(source, device, model_tag=model_tag, step=step)
-    return ready_to_decode(model, quantize), tokenizer, meta
-
-
-@torch.no_grad()
-def ready_to_decode(model: GPT, quantize: str = "none") -> GPT:
-    """Make a float32 model, in place, one to decode and evaluate with on its device; returns it.
-
-    Its weights have the dtype they are used in (compute_dtype of the device), or 8 bits with quantize "int8"; projections of one input are
-    one product. It is not trained any more. Raises UserError for an unknown quantize.
-    """
-    model = quantized(model, quantize).eval().requires_grad_(False)
-    model.compute_dtype = compute_dtype(model.device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(model.compute_dtype)
-    for block in model.transformer.h:
-        join(block.attn.projections())
-    return model
 
 
 class LLM:
@@ -60,7 +33,7 @@ class LLM:
 
         Raises UserError where there is no such model.
         """
-        if source not in SOURCES and not Path(source).expanduser().is_dir():
+        if source not in STAGES and not Path(source).expanduser().is_dir():
             source = from_hub(str(source), revision)
         self.device = init_ranks(device).device
         self.model, self.tokenizer, self.meta = load_for_decoding(source, self.device, model_tag=model_tag, step=step, quantize=quantize)
@@ -98,19 +71,3 @@ class LLM:
     def _text(self, row: Row, tools: bool) -> str:
         shown = Shown(self.tokenizer, tools)
         return "".join([*map(shown.feed, (token for token in row.tokens if token not in self.engine.stops)), shown.finish()])
-
-
-def from_hub(name: str, revision: str | None) -> Path:
-    """Fetch a repository of the hub in the published format, and return its folder. Raises UserError where that cannot be done."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    stages = ", ".join(SOURCES)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"there is no folder {name}: a model is one of {stages}, a folder with a checkpoint, or owner/name on the hub.")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.pt", "*.json", "*.pkl"], ignore_patterns=["optim_*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{name} is no folder, and cannot be had from the hub: {' '.join(str(error).split())[:200]}") from error
-
-

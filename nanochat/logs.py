@@ -1,11 +1,12 @@
-"""What a run says: one JSON line per record on disk, always; lines and a progress bar on the console; wandb where it is named.
+"""The log of a run: one JSON line per record on disk, lines and a progress bar on the console, wandb if wanted.
 
     with RunLog("base", "d20", config={"depth": 20}) as log:
         log.say("step 00010 | loss 3.1")
         log.record("train", step=10, loss=3.1)
     rows = read_log(log.path)      # base_dir()/logs/base_d20.jsonl
 
-JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity", "-Infinity", and `read_log` turns them back.
+JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity", "-Infinity", and `read_log` turns
+these back into numbers.
 """
 
 import json
@@ -24,17 +25,23 @@ NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float(
 
 
 class RunLog:
-    """The log of one run of one stage. Its file is appended to: runs that were stopped and resumed stand one after the other.
+    """The log of one run. The file is appended to, so the parts of a run that was resumed follow one another.
 
-    wandb_run: "" and "dummy" mean no wandb; any other name is that of the run in wandb's project nanochat.
-    enabled: False on ranks other than 0; all calls then do nothing.
-    Raises UserError if the file cannot be written, or wandb is named but missing or refuses.
+    Args:
+        stage, tag: the file is logs/<stage>_<tag>.jsonl in base_dir().
+        config: the settings of the run, recorded at its start.
+        wandb_run: name of the run in wandb's project nanochat; "" and "dummy" mean no wandb.
+        enabled: False on ranks other than 0, where no call does anything.
+
+    Raises:
+        UserError: the file cannot be written, or wandb is wanted but missing or does not start.
     """
 
-    def __init__(self, stage: str, tag: str, config: dict[str, Any], *, wandb_run: str = "dummy", enabled: bool = True):
+    def __init__(self, stage: str, tag: str, config: dict[str, Any], *, wandb_run: str = "dummy",
+                 enabled: bool = True):
         self.path = base_dir() / "logs" / f"{stage}_{tag}.jsonl"
         self.enabled, self._file, self._wandb, self._bar, self._failed = enabled, None, None, None, False
-        self._torn = False  # whether the file may end in the middle of a line
+        self._torn = False  # the file may end in the middle of a line
         self._bar_wanted = enabled and os.environ.get("NANOCHAT_PROGRESS") != "0" and sys.stderr.isatty()
         if not enabled:
             return
@@ -42,19 +49,20 @@ class RunLog:
             raise UserError(f"a model tag is one name, such as d20, not {tag!r}")
         try:
             self.path.parent.mkdir(exist_ok=True)
-            self._file = open(self.path, "a+b", buffering=0)  # one write a record, at the end of the file: lines never mix
+            self._file = open(self.path, "a+b", buffering=0)  # one write per record, appended: lines never mix
             self._torn = True
         except OSError as error:
             raise UserError(f"cannot write the log {self.path}: {error.strerror}. "
-                            "Mend that, or set NANOCHAT_BASE_DIR to another folder.") from error
+                            "Correct that, or set NANOCHAT_BASE_DIR to another folder.") from error
         if wandb_run not in ("", "dummy"):
             self._wandb = _start_wandb(wandb_run, stage, config)
-        self.record("start", stage=stage, tag=tag, config=config, versions=versions(), machine=machine(), commit=commit())
+        self.record("start", stage=stage, tag=tag, config=config, versions=versions(), machine=machine(),
+                    commit=commit())
 
     def record(self, kind: str, **values: Any) -> None:
-        """Append one line: time (UTC, ISO), kind and the values, which are JSON-able, NumPy or PyTorch. Numbers go to wandb too.
+        """Append one line: time (UTC, ISO 8601), kind and values (JSON-able, NumPy or PyTorch). wandb gets the numbers.
 
-        In wandb, a value is named kind/value and plotted over "step", if there is one. A disk that is full is told once on
+        In wandb a value is named kind/name and plotted over "step", if there is one. A full disk is reported once on
         the console and does not end the run.
         """
         if self._file is None:
@@ -70,8 +78,8 @@ class RunLog:
 
     def _write(self, data: bytes) -> None:
         try:
-            # What a kill or a full disk cut short stays a line of its own. Looked at where it can be so, and not before each
-            # record: then another writer may be in the middle of its line.
+            # An incomplete record, after a kill or a full disk, stays a line of its own. Check only where there may be
+            # one: at other times another writer may be in the middle of its line.
             if self._torn and _ends_inside_a_line(self._file):
                 data = b"\n" + data
             written = self._file.write(data)
@@ -79,7 +87,7 @@ class RunLog:
         except OSError as error:
             problem = error.strerror
         if problem and not self._failed:
-            self.say(f"warning: cannot write the log {self.path}: {problem}. The run goes on without.")
+            self.say(f"warning: cannot write the log {self.path}: {problem}. The run continues without it.")
         self._failed = self._torn = bool(problem)
 
     def say(self, text: str) -> None:
@@ -90,14 +98,15 @@ class RunLog:
             self._bar.clear()
         try:
             print(text, flush=True)
-        except UnicodeEncodeError:  # a sample of a model may hold what this console cannot show
+        except UnicodeEncodeError:  # a sample of a model may contain characters that this console cannot show
             encoding = sys.stdout.encoding or "ascii"
             print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
         if self._bar is not None:
             self._bar.refresh()
 
     def progress(self, done: int, total: int, text: str = "") -> None:
-        """Show that `done` of `total` steps are done, with `text` behind. Only on a terminal; NANOCHAT_PROGRESS=0 turns it off."""
+        """Show a progress bar: `done` of `total` steps, followed by `text`. Only on a terminal and without
+        NANOCHAT_PROGRESS=0."""
         if not self._bar_wanted:
             return
         if self._bar is None:
@@ -112,7 +121,7 @@ class RunLog:
         self._bar.update(done - self._bar.n)
 
     def close(self, exit_code: int = 0) -> None:
-        """End the log. exit_code: 0 if the run ended well; wandb shows others as crashed. Called twice, it does nothing."""
+        """End the log. exit_code: 0 for success; wandb shows others as crashed. A second call does nothing."""
         if self._bar is not None:
             self._bar.close()
             self._bar, self._bar_wanted = None, False
@@ -136,7 +145,7 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Return the records of a log in their order. Lines that a kill tore are left out; a log that is not there gives []."""
+    """Return the records of a log in order, without incomplete lines; [] where there is no such file."""
     rows = []
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -161,7 +170,7 @@ def _finite_or_not(value: Any) -> Any:
 
 
 def _ends_inside_a_line(file: Any) -> bool:
-    """Whether the last line of an open file has no end."""
+    """Return whether the last line of an open file has no newline."""
     if file.seek(0, os.SEEK_END) == 0:
         return False
     file.seek(-1, os.SEEK_END)
@@ -172,19 +181,21 @@ def _start_wandb(name: str, stage: str, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError(f"the run name {name!r} asks for wandb, which is not installed: `uv pip install '.[track]'` in the project's "
-                        "folder installs it; the run name dummy does without.") from error
+        raise UserError(f"the run name {name!r} asks for wandb, which is not installed: `uv pip install '.[track]'` in "
+                        "the project's folder installs it; the run name dummy works without it.") from error
     try:
-        run = wandb.init(project="nanochat", name=name, job_type=stage, config=json.loads(to_json(config)), dir=str(base_dir()))
+        run = wandb.init(project="nanochat", name=name, job_type=stage, config=json.loads(to_json(config)),
+                         dir=str(base_dir()))
     except (wandb.Error, OSError, ValueError) as error:
-        raise UserError(f"wandb does not start: {' '.join(str(error).split())[:300]} Log in with `wandb login`, set WANDB_MODE=offline "
-                        "to keep the run on this machine, or take the run name dummy to do without.") from error
-    run.define_metric("*", step_metric="step")  # our steps may begin again where a run resumes; wandb's own never may
+        raise UserError(f"wandb does not start: {' '.join(str(error).split())[:300]} Log in with `wandb login`, set "
+                        "WANDB_MODE=offline to keep the run on this machine, or use the run name dummy to work without "
+                        "wandb.") from error
+    run.define_metric("*", step_metric="step")  # our steps go back where a run resumes; wandb's own cannot
     return run
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, PyTorch and this project."""
+    """Return the versions of Python, PyTorch and this project."""
     from importlib import metadata
 
     import torch
@@ -196,13 +207,14 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """System, CPU model, cores we may use, memory in bytes (0 if unknown), GPU names."""
+    """Return system, CPU model, cores this process may use, memory in bytes (0 if unknown), GPU names."""
     import torch
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))), platform.processor())
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    cpu = next(models, platform.processor())
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
@@ -212,17 +224,18 @@ def machine() -> dict[str, Any]:
     except (AttributeError, ValueError, OSError):
         memory = 0
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"system": platform.platform(), "cpu": cpu or platform.machine(), "cores": cores, "memory": memory, "gpus": gpus}
+    return {"system": platform.platform(), "cpu": cpu or platform.machine(), "cores": cores, "memory": memory,
+            "gpus": gpus}
 
 
 def commit() -> str | None:
-    """The git commit of the code, with -dirty behind it where files differ; None outside a checkout."""
+    """Return the git commit of the code, followed by -dirty where files differ; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     try:
-        found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                               capture_output=True, text=True, timeout=10)
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

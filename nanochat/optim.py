@@ -5,18 +5,19 @@
     norm = optimizer.step(lr_scale=1.0, momentum=0.95, grad_scale=1 / tokens_of_all_ranks, clip=1.0)
     optimizer.zero_grad()
 
-Every parameter lies in one bucket: for Muon all matrices of one shape, for AdamW all parameters of one rate. A bucket is a flat
-row of numbers, cut into equal slices, one for each rank (Muon: whole matrices; the last slices may be padding). A step sums the
-gradients into each rank's own slice (reduce-scatter), clips by the norm of the whole, updates the slice, and gathers the weights.
-So a rank holds 1/world_size of the state and does 1/world_size of the work; the weights stay whole everywhere. One process does
-the same arithmetic without communication or padding. On a GPU nothing waits for the host.
+The optimizer state is sharded over the ranks (ZeRO stage 1). Each parameter is in one bucket: for Muon the matrices of
+one group and shape, for AdamW all parameters of one group. A bucket is a flat buffer, cut into equal slices, one for
+each rank (for Muon, a slice holds whole matrices; the last slices may be padding). A step sums the gradients into each
+rank's slice (reduce-scatter), clips them by the norm of the whole gradient, updates the slice, and gathers the weights
+(all-gather). So a rank holds 1/world_size of the state and does 1/world_size of the work, while every rank has all
+weights. A single process does the same arithmetic without communication or padding. On a GPU nothing waits for the
+host.
 
 Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 """
 
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,47 +26,79 @@ from torch import Tensor, nn
 
 from nanochat.distributed import Ranks, all_reduce_sum, compute_dtype
 from nanochat.errors import UserError
+from nanochat.recipe import OptimizerGroup, published
 
-BETA1, BETA2, EPS = 0.8, 0.95, 1e-10  # AdamW's, of the published recipe
 STATE = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
-def parameter_groups(model: nn.Module, *, matrix_lr: float = 0.02, embedding_lr: float = 0.2, unembedding_lr: float = 0.004,
-                     conv_lr: float = 0.02, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Sort a GPT's parameters into groups for MuonAdamW; each one is in exactly one group.
+def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = published.groups) -> list[dict[str, Any]]:
+    """Sort a GPT's parameters into the optimizer groups of a recipe, each into exactly one.
 
-    2-D matrices inside the blocks go to Muon at `matrix_lr`. wte, lm_head and the convolutions' taps (E, 1, K) go to AdamW at
-    their rate x (E/768)^-0.5, with decoupled `weight_decay`. Names are those of the model without `_orig_mod.`.
-    Raises ValueError for a parameter that is none of these.
+    The embedding is in group "wte", the head in "lm_head" and the MLPs' matrices in "matrices". A mixer says for each
+    of its parameters, by `optimizer_group(name)`, which group it is in.
+
+    Args:
+        model: a GPT, compiled or not.
+        groups: of a recipe; the order is kept.
+
+    Returns:
+        For MuonAdamW, a dict for each group that has parameters: kind, names (without `_orig_mod.`), params, lr,
+        weight_decay, and AdamW's betas and eps.
+
+    Raises:
+        ValueError: a parameter that nothing gives a group to, one in a group that the recipe does not have, or one in a
+            group for Muon that is not a matrix.
     """
-    rules = (("matrices", r"transformer\.h\.\d+\..+\.weight", 2), ("wte", r"transformer\.wte\.weight", 2),
-             ("lm_head", r"lm_head\.weight", 2), ("taps", r"transformer\.h\.\d+\..+\.conv1d\.weight", 3))
-    found: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind, _, _ in rules}
-    for name, parameter in model.named_parameters():
-        name = name.replace("_orig_mod.", "")
-        kind = next((kind for kind, pattern, ndim in rules if re.fullmatch(pattern, name) and parameter.ndim == ndim), None)
-        if kind is None:
-            raise ValueError(f"no rule says how to train {name} of shape {tuple(parameter.shape)}: "
-                             "add one to parameter_groups in nanochat/optim.py")
-        found[kind].append((name, parameter))
+    named = {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
+    group_of = {"transformer.wte.weight": "wte", "lm_head.weight": "lm_head"}
+    for i, block in enumerate(getattr(model, "_orig_mod", model).transformer.h):
+        for name in _names(block.attn):
+            group_of[f"transformer.h.{i}.attn.{name}"] = block.attn.optimizer_group(name)
+        for name in _names(block.mlp):
+            group_of[f"transformer.h.{i}.mlp.{name}"] = "matrices"
+
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in groups}
+    for name, parameter in named.items():
+        group = group_of.get(name)
+        what = f"{name} of shape {tuple(parameter.shape)}"
+        if group is None:
+            raise ValueError(f"nothing says which optimizer group {what} is in: see parameter_groups in "
+                             "nanochat/optim.py")
+        if group not in groups:
+            raise ValueError(f"{what} is in the optimizer group {group!r}, which the recipe does not have: "
+                             f"its groups are {', '.join(groups)}")
+        if groups[group].optimizer == "muon" and parameter.ndim != 2:
+            raise ValueError(f"{what} is in the optimizer group {group!r}, but Muon trains 2-D matrices alone: "
+                             "its mixer's optimizer_group must name another group")
+        members[group].append((name, parameter))
+
     width_scale = (model.config.n_embd / 768) ** -0.5
-    rates = {"matrices": matrix_lr, "wte": embedding_lr * width_scale, "lm_head": unembedding_lr * width_scale,
-             "taps": conv_lr * width_scale}
-    groups = []
-    for kind, members in found.items():
-        if members:
-            group = {"kind": "muon" if kind == "matrices" else "adamw", "names": [name for name, _ in members],
-                     "params": [parameter for _, parameter in members], "lr": rates[kind]}
-            groups.append(group if kind == "matrices" else {**group, "weight_decay": weight_decay})
-    return groups
+    result = []
+    for name, group in groups.items():
+        if members[name]:
+            names, parameters = map(list, zip(*members[name]))
+            result.append({"kind": group.optimizer, "names": names, "params": parameters,
+                           "lr": group.lr * width_scale if group.by_width else group.lr,
+                           "weight_decay": group.weight_decay, "betas": group.betas, "eps": group.eps})
+    return result
+
+
+def _names(module: nn.Module) -> Iterator[str]:
+    return (name.replace("_orig_mod.", "") for name, _ in module.named_parameters())
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """Bring the singular values of each matrix of `x` (N, rows, columns) near 1 (0.7 to 1.2); a zero matrix stays zero.
+    """Bring the singular values of each matrix near 1 (0.7 to 1.2). A zero matrix stays zero.
 
-    Muon's quintic iteration X <- (a + b G + c G^2) X with G = X X^T, in `dtype`, lying with fewer rows. A CPU in float32 does
-    long matrices in their Gram matrix alone: all factors commute with G, so their product meets X once, at the end. A half of
-    the arithmetic at 4:1, and within 1e-3 of the plain iteration for any spectrum; bfloat16 has not the digits for it.
+    This is Muon's quintic iteration X <- (a + b G + c G^2) X with G = X X^T, on the transpose where that has fewer
+    rows. On a CPU in float32, long matrices are done in their Gram matrix G: all factors commute with G, so X is
+    multiplied only once, by their product. That is half the arithmetic at 4:1, and within 1e-3 of the plain iteration
+    for any spectrum; bfloat16 has too few digits for it.
+
+    Args:
+        x: (N, rows, columns).
+        dtype: of the matrix products, and of the result.
+        steps: of the iteration.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.size(-2) > x.size(-1)
@@ -87,13 +120,14 @@ def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
 
 
 class _Bucket:
-    """Parameters that are updated as one: a flat row of `world_size` slices, of which this rank owns numbers [start, stop)."""
+    """Parameters that are updated together, as a flat buffer of `world_size` slices; this rank owns [start, stop) of
+    it."""
 
     def __init__(self, group: dict[str, Any], names: list[str], params: list[nn.Parameter], ranks: Ranks):
         self.group, self.names, self.params, self.ranks = group, names, params, ranks
         self.sizes = [p.numel() for p in params]
         total = sum(self.sizes)
-        unit = self.sizes[0] if group["kind"] == "muon" else 1  # a matrix is orthogonalised whole, so it is never cut
+        unit = self.sizes[0] if group["kind"] == "muon" else 1  # Muon needs whole matrices, so it never cuts one
         self.slice_size = math.ceil(total / unit / ranks.world_size) * unit
         self.padding = self.slice_size * ranks.world_size - total
         self.start = min(ranks.rank * self.slice_size, total)
@@ -101,25 +135,27 @@ class _Bucket:
         self.state = {key: params[0].new_zeros(self.stop - self.start) for key in STATE[group["kind"]]}
 
     def own(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Of contiguous tensors shaped like the parameters, return flat views of what this rank owns, in its slice's order."""
-        views, at = [], 0
+        """Return flat views of what this rank owns of contiguous tensors that are shaped like the parameters, in
+        order."""
+        views, offset = [], 0
         for tensor in tensors:
-            first, last = max(self.start - at, 0), min(self.stop - at, tensor.numel())
+            first, last = max(self.start - offset, 0), min(self.stop - offset, tensor.numel())
             if first < last:
                 views.append(tensor.view(-1)[first:last])
-            at += tensor.numel()
+            offset += tensor.numel()
         return views
 
     def reduce_gradients(self) -> Callable[[], Tensor]:
-        """Begin to sum the gradients over the ranks; the function returned gives the sum on this rank's slice."""
+        """Start to sum the gradients over the ranks. Returns a function that waits for it and returns this rank's
+        slice."""
         pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.params]
         if self.padding:
             pieces.append(pieces[0].new_zeros(self.padding))
-        row = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        buffer = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if self.ranks.world_size == 1:
-            return lambda: row
-        part = row.new_empty(self.slice_size)
-        work = dist.reduce_scatter_tensor(part, row, async_op=True)
+            return lambda: buffer
+        part = buffer.new_empty(self.slice_size)
+        work = dist.reduce_scatter_tensor(part, buffer, async_op=True)
 
         def finish() -> Tensor:
             work.wait()
@@ -127,61 +163,75 @@ class _Bucket:
         return finish
 
     def gather(self, parts: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Begin to gather all slices, this rank's from `parts`; the function returned gives all, shaped like the parameters."""
-        row = self.params[0].new_empty(self.slice_size * self.ranks.world_size)
-        mine = row[self.ranks.rank * self.slice_size:][:self.slice_size]
+        """Start to gather the slices of all ranks; this rank's is the concatenation of `parts`.
+
+        Returns a function that waits for it and returns tensors shaped like the parameters.
+        """
+        buffer = self.params[0].new_empty(self.slice_size * self.ranks.world_size)
+        mine = buffer[self.ranks.rank * self.slice_size:][:self.slice_size]
         if parts:
             torch.cat(parts, out=mine[:self.stop - self.start])
-        work = dist.all_gather_into_tensor(row, mine, async_op=True) if self.ranks.world_size > 1 else None
+        work = dist.all_gather_into_tensor(buffer, mine, async_op=True) if self.ranks.world_size > 1 else None
 
         def finish() -> list[Tensor]:
             if work is not None:
                 work.wait()
-            pieces = row[:row.numel() - self.padding].split(self.sizes)
+            pieces = buffer[:buffer.numel() - self.padding].split(self.sizes)
             return [piece.view(p.shape) for piece, p in zip(pieces, self.params)]
         return finish
 
     def direction(self, gradient: Tensor, momentum: float, step: int, dtype: torch.dtype) -> Tensor:
-        """Take this rank's slice of the gradient (overwritten) into the state; return the change of its weights at rate 1."""
+        """Update the state with this rank's slice of the gradient; return the change of its weights at a rate of 1.
+
+        gradient: flat; it is overwritten. momentum: Muon's. step: counts from 1. dtype: of Newton-Schulz.
+        """
         if self.group["kind"] == "muon":
             rows, columns = self.params[0].shape
-            buffer = self.state["momentum"].lerp_(gradient, 1 - momentum)
-            ahead = gradient.lerp_(buffer, momentum).view(-1, rows, columns)  # Nesterov's
+            average = self.state["momentum"].lerp_(gradient, 1 - momentum)
+            ahead = gradient.lerp_(average, momentum).view(-1, rows, columns)  # Nesterov momentum
             return newton_schulz(ahead, dtype).to(gradient.dtype).mul(max(1, rows / columns) ** 0.5).reshape(-1)
-        mean = self.state["exp_avg"].lerp_(gradient, 1 - BETA1)
-        square = self.state["exp_avg_sq"].mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-        root = torch.sqrt(square, out=gradient).mul_((1 - BETA2 ** step) ** -0.5).add_(EPS)
-        return torch.div(mean, root, out=root).mul_(1 / (1 - BETA1 ** step))
+        beta1, beta2 = self.group["betas"]
+        mean = self.state["exp_avg"].lerp_(gradient, 1 - beta1)
+        square = self.state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = torch.sqrt(square, out=gradient).mul_((1 - beta2 ** step) ** -0.5).add_(self.group["eps"])
+        return torch.div(mean, root, out=root).mul_(1 / (1 - beta1 ** step))
 
 
 class MuonAdamW:
-    """The optimizer of a whole model, for any number of ranks. The top of this file says how to use it and how it works."""
+    """The optimizer of a whole model, for any number of ranks; the top of this file says how it works."""
 
     def __init__(self, groups: list[dict[str, Any]], ranks: Ranks):
-        """groups: from parameter_groups, or alike: {"kind": "muon" or "adamw", "names", "params", "lr"}, adamw "weight_decay".
+        """Lay out buckets and this rank's part of the state.
 
-        Every rank hands in the same. Raises ValueError for a parameter given twice, or one that is not contiguous float32 on
-        the ranks' kind of device: the weights trained are float32, whatever the precision of the matrix products.
+        Args:
+            groups: from `parameter_groups`, the same on every rank.
+            ranks: who shares the work.
+
+        Raises:
+            ValueError: a parameter was given twice, or is not contiguous float32 on the ranks' kind of device. The
+                weights that are trained are float32, whatever the precision of the matrix products.
         """
         self.ranks, self.steps, self.dtype = ranks, 0, compute_dtype(ranks.device)
         self.buckets: list[_Bucket] = []
         seen: set[int | str] = set()
         for group in groups:
             if group["kind"] not in STATE:
-                raise ValueError(f"a parameter group is of kind {group['kind']!r}: it must be one of {', '.join(STATE)}")
+                kinds = ", ".join(STATE)
+                raise ValueError(f"a parameter group is of kind {group['kind']!r}: it must be one of {kinds}")
             stacks: dict[Any, list[tuple[str, nn.Parameter]]] = {}
             for name, p in zip(group["names"], group["params"], strict=True):
                 if name in seen or id(p) in seen:
                     raise ValueError(f"the optimizer was given {name} twice")
                 seen |= {name, id(p)}
                 if p.dtype != torch.float32 or not p.is_contiguous() or p.device.type != ranks.device.type:
-                    raise ValueError(f"{name} is {'' if p.is_contiguous() else 'not contiguous, '}{p.dtype} on {p.device}: "
-                                     f"the optimizer trains contiguous float32 on {ranks.device}; make the model so before")
+                    layout = "" if p.is_contiguous() else "not contiguous, "
+                    raise ValueError(f"{name} is {layout}{p.dtype} on {p.device}: the optimizer trains contiguous "
+                                     f"float32 on {ranks.device}; convert the model before")
                 stacks.setdefault(p.shape if group["kind"] == "muon" else None, []).append((name, p))
             self.buckets += [_Bucket(group, *map(list, zip(*members)), ranks) for members in stacks.values()]
 
     def zero_grad(self) -> None:
-        """Drop all gradients."""
+        """Set all gradients to None."""
         for bucket in self.buckets:
             for p in bucket.params:
                 p.grad = None
@@ -189,11 +239,22 @@ class MuonAdamW:
     @torch.no_grad()
     def step(self, *, lr_scale: float = 1.0, momentum: float = 0.95, grad_scale: float | Tensor = 1.0,
              clip: float | None = None) -> Tensor:
-        """Update all weights; return the norm of the whole gradient before clipping: 0-d, on the device, not waited for.
+        """Update all weights. Collective: all ranks call it with the same arguments.
 
-        The gradient is grad_scale x (sum of p.grad over the ranks); where p.grad is None on a rank it counts as zeros there.
-        p.grad stays as it is. clip: the largest norm let through. lr_scale: on every group's rate. momentum: Muon's.
-        Where the norm is not finite it is returned so, the weights stay, and the state moves as under a zero gradient.
+        The gradient is grad_scale times the sum of p.grad over the ranks; a p.grad of None counts as zeros. p.grad is
+        not changed. Where the gradient is not finite, the weights stay, and the state is updated as by a zero gradient.
+
+        Args:
+            lr_scale: factor of every group's learning rate.
+            momentum: Muon's.
+            grad_scale: factor of the gradient, such as 1 / number of tokens.
+            clip: the largest norm of the gradient; a larger one is scaled down to it. None for no limit.
+
+        Returns:
+            The norm of the whole gradient before clipping, 0-d, on the device; nothing waits for it.
+
+        Raises:
+            ValueError: clip is not above 0.
         """
         if clip is not None and not clip > 0:
             raise ValueError(f"clip is {clip}: it must be above 0, or None for no clipping")
@@ -205,13 +266,13 @@ class MuonAdamW:
         scale = torch.where(finite, grad_scale * (1 if clip is None else (clip / (norm + 1e-6)).clamp(max=1)), 0)
         gathers = []
         for bucket in self.buckets:
-            gradient = gradients.pop(0)  # freed bucket by bucket
+            gradient = gradients.pop(0)  # so that its memory is freed when the bucket is done
             weights = bucket.own([p.detach() for p in bucket.params])
             if weights:
                 rate = finite * (bucket.group["lr"] * lr_scale)
                 gradient = torch.where(finite, gradient, 0).mul_(scale)
                 change = bucket.direction(gradient, momentum, self.steps, self.dtype).mul_(rate)
-                if decay := bucket.group.get("weight_decay", 0):
+                if decay := bucket.group["weight_decay"]:
                     torch._foreach_mul_(weights, 1 - rate * decay)
                 torch._foreach_sub_(weights, change.split([view.numel() for view in weights]))
             if self.ranks.world_size > 1:
@@ -222,10 +283,13 @@ class MuonAdamW:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, dict[str, Tensor]] | None:
-        """Gather the whole state to rank 0, for any number of ranks to load; all ranks must call it, the others get None.
+        """Gather the whole state, which any number of ranks can load. Collective.
 
-        {name: {"momentum"}} for Muon, {name: {"exp_avg", "exp_avg_sq", "step"}} for AdamW; CPU tensors shaped like the
-        parameter, "step" 0-d int64. Gathers bucket by bucket: the memory needed on the device is that of the largest.
+        The device needs memory for the largest bucket only.
+
+        Returns:
+            On rank 0: of each parameter, by name, {"momentum"} for Muon, {"exp_avg", "exp_avg_sq", "step"} for AdamW.
+            They are CPU tensors shaped like the parameter, "step" is 0-d int64. On other ranks: None.
         """
         whole: dict[str, dict[str, Tensor]] = {}
         for bucket in self.buckets:
@@ -241,12 +305,13 @@ class MuonAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, whole: dict[str, dict[str, Tensor]]) -> None:
-        """Take this rank's part of what state_dict gave, saved with any number of ranks; every rank is given the full dict.
+        """Load this rank's part of a state from `state_dict`, saved with any number of ranks.
 
-        Raises UserError, before anything is changed, naming all parameters that are missing, extra or of another kind or shape.
+        whole: the full dict, on every rank. Raises UserError, before anything is changed, that names all parameters
+        that are missing, extra, or of another kind or shape.
         """
-        wrong, expected = [], {name: (bucket, p) for bucket in self.buckets for name, p in zip(bucket.names, bucket.params)}
-        wrong += [f"{name} is missing" for name in expected if name not in whole]
+        expected = {name: (bucket, p) for bucket in self.buckets for name, p in zip(bucket.names, bucket.params)}
+        wrong = [f"{name} is missing" for name in expected if name not in whole]
         wrong += [f"{name} is not in this model" for name in whole if name not in expected]
         steps = set()
         for name in expected.keys() & whole.keys():
@@ -261,7 +326,8 @@ class MuonAdamW:
         if len(steps) > 1:
             wrong.append(f"the parameters were saved at different steps: {', '.join(map(str, sorted(steps)))}")
         if wrong:
-            raise UserError("the optimizer state is not of this model, so it was not loaded: " + "; ".join(sorted(wrong))
+            raise UserError("the optimizer state is not of this model, so it was not loaded: "
+                            + "; ".join(sorted(wrong))
                             + ". Resume with the flags the run began with, or start without optimizer state.")
         self.steps = max(steps, default=self.steps)
         for bucket in self.buckets:

@@ -1,9 +1,10 @@
-"""Reinforcement learning by rewards on whole answers: rollouts, advantages, batches for the training step, pass@k.
+"""Reinforcement learning with rewards for whole answers: rollouts, advantages, batches for the training step, pass@k.
 
-For each problem some answers are drawn from the model as it is (on-policy, so no ratio and no clipping is needed). The advantage of an
-answer is its reward less the mean reward of its group; a group whose answers are all worth the same teaches nothing and is left out.
-The gradient is that of −Σ advantage · log p(token) / N over the N sampled tokens of the whole step, the closing token among them; what
-the calculator put in was not the model's choice and is not rewarded.
+For each problem several answers are drawn from the model as it is (on-policy, so no ratio and no clipping is needed).
+The advantage of an answer is its reward minus the mean reward of its group; a group whose answers all have the same
+reward teaches nothing and is left out. The gradient is that of −Σ advantage · log p(token) / N over the N sampled
+tokens of the whole step, the closing token among them. Tokens that the calculator inserted were not the model's choice
+and do not count.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from nanochat.chat_data import batch_of
+from nanochat.distributed import Ranks, all_reduce_sum
 from nanochat.engine import Engine, Row
 
 
 @dataclass
-class Group:
+class AnswerGroup:
     """The answers to one problem, with their rewards."""
 
     rows: list[Row]
@@ -32,37 +34,93 @@ class Group:
 
     @property
     def teaches(self) -> bool:
-        """Are not all answers worth the same?"""
+        """Whether the rewards differ."""
         return max(self.rewards) > min(self.rewards)
 
 
-def rollouts(engine: Engine, task: Any, conversations: Sequence[dict], seeds: Sequence[int], num_samples: int, **options: Any
-             ) -> list[Group]:
-    """Return a group of num_samples answers to each problem of a task, with the task's rewards.
+@dataclass(frozen=True)
+class RolloutStats:
+    """What the answers of a step are like, over all ranks.
 
-    seeds: one a problem. options: of Engine.complete (max_tokens, …).
+    reward: mean. teaching: groups whose rewards differ. ended: fraction of answers that end by themselves. tokens: of
+        an
+    answer, mean. stop: whether a rank was asked to stop.
+    """
+
+    reward: float
+    teaching: int
+    ended: float
+    tokens: float
+    stop: bool
+
+
+def rollouts(engine: Engine, task: Any, conversations: Sequence[dict], seeds: Sequence[int], num_samples: int,
+             **options: Any) -> list[AnswerGroup]:
+    """Draw num_samples answers to each problem of a task and return them with the task's rewards.
+
+    Args:
+        conversations: the problems. seeds: one for each.
+        options: of Engine.complete (max_tokens, …).
     """
     prompts = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
     groups = []
-    for conversation, rows in zip(conversations, engine.generate_many(prompts, num_samples, seed=list(seeds), **options)):
+    answered = engine.generate_many(prompts, num_samples, seed=list(seeds), **options)
+    for conversation, rows in zip(conversations, answered):
         texts = [engine.tokenizer.decode([token for token in row.tokens if token not in engine.stops]) for row in rows]
-        groups.append(Group(rows, [task.reward(conversation, text) for text in texts]))
+        groups.append(AnswerGroup(rows, [task.reward(conversation, text) for text in texts]))
     return groups
 
 
-def batches(groups: Sequence[Group], device_batch_size: int, pad: int, device: torch.device | str
+def rollout_stats(groups: Sequence[AnswerGroup], stop: bool, ranks: Ranks) -> RolloutStats:
+    """Return what the answers of all ranks are like. Collective. stop: whether this rank was asked to stop."""
+    rows = [row for group in groups for row in group.rows]
+    sums = torch.tensor([sum(sum(group.rewards) for group in groups), len(rows), sum(group.teaches for group in groups),
+                         sum(len(row.tokens) for row in rows), sum(row.ended == "stop" for row in rows), stop],
+                        device=ranks.device, dtype=torch.float32)  # without it, integers on a rank that has no problem
+    reward, answers, teaching, tokens, ended, stopping = all_reduce_sum(sums, ranks).tolist()
+    return RolloutStats(reward / answers, int(teaching), ended / answers, tokens / answers, stopping > 0)
+
+
+def batches(groups: Sequence[AnswerGroup], device_batch_size: int, pad: int, device: torch.device | str
             ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (inputs, targets, factors), each (B, T), of the groups that teach: targets are the sampled tokens, −1 elsewhere; factors are
-    the advantages. At most device_batch_size answers each, alike in length, padded on the right."""
-    answers = [(row, advantage) for group in groups if group.teaches for row, advantage in zip(group.rows, group.advantages)]
+    """Yield micro-batches of the groups that teach.
+
+    Args:
+        device_batch_size: answers of a micro-batch at most; they are alike in length and padded on the right.
+        pad: the token that fills the inputs.
+
+    Yields:
+        (inputs, targets, factors), each (B, T): targets are the sampled tokens, −1 elsewhere; factors are the
+        advantages.
+    """
+    answers = [(row, advantage) for group in groups if group.teaches
+               for row, advantage in zip(group.rows, group.advantages)]
     answers.sort(key=lambda answer: len(answer[0].prompt) + len(answer[0].tokens))
     for start in range(0, len(answers), device_batch_size):
         part = answers[start:start + device_batch_size]
-        inputs, targets = batch_of([([*row.prompt, *row.tokens], [0] * len(row.prompt) + row.mask) for row, _ in part], pad, device)
+        rows = [([*row.prompt, *row.tokens], [0] * len(row.prompt) + row.mask) for row, _ in part]
+        inputs, targets = batch_of(rows, pad, device)
         factors = torch.tensor([advantage for _, advantage in part], device=inputs.device)
         yield inputs, targets, factors.unsqueeze(1).expand(targets.shape)
 
 
+def pass_rates(groups: Sequence[AnswerGroup], problems: int, samples: int, ranks: Ranks) -> dict[str, float]:
+    """Return pass@k for k = 1, 2, 4, … samples, where a right answer has a reward of 1 or more. Collective.
+
+    Args:
+        groups: of this rank. problems: of all ranks. samples: answers to each problem.
+    """
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples]
+    right = [sum(reward >= 1 for reward in group.rewards) for group in groups]
+    sums = [sum(pass_at_k(correct, len(group.rows), k) for correct, group in zip(right, groups)) for k in ks]
+    totals = all_reduce_sum(torch.tensor(sums, device=ranks.device, dtype=torch.float32), ranks).tolist()
+    return {f"pass@{k}": total / problems for k, total in zip(ks, totals)}
+
+
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Return the chance that of k answers, drawn from `samples` of which `correct` are right, one is (Chen et al. 2021, HumanEval)."""
+    """Return the chance that at least one of k answers is right, drawn from `samples` answers of which `correct` are
+    right.
+
+    Chen et al. 2021, "Evaluating Large Language Models Trained on Code".
+    """
     return 1.0 if samples - correct < k else 1 - comb(samples - correct, k) / comb(samples, k)

@@ -27,6 +27,7 @@ from nanochat.evaluation.loss import log_likelihoods
 from nanochat.files import atomic_write, base_dir, to_json
 from nanochat.gpt import GPT
 from nanochat.logs import RunLog
+from nanochat.recipe import published
 from nanochat.small_world import facts, grade
 from scripts import base_loss
 
@@ -38,7 +39,7 @@ class Config(base_loss.Config):
     """Flags of base_eval: those of base_loss, and these."""
 
     eval: str = flag("", f"what to do: some of {','.join(PARTS)}; unset does all that can be done here")
-    max_per_task: int = flag(-1, "examples of each CORE task; -1 = all")
+    max_per_task: int = flag(published.base_eval.max_per_task, "examples of each CORE task; -1 = all")
     bundle: str = flag("", "folder of CORE's tasks; unset is eval_bundle, fetched if it is not there")
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat.cli import flag, parse, run_main
+from nanochat.dataloader import TextSource
 from nanochat.dataset import data_dir, iter_documents
 from nanochat.distributed import Ranks, joined_ranks
 from nanochat.engine import Engine
 from nanochat.evaluation.loss import EvalRows, evaluate_bpb
-from nanochat.llm import load_for_decoding
+from nanochat.loading import load_for_decoding
 from nanochat.logs import RunLog
+from nanochat.recipe import published
 
 
 @dataclass
@@ -24,8 +26,8 @@ class Config:
     """Flags of base_loss."""
 
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    device_batch_size: int = flag(32, "rows a device takes at a time")
-    split_tokens: int = flag(20 * 524288, "tokens of each split to evaluate on")
+    device_batch_size: int = flag(published.base_eval.device_batch_size, "rows a device takes at a time")
+    split_tokens: int = flag(published.base_eval.split_tokens, "tokens of each split to evaluate on")
     model_tag: str = flag("", "which model under base_checkpoints; unset takes the only or the deepest one")
     model_step: int = flag(-1, "which of its checkpoints; -1 is the last")
     data_dir: str = flag("", "folder of shards; unset is base_data")
@@ -54,8 +56,8 @@ def bits_per_byte(model, tokenizer, config: Config, folder: Path, ranks: Ranks, 
     token_bytes = tokenizer.token_bytes().to(ranks.device)
     bpb = {}
     for split in ("train", "val"):
-        rows = EvalRows(tokenizer, split, config.device_batch_size, model.config.sequence_len, config.split_tokens, ranks=ranks,
-                        folder=folder)
+        rows = EvalRows(TextSource(tokenizer, split, folder), config.device_batch_size, model.config.sequence_len,
+                        config.split_tokens, ranks=ranks)
         bpb[split] = evaluate_bpb(model, rows, token_bytes, ranks)
         log.say(f"{split} bpb {bpb[split]:.4f}")
     return bpb

@@ -16,7 +16,7 @@ from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import init_ranks
 from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.llm import load_for_decoding
+from nanochat.loading import load_for_decoding
 from nanochat.tokenizer.stream import Shown
 
 HELP = """/clear          forget the conversation

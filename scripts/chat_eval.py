@@ -19,29 +19,33 @@ from nanochat.distributed import joined_ranks
 from nanochat.errors import UserError
 from nanochat.evaluation.chat import chatcore, evaluate_task
 from nanochat.files import atomic_write, base_dir, to_json
-from nanochat.llm import load_for_decoding
+from nanochat.loading import load_for_decoding
 from nanochat.logs import RunLog
+from nanochat.recipe import published
+from nanochat.stages import CHAT_STAGES, STAGES
 from nanochat.tools.sandbox import run_python
 from nanochat.training import clock
 from tasks import recipes
 
 QUIET = 5.0  # seconds between lines of progress
 
+GRADING = published.chat_eval
+
 
 @dataclass
 class Config:
     """Flags of chat_eval."""
 
-    source: Literal["mid", "sft", "rl"] = flag("sft", "stage of the model", short="i")
+    source: Literal[tuple(stage.name for stage in CHAT_STAGES)] = flag("sft", "stage of the model", short="i")
     task_name: str = flag("", "tasks to grade, with | between; unset takes all", short="a")
-    temperature: float = flag(0.0, "of what is written; 0 takes the likeliest", short="t")
-    max_new_tokens: int = flag(512, "tokens of an answer at most", short="m")
-    num_samples: int = flag(1, "answers to a problem; it is right if one of them is", short="n")
-    top_k: int = flag(50, "draw from this many likeliest tokens; 0 = all", short="k")
-    batch_size: int = flag(64, "answers written together", short="b")
+    temperature: float = flag(GRADING.temperature, "of what is written; 0 takes the likeliest", short="t")
+    max_new_tokens: int = flag(GRADING.max_new_tokens, "tokens of an answer at most", short="m")
+    num_samples: int = flag(GRADING.num_samples, "answers to a problem; it is right if one of them is", short="n")
+    top_k: int = flag(GRADING.top_k, "draw from this many likeliest tokens; 0 = all", short="k")
+    batch_size: int = flag(GRADING.batch_size, "answers written together", short="b")
     model_tag: str = flag("", "which model; unset takes the only or the deepest one", short="g")
     step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
-    max_problems: int = flag(-1, "problems of each task; -1 = all", short="x")
+    max_problems: int = flag(GRADING.max_problems, "problems of each task; -1 = all", short="x")
     data: Literal["auto", "hub", "small-world"] = flag("auto", "whose tasks: the published ones, or those of the built-in small world; "
                                                        "auto is what goes with the model")
     seed: int = flag(42, "of what is drawn, where the temperature is above 0")
@@ -83,7 +87,7 @@ def run(config: Config, ranks) -> None:
     tasks = chosen(config.task_name, data, about.get("seed", 0))
     level = run_python("").level.name.lower() if "HumanEval" in tasks else ""  # it refuses now, not after the other tasks
     tag = Path(meta["folder"]).name
-    with RunLog(f"chat_eval_{config.source}", tag, asdict(config), enabled=ranks.is_main) as log:
+    with RunLog(STAGES[config.source].graded_by, tag, asdict(config), enabled=ranks.is_main) as log:
         log.say(meta["loaded"])
         if level:
             log.say(f"programs of HumanEval run in a sandbox of the level {level}")

@@ -13,7 +13,7 @@ from typing import Literal
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import init_ranks
 from nanochat.engine import Engine
-from nanochat.llm import load_for_decoding
+from nanochat.loading import load_for_decoding
 
 
 @dataclass

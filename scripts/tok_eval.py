@@ -19,10 +19,11 @@ from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import iter_documents
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
+from nanochat.recipe import published
 from nanochat.tokenizer import get_tokenizer, tokenizer_dir
 
 OTHERS = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
-LONGEST = 10_000  # characters of a document: what training saw of it
+LONGEST = published.tokenizer.doc_cap  # characters of a document: what training saw of it
 
 TEXTS = {
     "English prose": """The lighthouse keeper had not expected visitors before spring. When the knock came, he set down his cup, \

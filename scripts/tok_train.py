@@ -21,6 +21,7 @@ from nanochat.dataset import iter_documents
 from nanochat.dataset.shards import data_dir, read_source
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
+from nanochat.recipe import published
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the round trip
@@ -28,9 +29,9 @@ SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the ro
 
 @dataclass
 class Config:
-    max_chars: int = flag(2_000_000_000, "characters to train on at most")
-    doc_cap: int = flag(10_000, "characters of a document that count, 0 for all of it")
-    vocab_size: int = flag(65536, "tokens, the 9 special ones among them; at least 265")
+    max_chars: int = flag(published.tokenizer.max_chars, "characters to train on at most")
+    doc_cap: int = flag(published.tokenizer.doc_cap, "characters of a document that count, 0 for all of it")
+    vocab_size: int = flag(published.tokenizer.vocab_size, "tokens, the 9 special ones among them; at least 265")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

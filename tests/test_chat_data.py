@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.chat_data import ChatTokens, Conversations, SupervisedSteps, batch_of, count_tokens
+from nanochat.chat_data import Conversations, ConversationSource, SupervisedSteps, batch_of, count_tokens
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
@@ -15,7 +15,8 @@ ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return RustBPETokenizer.train_from_iterator(["some words to make a few tokens of: one two three four five six"] * 3, 290)
+    text = "some words to make a few tokens of: one two three four five six"
+    return RustBPETokenizer.train_from_iterator([text] * 3, 290)
 
 
 class Chats(list):
@@ -30,7 +31,8 @@ def chats(sizes, seed=0):
     def text(n):
         return " ".join(words[int(k)] for k in rng.integers(0, 6, n))
 
-    return Chats({"messages": [{"role": "user", "content": f"{i} {text(asked)}"}, {"role": "assistant", "content": f"{text(told)} {i}"}]}
+    return Chats({"messages": [{"role": "user", "content": f"{i} {text(asked)}"},
+                               {"role": "assistant", "content": f"{text(told)} {i}"}]}
                  for i, (asked, told) in enumerate(sizes))
 
 
@@ -55,10 +57,11 @@ def conversations_in(inputs, targets, bos):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=30), st.integers(1, 3), st.integers(0, 5))
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=30), st.integers(1, 3),
+       st.integers(0, 5))
 def test_packed_rows_hold_every_conversation_whole_once_an_epoch(tokenizer, sizes, B, seed):
     task, bos = chats(sizes, seed), tokenizer.get_bos_token_id()
-    loader = PackedLoader(ChatTokens(tokenizer), "train", B, 60, ranks=ALONE, documents=Conversations(task, seed), cut=False, loop=False)
+    loader = PackedLoader(ConversationSource(tokenizer, task, seed), B, 60, ranks=ALONE, cut=False, loop=False)
     with loader:
         found = [part for inputs, targets in loader for part in conversations_in(inputs, targets, bos)]
     wanted = [tokenizer.render_conversation(chat)[0][1:] for chat in task]
@@ -67,22 +70,23 @@ def test_packed_rows_hold_every_conversation_whole_once_an_epoch(tokenizer, size
 
 def test_padding_is_never_a_target_and_a_long_conversation_goes_on_in_the_next_row(tokenizer):
     task, bos = chats([(2, 3), (40, 60), (1, 1)]), tokenizer.get_bos_token_id()
-    with PackedLoader(ChatTokens(tokenizer), "val", 1, 50, ranks=ALONE, documents=Conversations(task), cut=False, loop=False) as loader:
+    with PackedLoader(ConversationSource(tokenizer, task), 1, 50, ranks=ALONE, cut=False, loop=False) as loader:
         rows = list(loader)
     assert any((targets == -1).any() for _, targets in rows)
     assert all(((inputs != bos) | (inputs == bos)).all() and (inputs >= 0).all() for inputs, _ in rows)
     found = [part for inputs, targets in rows for part in conversations_in(inputs, targets, bos)]
     long = tokenizer.render_conversation(task[1], max_tokens=10_000)[0][1:]
     pieces = [part for part in found if len(part) > 20 or part[0] not in (long[0],)]
-    assert sum(map(len, found)) == sum(len(tokenizer.render_conversation(chat, max_tokens=10_000)[0]) - 1 for chat in task)
+    wanted = sum(len(tokenizer.render_conversation(chat, max_tokens=10_000)[0]) - 1 for chat in task)
+    assert sum(map(len, found)) == wanted
     assert pieces and any(long[:len(part)] == part for part in pieces)
 
 
 def test_packed_rows_go_on_bit_for_bit_and_lose_nothing_on_another_number_of_ranks(tokenizer):
-    task, tokens = chats([(i % 5, i % 7) for i in range(100)]), ChatTokens(tokenizer)
+    task = chats([(i % 5, i % 7) for i in range(100)])
 
     def loader(ranks=ALONE, state=None):
-        return PackedLoader(tokens, "train", 2, 40, ranks=ranks, documents=Conversations(task, 1), cut=False, state=state)
+        return PackedLoader(ConversationSource(tokenizer, task, 1), 2, 40, ranks=ranks, cut=False, state=state)
 
     with loader() as whole:
         batches = [next(whole) for _ in range(30)]  # beyond one epoch
@@ -124,7 +128,8 @@ def test_a_step_is_the_same_conversations_on_any_number_of_ranks(tokenizer, worl
     task = chats([(i % 5, i % 6) for i in range(23)])
 
     def rows(ranks, step):
-        steps = SupervisedSteps(tokenizer, task, examples_per_step=examples, device_batch_size=device_batch, max_tokens=64, ranks=ranks)
+        steps = SupervisedSteps(tokenizer, task, examples_per_step=examples, device_batch_size=device_batch,
+                                max_tokens=64, ranks=ranks)
         try:
             return sorted(tuple(row[row != -1].tolist()) for _, targets in steps(step) for row in targets)
         finally:
@@ -143,12 +148,14 @@ def test_conversations_without_an_answer_before_the_cut_give_their_place_away(to
             assert inputs.shape[1] <= 40 and (targets != -1).any(dim=1).all()
     steps.close()
     assert steps.replaced > 0
-    hopeless = SupervisedSteps(tokenizer, chats([(60, 2)] * 5), examples_per_step=2, device_batch_size=2, max_tokens=40, ranks=ALONE)
+    hopeless = SupervisedSteps(tokenizer, chats([(60, 2)] * 5), examples_per_step=2, device_batch_size=2,
+                               max_tokens=40, ranks=ALONE)
     with pytest.raises(UserError, match="nothing to learn.*--max-seq-len"):
         list(hopeless(0))
     hopeless.close()
     with pytest.raises(UserError, match="leaves nothing to some of the 3 ranks.*--target"):
-        SupervisedSteps(tokenizer, task, examples_per_step=2, device_batch_size=2, max_tokens=40, ranks=Ranks(0, 0, 3, torch.device("cpu")))
+        SupervisedSteps(tokenizer, task, examples_per_step=2, device_batch_size=2, max_tokens=40,
+                        ranks=Ranks(0, 0, 3, torch.device("cpu")))
     with pytest.raises(UserError, match="no conversation to train on"):
         Conversations(Chats())
 

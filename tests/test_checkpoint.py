@@ -1,4 +1,5 @@
-"""nanochat/checkpoint.py: a checkpoint is whole or not there, whatever happens, and readers are told what they cannot have."""
+"""nanochat/checkpoint.py: a checkpoint is whole or not there, whatever happens, and readers are told what they cannot
+have."""
 
 import errno
 import itertools
@@ -19,9 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import checkpoint, files
-from nanochat.checkpoint import checkpoint_dir, latest_step, load_checkpoint, load_model, save_checkpoint
+from nanochat import files
+from nanochat.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from nanochat.errors import UserError
+from nanochat.loading import load_model
 
 CONFIG = {"sequence_len": 8, "vocab_size": 16, "n_layer": 1, "layer_pattern": None}
 META = {"model_config": CONFIG, "val_bpb": 1.5, "user_config": {"depth": 1}, "device_batch_size": 4, "max_seq_len": 8}
@@ -37,7 +39,8 @@ def momenta(value=0.0, size=300):
 
 def save(folder, step, value=None, optimizer=True, **more):
     value = step if value is None else value
-    save_checkpoint(folder, step, weights(value), META | {"value": value}, momenta(value) if optimizer else None, **more)
+    save_checkpoint(folder, step, weights(value), META | {"value": value}, momenta(value) if optimizer else None,
+                    **more)
 
 
 def inside(folder):
@@ -68,7 +71,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert inside(tmp_path) == names(500)
     meta = json.loads((tmp_path / "meta_000500.json").read_text())
     assert meta["step"] == 500 and meta["val_bpb"] == 1.5 and meta["user_config"] == {"depth": 1}
-    assert meta["model_config"] == {"sequence_len": 8, "vocab_size": 16, "n_layer": 1}  # published code knows no layer_pattern
+    assert meta["model_config"] == {"sequence_len": 8, "vocab_size": 16, "n_layer": 1}  # no layer_pattern, as published
     assert {name: said["sha256"] for name, said in meta["files"].items()} == {
         name: files.sha256_of(tmp_path / name) for name in ("model_000500.pt", "optim_000500.pt")}
     loaded = load_checkpoint(tmp_path, optimizer=True)
@@ -79,7 +82,8 @@ def test_what_is_saved_comes_back(tmp_path):
 
 def test_weights_are_filed_in_float32_by_plain_names_and_without_what_they_are_views_of(tmp_path):
     big = torch.arange(100000.0)
-    state = {"_orig_mod.wte.weight": torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), "_orig_mod.view": big[10:14],
+    state = {"_orig_mod.wte.weight": torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)),
+             "_orig_mod.view": big[10:14],
              "_orig_mod.turned": big[:6].view(2, 3).T}
     save_checkpoint(tmp_path, 1, state, META)
     filed = torch.load(tmp_path / "model_000001.pt", weights_only=True)
@@ -90,8 +94,10 @@ def test_weights_are_filed_in_float32_by_plain_names_and_without_what_they_are_v
 
 
 def test_a_pattern_that_is_set_and_a_loss_that_is_not_finite_are_kept_in_valid_json(tmp_path):
-    save_checkpoint(tmp_path, 1, weights(), META | {"model_config": CONFIG | {"layer_pattern": "S"}, "val_bpb": float("nan")})
-    meta = json.loads((tmp_path / "meta_000001.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    config = CONFIG | {"layer_pattern": "S"}
+    save_checkpoint(tmp_path, 1, weights(), META | {"model_config": config, "val_bpb": float("nan")})
+    meta = json.loads((tmp_path / "meta_000001.json").read_text(),
+                      parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert meta["model_config"]["layer_pattern"] == "S" and meta["val_bpb"] == "NaN"
 
 
@@ -111,7 +117,8 @@ def write_for_ever(folder, first, kind, said, largest=None):
     try:
         for value in itertools.count(first):
             step = value if kind == "new" else 7
-            save_checkpoint(folder, step, weights(value, 100000), META | {"value": value}, momenta(value, 100000), keep=2)
+            save_checkpoint(folder, step, weights(value, 100000), META | {"value": value}, momenta(value, 100000),
+                            keep=2)
             said.send(value)
     except UserError as error:
         said.send(str(error))
@@ -143,7 +150,8 @@ def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_valid(tmp_path, kind,
         writer.join()
         assert writer.exitcode == -signal.SIGKILL
         loaded = load_checkpoint(tmp_path, optimizer=True)
-        assert loaded.meta["value"] in (value, value + 1) and is_whole(loaded, loaded.meta["value"])  # +1: saved, not yet said
+        assert loaded.meta["value"] in (value, value + 1)  # +1: saved, but killed before it said so
+        assert is_whole(loaded, loaded.meta["value"])
         assert latest_step(tmp_path) == loaded.step == (loaded.meta["value"] if kind == "new" else 7)
         assert not caplog.records
         value = loaded.meta["value"]
@@ -209,7 +217,8 @@ def test_a_changed_byte_is_noticed_and_the_one_before_is_taken(three, caplog):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     assert load_checkpoint(three).step == 20
-    assert [("step 30" in text, "model_000030.pt is damaged" in text, "\n" in text) for text in caplog.messages] == [(True, True, False)]
+    assert [("step 30" in text, "model_000030.pt is damaged" in text, "\n" in text) for text in caplog.messages] == [
+        (True, True, False)]
     with pytest.raises(UserError, match="model_000030.pt is damaged"):
         load_checkpoint(three, 30)
 
@@ -228,9 +237,12 @@ def test_a_damaged_optimizer_state_counts_where_it_is_needed(three):
 
 @pytest.mark.parametrize("name, damage", [
     ("model_000030.pt", lambda path: path.write_bytes(path.read_bytes()[:-1])), ("model_000030.pt", Path.unlink),
-    ("model_000030.pt", lambda path: path.write_bytes(b"")), ("meta_000030.json", lambda path: path.write_text('{"step": 30, "mod')),
-    ("meta_000030.json", lambda path: path.write_text("[]")), ("meta_000030.json", lambda path: path.write_bytes(b"\xff\x00")),
-    ("meta_000030.json", lambda path: path.write_text("{}")), ("optim_000030.pt", lambda path: path.write_bytes(bytes(9)))])
+    ("model_000030.pt", lambda path: path.write_bytes(b"")),
+    ("meta_000030.json", lambda path: path.write_text('{"step": 30, "mod')),
+    ("meta_000030.json", lambda path: path.write_text("[]")),
+    ("meta_000030.json", lambda path: path.write_bytes(b"\xff\x00")),
+    ("meta_000030.json", lambda path: path.write_text("{}")),
+    ("optim_000030.pt", lambda path: path.write_bytes(bytes(9)))])
 def test_a_torn_or_missing_file_makes_the_one_before_the_newest(three, name, damage, caplog):
     damage(three / name)
     assert latest_step(three) == 20 and "skipping the checkpoint of step 30" in caplog.text
@@ -251,7 +263,8 @@ def test_files_without_meta_are_no_checkpoint(three):
 def test_nothing_to_load_says_what_was_looked_for_and_how_to_train(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         assert latest_step(folder) is None
-        with pytest.raises(UserError, match=r"no usable checkpoint in .*looked for meta_NNNNNN.json.*scripts.base_train"):
+        with pytest.raises(UserError, match=r"no usable checkpoint in .*looked for meta_NNNNNN.json"
+                                            r".*scripts.base_train"):
             load_checkpoint(folder)
         with pytest.raises(UserError, match="there is none of any step"):
             load_checkpoint(folder, 5)
@@ -402,123 +415,3 @@ def test_readers_see_whole_checkpoints_while_a_writer_saves_and_deletes(tmp_path
     for reader in readers:
         reader.join()
     assert not wrong and len(set(seen)) > 5
-
-
-# ---- from a name to a model
-
-def test_a_stage_without_a_tag_takes_the_only_the_deepest_or_the_last_written(tmp_path):
-    root = tmp_path / "base" / "base_checkpoints"
-    with pytest.raises(UserError, match="no usable checkpoint in .*base_checkpoints"):
-        checkpoint_dir("base")
-    save(root / "small", 1)
-    (root / "d99").mkdir()  # holds none
-    assert checkpoint_dir("base") == root / "small"
-    save(root / "large", 1)
-    os.utime(root / "small" / "meta_000001.json", (1, 1))
-    assert checkpoint_dir("base") == root / "large"
-    save(root / "d4", 1)
-    save(root / "d12", 1)
-    os.utime(root / "d12" / "meta_000001.json", (1, 1))
-    assert checkpoint_dir("base") == root / "d12" and checkpoint_dir("base", "new") == root / "new"
-    assert checkpoint._choose("base", None)[1] == "the deepest of 4 there"
-    assert [checkpoint_dir(stage, "d4").parent.name for stage in ("mid", "sft", "rl")] == [
-        "mid_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints"]
-    with pytest.raises(UserError, match="not a model tag"):
-        checkpoint_dir("base", "../d4")
-    with pytest.raises(UserError, match="a source is one of base, mid, sft, rl, or a folder"):
-        load_model("bass", "cpu")
-
-
-@pytest.fixture(params=["hybrid_a", "orig_mod_b", "core_f"])
-def published(request, shared):
-    pytest.importorskip("nanochat.gpt")
-    pytest.importorskip("nanochat.tokenizer")
-    return shared / "golden" / request.param
-
-
-def test_published_checkpoints_load_and_say_why_their_optimizer_does_not(published, tmp_path):
-    model, tokenizer, meta = load_model(published, "cpu")
-    assert not model.training and {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert all(parameter.requires_grad for parameter in model.parameters()) and model.get_device() == torch.device("cpu")
-    assert model.config.vocab_size == tokenizer.get_vocab_size() and meta["folder"] == str(published)
-    assert meta["loaded"] == f"step {meta['step']} of {published} (as asked)"
-    ids = torch.tensor([tokenizer.encode("Hello there", prepend="<|bos|>")])
-    assert model(ids).isfinite().all()
-    loaded = load_checkpoint(published, optimizer=True)
-    assert loaded.optimizer_state is None and "published" in loaded.no_optimizer
-    assert not any(name.startswith("_orig_mod.") for name in loaded.model_state)
-
-    # the same in a stage's folder, with the tokenizer of the base folder; and saved again by us
-    folder = tmp_path / "base" / "base_checkpoints" / "d5"
-    save_checkpoint(folder, 3, model.state_dict(), {"model_config": model.config, "tokenizer": tokenizer.fingerprint()})
-    with pytest.raises(UserError, match="okenizer"):
-        load_model("base", "cpu")
-    tokenizer.save(tmp_path / "base" / "tokenizer")
-    again, _, meta = load_model("base", "cpu")
-    assert torch.equal(model(ids), again(ids)) and meta["loaded"] == f"step 3 of {folder} (the only one there)"
-    assert load_checkpoint(folder, optimizer=True).no_optimizer == "the checkpoint was saved without"
-
-
-def test_a_published_model_that_is_damaged_or_missing_is_said(published, tmp_path):
-    for path in published.glob("m*"):
-        shutil.copyfile(path, tmp_path / path.name)
-    model = next(tmp_path.glob("model_*"))
-    model.write_bytes(model.read_bytes()[:100000])
-    with pytest.raises(UserError, match="looked for"):
-        load_checkpoint(tmp_path)
-    model.unlink()
-    assert latest_step(tmp_path) is None
-
-
-@pytest.fixture
-def small(tmp_path):
-    gpt = pytest.importorskip("nanochat.gpt")
-    torch.manual_seed(0)
-    model = gpt.GPT(gpt.GPTConfig(sequence_len=8, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=16))
-    return tmp_path / "d2", model
-
-
-def test_a_checkpoint_of_another_shape_names_what_differs(small):
-    folder, model = small
-    state = model.state_dict()
-    state["lm_head.weight"] = state["lm_head.weight"][:100]
-    del state["transformer.h.0.mlp.c_fc.weight"]
-    state["extra"] = torch.ones(1)
-    save_checkpoint(folder, 1, state, {"model_config": model.config})
-    with pytest.raises(UserError) as error:
-        load_model(folder, "cpu")
-    for part in (str(folder), "another shape", "missing: transformer.h.0.mlp.c_fc.weight", "not expected: extra",
-                 "lm_head.weight (100, 16), not (265, 16)"):
-        assert part in str(error.value)
-
-
-def test_a_config_that_is_unknown_or_wrong_is_said(small):
-    folder, model = small
-    save_checkpoint(folder, 1, model.state_dict(), {"model_config": model.config.to_dict() | {"rope_base": 3, "mixer": "S"}})
-    with pytest.raises(UserError, match="model_config has mixer, rope_base, which this version does not know"):
-        load_model(folder, "cpu")
-    save_checkpoint(folder, 2, model.state_dict(), {"model_config": model.config.to_dict() | {"n_head": 3}})
-    with pytest.raises(UserError, match="its model_config makes no model: .*n_head"):
-        load_model(folder, "cpu")
-
-
-def test_a_tokenizer_that_is_not_the_models_is_refused(small, monkeypatch):
-    tokenizers = pytest.importorskip("nanochat.tokenizer")
-
-    class Tokenizer:
-        def fingerprint(self):
-            return "abc"
-
-        def get_vocab_size(self):
-            return 265
-
-    monkeypatch.setattr(tokenizers, "get_tokenizer", Tokenizer)
-    folder, model = small
-    save_checkpoint(folder, 1, model.state_dict(), {"model_config": model.config, "tokenizer": "abc"})
-    assert load_model(folder, "cpu")[2]["tokenizer"] == "abc"
-    save_checkpoint(folder, 2, model.state_dict(), {"model_config": model.config, "tokenizer": "def"})
-    with pytest.raises(UserError, match="not the one that the model in .* was trained with"):
-        load_model(folder, "cpu")
-    monkeypatch.setattr(Tokenizer, "get_vocab_size", lambda self: 266)
-    with pytest.raises(UserError, match="vocabulary of 265, the tokenizer in .* one of 266"):
-        load_model(folder, "cpu", step=1)

@@ -38,21 +38,23 @@ def test_underscores_dashes_and_a_leading_separator_are_all_fine(argv):
 
 
 def test_values_have_the_type_of_their_field():
-    config = parse(Config, ["--matrix_lr=1e-3", "--run=a b", "--model-tag", "d4", "--num-iterations=7", "--max_hours=2", "--depth", "-1"])
+    config = parse(Config, ["--matrix_lr=1e-3", "--run=a b", "--model-tag", "d4", "--num-iterations=7",
+                            "--max_hours=2", "--depth", "-1"])
     assert config == Config(matrix_lr=1e-3, run="a b", model_tag="d4", num_iterations=7, max_hours=2.0, depth=-1)
     assert isinstance(config.max_hours, float) and isinstance(config.num_iterations, int)
 
 
-@pytest.mark.parametrize("text, number", [("5e5", 500000), ("524_288", 524288), ("1E3", 1000), ("0", 0), ("-1", -1), ("2.0", 2),
-                                          ("123456789123456789e9", 123456789123456789000000000)])
+@pytest.mark.parametrize("text, number", [("5e5", 500000), ("524_288", 524288), ("1E3", 1000), ("0", 0), ("-1", -1),
+                                          ("2.0", 2), ("123456789123456789e9", 123456789123456789000000000)])
 def test_whole_numbers_are_read_exactly(text, number):
     depth = parse(Config, [f"--depth={text}"]).depth
     assert depth == number and type(depth) is int
 
 
 @pytest.mark.parametrize("argv, compile, resume", [
-    ([], True, False), (["--resume"], True, True), (["--compile=0", "--resume=yes"], False, True), (["--compile", "False"], False, False),
-    (["--resume", "--compile=off"], False, True), (["--resume=no"], True, False)])
+    ([], True, False), (["--resume"], True, True), (["--compile=0", "--resume=yes"], False, True),
+    (["--compile", "False"], False, False), (["--resume", "--compile=off"], False, True),
+    (["--resume=no"], True, False)])
 def test_booleans_stand_alone_or_take_a_word(argv, compile, resume):
     config = parse(Config, argv)
     assert (config.compile, config.resume) == (compile, resume)
@@ -83,9 +85,9 @@ def test_help_lists_every_flag_with_its_default(capsys):
         parse(Config, ["--help"], description="Trains.")
     shown = " ".join(capsys.readouterr().out.split())
     assert error.value.code == 0 and "Trains." in shown
-    for part in ("--device-batch-size INT, --device_batch_size INT rows a rank, 100% of them (default: 32)", "(default: dummy)",
-                 "folder of the checkpoints (default: unset)", "steps (default: unset)", "(default: True)", "(default: 0.02)",
-                 "{mid,sft}"):
+    for part in ("--device-batch-size INT, --device_batch_size INT rows a rank, 100% of them (default: 32)",
+                 "(default: dummy)", "folder of the checkpoints (default: unset)", "steps (default: unset)",
+                 "(default: True)", "(default: 0.02)", "{mid,sft}"):
         assert part in shown
 
 
@@ -123,7 +125,8 @@ def test_an_interrupt_is_code_130_and_other_errors_stay_as_they_are():
 
 
 def test_a_module_run_with_m_calls_itself_so(tmp_path):
-    (tmp_path / "script.py").write_text("from nanochat.cli import flag, parse, run_main\nfrom dataclasses import dataclass\n"
+    (tmp_path / "script.py").write_text("from nanochat.cli import flag, parse, run_main\n"
+                                        "from dataclasses import dataclass\n"
                                         "@dataclass\nclass Config:\n    depth: int = flag(3, 'layers')\n"
                                         "run_main(lambda: print(parse(Config).depth))\n")
     run = {"cwd": tmp_path, "capture_output": True, "text": True,

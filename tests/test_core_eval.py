@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from nanochat.checkpoint import load_model, save_checkpoint
+from nanochat.checkpoint import save_checkpoint
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.evaluation import core as core_eval
@@ -31,6 +31,7 @@ from nanochat.evaluation.core import (
 )
 from nanochat.evaluation.core_bundle import Bundle, CoreTask, read_bundle
 from nanochat.files import base_dir
+from nanochat.loading import load_model
 from nanochat.logs import read_log
 from nanochat.tokenizer import RustBPETokenizer
 from tests.conftest import ROOT

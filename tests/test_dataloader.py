@@ -1,4 +1,4 @@
-"""The loader against a plain definition of its packing, and its position: stopped anywhere, it goes on with the very next row."""
+"""The loader against a plain definition of its packing; stopped anywhere, it resumes with the very next row."""
 
 import gc
 import json
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanochat import dataloader
-from nanochat.dataloader import PackedLoader, Packer, reshard
+from nanochat.dataloader import PackedLoader, Packer, TextSource, reshard
 from nanochat.dataset import Documents, shard_paths
 from nanochat.dataset.shards import ShardWriter, shard_name, staged, write_source, writing
 from nanochat.distributed import Ranks
@@ -66,9 +66,9 @@ def make_text(folder, count, seed=0, longest=60):
 @pytest.fixture
 def small(monkeypatch):
     """Row groups, shards and buffer so small that many of each come into play."""
-    monkeypatch.setattr("nanochat.shards.GROUP_CHARS", 700)
-    monkeypatch.setattr("nanochat.shards.SHARD_CHARS", 4000)
-    monkeypatch.setattr("nanochat.dataset.PIECE_DOCUMENTS", 6)
+    monkeypatch.setattr("nanochat.dataset.shards.GROUP_CHARS", 700)
+    monkeypatch.setattr("nanochat.dataset.shards.SHARD_CHARS", 4000)
+    monkeypatch.setattr("nanochat.dataset.documents.PIECE_DOCUMENTS", 6)
     monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", 9)
 
 
@@ -90,8 +90,8 @@ def rows_of(loader, batches):
 
 
 def load(folder, rank=0, world_size=1, batch_size=3, sequence_len=24, tokenizer=None, **options):
-    return PackedLoader(tokenizer or ByteTokenizer(), "train", batch_size, sequence_len, ranks=one_of(rank, world_size), folder=folder,
-                        **options)
+    source = TextSource(tokenizer or ByteTokenizer(), "train", folder)
+    return PackedLoader(source, batch_size, sequence_len, ranks=one_of(rank, world_size), **options)
 
 
 def plain_packing(documents, row_tokens, buffer_documents):
@@ -149,8 +149,8 @@ def test_buffer_stays_small_where_documents_are_books(small, monkeypatch):
     packer = Packer(enumerate(books), BOS, 11)
     row, seen = np.empty(11, dtype=np.int64), []
     while packer.fill(row):
-        assert packer._held <= 200
-        assert packer._held == sum(len(item[4]) for item in packer._buffer)
+        assert packer._buffered_tokens <= 200
+        assert packer._buffered_tokens == sum(len(item[4]) for item in packer._buffer)
         seen.append(int(row[1]))
     assert seen[:4] == [0, 1, 0, 1]  # long documents take turns
 
@@ -215,7 +215,8 @@ def test_state_is_small(tmp_path):
 
 def all_but(lost, texts, tokens):
     """True if `tokens`, bos aside, are the bytes of `texts`, each as often, but for at most `lost` that are missing."""
-    wanted, found = Counter(b"".join(text.encode() for text in texts)), Counter(token for token in tokens if token != BOS)
+    wanted = Counter(b"".join(text.encode() for text in texts))
+    found = Counter(token for token in tokens if token != BOS)
     return not found - wanted and (wanted - found).total() <= lost
 
 
@@ -402,7 +403,7 @@ def test_forked_loader_goes_on_from_the_last_batch(text):
 @pytest.mark.gpu
 def test_batches_on_the_gpu_are_those_on_the_cpu(text):
     device = torch.device("cuda", 0)
-    loader = PackedLoader(ByteTokenizer(), "train", 3, 24, ranks=Ranks(0, 0, 1, device), folder=text[0])
+    loader = PackedLoader(TextSource(ByteTokenizer(), "train", text[0]), 3, 24, ranks=Ranks(0, 0, 1, device))
     expected = rows_of(load(text[0]), 50)
     got = []
     for _ in range(50):

@@ -101,7 +101,8 @@ def test_mps_serves_one_rank_only(monkeypatch):
 def test_ranks_that_never_come_are_reported(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, never listening: rank 1 finds no rank 0 there
-        set_ranks(monkeypatch, RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=taken.getsockname()[1])
+        set_ranks(monkeypatch, RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=taken.getsockname()[1])
         join = torch.distributed.init_process_group
         monkeypatch.setattr(torch.distributed, "init_process_group",
                             lambda *args, **kwargs: join(*args, **kwargs, timeout=timedelta(seconds=1)))
@@ -123,10 +124,11 @@ def start_ranks(world_size: int, work: Callable, *args) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = "forkserver" in mp.get_all_start_methods()  # imports torch once for all processes: seconds each on a busy machine
+    server = "forkserver" in mp.get_all_start_methods()  # imports torch once for all processes: seconds for each
     if server:
         mp.set_forkserver_preload([__name__, "nanochat.optim"])
-    mp.start_processes(_run_rank, (world_size, port, work, args), world_size, start_method="forkserver" if server else "spawn")
+    mp.start_processes(_run_rank, (world_size, port, work, args), world_size,
+                       start_method="forkserver" if server else "spawn")
 
 
 def _talk(ranks: Ranks) -> None:
@@ -174,8 +176,9 @@ def test_cpu_flags_say_whether_bfloat16_is_native(monkeypatch, cpuinfo, native):
 
 
 @pytest.mark.parametrize("name, bf16, fp32", [
-    ("NVIDIA H100 80GB HBM3", 989.4, 67), ("NVIDIA H100 PCIe", 756, 51), ("NVIDIA H100 NVL", 835.5, 60), ("NVIDIA H200", 989.4, 67),
-    ("NVIDIA B200", 2250, 75), ("NVIDIA A100-SXM4-80GB", 312, 19.5), ("NVIDIA A100 80GB PCIe", 312, 19.5), ("NVIDIA A10G", 70, 35),
+    ("NVIDIA H100 80GB HBM3", 989.4, 67), ("NVIDIA H100 PCIe", 756, 51), ("NVIDIA H100 NVL", 835.5, 60),
+    ("NVIDIA H200", 989.4, 67), ("NVIDIA B200", 2250, 75), ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+    ("NVIDIA A100 80GB PCIe", 312, 19.5), ("NVIDIA A10G", 70, 35),
     ("NVIDIA L4", 121, 30.3), ("NVIDIA L40S", 362, 91.6), ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
     ("NVIDIA GeForce RTX 3090", 71.2, 35.6), ("NVIDIA GeForce RTX 5090", 209.6, 104.8), ("Tesla T4", None, 8.1),
     ("Tesla V100-SXM2-32GB", None, 15.7), ("AMD Instinct MI300X", 1307.4, 163.4),
@@ -183,7 +186,8 @@ def test_cpu_flags_say_whether_bfloat16_is_native(monkeypatch, cpuinfo, native):
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None), ("NVIDIA Thing 9000", None, None),
 ])
 def test_peak_of_a_gpu_is_its_dense_data_sheet_figure(name, bf16, fp32):
-    for dtype, expected in ((torch.bfloat16, bf16), (torch.float16, bf16), (torch.float32, fp32), (torch.float64, None)):
+    for dtype, expected in ((torch.bfloat16, bf16), (torch.float16, bf16), (torch.float32, fp32),
+                            (torch.float64, None)):
         peak = distributed._gpu_peak(name, dtype, tf32=False)
         assert peak == (None if expected is None else pytest.approx(expected * 1e12)), dtype
 

@@ -89,7 +89,8 @@ def test_a_killed_writer_leaves_the_old_file_and_sweep_takes_its_rest(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
     code = ("import sys, time\nfrom nanochat.files import atomic_write\n"
-            "with atomic_write(sys.argv[1]) as file: file.write(bytes(9999999)); print('half', flush=True); time.sleep(60)")
+            "with atomic_write(sys.argv[1]) as file: file.write(bytes(9999999)); print('half', flush=True); "
+            "time.sleep(60)")
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
     assert writer.stdout.readline() == b"half\n"
     writer.kill()
@@ -121,7 +122,8 @@ def test_need_disk_counts_what_is_free(tmp_path, monkeypatch):
 
 
 def test_sizes_in_words():
-    assert [in_words(size) for size in (0, 999, 1000, 2_168_140_800, 5e15)] == ["0 B", "999 B", "1.0 kB", "2.2 GB", "5000.0 TB"]
+    assert [in_words(size) for size in (0, 999, 1000, 2_168_140_800, 5e15)] == [
+        "0 B", "999 B", "1.0 kB", "2.2 GB", "5000.0 TB"]
 
 
 def test_sha256_is_that_of_the_whole_file(tmp_path):
@@ -145,11 +147,13 @@ def test_json_is_strict_and_takes_what_runs_hold():
         depth: int
         folder: Path
 
-    value = {"nan": math.nan, "inf": [math.inf, -math.inf], "config": Config(4, Path("x")), 3: True, "none": None, "text": "é",
-             "numpy": np.float32(0.5), "array": np.array([1, 2]), "zero_d": torch.tensor(float("nan")), "bf16": torch.ones(2).bfloat16()}
+    value = {"nan": math.nan, "inf": [math.inf, -math.inf], "config": Config(4, Path("x")), 3: True,
+             "none": None, "text": "é", "numpy": np.float32(0.5), "array": np.array([1, 2]),
+             "zero_d": torch.tensor(float("nan")), "bf16": torch.ones(2).bfloat16()}
     back = json.loads(to_json(value), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert back == {"nan": "NaN", "inf": ["Infinity", "-Infinity"], "config": {"depth": 4, "folder": "x"}, "3": True, "none": None,
-                    "text": "é", "numpy": 0.5, "array": [1, 2], "zero_d": "NaN", "bf16": [1.0, 1.0]}
+    assert back == {"nan": "NaN", "inf": ["Infinity", "-Infinity"], "config": {"depth": 4, "folder": "x"},
+                    "3": True, "none": None, "text": "é", "numpy": 0.5, "array": [1, 2], "zero_d": "NaN",
+                    "bf16": [1.0, 1.0]}
     assert math.isnan(float(back["nan"])) and float(back["inf"][1]) == -math.inf
     with pytest.raises(TypeError):
         to_json({"a": object()})

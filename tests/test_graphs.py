@@ -16,7 +16,7 @@ from nanochat.engine import engine as engine_module
 from nanochat.engine.cuda_graphs import StaticDecoder, bucket
 from nanochat.engine.quantize import quantize
 from nanochat.gpt import Block
-from nanochat.llm import ready_to_decode
+from nanochat.loading import ready_to_decode
 from nanochat.sampling import Settings
 from nanochat.server.scheduler import Request, Scheduler
 from nanochat.tokenizer import RustBPETokenizer

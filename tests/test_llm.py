@@ -7,7 +7,7 @@ import torch
 from nanochat.checkpoint import save_checkpoint
 from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.llm import load_for_decoding
+from nanochat.loading import load_for_decoding
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tokenizer.stream import Shown
 from tests.conftest import ROOT
@@ -89,7 +89,7 @@ def test_what_cannot_be_had_is_said_in_words(llm, monkeypatch):
     with pytest.raises(UserError, match="no folder nowhere: a model is one of base, mid, sft, rl"):
         LLM("nowhere")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="someone/model is no folder, and cannot be had from the hub"):
+    with pytest.raises(UserError, match="someone/model is no folder, and cannot be fetched from the hub"):
         LLM("someone/model")
     with pytest.raises(UserError, match="nothing to answer"):
         llm.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])

@@ -1,4 +1,4 @@
-"""nanochat/logs.py: every record is one valid line, whatever happened before; the console and wandb get what they should."""
+"""Every record of a log is one valid line, whatever happened before; the console and wandb get what they should."""
 
 import io
 import json
@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def strict(path):
     """The records of a log, each line checked to be JSON as the standard has it."""
-    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in path.read_text().splitlines()]
+    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+            for line in path.read_text().splitlines()]
 
 
 def test_a_run_is_a_start_its_records_and_an_end(tmp_path):
@@ -59,7 +60,7 @@ def test_a_log_is_on_disk_line_by_line_and_survives_a_kill():
     path = Path(os.environ["NANOCHAT_BASE_DIR"]) / "logs" / "base_d4.jsonl"
     assert [row["kind"] for row in strict(path)] == ["start", "train"]
     with open(path, "a") as file:
-        file.write('{"time": "now", "kind": "train", "st')  # as a kill in the middle of a write, or a full disk, leaves it
+        file.write('{"time": "now", "kind": "train", "st')  # as a kill while writing, or a full disk, leaves it
     with RunLog("base", "d4", {}) as log:
         log.record("train", step=2)
     rows = read_log(path)
@@ -69,16 +70,20 @@ def test_a_log_is_on_disk_line_by_line_and_survives_a_kill():
 
 def test_values_that_are_not_finite_are_valid_json_and_come_back():
     with RunLog("base", "d4", {"clip": math.inf}) as log:
-        log.record("train", step=1, loss=float("nan"), norm=torch.tensor(-math.inf), nested={"a": [math.inf]}, word="nan")
-    assert [strict(log.path)[1][name] for name in ("loss", "norm", "nested", "word")] == ["NaN", "-Infinity", {"a": ["Infinity"]}, "nan"]
+        log.record("train", step=1, loss=float("nan"), norm=torch.tensor(-math.inf), nested={"a": [math.inf]},
+                   word="nan")
+    assert [strict(log.path)[1][name] for name in ("loss", "norm", "nested", "word")] == [
+        "NaN", "-Infinity", {"a": ["Infinity"]}, "nan"]
     start, train, _ = read_log(log.path)
-    assert math.isnan(train["loss"]) and train["norm"] == -math.inf and train["nested"] == {"a": [math.inf]} and train["word"] == "nan"
+    assert math.isnan(train["loss"]) and train["norm"] == -math.inf
+    assert train["nested"] == {"a": [math.inf]} and train["word"] == "nan"
     assert start["config"] == {"clip": math.inf}
 
 
 def test_lines_of_several_writers_never_mix():
     log, other = RunLog("base", "d4", {}), RunLog("base", "d4", {})
-    writers = [threading.Thread(target=lambda log=log: [log.record("x", text="a" * 9999) for _ in range(50)]) for log in (log, other)]
+    writers = [threading.Thread(target=lambda log=log: [log.record("x", text="a" * 9999) for _ in range(50)])
+               for log in (log, other)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -127,7 +132,8 @@ def test_other_ranks_write_and_say_nothing(capsys, tmp_path):
     assert capsys.readouterr() == ("", "") and not log.path.exists()
 
 
-@pytest.mark.parametrize("error, code", [(None, 0), (RuntimeError, 1), (KeyboardInterrupt, 130), (SystemExit(143), 143), (SystemExit(), 0),
+@pytest.mark.parametrize("error, code", [(None, 0), (RuntimeError, 1), (KeyboardInterrupt, 130),
+                                         (SystemExit(143), 143), (SystemExit(), 0),
                                          (SystemExit("bad"), 1)])
 def test_the_end_says_how_the_run_ended(error, code):
     try:
@@ -174,7 +180,8 @@ def test_a_line_is_said_above_the_bar(monkeypatch):
         log.progress(4, 10)
         log.say("a line")
     before = terminal.getvalue().partition("a line\n")[0]
-    assert before.rpartition("\r")[2] == "" and before.rpartition("\r")[0].rpartition("\r")[2].strip() == ""  # the bar was wiped
+    assert before.rpartition("\r")[2] == ""
+    assert before.rpartition("\r")[0].rpartition("\r")[2].strip() == ""  # the bar was wiped
 
 
 def test_without_tqdm_there_is_no_bar_and_no_error(monkeypatch):
@@ -203,7 +210,8 @@ def test_no_name_means_no_wandb(name, monkeypatch):
 
 def test_a_name_without_wandb_installed_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"'first' asks for wandb, which is not installed: `uv pip install '.\[track\]'`"):
+    told = r"'first' asks for wandb, which is not installed: `uv pip install '.\[track\]'`"
+    with pytest.raises(UserError, match=told):
         RunLog("base", "d4", {}, wandb_run="first")
 
 
@@ -236,8 +244,8 @@ def test_wandb_gets_the_numbers_the_config_and_the_exit_code(monkeypatch, tmp_pa
         log.record("train", step=3, loss=2.5, mfu=None, norm=float("nan"), text="no")
         log.record("val", bpb=1.0)
         raise RuntimeError
-    assert fake.started == {"project": "nanochat", "name": "first", "job_type": "base", "config": {"depth": 4, "folder": "x"},
-                            "dir": str(tmp_path / "base")}
+    assert fake.started == {"project": "nanochat", "name": "first", "job_type": "base",
+                            "config": {"depth": 4, "folder": "x"}, "dir": str(tmp_path / "base")}
     assert fake.logged == [{"step": 3, "train/loss": 2.5}, {"val/bpb": 1.0}] and fake.finished == [1]
 
 
@@ -255,11 +263,13 @@ def test_wandb_offline_keeps_the_run_here_and_reaches_out_to_nobody(tmp_path, mo
             "with RunLog('base', 'd4', {'depth': 4}, wandb_run='first') as log:\n"
             "    log.record('train', step=1, loss=2.5)\n")
     address = f"http://127.0.0.1:{server.getsockname()[1]}"
-    env = os.environ | {"WANDB_MODE": "offline", "WANDB_BASE_URL": address, "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
-                        "HTTP_PROXY": address, "HTTPS_PROXY": address, "http_proxy": address, "https_proxy": address, "NO_PROXY": "",
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_BASE_URL": address, "WANDB_ERROR_REPORTING": "false",
+                        "WANDB_SILENT": "true", "HTTP_PROXY": address, "HTTPS_PROXY": address, "http_proxy": address,
+                        "https_proxy": address, "NO_PROXY": "",
                         **{f"WANDB_{what}_DIR": str(tmp_path / what) for what in ("CACHE", "CONFIG", "DATA")}}
     try:
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True,
+                              timeout=120)
     except subprocess.TimeoutExpired:
         pytest.skip("wandb's own process does not start here")
     if "wandb-core" in done.stderr and done.returncode:

@@ -16,7 +16,7 @@ from nanochat.engine import Batch, Engine, Row
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, MIXERS, Block, GPTConfig
 from nanochat.layers import Linear
-from nanochat.llm import ready_to_decode
+from nanochat.loading import ready_to_decode
 from nanochat.mixer import Mixer
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.sampling import Settings
@@ -242,7 +242,8 @@ def test_prefixes_are_reused_and_rows_are_batch_invariant(pattern, tokenizer):
 
 
 def test_it_is_saved_and_loaded_and_refused_where_nobody_knows_the_letter(model, tmp_path, monkeypatch):
-    from nanochat.checkpoint import load_checkpoint, model_from_state
+    from nanochat.checkpoint import load_checkpoint
+    from nanochat.loading import model_from_state
     save_checkpoint(tmp_path, 3, model.state_dict(), {"model_config": model.config.to_dict()})
     found = load_checkpoint(tmp_path)
     loaded = model_from_state(found.meta["model_config"], found.model_state)

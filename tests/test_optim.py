@@ -1,6 +1,7 @@
 """Muon + AdamW: against plain twins, and on 1, 2 and 3 ranks."""
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
+from nanochat.recipe import OptimizerGroup, override, published
 from tests.test_distributed import start_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -24,9 +26,13 @@ class Mixer(nn.Module):
         if small:
             self.A_proj = nn.Linear(E, 4, bias=False)  # one matrix of its shape: fewer than ranks
 
+    def optimizer_group(self, name: str) -> str:
+        return "taps" if name == "conv1d.weight" else "matrices"
+
 
 class Tiny(nn.Module):
-    """A model with the published names. Its last block is for row 0 of the batch alone, so most ranks have no gradient there."""
+    """A model with the published names. Its last block is for row 0 of the batch alone, so most ranks have no gradient
+    there."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +44,8 @@ class Tiny(nn.Module):
         self.lm_head = nn.Linear(E, V, bias=False)
 
     def loss(self, row: int) -> torch.Tensor:
-        """Summed loss over the T tokens of one row of the global batch. Rows weigh 1, 10, 100: ranks' gradients differ in size."""
+        """Summed loss over the T tokens of one row of the global batch. Rows weigh 1, 10, 100: ranks' gradients differ
+        in size."""
         ids = torch.randint(V, (T + 1,), generator=torch.Generator().manual_seed(row))
         x = self.transformer.wte(ids[:-1])
         for block in self.transformer.h if row == 0 else list(self.transformer.h)[:-1]:
@@ -70,7 +77,8 @@ def train(model: Tiny, optimizer: MuonAdamW, ranks: Ranks, steps: range, clip: f
     for step in steps:
         optimizer.zero_grad()
         backward(model, ranks)
-        norm = optimizer.step(lr_scale=1 / (1 + step), momentum=0.85 + 0.02 * step, grad_scale=1 / (ROWS * T), clip=clip)
+        norm = optimizer.step(lr_scale=1 / (1 + step), momentum=0.85 + 0.02 * step, grad_scale=1 / (ROWS * T),
+                              clip=clip)
         norms.append(norm.item())
     return norms
 
@@ -84,10 +92,18 @@ def with_gradients(*shapes: tuple[int, ...], seed: int = 0) -> list[nn.Parameter
 
 
 def optimizer_of(kind: str, parameters: list[nn.Parameter], **group) -> MuonAdamW:
-    return MuonAdamW([{"kind": kind, "names": [f"p{i}" for i in range(len(parameters))], "params": parameters, **group}], ALONE)
+    return MuonAdamW([{"kind": kind, "names": [f"p{i}" for i in range(len(parameters))], "params": parameters,
+                       "weight_decay": 0.0, "betas": (0.8, 0.95), "eps": 1e-10, **group}], ALONE)
 
 
-# --- the arithmetic ----------------------------------------------------------------------------------------------------
+def rates(**given: float) -> dict[str, OptimizerGroup]:
+    """The published groups with rates and weight decay as given."""
+    flags = {"matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "weight_decay": 0.0}
+    return override(published.groups, **{**flags, **given})
+
+
+# --- the arithmetic
+# ----------------------------------------------------------------------------------------------------
 
 def plain_newton_schulz(g: torch.Tensor) -> torch.Tensor:
     """Muon's iteration, one matrix, in float64."""
@@ -110,7 +126,8 @@ def test_newton_schulz_is_the_plain_iteration(rows, columns, spectrum):
         x = x * 10.0 ** torch.linspace(0, -8, columns)
     got = newton_schulz(x, torch.float32)
     expected = torch.stack([plain_newton_schulz(matrix) for matrix in x])
-    # float32 rounding, 6e-8, grows at most 3.44-fold in each of 5 steps, 11.9-fold where the Gram matrix alone is kept: below 1.5e-3
+    # float32 rounding, 6e-8, grows at most 3.44-fold in each of 5 steps, 11.9-fold where the Gram matrix alone is kept:
+    # below 1.5e-3
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1.5e-3)
     if spectrum == "full":
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4)
@@ -161,7 +178,7 @@ def test_adamw_is_torchs(weight_decay):
 
 def test_zero_rate_leaves_the_weights_and_steps_leave_the_gradients():
     model = tiny()
-    optimizer = MuonAdamW(parameter_groups(model, weight_decay=0.1), ALONE)
+    optimizer = MuonAdamW(parameter_groups(model, rates(weight_decay=0.1)), ALONE)
     before = weights(model)
     backward(model, ALONE)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -189,7 +206,7 @@ def test_clipping_bounds_the_gradient_that_is_used_and_the_norm_returned_is_from
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_told_and_changes_no_weight(bad):
     model = tiny()
-    optimizer = MuonAdamW(parameter_groups(model, weight_decay=0.1), ALONE)
+    optimizer = MuonAdamW(parameter_groups(model, rates(weight_decay=0.1)), ALONE)
     train(model, optimizer, ALONE, range(2))
     before = weights(model)
     model.lm_head.weight.grad[3, 2] = bad
@@ -200,14 +217,15 @@ def test_a_gradient_that_is_not_finite_is_told_and_changes_no_weight(bad):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-# --- groups ------------------------------------------------------------------------------------------------------------
+# --- groups
+# ------------------------------------------------------------------------------------------------------------
 
 def test_every_parameter_is_in_the_group_and_at_the_rate_of_the_recipe():
     gpt = pytest.importorskip("nanochat.gpt")
     model = gpt.GPT(gpt.GPTConfig(sequence_len=16, vocab_size=32, n_layer=5, n_head=2, n_kv_head=1, n_embd=192))
     compiled = nn.Module()  # as torch.compile wraps it
     compiled._orig_mod, compiled.config = model, model.config
-    groups = parameter_groups(compiled, weight_decay=0.1)
+    groups = parameter_groups(compiled, rates(weight_decay=0.1))
     kind_and_rate = {name: (group["kind"], group["lr"]) for group in groups for name in group["names"]}
     assert sum(len(group["names"]) for group in groups) == len(kind_and_rate) == len(dict(model.named_parameters()))
     for group in groups:
@@ -218,17 +236,31 @@ def test_every_parameter_is_in_the_group_and_at_the_rate_of_the_recipe():
         rate = next((rate * 2 for ending, rate in adamw.items() if name.endswith(ending)), None)  # (192/768)^-0.5 = 2
         assert got == (("muon", 0.02) if rate is None else ("adamw", pytest.approx(rate))), name
     assert sum(name.endswith("conv1d.weight") for name in kind_and_rate) == 3
-    given = parameter_groups(model, matrix_lr=1.0, embedding_lr=2.0, unembedding_lr=3.0, conv_lr=4.0)
+    lr = {"matrices": 1.0, "wte": 2.0, "lm_head": 3.0, "taps": 4.0}
+    given = parameter_groups(model, {name: replace(group, lr=lr[name]) for name, group in published.groups.items()})
     assert [group["lr"] for group in given] == pytest.approx([1.0, 4.0, 6.0, 8.0])
-    assert [group.get("weight_decay") for group in groups] == [None, 0.1, 0.1, 0.1]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.1, 0.1, 0.1]
+    assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-10 for group in groups[1:])
 
 
-@pytest.mark.parametrize("where, name", [("transformer.h.0.attn", "bias"), ("lm_head", "bias"), ("transformer", "scale")])
+@pytest.mark.parametrize("where, name", [("transformer.h.0.attn", "bias"), ("lm_head", "bias"),
+                                         ("transformer", "scale")])
 def test_a_parameter_without_a_rule_is_an_error(where, name):
     model = tiny()
     model.get_submodule(where).register_parameter(name, nn.Parameter(torch.zeros(3)))
     with pytest.raises(ValueError, match=rf"{where}\.{name}"):
         parameter_groups(model)
+
+
+def test_a_mixer_can_name_any_group_of_the_recipe_and_no_other(monkeypatch):
+    monkeypatch.setattr(Mixer, "optimizer_group", lambda self, name: "own" if name == "c_q.weight" else "taps")
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_q\.weight .* group 'own', which the recipe does not have"):
+        parameter_groups(tiny())
+    own = replace(published.groups["taps"], lr=0.5, by_width=False, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.3)
+    groups = parameter_groups(tiny(), {**published.groups, "own": own})
+    assert groups[-1]["names"] == [f"transformer.h.{i}.attn.c_q.weight" for i in range(4)]
+    assert {name: groups[-1][name] for name in ("kind", "lr", "betas", "eps", "weight_decay")} == {
+        "kind": "adamw", "lr": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.3}
 
 
 def test_parameters_given_twice_or_not_in_float32_are_refused():
@@ -241,7 +273,8 @@ def test_parameters_given_twice_or_not_in_float32_are_refused():
         optimizer_of("sgd", [p], lr=0.1)
 
 
-# --- state -------------------------------------------------------------------------------------------------------------
+# --- state
+# -------------------------------------------------------------------------------------------------------------
 
 def test_state_that_is_not_of_this_model_is_refused_and_changes_nothing():
     model = tiny()
@@ -280,10 +313,12 @@ def same_state(got: dict, expected: dict, **tolerance: float) -> None:
             torch.testing.assert_close(got[name][key], expected[name][key], **(tolerance or EXACT))
 
 
-# --- ranks -------------------------------------------------------------------------------------------------------------
+# --- ranks
+# -------------------------------------------------------------------------------------------------------------
 
 def scenario(ranks: Ranks, folder: str) -> None:
-    """What every world does; rank r of n leaves what it found in folder/n-r.pt. n = 3 also loads what n = 2 saved; n = 1 both."""
+    """What every world does; rank r of n leaves what it found in folder/n-r.pt. n = 3 also loads what n = 2 saved; n =
+    1 both."""
     told: dict = {}
     model = tiny()
     optimizer = MuonAdamW(parameter_groups(model), ranks)
@@ -336,8 +371,9 @@ def worlds(tmp_path_factory) -> dict[int, list[dict]]:
     return {n: [torch.load(f"{folder}/{n}-{rank}.pt") for rank in range(n)] for n in (1, 2, 3)}
 
 
-# Ranks sum gradients in another order than one process: differences of 1e-7 relative at first. Newton-Schulz raises them up to
-# 3.44^5 = 484-fold where a matrix is nearly singular, and they feed back through the weights over the steps. Measured: 7e-6.
+# Ranks sum gradients in another order than one process: differences of 1e-7 relative at first. Newton-Schulz raises
+# them up to 3.44^5 = 484-fold where a matrix is nearly singular, and they feed back through the weights over the steps.
+# Measured: 7e-6.
 CLOSE = {"rtol": 5e-5, "atol": 5e-5}
 
 
@@ -360,7 +396,8 @@ def test_clipping_is_by_the_norm_of_the_gradient_over_all_ranks(worlds, world_si
     per_rank = []  # what clipping on each rank, before averaging, would do
     for rank in range(world_size):
         backward(model, Ranks(rank, rank, world_size, torch.device("cpu")))
-        per_rank.append({name: p.grad.clone() / (ROWS * T) for name, p in model.named_parameters() if p.grad is not None})
+        per_rank.append({name: p.grad.clone() / (ROWS * T) for name, p in model.named_parameters()
+                         if p.grad is not None})
         model.zero_grad()
     total = {name: sum(g[name] for g in per_rank if name in g) for name in per_rank[0]}
     norm = torch.stack([g.norm() for g in total.values()]).norm()
@@ -390,7 +427,7 @@ def test_training_goes_on_from_a_state_saved_with_any_number_of_ranks(worlds, sa
     again, went_on = told[f"from {saved_with}"]
     same_state(again, worlds[saved_with][0]["state"])
     same_weights(went_on, worlds[saved_with][0]["went on"],
-                 **(EXACT if saved_with == loaded_with else CLOSE))  # the same number of ranks: as if it had never stopped
+                 **(EXACT if saved_with == loaded_with else CLOSE))  # with as many ranks, as if it had never stopped
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

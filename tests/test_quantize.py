@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from bench.decode import Endless
-from nanochat import llm
+from nanochat import loading
 from nanochat.attention import Attention
 from nanochat.engine import Batch, Engine, Row, invariant_rows, quantize
 from nanochat.engine.quantize import QuantLinear, cpu_has_exact_int8_product, int8_product, int8_product_twin, quantize_rows
 from nanochat.errors import UserError
 from nanochat.kernels import cross_entropy
 from nanochat.layers import Linear, join, project
-from nanochat.llm import ready_to_decode
+from nanochat.loading import model_from_state, ready_to_decode
 from nanochat.sampling import Settings
 from tests.helpers import small_model
 
@@ -164,7 +164,7 @@ def test_a_gradient_reaches_each_joined_matrix():
 
 @pytest.fixture
 def bfloat16(monkeypatch):
-    monkeypatch.setattr(llm, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(loading, "compute_dtype", lambda device: torch.bfloat16)
 
 
 def test_a_quantised_model_has_int8_matrices_and_nearly_the_same_losses(monkeypatch):
@@ -238,7 +238,6 @@ def test_a_quantised_model_cannot_be_trained():
 
 
 def test_a_quantised_state_is_no_checkpoint_of_a_plain_model():
-    from nanochat.checkpoint import model_from_state
     model = small_model()
     with pytest.raises(UserError, match="not expected: .*scale"):
         model_from_state(model.config.to_dict(), ready_to_decode(copy.deepcopy(model), "int8").state_dict())

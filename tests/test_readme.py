@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from nanochat.cli import parse
-from scripts import speedrun
+from scripts import speedrun, speedrun_plan
 from tests.conftest import ROOT
 from tests.helpers import module_of
 from tests.server_helpers import Running
@@ -18,31 +18,38 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {  # flags put behind those of the README: the last one counts
     "nanochat.dataset": ["--docs=600"],
     "scripts.tok_train": ["--vocab-size=400"],
-    "scripts.base_train": ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch-size=128", "--num-iterations=2",
-                           "--eval-tokens=1000", "--device-type=cpu"],
+    "scripts.base_train": ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch-size=128",
+                           "--num-iterations=2", "--eval-tokens=1000", "--device-type=cpu", "--model-tag=d4"],
     "scripts.base_loss": ["--split-tokens=1000", "--device-batch-size=4"],
     "scripts.base_eval": ["--split-tokens=1000", "--device-batch-size=4"],
     "scripts.complete": ["--max-tokens=4"],
     "dev.gen_identity": ["--count=20"],
-    "scripts.mid_train": ["--max-seq-len=64", "--device-batch-size=2", "--total-batch-size=128", "--num-iterations=2", "--eval-every=-1",
-                          "--eval-tokens=500"],
+    "scripts.mid_train": ["--max-seq-len=64", "--device-batch-size=2", "--total-batch-size=128", "--num-iterations=2",
+                          "--eval-every=-1", "--eval-tokens=500"],
     "scripts.chat_sft": ["--num-iterations=2", "--target-examples-per-step=4", "--eval-steps=1", "--eval-every=-1"],
-    "scripts.chat_rl": ["--num-iterations=1", "--examples-per-step=1", "--num-samples=2", "--max-new-tokens=4", "--eval-examples=1"],
+    "scripts.chat_rl": ["--num-iterations=1", "--examples-per-step=1", "--num-samples=2", "--max-new-tokens=4",
+                        "--eval-examples=1"],
     "scripts.chat_eval": ["--max-problems=2", "--max-new-tokens=4"],
     "scripts.chat_cli": ["--max-tokens=4"],
 }
 
 
+def code_lines(text: str) -> list[str]:
+    """The indented lines of a README, without comments; a command over several lines is one."""
+    return [line.split("  #")[0].strip() for line in
+            re.findall(r"^ {4}(\S.*)$", re.sub(r" \\\n +", " ", text), flags=re.M)]
+
+
 def commands() -> list[str]:
-    """The indented lines of the README that are commands."""
-    lines = re.findall(r"^ {4}(\S.*)$", README, flags=re.M)
+    """The lines of the README that are commands."""
     starts = ("bash ", "python ", ".venv/bin/python ", "torchrun ", "source ", "NANOCHAT_", "SPEEDRUN_", "WANDB_")
-    return [line.split("  #")[0].strip() for line in lines if line.startswith(starts)]
+    return [line for line in code_lines(README) if line.startswith(starts)]
 
 
 def python_blocks() -> list[str]:
     blocks = re.findall(r"(?:^ {4}.*\n)+", README, flags=re.M)
-    return [re.sub(r"^ {4}", "", block, flags=re.M) for block in blocks if "import " in block and "python -m" not in block]
+    return [re.sub(r"^ {4}", "", block, flags=re.M) for block in blocks
+            if "import " in block and "python -m" not in block]
 
 
 def test_readme_has_its_commands_and_nothing_unknown():
@@ -50,8 +57,8 @@ def test_readme_has_its_commands_and_nothing_unknown():
     assert len(found) >= 15
     for command in found:
         words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
-        known = words[:2] in (["bash", "speedrun.sh"], ["bash", "test.sh"], ["source", ".venv/bin/activate"]) or "-m" in words
-        assert known, command
+        others = (["bash", "speedrun.sh"], ["bash", "test.sh"], ["source", ".venv/bin/activate"])
+        assert words[:2] in others or "-m" in words, command
 
 
 def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch, capsys):
@@ -65,7 +72,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
         module, flags = words[words.index("-m") + 1], words[words.index("-m") + 2:]
         if module == "scripts.speedrun":
             continue  # below
-        if module in ("scripts.chat_web", "bench.serve"):  # a server goes on until it is told to end: one is started below
+        if module in ("scripts.chat_web", "bench.serve"):  # a server runs until it is told to end: one is started below
             parse(module_of(module).Config, flags)
             continue
         ran.add(module)
@@ -78,9 +85,11 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
     assert "tokens" in out and "val bpb" in out and "small world, held-out phrasings" in out
 
     torchrun = next(command for command in commands() if command.startswith("torchrun"))
-    words = shlex.split(torchrun.replace("nproc_per_node=8", "nproc_per_node=2")) + SMALL["scripts.base_train"] + ["--model-tag=two"]
+    words = shlex.split(torchrun.replace("nproc_per_node=8", "nproc_per_node=2"))
+    words += [*SMALL["scripts.base_train"], "--model-tag=two"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], cwd=ROOT, env=env,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -88,8 +97,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
 def test_every_setting_of_speedrun_is_understood(command, monkeypatch, tmp_path, capsys):
     settings = dict(word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z_]+=", word))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(speedrun, "hub_reachable", lambda: True)
-    monkeypatch.setattr(speedrun, "find_machine", lambda: speedrun.Machine([], 0, 4))
+    monkeypatch.setattr(speedrun_plan, "hub_reachable", lambda: True)
+    monkeypatch.setattr(speedrun, "find_machine", lambda: speedrun_plan.Machine([], 0, 4))
     monkeypatch.setattr(speedrun, "need_disk", lambda *_: None)
     for name, value in settings.items():
         monkeypatch.setenv(name, str(tmp_path / "elsewhere") if name == "NANOCHAT_BASE_DIR" else value)
@@ -97,7 +106,21 @@ def test_every_setting_of_speedrun_is_understood(command, monkeypatch, tmp_path,
     assert "profile" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+def test_step_by_step_is_what_the_small_profile_runs(name, monkeypatch, capsys):
+    for setting in [setting for setting in os.environ if setting.startswith(("SPEEDRUN_", "WANDB_"))]:
+        monkeypatch.delenv(setting)
+    monkeypatch.setenv("SPEEDRUN_PROFILE", "small")
+    monkeypatch.setattr(speedrun, "find_machine", lambda: speedrun_plan.Machine([], 0, 4))
+    monkeypatch.setattr(speedrun, "need_disk", lambda *_: None)
+    speedrun.main(["--dry-run"])
+    start = "source .venv/bin/activate\n"
+    printed = capsys.readouterr().out.split(start)[1].splitlines()
+    block = (ROOT / name).read_text(encoding="utf-8").split(start)[1].split("\n\n")[0]
+    assert len(printed) == 12 and code_lines(block) == printed
+
+
 def test_the_japanese_readme_has_the_same_commands():
     japanese = ROOT / "README.ja.md"
-    lines = [line.split("  #")[0].strip() for line in re.findall(r"^ {4}(\S.*)$", japanese.read_text(encoding="utf-8"), flags=re.M)]
+    lines = code_lines(japanese.read_text(encoding="utf-8"))
     assert not [command for command in commands() if command not in lines]

@@ -6,7 +6,8 @@ import torch
 from nanochat.distributed import Ranks
 from nanochat.engine import Engine, Row
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.rl import Group, batches, pass_at_k, rollouts
+from nanochat.recipe import override, published
+from nanochat.rl import AnswerGroup, batches, pass_at_k, rollouts
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.training import train_step
 from tests.helpers import small_model
@@ -29,7 +30,8 @@ def some_groups(seed=0):
         ids = torch.randint(97, (4 + size,), generator=dice).tolist()
         return Row(ids[:4], 9, tokens=ids[4:], mask=mask)
 
-    return [Group([row() for _ in range(4)], rewards) for rewards in ([1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0.5, 0], [0, 0, 0, 0])]
+    return [AnswerGroup([row() for _ in range(4)], rewards)
+            for rewards in ([1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0.5, 0], [0, 0, 0, 0])]
 
 
 def plain_objective(model, groups):
@@ -67,17 +69,18 @@ def test_the_gradient_is_that_of_the_definition_whatever_the_micro_batches(devic
     stats = train_step(model, optimizer, batches(groups, device_batch, 0, "cpu"), ALONE)
     assert stats[0].item() == pytest.approx(wanted.item(), abs=1e-5)
     for name, p in twin.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5,
+                                   msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_forced_tokens_and_prompts_are_no_targets_and_the_closing_token_is():
     row = Row([5, 6], 9, tokens=[7, 8, 9, 3], mask=[1, 0, 0, 1])
     other = Row([5, 6], 9, tokens=[4], mask=[1])
-    [(inputs, targets, factors)] = batches([Group([row, other], [1.0, 0.0])], 8, 0, "cpu")
+    [(inputs, targets, factors)] = batches([AnswerGroup([row, other], [1.0, 0.0])], 8, 0, "cpu")
     rows = {tuple(targets[i].tolist()): factors[i, 0].item() for i in range(2)}
     assert rows == {(-1, 7, -1, -1, 3): 0.5, (-1, 4, -1, -1, -1): -0.5}
     assert inputs.shape == (2, 5)
-    assert list(batches([Group([row, row], [1.0, 1.0])], 8, 0, "cpu")) == []
+    assert list(batches([AnswerGroup([row, row], [1.0, 1.0])], 8, 0, "cpu")) == []
 
 
 def _one_step(ranks, out):
@@ -115,7 +118,8 @@ class Stops:
 def test_stopping_is_learnt_when_it_is_rewarded(tokenizer):
     model = small_model(2, vocab_size=tokenizer.get_vocab_size())
     engine, task = Engine(model, tokenizer), Stops()
-    optimizer = MuonAdamW(parameter_groups(model, matrix_lr=0.01, embedding_lr=0.02, unembedding_lr=0.01, conv_lr=0.01), ALONE)
+    groups = override(published.groups, matrix_lr=0.01, embedding_lr=0.02, unembedding_lr=0.01, weight_decay=0.0)
+    optimizer = MuonAdamW(parameter_groups(model, groups), ALONE)
     chats = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]} for text in "aaa"]
     rewards = []
     for step in range(25):

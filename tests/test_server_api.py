@@ -7,7 +7,7 @@ import openai
 import pytest
 import torch
 
-from nanochat.llm import load_for_decoding
+from nanochat.loading import load_for_decoding
 from tests import server_helpers
 from tests.server_helpers import CONTEXT, Running
 

@@ -14,10 +14,10 @@ import torch
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import read_log
+from nanochat.run import move_aside
 from nanochat.tools import sandbox
 from nanochat.tools.sandbox import Level, best_level
 from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train
-from scripts.stages import move_aside
 from tasks import recipes
 from tests.conftest import ROOT
 from tests.test_distributed import start_ranks
@@ -75,7 +75,7 @@ def test_a_stage_goes_on_bit_for_bit_and_then_is_done(base, monkeypatch, capsys,
     for path in (base / folder / "d2").glob(f"*_{steps:06d}*"):
         path.unlink()
     script.main(flags)
-    assert f"going on from step {steps // 2}" in capsys.readouterr().out
+    assert f"resuming from step {steps // 2}" in capsys.readouterr().out
     assert_same(weights(base, stage, steps), whole)
     before = weights(base, stage, steps // 2)
     assert any(not torch.equal(before[name], whole[name]) for name in whole)  # it had learnt something meanwhile
@@ -101,7 +101,7 @@ def test_going_on_with_other_settings_is_said(base, capsys):
     for path in (base / "chatsft_checkpoints" / "d2").glob("*_000006*"):
         path.unlink()
     chat_sft.main([*SFT, "--target-examples-per-step=4", "--eval-metrics-every=-1"])
-    assert "note: going on with other settings" in (out := capsys.readouterr().out) and "target_examples_per_step 8 → 4\n" in out
+    assert "note: resuming with other settings" in (out := capsys.readouterr().out) and "target_examples_per_step 8 → 4\n" in out
 
 
 def test_a_stage_refuses_a_model_it_did_not_begin_with(base):
@@ -167,7 +167,7 @@ def test_conversations_longer_than_a_row_never_give_an_empty_batch(base):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "_sft_small_world", lambda seed, extra, **sizes: (
             recipes.Mixture([*map(recipes.CustomJSON, extra)] * 5 + [recipes.WorldQuestions("train", size=2)]),
-            recipes._val_small_world(seed)))
+            recipes._val_small_world(seed, 80)))
         chat_sft.main([*SFT, "--fresh", f"--conversations={base / 'long.jsonl'}", "--eval-metrics-every=-1"])
     rows = [row for row in read_log(base / "logs" / "sft_d2.jsonl") if row["kind"] == "train"]
     assert all(row["loss"] == row["loss"] and row["supervised"] > 0 for row in rows)

@@ -1,4 +1,5 @@
-"""Recipes: each stage gets what the publication says, or the small world's share; identity and your own files are in; errors are clear."""
+"""Recipes: each stage gets what the publication says, or the small world's share; identity and your own files are in;
+errors are clear."""
 
 import json
 from collections import Counter
@@ -82,7 +83,8 @@ def test_hub_is_the_published_mixture(mirror, tmp_path):  # noqa: F811
             mirror(f"allenai/ai2_arc/{subset}/{split}.jsonl", [ARC_ROW] * 2)
     with pytest.raises(UserError, match="there is no list of words at .*words_alpha.txt"):
         recipes.mid("hub")
-    (base_dir() / "words_alpha.txt").write_text("\n".join(f"w{a}{b}{c}" for a in "abcdef" for b in "abcdef" for c in "abcdef"))
+    words = [f"w{a}{b}{c}" for a in "abcdef" for b in "abcdef" for c in "abcdef"]
+    (base_dir() / "words_alpha.txt").write_text("\n".join(words))
     own_file(base_dir() / "identity_conversations.jsonl", 5)
 
     def kinds(task):
@@ -99,7 +101,7 @@ def test_hub_is_the_published_mixture(mirror, tmp_path):  # noqa: F811
     assert kinds(train) == {"Hello.": 40, "choice": 4, "How many?": 8, "Who are you?": 6, "spelling": 300, "bee": 300}
     assert kinds(recipes.sft("hub", smoltalk=7)[0])["Hello."] == 7
     assert len(recipes.mid("hub")[0]) == 40 + 10 + 8 + 10 + 280_000
-    assert {name: make().name for name, make in recipes.graded("hub").items()} == {name: name for name in recipes.graded("hub")}
+    assert all(make().name == name for name, make in recipes.graded("hub").items())
     assert recipes.rl("hub", "test").name == "GSM8K"
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import RunLog, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.training import Plan, clock, share_of_micro_batches, train, train_step
+from nanochat.recipe import RateSchedule, published
+from nanochat.training import TrainingPlan, clock, share_of_micro_batches, train, train_step
 from tests.conftest import ROOT
 from tests.helpers import small_model
 from tests.test_distributed import start_ranks
@@ -27,7 +29,7 @@ TINY = ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A base folder with a little text and a tokenizer for it."""
-    from nanochat.dataset import documents as dataset
+    from nanochat.dataset import __main__ as dataset
     from scripts import tok_train
     folder = tmp_path_factory.mktemp("tiny")
     before = os.environ.get("NANOCHAT_BASE_DIR")
@@ -94,11 +96,11 @@ def test_every_supervised_token_weighs_the_same_whatever_micro_batch_it_is_in():
 
 
 def test_rates_and_momentum_follow_the_recipe():
-    plan = Plan(1000, 1, 1, warmup_ratio=0.1, warmdown_ratio=0.2, final_lr_frac=0.1)
+    plan = TrainingPlan(1000, 1, 1, rates=RateSchedule(warmup_ratio=0.1, warmdown_ratio=0.2, final_lr_frac=0.1))
     assert plan.lr_scale(0) == pytest.approx(0.01) and plan.lr_scale(99) == 1 and plan.lr_scale(500) == 1 and plan.lr_scale(800) == 1
     assert plan.lr_scale(900) == pytest.approx(0.55) and plan.lr_scale(1000) == pytest.approx(0.1)
     assert plan.momentum(0) == 0.85 and plan.momentum(150) == pytest.approx(0.9) and plan.momentum(5000) == pytest.approx(0.95)
-    assert Plan(10, 1, 1, warmdown_ratio=0).lr_scale(10) == 1.0
+    assert TrainingPlan(10, 1, 1, rates=RateSchedule(0.0, 0.0, 0.0)).lr_scale(10) == 1.0
 
 
 def test_any_number_of_ranks_shares_a_batch():
@@ -124,8 +126,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
         return [(ids, ids)]
 
     with RunLog("base", "t", {}) as log, pytest.raises(UserError, match="step 3: the loss is nan"):
-        train(model, MuonAdamW(parameter_groups(model), ALONE), batches, Plan(9, 1, 16), ALONE, log, flops_per_token=1, peak=None,
-              save=lambda step: pytest.fail("a broken model was saved"))
+        train(model, MuonAdamW(parameter_groups(model), ALONE), batches, TrainingPlan(9, 1, 16), ALONE, log,
+              flops_per_token=1, peak=None, save=lambda step: pytest.fail("a broken model was saved"))
     assert [row["step"] for row in read_log(log.path) if row["kind"] == "diverged"] == [3]
 
 
@@ -135,13 +137,13 @@ def test_a_step_makes_no_garbage_and_what_was_there_before_is_not_walked_over_ag
     optimizer = MuonAdamW(parameter_groups(model), ALONE)
     ids = torch.randint(97, (2, 9))
 
-    def before_step(step, last):
+    def before_step(step):
         frozen.append(gc.get_freeze_count())
         if step > 3:
             unreachable.append(gc.collect())
     with RunLog("base", "collected", {}) as log:
-        train(model, optimizer, lambda step: [(ids[:, :-1], ids[:, 1:])], Plan(8, 1, 16), ALONE, log, flops_per_token=1.0, peak=None,
-              before_step=before_step)
+        train(model, optimizer, lambda step: [(ids[:, :-1], ids[:, 1:])], TrainingPlan(8, 1, 16), ALONE, log,
+              flops_per_token=1.0, peak=None, before_step=before_step)
     assert frozen[0] == frozen[1] == 0 and min(frozen[2:]) > 10_000
     assert max(unreachable[1:]) == 0, unreachable
     assert gc.get_freeze_count() == 0
@@ -171,7 +173,7 @@ def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(tiny_base, ti
     assert process.returncode == 128 + signal.SIGTERM, rest
     assert "asked to stop" in rest and not (other / "base_checkpoints/d2/model_000012.pt").exists()
     code, out = base_train()
-    assert code == 0 and "going on from step" in out, out
+    assert code == 0 and "resuming from step" in out, out
     assert_same(weights(other), whole)
     assert losses(other) == whole_losses
     code, out = base_train()
@@ -186,7 +188,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_base):
             break
     process.communicate()
     code, out = base_train()
-    assert code == 0 and "going on from step 5" in out, out
+    assert code == 0 and "resuming from step 5" in out, out
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -196,12 +198,13 @@ def test_ranks_train_as_one_process_does(tiny_base, ranks):
     assert code == 0, out  # 5 micro-batches over 2 or 3 ranks: uneven shares
     assert {row["supervised"] for row in read_log(tiny_base / "logs" / f"base_r{ranks}.jsonl") if row["kind"] == "train"} == {320}
     code, out = base_train("--num-iterations=6", "--total-batch-size=320", f"--model-tag=r{ranks}", ranks=1)
-    assert code == 0 and "going on from step 4" in out, out  # fewer ranks take the run over
+    assert code == 0 and "resuming from step 4" in out, out  # fewer ranks take the run over
 
 
 def _six_steps(ranks, out):
     model = small_model()
-    optimizer = MuonAdamW(parameter_groups(model, embedding_lr=0.01), ranks)
+    groups = {**published.groups, "wte": replace(published.groups["wte"], lr=0.01)}
+    optimizer = MuonAdamW(parameter_groups(model, groups), ranks)
     dice = torch.Generator().manual_seed(1)
     for _ in range(6):
         ids = torch.randint(97, (7, 16), generator=dice)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nanochat.cli import flag, parse, parser_of, run_main
 from nanochat.dataset.shards import data_dir
+from nanochat.recipe import published
 
 
 @dataclass
@@ -35,7 +36,7 @@ class ImportFlags:
 
 @dataclass
 class SmallWorldFlags:
-    docs: int = flag(100_000, "training documents, about 400 characters each")
+    docs: int = flag(published.docs, "training documents, about 400 characters each")
     seed: int = flag(0, "which small world")
     to: str = flag("", "folder to write the shards to; unset is base_data")
     replace: bool = flag(False, "put the new shards in place of others that were imported or made before")

@@ -47,17 +47,18 @@ def evaluate_loss(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor
 
 
 class EvalRows:
-    """The first `tokens` tokens of a split as packed rows, made once and kept on the host: rank r takes every world_size-th batch.
+    """The first `tokens` tokens of a document source as packed rows, made once and kept on the host: rank r takes every
+    world_size-th batch.
 
-    The rows do not depend on the number of ranks, so neither does the bpb. Where the split holds fewer, all of it is taken, once.
-    reading: further arguments of PackedLoader (folder, documents, cut).
+    The rows do not depend on the number of ranks, so neither does the bpb. Where the source holds fewer, all of it is taken,
+    once. source, cut: as PackedLoader takes them.
     """
 
-    def __init__(self, tokenizer, split: str, batch_size: int, sequence_len: int, tokens: int, *, ranks: Ranks, **reading):
+    def __init__(self, source, batch_size: int, sequence_len: int, tokens: int, *, ranks: Ranks, cut: bool = True):
         from nanochat.dataloader import PackedLoader  # here, so that a model can be evaluated where there is no text
 
         alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-        loader = PackedLoader(tokenizer, split, batch_size, sequence_len, ranks=alone, loop=False, **reading)
+        loader = PackedLoader(source, batch_size, sequence_len, ranks=alone, loop=False, cut=cut)
         self.device, self.batches = ranks.device, []
         try:
             for number in range(max(1, tokens // (batch_size * sequence_len))):

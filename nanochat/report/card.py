@@ -19,16 +19,16 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from nanochat import stages
 from nanochat.cli import flag, parse
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, base_dir, free_name, in_words
 from nanochat.logs import read_log
 
-STAGES = {"tok_train": "Tokenizer", "tok_eval": "Tokenizer, compression", "base": "Base model", "base_loss": "Base model, loss",
-          "base_eval": "Base model, evaluation", "mid": "Midtraining", "chat_eval_mid": "Evaluation after midtraining", "sft": "SFT",
-          "chat_eval_sft": "Evaluation after SFT", "rl": "RL", "chat_eval_rl": "Evaluation after RL"}
-TRAINING = ("base", "mid", "sft", "rl")
-COLUMNS = {"BASE": "base_eval", "MID": "chat_eval_mid", "SFT": "chat_eval_sft", "RL": "chat_eval_rl"}
+STAGES = {"tok_train": "Tokenizer", "tok_eval": "Tokenizer, compression",
+          **{log: title for stage in stages.STAGES.values() for log, title in stage.sections.items()}}
+TRAINING = tuple(stages.STAGES)
+COLUMNS = {stage.column: stage.graded_by for stage in stages.STAGES.values()}
 # the published run of depth 20: CORE of the base model, the rest after SFT
 PUBLISHED = {"CORE": 0.1796, "ARC-Challenge": 0.2782, "ARC-Easy": 0.3864, "GSM8K": 0.0455, "HumanEval": 0.0549, "MMLU": 0.3166,
              "SpellingBee": None, "ChatCORE": 0.2322}

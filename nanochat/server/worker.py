@@ -174,7 +174,7 @@ class Host:
 
     def _load(self, info: ModelInfo) -> "Scheduler":
         from nanochat.engine import Engine
-        from nanochat.llm import load_for_decoding
+        from nanochat.loading import load_for_decoding
         from nanochat.server.scheduler import Scheduler
 
         model, tokenizer, _ = load_for_decoding(info.folder, self.device, step=info.step, quantize=self.config.quantize)

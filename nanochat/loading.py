@@ -1,0 +1,172 @@
+"""From a name to a model: a stage ("sft"), a folder with a checkpoint, or a repository of the Hugging Face hub.
+
+    model, tokenizer, meta = load_model("base", "cpu")             # float32 weights, to train
+    model, tokenizer, meta = load_for_decoding("sft", device)      # weights in the dtype they are used in, to decode
+    and evaluate folder = from_hub("owner/name", revision=None)                 # a folder that both of them take
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat.checkpoint import load_checkpoint, nothing_found, steps_in
+from nanochat.distributed import compute_dtype
+from nanochat.engine.quantize import quantize as quantized
+from nanochat.errors import UserError
+from nanochat.files import base_dir
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.layers import join
+from nanochat.stages import STAGES
+from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+
+
+def checkpoint_dir(source: str | Path, model_tag: str | None = None) -> Path:
+    """Return the folder of a model's checkpoints: base_dir()/{base,mid,chatsft,chatrl}_checkpoints/<tag> for a stage.
+
+    source: "base", "mid", "sft", "rl", or a folder. Without a tag, choose among the tags that hold a checkpoint: the
+    only one, else the deepest dNN, else the one written last. Raises UserError where there is none.
+    """
+    return _choose_folder(source, model_tag)[0]
+
+
+def _choose_folder(source: str | Path, model_tag: str | None) -> tuple[Path, str]:
+    """Return the folder that `source` and `model_tag` mean, and the reason for this choice in words."""
+    root = base_dir() / STAGES[source].folder if source in STAGES else Path(source).expanduser()
+    if source not in STAGES and not root.is_dir():
+        raise UserError(f"no folder {root}: a source is one of {', '.join(STAGES)}, or a folder with a checkpoint.")
+    if model_tag:
+        if Path(model_tag).name != model_tag:
+            raise UserError(f"{model_tag!r} is not a model tag: it names one folder under {root}, such as d20.")
+        return root / model_tag, "as asked"
+    if source not in STAGES and steps_in(root):
+        return root, "as asked"
+    tags = [path for path in sorted(root.glob("*")) if path.is_dir() and steps_in(path)]
+    if not tags:
+        raise UserError(nothing_found(root / "<tag>" if root.is_dir() else root))
+    if len(tags) == 1:
+        return tags[0], "the only one there"
+    depths = {int(path.name[1:]): path for path in tags if re.fullmatch(r"d\d+", path.name)}
+    if depths:
+        return depths[max(depths)], f"the deepest of {len(tags)} there"
+    newest = max(tags, key=lambda path: max(meta.stat().st_mtime for meta in path.glob("meta_*")))
+    return newest, f"the last written of {len(tags)} there"
+
+
+def load_model(source: str | Path, device: str | torch.device, *, model_tag: str | None = None,
+               step: int | None = None) -> tuple[GPT, Any, dict[str, Any]]:
+    """Load a model with its tokenizer, in eval mode and with float32 weights.
+
+    Args:
+        source: "base", "mid", "sft", "rl", or a folder.
+        device: where the weights go.
+        model_tag: which model of the stage; see `checkpoint_dir` for what is taken without one.
+        step: which checkpoint; None takes the newest valid one.
+
+    Returns:
+        The model; the tokenizer in the checkpoint's folder, or where there is none the one of base_dir(); and the meta
+        dict with two more entries: "folder", and "loaded", a line that says which checkpoint was taken and why.
+
+    Raises:
+        UserError: there is no such checkpoint, or it does not fit the shape in its meta or the tokenizer.
+    """
+    folder, why = _choose_folder(source, model_tag)
+    checkpoint = load_checkpoint(folder, step, device=device)
+    meta = {**checkpoint.meta, "folder": str(folder), "loaded": f"step {checkpoint.step} of {folder} ({why})"}
+    model = model_from_state(meta["model_config"], checkpoint.model_state, what=str(folder))
+
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.pkl"))
+    tokenizer = RustBPETokenizer.from_directory(str(folder)) if own else get_tokenizer()
+    where = folder if own else base_dir() / "tokenizer"
+    if meta.get("tokenizer") and meta["tokenizer"] != tokenizer.fingerprint():
+        raise UserError(f"the tokenizer in {where} is not the one that the model in {folder} was trained with: the "
+                        "same ids are other text. Put the model's own tokenizer there, or train the model anew.")
+    if tokenizer.get_vocab_size() != model.config.vocab_size:
+        raise UserError(f"the model in {folder} has a vocabulary of {model.config.vocab_size}, the tokenizer in "
+                        f"{where} one of {tokenizer.get_vocab_size()}: they do not belong together.")
+    return model.eval(), tokenizer, meta
+
+
+def load_for_decoding(source: str | Path, device: str | torch.device, *, model_tag: str | None = None,
+                      step: int | None = None, quantize: str = "none") -> tuple[GPT, Any, dict[str, Any]]:
+    """Load a model as `load_model` does, and prepare it with `ready_to_decode`; it cannot be trained any more."""
+    model, tokenizer, meta = load_model(source, device, model_tag=model_tag, step=step)
+    return ready_to_decode(model, quantize), tokenizer, meta
+
+
+@torch.no_grad()
+def ready_to_decode(model: GPT, quantize: str = "none") -> GPT:
+    """Prepare a float32 model, in place, for decoding and evaluation on its device, and return it.
+
+    The weights are cast to the dtype they are used in (`compute_dtype` of the device), or to 8 bits with quantize
+    "int8"; projections of the same input become one product. The model cannot be trained afterwards. Raises UserError
+    for an unknown `quantize`.
+    """
+    model = quantized(model, quantize).eval().requires_grad_(False)
+    model.compute_dtype = compute_dtype(model.device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(model.compute_dtype)
+    for block in model.transformer.h:
+        join(block.attn.projections())
+    return model
+
+
+def model_from_state(model_config: dict[str, Any], state: dict[str, Tensor], what: str = "the checkpoint") -> GPT:
+    """Build the GPT of `model_config` around the tensors of `state`, which become its parameters without a copy.
+
+    what: name of the checkpoint for messages. Raises UserError where config or state do not fit.
+    """
+    known = {field.name for field in dataclasses.fields(GPTConfig)}
+    if unknown := sorted(set(model_config) - known):
+        raise UserError(f"{what}: model_config has {', '.join(unknown)}, which this version does not know. "
+                        "The checkpoint is of another model, or of a newer version.")
+    try:
+        with torch.device("meta"):  # no time is spent on weights that are replaced
+            model = GPT(GPTConfig(**model_config))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what}: its model_config makes no model: {error}") from error
+    check_shapes(model, state, what)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def check_shapes(model: torch.nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Raise UserError, naming the differences, unless `state` has exactly the names and shapes of the model's
+    parameters."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    parts = []
+    for problem, names in (
+        ("missing", [name for name in wanted if name not in found]),
+        ("not expected", [name for name in found if name not in wanted]),
+        ("of another shape", [f"{name} {found[name]}, not {wanted[name]}" for name in wanted
+                              if name in found and found[name] != wanted[name]]),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{problem}: {'; '.join(names[:3])}{more}")
+    if parts:
+        raise UserError(f"{what} is a checkpoint of another shape than its model. {'. '.join(parts)}.")
+
+
+def from_hub(name: str, revision: str | None) -> Path:
+    """Fetch a repository in the published format from the Hugging Face hub, and return its local folder.
+
+    name: "owner/name". revision: a branch, tag or commit; None takes the main branch. Raises UserError where it cannot
+    be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"there is no folder {name}: a model is one of {', '.join(STAGES)}, a folder with a "
+                        "checkpoint, or owner/name on the hub.")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.pt", "*.json", "*.pkl"],
+                                      ignore_patterns=["optim_*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} is no folder, and cannot be fetched from the hub: {why}") from error

@@ -1,0 +1,265 @@
+"""What a speedrun does, decided before anything is done: recipe, text, batch and commands for this machine and its
+settings.
+
+    plan = make_plan(find_machine())        # reads the environment: SPEEDRUN_PROFILE, SPEEDRUN_TEXT, ...
+    for command in commands(plan):
+        print(command.shell())              # what to type; scripts/speedrun.py runs the same list
+"""
+
+import math
+import os
+import platform
+import shlex
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from nanochat.dataset.shards import data_dir, read_source
+from nanochat.distributed import compute_dtype, peak_flops
+from nanochat.errors import UserError
+from nanochat.files import base_dir
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.recipe import PROFILES, Recipe, changed_flags, published
+from nanochat.stages import CHAT_STAGES, STAGES, Stage
+
+CHARS_PER_TOKEN = 4.8                      # of FineWeb-Edu, with 65,536 tokens
+SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
+TOKENIZER_SHARDS = 8                       # hold the 2 billion characters that the tokenizer is trained on
+EXPECTED_MFU = 0.5
+MEMORY_OF_32_ROWS = {20: 70e9, 26: 130e9, 32: 210e9}  # bytes on a GPU at 32 rows of 2048, by depth: estimated
+
+
+@dataclass
+class Machine:
+    """What there is to train on. gpu_memory: bytes of the smallest GPU."""
+
+    gpus: list[str]
+    gpu_memory: int
+    cores: int
+    name: str = field(default_factory=platform.machine)
+
+    def describe(self) -> str:
+        """Return the machine in a few words."""
+        if self.gpus:
+            kinds = ", ".join(f"{self.gpus.count(kind)} × {kind}" for kind in sorted(set(self.gpus)))
+            return f"{kinds} with {self.gpu_memory / 1e9:.0f} GB each, {self.cores} CPU cores"
+        return f"no GPU, {self.cores} CPU cores ({self.name})"
+
+
+def find_machine() -> Machine:
+    """Look at this machine. SPEEDRUN_GPUS limits the GPUs; UserError where it names more than there are."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = _number("SPEEDRUN_GPUS", count)
+    if wanted > count:
+        raise UserError(f"SPEEDRUN_GPUS is {wanted}, but this machine shows {count} GPU{'s' if count != 1 else ''}.")
+    devices = [torch.cuda.get_device_properties(i) for i in range(wanted)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine([d.name for d in devices], min((d.total_memory for d in devices), default=0), cores)
+
+
+def _number(name: str, default: int) -> int:
+    """Return the whole number in an environment variable, `default` where it is not set."""
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1 and name != "SPEEDRUN_GPUS":
+        raise UserError(f"{name} is {text!r}: it must be a whole number above 0.")
+    return int(text)
+
+
+def hub_reachable() -> bool:
+    """Return whether the Hugging Face hub (or HF_ENDPOINT) answers within a few seconds."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a welcome
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@dataclass
+class RunPlan:
+    """What a speedrun will do.
+
+    profile: name of the recipe. source: of the text, "small-world", "import" or "fineweb-edu"; text: paths to import.
+    steps: optimizer steps of the base model. device_batch: rows a device takes at a time in base and mid-training.
+    shards: of FineWeb-Edu. seconds: of base training, None where the device's speed is not known. disk: bytes.
+    chat: data of the chat stages, "small-world", "hub", or "" where there are none, for the reason why_no_chat.
+    """
+
+    profile: str
+    recipe: Recipe
+    machine: Machine
+    source: str
+    text: list[str]
+    steps: int
+    device_batch: int
+    shards: int
+    seconds: float | None
+    disk: float
+    chat: str
+    why_no_chat: str = ""
+
+    @property
+    def depth(self) -> int:
+        return self.recipe.base.shape.depth
+
+    @property
+    def tag(self) -> str:
+        """The name of the model's checkpoint folder in each stage."""
+        return f"d{self.depth}"
+
+
+def make_plan(machine: Machine) -> RunPlan:
+    """Choose recipe, text, batch and shards for this machine and the environment.
+
+    Raises UserError for a setting that is wrong, text of another run in the way, or no text to be had.
+    """
+    name = os.environ.get("SPEEDRUN_PROFILE") or ("d20" if machine.gpus else "small")
+    if name not in PROFILES:
+        raise UserError(f"SPEEDRUN_PROFILE is {name!r}: it must be one of {', '.join(PROFILES)}.")
+    recipe = PROFILES[name]
+    text = shlex.split(os.environ.get("SPEEDRUN_TEXT", ""))
+    there = read_source(data_dir()).get("source") if data_dir().is_dir() else None
+    source = "import" if text else "small-world" if name == "small" else "fineweb-edu"
+    if source == "fineweb-edu" and there != "fineweb-edu" and not hub_reachable():
+        raise UserError(
+            f"the Hugging Face hub cannot be reached, so FineWeb-Edu cannot be fetched for {name}. Train on your own "
+            "text instead: SPEEDRUN_TEXT=\"PATH ...\" bash speedrun.sh; or on the built-in small world: "
+            "SPEEDRUN_PROFILE=small bash speedrun.sh")
+    if there and there != source:
+        raise UserError(f"{data_dir()} holds text of another kind ({there}) than this run would train on ({source}). "
+                        f"Keep both: NANOCHAT_BASE_DIR={base_dir()}-{name} bash speedrun.sh")
+    base = recipe.base
+    with torch.device("meta"):
+        model = GPT(GPTConfig.from_depth(base.shape.depth, vocab_size=recipe.tokenizer.vocab_size,
+                                         sequence_len=base.shape.max_seq_len))
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = base.horizon.num_iterations
+    if steps < 1:
+        steps = int(base.horizon.target_param_data_ratio * parameters) // base.total_batch_size
+    steps = _number("SPEEDRUN_STEPS", steps)
+    tokens = steps * base.total_batch_size
+    shards = _number("SPEEDRUN_SHARDS", math.ceil(1.03 * tokens * CHARS_PER_TOKEN / SHARD_CHARS))
+    device_batch = _number("SPEEDRUN_DEVICE_BATCH", batch_for(recipe, machine))
+    device = "cuda" if machine.gpus else "cpu"
+    peak = peak_flops(device, compute_dtype(device))
+    seconds = None
+    if peak is not None:
+        seconds = tokens * model.flops_per_token() / (peak * EXPECTED_MFU * max(1, len(machine.gpus)))
+    disk = 16 * parameters * 6 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6)
+    chat, why = "small-world" if source == "small-world" else "hub", ""
+    if chat == "hub" and name == "small":
+        chat, why = "", "the published conversations are too many for this profile"
+    elif chat == "hub" and not os.environ.get("NANOCHAT_TASK_DATA") and not hub_reachable():
+        chat = ""
+        why = "the Hugging Face hub cannot be reached, and NANOCHAT_TASK_DATA names no mirror of its data sets"
+    return RunPlan(name, recipe, machine, source, text, steps, device_batch, shards, seconds, disk, chat, why)
+
+
+def batch_for(recipe: Recipe, machine: Machine) -> int:
+    """Return how many rows a device takes at a time: on GPUs the largest power of two, up to 32, that fits the
+    memory."""
+    depth = recipe.base.shape.depth
+    if depth not in MEMORY_OF_32_ROWS:
+        return recipe.base.device_batch_size
+    if not machine.gpus:
+        return 1
+    rows = 32 * machine.gpu_memory / MEMORY_OF_32_ROWS[depth]
+    return max(1, min(32, 1 << int(math.log2(max(rows, 1)))))
+
+
+def chat_stages(plan: RunPlan) -> list[Stage]:
+    """Return the stages after the base model that this run trains: the recipe's, with or without "rl" as SPEEDRUN_RL
+    says."""
+    wish = os.environ.get("SPEEDRUN_RL", "")
+    if wish not in ("", "0", "1"):
+        raise UserError(f"SPEEDRUN_RL is {wish!r}: it must be 1 or 0.")
+    wanted = {*plan.recipe.stages, "rl"} if wish == "1" else {*plan.recipe.stages} - ({"rl"} if wish == "0" else set())
+    return [stage for stage in CHAT_STAGES if plan.chat and stage.name in wanted]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a speedrun.
+
+    title: what is printed above it. module, flags: what Python runs, under torchrun where there are several GPUs.
+    beside: it runs beside the command after it; both must end before the one after that.
+    grades: the stage whose checkpoint it evaluates. Such a command leaves no checkpoint that says it is done.
+    """
+
+    title: str
+    module: str
+    flags: tuple[str, ...] = ()
+    gpus: int = 0
+    beside: bool = False
+    grades: str = ""
+
+    def argv(self) -> list[str]:
+        """Return the command for subprocess, with this Python."""
+        if self.gpus > 1:
+            return [sys.executable, "-m", "torch.distributed.run", *self._arguments()]
+        return [sys.executable, *self._arguments()]
+
+    def shell(self) -> str:
+        """Return the command as it is typed where the virtual environment is active."""
+        start = "torchrun" if self.gpus > 1 else "python"
+        return shlex.join([start, *self._arguments()]) + (" &" if self.beside else "")
+
+    def _arguments(self) -> list[str]:
+        if self.gpus > 1:
+            return ["--standalone", f"--nproc_per_node={self.gpus}", "-m", self.module, "--", *self.flags]
+        return ["-m", self.module, *self.flags]
+
+
+def commands(plan: RunPlan) -> list[Command]:
+    """Return all commands of the run, in order. A flag is there only where its value is not the script's default."""
+    recipe, gpus = plan.recipe, len(plan.machine.gpus)
+    base = replace(recipe.base, horizon=replace(recipe.base.horizon, num_iterations=plan.steps),
+                   device_batch_size=plan.device_batch)
+    base_eval = replace(recipe.base_eval, device_batch_size=plan.device_batch)
+    parts = {"base": base, "mid": replace(recipe.mid, device_batch_size=plan.device_batch),  # rows as the base model's
+             "sft": recipe.sft, "rl": recipe.rl}
+    wandb = (f"--run={os.environ['WANDB_RUN']}",) if os.environ.get("WANDB_RUN") else ()
+    tag = f"--model-tag={plan.tag}"
+
+    result = [
+        *_text(plan),
+        Command("tokenizer", "scripts.tok_train", (*changed_flags(recipe.tokenizer, published.tokenizer),)),
+        Command("base model", STAGES["base"].script,
+                (f"--depth={plan.depth}", *(flag for flag in changed_flags(base, published.base)
+                                            if not flag.startswith("--depth=")), *wandb), gpus),
+        Command("evaluation of the base model", "scripts.base_eval",
+                (tag, *changed_flags(base_eval, published.base_eval)), gpus, grades="base"),
+    ]
+    if plan.chat:
+        result.append(Command("who it is", "dev.gen_identity", (*changed_flags(recipe.identity, published.identity),)))
+    for stage in chat_stages(plan):
+        flags = changed_flags(parts[stage.name], getattr(published, stage.name))
+        result += [
+            Command(stage.noun, stage.script, (tag, *flags, *wandb), gpus),
+            Command(f"grading after {stage.noun}", "scripts.chat_eval",
+                    (f"--source={stage.name}", tag, *changed_flags(recipe.chat_eval, published.chat_eval)), gpus,
+                    grades=stage.name),
+        ]
+    return [*result, Command("report", "nanochat.report", ("generate",))]
+
+
+def _text(plan: RunPlan) -> list[Command]:
+    """Return what makes or fetches the text. Most of FineWeb-Edu comes while the tokenizer is trained on its
+    beginning."""
+    module = "nanochat.dataset"
+    if plan.source == "import":
+        return [Command("text", module, ("import", *plan.text))]
+    if plan.source == "small-world":
+        return [Command("text", module, ("small-world", f"--docs={plan.recipe.docs}"))]
+    first = min(plan.shards, TOKENIZER_SHARDS)
+    rest = [Command("rest of the text, in the background", module, ("-n", str(plan.shards)), beside=True)]
+    return [Command("text", module, ("-n", str(first))), *(rest if plan.shards > first else [])]

@@ -1,0 +1,111 @@
+"""What a run does and when: schedules, saving on request, refusing to resume. tests/test_stages.py runs stages."""
+
+import importlib.util
+import os
+import signal
+
+import pytest
+import torch
+
+from nanochat.distributed import Ranks
+from nanochat.errors import UserError
+from nanochat.logs import RunLog
+from nanochat.run import Event, Origin, compile_wanted, is_due, is_trained, loader_state, tokens_of_row
+from nanochat.stages import CHAT_STAGES, STAGES, stage_of_folder
+from nanochat.training import run_steps
+from tests.helpers import small_model
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+
+
+def steps_of(event, start=0, end=10):
+    return [step for step in range(start, end + 1) if is_due(event, step, start, end)]
+
+
+def test_an_event_is_due_at_its_multiples_and_at_the_end():
+    def event(every, **when):
+        return Event(every, print, **when)
+
+    assert steps_of(event(4)) == [4, 8, 10]
+    assert steps_of(event(4), start=4) == [8, 10]  # done before the run stopped at step 4
+    assert steps_of(event(4, at_end=False)) == [4, 8]
+    assert steps_of(event(5, at_end=False)) == [5]
+    assert steps_of(event(-1)) == steps_of(event(0)) == [10]
+    assert steps_of(event(4, at_zero=True)) == [0, 4, 8, 10]
+    assert steps_of(event(4, at_zero=True), start=4) == [8, 10]
+    assert steps_of(event(-1, at_zero=True)) == [10]
+    assert steps_of(event(-1, at_start=True)) == [0, 10]
+    assert steps_of(event(4, at_start=True), start=3) == [3, 4, 8, 10]
+
+
+def test_a_signal_ends_the_steps_with_a_save_of_those_that_are_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    did, saved = [], []
+
+    def one_step(step, stop):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        did.append(step)
+        return stop
+
+    with pytest.raises(SystemExit) as ended, RunLog("rl", "t", {}) as log:
+        run_steps(one_step, 2, 9, log, before_step=lambda step: did.append(f"before {step}"), save=saved.append,
+                  flush=lambda: did.append("flush"))
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert did == ["before 2", 2, "before 3", 3, "before 4", 4, "before 5", 5, "flush"] and saved == [6]
+
+
+def test_steps_that_are_not_stopped_end_after_the_last_event(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    did = []
+    with RunLog("rl", "t", {}) as log:
+        run_steps(lambda step, stop: did.append(step), 0, 2, log, before_step=lambda step: did.append(f"before {step}"),
+                  save=lambda step: pytest.fail("nobody asked for a save"), flush=lambda: did.append("flush"))
+    assert did == ["before 0", 0, "before 1", 1, "flush", "before 2"]
+
+
+def origin(tmp_path, step=3, meta=None):
+    return Origin(STAGES["mid"], tmp_path / "d2", step, small_model(), None, meta or {}, "", {})
+
+
+def test_a_checkpoint_without_a_position_in_the_data_is_refused(tmp_path):
+    with pytest.raises(UserError, match="d2 cannot be trained on: it does not say how far.*--fresh"):
+        loader_state(origin(tmp_path), ALONE)
+    assert loader_state(origin(tmp_path, step=0, meta={"loader": [{"of": "the stage before"}]}), ALONE) is None
+    assert loader_state(origin(tmp_path, meta={"loader": [{"next": 5}]}), ALONE) == {"next": 5}
+
+
+def test_a_run_that_is_done_says_so(tmp_path, capsys):
+    assert not is_trained(origin(tmp_path), 4, ALONE) and not capsys.readouterr().out
+    assert is_trained(origin(tmp_path), 3, ALONE)
+    assert "step 3 of 3. Nothing to do; --fresh trains it anew." in capsys.readouterr().out
+
+
+def test_rows_are_as_long_as_the_flag_says_or_else_the_model(tmp_path):
+    model = small_model()
+    assert tokens_of_row(Config(-1), model) == tokens_of_row(object(), model) == model.config.sequence_len
+    assert tokens_of_row(Config(7), model) == 7
+
+
+class Config:
+    def __init__(self, max_seq_len):
+        self.max_seq_len = max_seq_len
+
+
+def test_compiling_is_chosen_by_a_word():
+    assert [compile_wanted(word, ALONE) for word in ("auto", "yes", "no")] == [False, True, False]
+    with pytest.raises(UserError, match="--compile is yes, no or auto, not 'on'"):
+        compile_wanted("on", ALONE)
+
+
+def test_the_table_of_stages_fits_together():
+    assert list(STAGES) == [stage.name for stage in STAGES.values()]
+    for field in ("folder", "script", "column", "graded_by", "page", "noun"):
+        assert len({getattr(stage, field) for stage in STAGES.values()}) == len(STAGES)
+    for place, stage in enumerate(STAGES.values()):
+        assert importlib.util.find_spec(stage.script)
+        assert list(stage.sections)[0] == stage.name and stage.graded_by in stage.sections
+        assert set(stage.starts_from) <= set(list(STAGES)[:place])
+        assert stage_of_folder(("base", stage.folder, "d2")) is stage
+    assert [stage.name for stage in CHAT_STAGES] == ["mid", "sft", "rl"]
+    assert stage_of_folder(("elsewhere", "d2")) is None
