@@ -1,7 +1,7 @@
 """Get text to train on, in one of three ways.
 
     python -m nanochat.dataset -n 240                    # 240 training shards of FineWeb-Edu and its validation shard
-    python -m nanochat.dataset import notes/ log.txt.gz  # your own .txt, .md, .jsonl, .json, .parquet files, or their .gz
+    python -m nanochat.dataset import notes/ log.txt.gz  # your .txt, .md, .jsonl, .json, .parquet files, or their .gz
     python -m nanochat.dataset small-world               # text of the built-in generator: no network, no files
 
 Each command takes --help. All of them write shards into $NANOCHAT_BASE_DIR/base_data. The last two take --to FOLDER

@@ -240,7 +240,7 @@ class ShuffleBuckets:
                 _, split, data = records.pop()
                 yield split, data.decode()
 
-    def __enter__(self) -> "Buckets":
+    def __enter__(self) -> "ShuffleBuckets":
         return self
 
     def __exit__(self, *_: object) -> None:
