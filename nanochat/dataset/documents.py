@@ -81,7 +81,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         hint = _repair_hint(path.parent)
         raise UserError(f"the shard {path} is corrupt or unreadable ({reason}): {hint}.") from error
 
