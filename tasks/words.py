@@ -12,7 +12,7 @@ from nanochat.files import atomic_write, base_dir
 from nanochat.small_world.world import pick
 from tasks.base import in_test, one_of, rng_for
 
-FILE = "words_alpha.txt"
+WORDS_FILE = "words_alpha.txt"
 URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 SOURCES = ("auto", "words_alpha", "invented")
 INVENTED = 20_000
@@ -44,7 +44,7 @@ def load_words(split: str, source: str = "auto", fetch: bool = False) -> WordLis
     """
     one_of("split of the words", split, ("train", "test"))
     one_of("source of words", source, SOURCES)
-    path = base_dir() / FILE
+    path = base_dir() / WORDS_FILE
     if fetch and source != "invented" and not path.exists():
         _fetch(path)
     if source == "invented" or source == "auto" and not path.exists():

@@ -1,4 +1,7 @@
-"""rustbpe: merges by definition, ids as tiktoken's, streaming, threads, and clear errors."""
+"""rustbpe trains the merges of the definition and gives tiktoken's ids, with streams, threads and clear errors.
+
+Covers bench/tokenizer.py and bench/tokenizer_peer.py too.
+"""
 
 import collections
 import gzip

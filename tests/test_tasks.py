@@ -25,7 +25,7 @@ from tasks.base import (
 )
 
 
-class Letters(Task):
+class LetterTask(Task):
     """A task of known conversations."""
 
     name, kind, chance = "Letters", "generative", 0.5
@@ -48,7 +48,7 @@ def asked(task) -> list[str]:
 
 
 def test_indices_are_those_of_a_list():
-    task, plain = Letters("a", 7), [f"a{i}" for i in range(7)]
+    task, plain = LetterTask("a", 7), [f"a{i}" for i in range(7)]
     assert asked(task) == plain
     assert task[-1] == task[6] and task[-7] == task[0]
     for wrong in (7, -8):
@@ -57,7 +57,7 @@ def test_indices_are_those_of_a_list():
 
 
 def test_views_are_slices_of_a_list_and_grade_as_the_task():
-    task, plain, rng = Letters("a", 20), [f"a{i}" for i in range(20)], random.Random(0)
+    task, plain, rng = LetterTask("a", 20), [f"a{i}" for i in range(20)], random.Random(0)
     for _ in range(200):
         start, stop, step = rng.randint(-25, 25), rng.randint(-25, 25), rng.choice([-3, -1, 1, 2, 5, None])
         assert asked(task[start:stop:step]) == plain[start:stop:step]
@@ -69,13 +69,13 @@ def test_views_are_slices_of_a_list_and_grade_as_the_task():
 
 
 def test_sequence_is_one_after_the_other():
-    parts = [Letters("a", 3), Letters("b", 0), Letters("c", 2)]
+    parts = [LetterTask("a", 3), LetterTask("b", 0), LetterTask("c", 2)]
     assert asked(TaskSequence(parts)) == ["a0", "a1", "a2", "c0", "c1"]
     assert asked(TaskSequence([])) == []
 
 
 def test_mixture_holds_everything_as_often_as_listed_and_mixes():
-    a, b = Letters("a", 300), Letters("b", 100)
+    a, b = LetterTask("a", 300), LetterTask("b", 100)
     mixed = asked(Mixture([a, b, b]))
     assert Counter(mixed) == Counter(asked(a) + asked(b) + asked(b))
     share = sum(text[0] == "a" for text in mixed[:250]) / 250
@@ -84,11 +84,11 @@ def test_mixture_holds_everything_as_often_as_listed_and_mixes():
 
 
 def test_mixture_has_the_same_order_everywhere():
-    assert asked(Mixture([Letters("a", 4), Letters("b", 3)])) == ["a1", "a3", "b0", "a2", "b2", "a0", "b1"]
+    assert asked(Mixture([LetterTask("a", 4), LetterTask("b", 3)])) == ["a1", "a3", "b0", "a2", "b2", "a0", "b1"]
 
 
 def test_training_data_is_not_graded():
-    mixture = Mixture([Letters("a", 1)])
+    mixture = Mixture([LetterTask("a", 1)])
     assert mixture.kind == "none"
     with pytest.raises(NotImplementedError, match="Mixture is not graded"):
         mixture.evaluate(mixture[0], "yes")

@@ -253,8 +253,8 @@ class ShuffleBuckets:
 def cut(text: str) -> Iterator[str]:
     """Yield about a hundred pieces of a text, each of at least 1000 characters.
 
-    Cuts at blank lines; where there are none, at line ends, then at spaces. The pieces joined are the text, apart from
-    the white space at the cuts.
+    Cuts at blank lines; if there are none, at line ends or spaces. The pieces joined are the text, apart from the white
+    space at the cuts.
     """
     size = max(1000, len(text) // 100)
     start = 0

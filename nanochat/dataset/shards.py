@@ -161,7 +161,7 @@ def missing_shards(folder: Path, source: dict) -> list[str]:
 
 
 def check_free(folder: Path, kind: str, fingerprint: str, replace: bool) -> None:
-    """Check that new shards of `kind` may take the place of what is in `folder`.
+    """Check that new shards of `kind` may replace the contents of `folder`.
 
     Args:
         folder: where the shards are to go; it may not exist yet.

@@ -1,6 +1,6 @@
 """Check a conversation and split it into turns. tokenizer.py turns these into tokens.
 
-    {"messages": [{"role": "system", "content": "..."},          # may be left out
+    {"messages": [{"role": "system", "content": "..."},          # optional
                   {"role": "user", "content": "..."},
                   {"role": "assistant", "content": "..." or a list of parts},
                   {"role": "user", ...}, ...]}

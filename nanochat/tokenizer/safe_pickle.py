@@ -149,7 +149,7 @@ class _Interpreter:
             raise _UnsafePickle("its instructions are out of order")
         for key, value in zip(pairs[::2], pairs[1::2]):
             if type(key) not in (str, bytes):
-                raise _UnsafePickle(f"{_kind(key)} stands where text or bytes should be")
+                raise _UnsafePickle(f"a dict has a key of the wrong kind, {_kind(key)}")
             target[key] = value
 
     def named(self, module: Any, attribute: Any) -> _Name:

@@ -41,8 +41,8 @@ from pathlib import Path
 
 from nanochat.errors import UserError
 
-OUTPUT = 256 * 1024  # bytes of each of stdout and stderr; a program that writes more is killed
-FILE = 16 << 20      # bytes of a file; an in-memory working folder holds four times that
+OUTPUT_BYTES = 256 * 1024  # bytes of each of stdout and stderr; a program that writes more is killed
+FILE_BYTES = 16 << 20      # bytes of a file; an in-memory working folder holds four times that
 BOX = "nanochat-sandbox-"
 GRACE = 5.0          # seconds to start and end a sandbox, in addition to the program's time
 
@@ -60,7 +60,7 @@ class Result:
 
     Attributes:
         ok: for `run_python`, the program ended with exit code 0; for `passes`, it passed its checks.
-        stdout, stderr: its output, each cut at OUTPUT bytes.
+        stdout, stderr: its output, each cut at OUTPUT_BYTES.
         timed_out: it was killed because its time was over.
         level: the level it ran at.
         reason: why `ok` is false, in one line; "" if it is true.
@@ -140,7 +140,7 @@ def _choose_method(needed: Level) -> str:
 
 
 # Tests that programs run, and one limit that root in some containers and emulated kernels do not enforce
-PROBE = """
+TEST_PROGRAM = """
 import collections, json, math, os
 try:
     if os.fork() == 0:
@@ -176,7 +176,7 @@ def _problem(method: str) -> str:
         return "bwrap is not installed"
     check = "assert refused, 'the number of processes is not bounded'"
     try:
-        result = _SandboxRun(method, PROBE, check, 10.0, 512 << 20, 0).result()
+        result = _SandboxRun(method, TEST_PROGRAM, check, 10.0, 512 << 20, 0).result()
     except _SetupFailed as error:
         return " ".join(str(error).split())[:200]
     works = result.ok and result.stdout == "42\n"
@@ -224,7 +224,7 @@ def bwrap_arguments(program: str, binds: list[str]) -> list[str]:
     """
     arguments = [program, "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
                  "--cap-drop", "ALL", "--dev", "/dev", "--remount-ro", "/dev",
-                 "--size", str(4 * FILE), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+                 "--size", str(4 * FILE_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     for path in binds:
         if path.startswith("/dev/"):
             continue
@@ -248,8 +248,8 @@ class _SandboxRun:
         if checks is not None:
             self.messages += [_framed(checks), _framed(self.secret.decode())]
             self.expected = b"12" + self.secret
-        self.limits = {"RLIMIT_CPU": int(timeout) + 1, "RLIMIT_AS": memory, "RLIMIT_FSIZE": FILE, "RLIMIT_NOFILE": 64,
-                       "RLIMIT_CORE": 0, "processes": processes}
+        self.limits = {"RLIMIT_CPU": int(timeout) + 1, "RLIMIT_AS": memory, "RLIMIT_FSIZE": FILE_BYTES,
+                       "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0, "processes": processes}
         self.received = {"stdout": b"", "stderr": b"", "report": b"", "reply": b""}
         self.excess = False
 
@@ -265,7 +265,7 @@ class _SandboxRun:
         if failed is not None:
             raise _SetupFailed(f"the sandbox ({self.method}) failed: {failed}")
         end = records[-1] if records else {"exit": None, "timed_out": False}
-        text = {name: self.received[name][:OUTPUT].decode("utf-8", "replace") for name in ("stdout", "stderr")}
+        text = {name: self.received[name][:OUTPUT_BYTES].decode("utf-8", "replace") for name in ("stdout", "stderr")}
         reason = self.reason(end["exit"], end["timed_out"], text["stderr"])
         if not records and reason:  # the launcher itself was killed, for instance when memory ran out
             reason = "the sandbox was ended from outside"
@@ -283,7 +283,7 @@ class _SandboxRun:
         if self.checked and replies == self.expected:
             return ""
         if self.excess:
-            return f"wrote more than {OUTPUT:,} bytes of output"
+            return f"wrote more than {OUTPUT_BYTES:,} bytes of output"
         if timed_out:
             return f"timed out after {self.timeout:g} s"
         if not self.expected.startswith(replies):
@@ -377,8 +377,8 @@ class _SandboxRun:
     def receive(self, name: str, data: bytes) -> bool:
         """Store output. Return whether the run is over: the secret is back, a reply is wrong, or there is too much."""
         if name in ("stdout", "stderr"):
-            self.excess = self.excess or len(self.received[name]) + len(data) > OUTPUT
-            data = data[:OUTPUT - len(self.received[name])]
+            self.excess = self.excess or len(self.received[name]) + len(data) > OUTPUT_BYTES
+            data = data[:OUTPUT_BYTES - len(self.received[name])]
         elif name == "reply":
             data = data[:1 + len(self.expected) - len(self.received[name])]  # one byte too many is enough to see it
         self.received[name] += data

@@ -211,7 +211,7 @@ def can_become(uid):
 
 
 class Launcher:
-    """Starts the program of one description, waits for its end or for stdin to close, and kills what is left."""
+    """Starts the program, waits until it ends or stdin closes, and kills all its processes."""
 
     def __init__(self, spec):
         self.spec, self.child, self.uid = spec, None, None
