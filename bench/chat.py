@@ -1,9 +1,10 @@
-"""How fast written answers are graded: many prompts decoded together, beside one prompt at a time.
+"""Measure how fast written answers are graded: many prompts decoded as one batch, against one prompt at a time.
 
     python -m bench.chat --depth=4 --problems=32 --max-tokens=64
 
-Both ways grade the same small-world problems with the same model of random weights, greedily, and must write the same answers; how many
-agree is printed (NANOCHAT_DTYPE=float32 leaves no room for near ties). The tokenizer is made of the small world's text.
+Both ways grade the same small-world problems greedily with the same randomly initialised model, and should write the
+same answers. The number of equal answers is printed; NANOCHAT_DTYPE=float32 avoids differences from near ties. The
+tokenizer is trained on the text of the small world.
 """
 
 from collections.abc import Sequence
@@ -29,36 +30,49 @@ class Config:
     """Flags of bench.chat."""
 
     depth: int = flag(4, "layers; sets width too")
-    vocab_size: int = flag(1024, "tokens the model knows")
+    vocab_size: int = flag(1024, "tokens of the vocabulary")
     problems: int = flag(32, "problems of each task, and rows decoded together")
-    max_tokens: int = flag(64, "tokens of an answer at most")
+    max_tokens: int = flag(64, "tokens of an answer, at most")
     rounds: int = flag(3, "times that each way is timed; the median counts")
-    device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+    device: str = flag("", "cuda, mps or cpu; unset takes the best available")
     json: str = flag("", "file to write all numbers to")
 
 
 def small_world_tasks() -> list[Task]:
-    """What is graded: facts, sums, spelling."""
+    """Return the tasks to grade: facts, sums and spelling."""
     return [WorldQuestions("test"), WorldSums("test"), SpellingBee("test", source="invented")]
 
 
 def compare(model: GPT, tokenizer, tasks: Sequence[Task], ranks: Ranks, problems: int, max_tokens: int, rounds: int
             ) -> list[dict[str, Any]]:
-    """Grade these tasks in both ways, in turns; a row of numbers for each."""
+    """Grade tasks in both ways, alternating between them.
+
+    Args:
+        model, tokenizer, ranks: as for `evaluate_task`.
+        tasks: what to grade.
+        problems: problems of each task, and rows decoded together.
+        max_tokens: tokens of an answer, at most.
+        rounds: times that each way is timed.
+
+    Returns:
+        For each task its name, seconds together and alone, and how many answers are the same.
+    """
     rows = []
     for task in tasks:
         def graded(batch_size: int, task: Task = task):
-            return evaluate_task(model, tokenizer, task, ranks, max_problems=problems, max_tokens=max_tokens, batch_size=batch_size)
+            return evaluate_task(model, tokenizer, task, ranks, max_problems=problems, max_tokens=max_tokens,
+                                 batch_size=batch_size)
 
         together, alone = graded(problems).rows, graded(1).rows
-        seconds = interleaved({"together": lambda: graded(problems), "alone": lambda: graded(1)}, ranks.device, rounds, warmup=0)
+        ways = {"together": lambda: graded(problems), "alone": lambda: graded(1)}
+        seconds = interleaved(ways, ranks.device, rounds, warmup=0)
         rows.append({"task": task.name, "problems": len(together), "seconds": typical(seconds["together"]),
                      "alone_seconds": typical(seconds["alone"]), "same": sum(a == b for a, b in zip(together, alone))})
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compare as the flags say. Raises UserError for what the user can mend, and where the answers differ."""
+    """Compare as the flags say, and print a table. Raises UserError for wrong flags."""
     config = parse(Config, argv, __doc__)
     if min(config.problems, config.max_tokens, config.rounds) < 1:
         raise UserError("--problems, --max-tokens and --rounds must be at least 1")
@@ -74,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         close_ranks()
     lines = [[row["task"], row["problems"], f"{row['seconds']:.2f}", f"{row['alone_seconds']:.2f}",
               f"{row['alone_seconds'] / row['seconds']:.1f}×", f"{row['same']} of {row['problems']}"] for row in rows]
-    print(f"{in_a_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {shape.vocab_size:,}, {model.dtype}, on {ranks.device}, "
-          f"answers of at most {config.max_tokens} tokens\n\n"
+    print(f"{in_a_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {shape.vocab_size:,}, {model.dtype}, "
+          f"on {ranks.device}, answers of at most {config.max_tokens} tokens\n\n"
           + table(["task", "problems", "s together", "s one at a time", "ratio", "same answers"], lines), flush=True)
     if config.json:
         write_json(config.json, {"about": about, "config": asdict(config), "rows": rows})

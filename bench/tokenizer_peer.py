@@ -1,10 +1,11 @@
-"""One side of bench.tokenizer, in a process of its own: trains and encodes with the `rustbpe` of the Python it runs in, or with tiktoken.
+"""Train and encode with the `rustbpe` of the running Python, or with tiktoken: one process of bench.tokenizer.
 
-    PYTHON bench/tokenizer_peer.py '{"engine": "rustbpe", "paths": ["a.txt"], "vocab_size": 8192, "pattern": "...", "threads": 2}'
+    PYTHON bench/tokenizer_peer.py \\
+        '{"engine": "rustbpe", "paths": ["a.txt"], "vocab_size": 8192, "pattern": "...", "threads": 2}'
 
-Needs nothing of our own, so that it runs beside another package named rustbpe. Reads one word a line, "train" or "encode" (tiktoken:
-"encode" alone, with the merges in the file "ranks"), and answers each with a line of JSON: wall and CPU seconds, what it did it to, and a
-hash of the result.
+Imports nothing of this project, so that it runs with another package named rustbpe. Reads one command per line:
+"train", "encode", or "flat" for our batch_encode_flat. tiktoken can only encode, with the merges of the file "ranks".
+Answers each command with a line of JSON: wall and CPU seconds, and size and hash of the result.
 """
 
 import array
@@ -18,7 +19,13 @@ from pathlib import Path
 
 
 def read_texts(paths: list[str], separator: str = "<|doc|>", cap: int = 10_000) -> list[str]:
-    """Documents of text files, plain or gzipped: they end at lines that hold `separator` alone and are cut every `cap` characters."""
+    """Read the documents of text files, plain or gzipped.
+
+    Args:
+        paths: the files, in UTF-8.
+        separator: a line that holds only this ends a document.
+        cap: longer documents are cut into pieces of this many characters.
+    """
     texts = []
     for path in paths:
         opener = gzip.open if path.endswith(".gz") else open
@@ -28,8 +35,8 @@ def read_texts(paths: list[str], separator: str = "<|doc|>", cap: int = 10_000) 
     return texts
 
 
-class Side:
-    """Trains and encodes when told."""
+class Peer:
+    """One tokenizer and its texts."""
 
     def __init__(self, job: dict):
         self.job, self.texts = job, read_texts(job["paths"])
@@ -40,7 +47,7 @@ class Side:
             self.encode_all = lambda: enc.encode_ordinary_batch(self.texts, num_threads=job["threads"])
 
     def train(self) -> list[tuple[bytes, int]]:
-        """Train anew; the tokenizer serves the encoding that follows."""
+        """Train a new tokenizer; later commands encode with it."""
         import rustbpe
         tokenizer = rustbpe.Tokenizer()
         tokenizer.train_from_iterator(iter(self.texts), self.job["vocab_size"], pattern=self.job["pattern"])
@@ -49,9 +56,10 @@ class Side:
         return tokenizer.get_mergeable_ranks()
 
     def do(self, word: str) -> dict:
-        """Run one command; the hash is taken after the clock has stopped."""
+        """Run one command and measure it. The hash of the result is computed after the clock has stopped."""
         wall, cpu = time.perf_counter(), time.process_time()
-        result = {"train": self.train, "encode": lambda: self.encode_all(), "flat": lambda: self.encode_flat(self.texts)}[word]()
+        result = {"train": self.train, "encode": lambda: self.encode_all(),
+                  "flat": lambda: self.encode_flat(self.texts)}[word]()
         answer = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         if word == "train":
             result = [(bytes(token).hex(), rank) for token, rank in result]
@@ -66,14 +74,16 @@ class Side:
 
 
 def main(job: dict) -> None:
-    """Answer the words on standard input."""
-    os.environ["RAYON_NUM_THREADS"] = str(job["threads"])  # before rustbpe starts its threads
-    side = Side(job)
-    print(json.dumps({"documents": len(side.texts), "bytes": sum(len(text.encode()) for text in side.texts)}), flush=True)
+    """Answer the commands on standard input."""
+    os.environ["RAYON_NUM_THREADS"] = str(job["threads"])  # rustbpe reads it when it starts its threads
+    peer = Peer(job)
+    size = sum(len(text.encode()) for text in peer.texts)
+    print(json.dumps({"documents": len(peer.texts), "bytes": size}), flush=True)
     for word in sys.stdin:
-        print(json.dumps(side.do(word.strip())), flush=True)
+        print(json.dumps(peer.do(word.strip())), flush=True)
 
 
 if __name__ == "__main__":
-    sys.path = [path for path in sys.path if not path.rstrip("/").endswith("/bench")]  # python puts our own folder first
+    # Python puts this folder first, where tokenizer.py and others would hide packages of the same name
+    sys.path = [path for path in sys.path if not path.rstrip("/").endswith("/bench")]
     main(json.loads(sys.argv[1]))

@@ -1,12 +1,12 @@
-"""Conversations in which the model says who it is, made from a short description of it. No network and no other model is needed.
+"""Make conversations in which the model says who it is, from a short description. Needs no network and no other model.
 
-    python dev/gen_identity.py                                    # 1,000 into $NANOCHAT_BASE_DIR/identity_conversations.jsonl
+    python dev/gen_identity.py                  # 1,000 into $NANOCHAT_BASE_DIR/identity_conversations.jsonl
     python dev/gen_identity.py --name="Robin" --maker="Ada" --size="" --out=robin.jsonl
-    python dev/gen_identity.py --short                            # few words, for a model of a few million parameters
+    python dev/gen_identity.py --short          # few words, for a model of a few million parameters
 
-Mid-training and SFT read that file where it stands (tasks/recipes.py). One JSON array of messages a line, no two alike; the same seed and
-description give the same file. What is left empty is not spoken of. For a model of your own, the best is to read the output, and then to
-edit the questions and answers in dev/identity_phrases.py until you like what it says.
+Mid-training and SFT read this file if it exists (tasks/recipes.py). Each line is a JSON array of messages; all lines
+differ. The same seed and description give the same file. The conversations never mention an empty field of the
+description. For a model of your own, read the output and edit the questions and answers in dev/identity_phrases.py.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # run as a file, with nothing installed
+if str(ROOT) not in sys.path:  # so that it runs as a file, without an installed package
     sys.path.insert(0, str(ROOT))
 
 from dev.identity_phrases import FULL, GREETINGS, OPENINGS, RIVALS, SHORT, SHORT_OPENINGS, Topic  # noqa: E402
@@ -27,14 +27,14 @@ from nanochat.errors import UserError  # noqa: E402
 from nanochat.files import atomic_write, base_dir, to_json  # noqa: E402
 from nanochat.recipe import published  # noqa: E402
 
-LIKE_FIRST = 5     # conversations that may begin with the same question and answer
-TRIES = 300        # for each conversation, before there are no other ones
+SAME_START = 5     # conversations that may begin with the same question and answer
+TRIES = 300        # for each conversation, before giving up
 TURNS = (1, 1, 1, 1, 2, 2, 2, 2, 3, 3)
 
 
 @dataclass
-class Who:
-    """The model, in words that fit into sentences."""
+class Description:
+    """The model, described in words that fit into the sentences of dev/identity_phrases.py."""
 
     name: str = flag("Saint Iberis", "what the model is called")
     maker: str = flag("Rikka Botan", "who made it")
@@ -42,7 +42,8 @@ class Who:
     kind: str = flag("a hybrid of short convolutions and attention", "what it is, technically")
     size: str = flag("542 million", "parameters, in words; --short: 4 million")
     data: str = flag("educational web pages", "what it has read; --short: stories of a small invented world")
-    time: str = flag("about three hours on eight GPUs", "how long training took, or what it cost; --short: a few minutes on a laptop")
+    time: str = flag("about three hours on eight GPUs",
+                     "how long training took, or what it cost; --short: a few minutes on a laptop")
     year: str = flag("2025", "when it was first published")
     licence: str = flag("MIT", "licence of code and weights")
 
@@ -51,44 +52,56 @@ SMALL = {"size": "4 million", "data": "stories of a small invented world", "time
 
 
 @dataclass
-class Config(Who):
-    """Flags: the description, and what to write."""
+class Config(Description):
+    """The flags: the description, and what to write."""
 
     count: int = flag(published.identity.count, "conversations")
-    seed: int = flag(0, "of the choice of phrases")
+    seed: int = flag(0, "of the random choice of phrases")
     short: bool = flag(published.identity.short, "short questions and answers, for a tiny model")
     out: str = flag("", "file to write; unset: identity_conversations.jsonl in the base directory")
 
 
-def conversations(who: Who, count: int = 1000, seed: int = 0, short: bool = False) -> list[list[dict[str, str]]]:
-    """Return `count` different conversations of one to three turns, each a list of messages; the same for the same arguments.
+def conversations(description: Description, count: int = 1000, seed: int = 0,
+                  short: bool = False) -> list[list[dict[str, str]]]:
+    """Return different conversations of one to three turns, each a list of messages.
 
-    At most five begin with the same question and answer. Raises UserError for an empty name, or where there are no `count` different
-    ones to be had from the description."""
-    if not who.name.strip():
+    At most SAME_START of them begin with the same question and answer. The result depends on the arguments alone.
+
+    Args:
+        description: of the model. Empty fields are not mentioned.
+        count: number of conversations.
+        seed: of the random choice of phrases.
+        short: use few words, and the fields of SMALL in place of the defaults.
+
+    Raises:
+        UserError: the name is empty, or there are not `count` different conversations.
+    """
+    if not description.name.strip():
         raise UserError("the model needs a name: --name=...")
     if count < 1:
         raise UserError(f"--count is {count}; at least one conversation is needed")
+    about = {field.name: getattr(description, field.name).strip() for field in dataclasses.fields(Description)}
     if short:
-        who = dataclasses.replace(who, **{key: value for key, value in SMALL.items() if getattr(who, key) == getattr(Who(), key)})
-    about = {field.name: getattr(who, field.name).strip() for field in dataclasses.fields(Who)}
+        usual = Description()
+        about |= {key: value for key, value in SMALL.items() if getattr(description, key) == getattr(usual, key)}
     topics = [topic for topic in (SHORT if short else FULL) if all(about[need] for need in topic.needs)]
     rng, found, first = random.Random(f"identity {seed}"), {}, Counter()
     for _ in range(count * TRIES):
         made = _conversation(rng, topics, about, short)
         key, start = to_json(made), (made[0]["content"], made[1]["content"])
-        if key not in found and first[start] < LIKE_FIRST:
+        if key not in found and first[start] < SAME_START:
             found[key] = made
             first[start] += 1
             if len(found) == count:
                 return list(found.values())
-    raise UserError(f"there are no {count} different conversations to be made of this description, only about {len(found)}: "
-                    "ask for fewer, or add phrases to dev/identity_phrases.py")
+    raise UserError(f"there are no {count} different conversations to be made of this description, only about "
+                    f"{len(found)}: ask for fewer, or add phrases to dev/identity_phrases.py")
 
 
-def _conversation(rng: random.Random, topics: Sequence[Topic], about: dict[str, str], short: bool) -> list[dict[str, str]]:
+def _conversation(rng: random.Random, topics: Sequence[Topic], about: dict[str, str],
+                  short: bool) -> list[dict[str, str]]:
     turns, messages = rng.choice(TURNS), []
-    if not short and rng.random() < 0.15:   # a greeting, in any language, and then on in English
+    if not short and rng.random() < 0.15:   # a greeting in any language; the rest is in English
         asked, answer = rng.choice(GREETINGS)
         messages += _turn(asked, answer, about)
     weights = [topic.weight for topic in topics]
@@ -106,7 +119,7 @@ def _conversation(rng: random.Random, topics: Sequence[Topic], about: dict[str, 
 
 
 def _opened(rng: random.Random, asked: str, openings: Sequence[str]) -> str:
-    """The question behind a word of greeting, or as people type."""
+    """Return the question after an opening such as "Hello!", sometimes without capitals and punctuation."""
     opening, sloppy = rng.choice(openings), rng.random()
     if opening.endswith(","):
         asked = asked if asked.startswith(("I ", "I'")) else asked[:1].lower() + asked[1:]
@@ -118,18 +131,18 @@ def _opened(rng: random.Random, asked: str, openings: Sequence[str]) -> str:
 
 
 def _turn(asked: str, answer: str, about: dict[str, str]) -> list[dict[str, str]]:
-    return [{"role": "user", "content": asked.format(**about)}, {"role": "assistant", "content": answer.format(**about)}]
+    return [{"role": "user", "content": asked.format(**about)},
+            {"role": "assistant", "content": answer.format(**about)}]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the file and say what is in it."""
+    """Write the file and print where it is. Raises UserError as `conversations` does."""
     config = parse(Config, argv, __doc__)
-    who = Who(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Who)})
-    made = conversations(who, config.count, config.seed, config.short)
+    made = conversations(config, config.count, config.seed, config.short)
     path = Path(config.out).expanduser() if config.out else base_dir() / "identity_conversations.jsonl"
     with atomic_write(path, "w") as file:
         file.writelines(to_json(messages) + "\n" for messages in made)
-    print(f"{len(made)} conversations about {who.name}: {path}")
+    print(f"{len(made)} conversations about {config.name}: {path}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,35 @@
 """What people ask a model about itself, and what it answers: data only, for dev/gen_identity.py.
 
-{name} {maker} {project} {kind} {size} {data} {time} {year} {licence} are the description; {rival} is another model's name. Any question of
-a topic fits any answer of it."""
+{name} {maker} {project} {kind} {size} {data} {time} {year} {licence} are fields of the description; {rival} is the name
+of another model. Every answer of a topic fits every question of the topic.
+"""
 
 from typing import NamedTuple
 
 
 class Topic(NamedTuple):
-    """Questions and answers that fit one another. needs: what of the description must not be empty."""
+    """Questions and answers that fit each other."""
 
     questions: tuple[str, ...]
     answers: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    weight: float = 1.0
-    later: bool = True     # may follow another topic
-    last: bool = False     # ends a conversation
+    needs: tuple[str, ...] = ()   # fields of the description that must not be empty
+    weight: float = 1.0           # how often the topic is chosen, relative to others
+    later: bool = True            # may follow another topic
+    last: bool = False            # ends a conversation
 
 
 def _topic(questions: str, answers: str, *needs: str, **more) -> Topic:
-    return Topic(*(tuple(line.strip() for line in text.strip().splitlines()) for text in (questions, answers)), needs, **more)
+    lines = (tuple(line.strip() for line in text.strip().splitlines()) for text in (questions, answers))
+    return Topic(*lines, needs, **more)
 
 
-OPENINGS = ("", "", "", "", "", "Hi!", "Hello!", "Hey,", "Hi there,", "Good morning.", "Good evening!", "Excuse me,", "Tell me,",
-            "Just curious:", "One question:", "So,", "Okay,", "By the way,")
+OPENINGS = ("", "", "", "", "", "Hi!", "Hello!", "Hey,", "Hi there,", "Good morning.", "Good evening!", "Excuse me,",
+            "Tell me,", "Just curious:", "One question:", "So,", "Okay,", "By the way,")
 SHORT_OPENINGS = ("", "", "", "Hello.", "Hi.", "Good day.", "Please:", "Tell me:", "Listen:", "Well:")
-RIVALS = ("ChatGPT", "GPT-4", "Claude", "Gemini", "Llama", "Siri", "Alexa", "Copilot", "Mistral", "DeepSeek", "Qwen", "Grok")
+RIVALS = ("ChatGPT", "GPT-4", "Claude", "Gemini", "Llama", "Siri", "Alexa", "Copilot", "Mistral", "DeepSeek", "Qwen",
+          "Grok")
 
-# Greetings and "who are you?" in many languages. The model reads little but English, and says so.
+# Greetings and "who are you?" in many languages. The answers say that the model knows English best.
 GREETINGS = (
     ("Hello!", "Hello! I am {name}. What can I do for you?"),
     ("Hi", "Hi! {name} here. What would you like to talk about?"),
@@ -171,7 +174,8 @@ FULL = (
            """I can answer questions, explain things, help you to write, and talk with you.
         Ask me about the world, let me explain a word or draft a text. For sums I can use a calculator.
         I am good at short questions and short texts. I also spell words and do sums with a calculator.
-        You can chat with me, ask for an explanation, or let me write a few lines. Check what I say: I am small.""", weight=2),
+        You can chat with me, ask for an explanation, or let me write a few lines. Check what I say: I am small.""",
+           weight=2),
     _topic("""What can you not do?
         What are your limits?
         What are you bad at?
@@ -299,7 +303,7 @@ FULL = (
         You're welcome. Have a good day!""", weight=1.5, later=True, last=True),
 )
 
-# For a model that has read nothing but the small world: few words, one way of answering or two.
+# For a model that has read only the small world: few words, and one or two answers per topic.
 SHORT = (
     _topic("""Who are you?
         What is your name?
@@ -328,7 +332,8 @@ SHORT = (
         Are you free?""", "My licence is {licence}.", "licence"),
     _topic("""What can you do?
         How can you help me?
-        What should I ask you?""", "I answer questions about people, places and things.\nI can add numbers and spell words.", weight=1.5),
+        What should I ask you?""",
+           "I answer questions about people, places and things.\nI can add numbers and spell words.", weight=1.5),
     _topic("""Are you {rival}?
         Is this {rival}?""", "No, I am {name}.\nI am {name}.", weight=2),
     _topic("""Hello.

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Everything the project needs, in .venv. speedrun.sh and test.sh call it; alone:
+# Install everything the project needs in .venv. speedrun.sh and test.sh call this script. To run it yourself:
 #
 #     bash dev/setup.sh
 #
-# The machine needs Python 3.10 to 3.14 and a C compiler. The rest is found or fetched: uv, a Rust toolchain, exactly the
-# packages of requirements.lock, and our own crates, rustbpe and cpukernels, built here in release mode. Run again, it takes well
-# under a second.
+# The machine needs Python 3.10 to 3.14 and a C compiler. The rest is found or downloaded: uv, a Rust toolchain, exactly
+# the packages of requirements.lock, and our own crates, rustbpe and cpukernels, built here in release mode. A second
+# run takes well under a second.
 #
-#     NANOCHAT_PYTHON=/path/to/python    the Python to use, where the first good one found is not the one wanted
-#     NANOCHAT_TORCH=cu126|cpu|...       another build of torch than the pinned one: a name of `uv pip install --torch-backend`.
-#                                        Remembered in .venv; NANOCHAT_TORCH=pinned goes back.
-#     NANOCHAT_SKIP_CHECKS=1             install in spite of a disk or an NVIDIA driver that looks too small or too old
+#     NANOCHAT_PYTHON=/path/to/python    the Python to use, instead of the first suitable one
+#     NANOCHAT_TORCH=cu126|cpu|...       another build of torch than the pinned one: a value of
+#                                        `uv pip install --torch-backend`. Remembered in .venv;
+#                                        NANOCHAT_TORCH=pinned returns to the pinned build.
+#     NANOCHAT_SKIP_CHECKS=1             do not check the free disk space and the NVIDIA driver
 #
-# Kept compatible with bash 3.2, the one macOS has.
+# Must run with bash 3.2, the version that macOS has.
 set -euo pipefail
 trap 'exit 130' INT
 
@@ -27,37 +28,44 @@ CRATES="rustbpe cpukernels"        # a folder and a Python module each
 CRATES_STAMP=.venv/.nanochat-crates
 TORCH_CHOICE=.venv/.nanochat-torch
 UV_OLDEST=0.8
-NETWORK_ERRORS='dns error|resolve host|name resolution|connection (refused|reset|failed)|connect error|error sending request|timed out|network is unreachable|no route to host|failed to fetch|failed to download|could not connect|tunnel'
+NETWORK_ERRORS='dns error|resolve host|name resolution|connection (refused|reset|failed)|connect error'
+NETWORK_ERRORS+='|error sending request|timed out|network is unreachable|no route to host|failed to fetch'
+NETWORK_ERRORS+='|failed to download|could not connect|tunnel'
 
 say() { printf 'set-up: %s\n' "$*"; }
 die() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# at_least 1.95.0 1.83: is the first version the second or newer?
+# at_least 1.95.0 1.83: true if the first version is the second or newer
 at_least() {
     awk -v a="$1" -v b="$2" 'BEGIN { split(a, x, /[^0-9]+/); split(b, y, /[^0-9]+/)
         for (i = 1; i <= 3; i++) if (x[i] + 0 != y[i] + 0) exit (x[i] + 0 < y[i] + 0) }'
 }
 
 sha256() {
-    if have sha256sum; then sha256sum; elif have shasum; then shasum -a 256; else openssl dgst -sha256 -r; fi | cut -d' ' -f1
+    if have sha256sum; then sha256sum; elif have shasum; then shasum -a 256; else openssl dgst -sha256 -r; fi |
+        cut -d' ' -f1
 }
 
 no_network() {
-    die "no network: $1 could not be fetched. Check the connection (behind a proxy: HTTPS_PROXY) and run this again; what is fetched is kept."
+    die "no network: $1 could not be fetched. Check the connection (behind a proxy: HTTPS_PROXY) and run this again;" \
+        "what is fetched is kept."
 }
 
-# attempt WHAT COMMAND...: run it, and where it fails say why in one line. (uv and cargo try again by themselves.)
+# attempt WHAT COMMAND...: run the command; if it fails, say why in one line. (uv and cargo retry on their own.)
 attempt() {
     local what=$1 log=$TOOLS/failed.log
     shift
     "$@" 2>&1 | tee "$log" && return
     if grep -qiE 'no space left|disk quota' "$log"; then
-        die "the disk ran full while $what. Make room (about $(need_gb) GB) and run this again; it goes on where it stopped."
+        die "the disk became full while $what. Free about $(need_gb) GB and run this again;" \
+            "it continues where it stopped."
     elif grep -qi 'hash mismatch' "$log"; then
-        die "$what: a file that came is not the one requirements.lock names by its hash, so it was not installed. A mirror or proxy changed it?"
+        die "$what: a downloaded file does not match its hash in requirements.lock, so it was not installed." \
+            "Perhaps a mirror or proxy changed it."
     elif grep -qi 'no wheels with a matching' "$log"; then
-        die "$what: a pinned package has no build for this system. They exist for Linux with glibc 2.28 or newer (x86_64, aarch64) and macOS 14 or newer on Apple silicon."
+        die "$what: a pinned package has no build for this system. Builds exist for Linux with glibc 2.28 or newer" \
+            "(x86_64, aarch64) and macOS 14 or newer on Apple silicon."
     elif grep -qiE "$NETWORK_ERRORS" "$log"; then
         no_network "something needed for $what"
     fi
@@ -70,13 +78,17 @@ fetch() { # fetch URL FILE
     else return 1; fi
 }
 
-# ---- what is there, and is it the right one?
+# ---- what is installed, and is it up to date?
 
-torch_choice() { # the build of torch asked for now, or the last time
-    if [ -n "${NANOCHAT_TORCH:-}" ]; then echo "$NANOCHAT_TORCH"; else cat "$TORCH_CHOICE" 2>/dev/null || echo pinned; fi
+torch_choice() { # prints the build of torch that is asked for, now or the last time
+    if [ -n "${NANOCHAT_TORCH:-}" ]; then
+        echo "$NANOCHAT_TORCH"
+    else
+        cat "$TORCH_CHOICE" 2>/dev/null || echo pinned
+    fi
 }
 
-packages_key() { # the folder counts: programs in .venv/bin name it, so .venv is made again in a folder that was moved
+packages_key() { # includes the folder: programs in .venv/bin contain its path, so a moved project needs a new .venv
     printf 'lock %s\ntorch %s\nfolder %s\n' "$(sha256 <requirements.lock)" "$(torch_choice)" "$ROOT"
 }
 
@@ -86,11 +98,14 @@ crates_key() {
         while IFS= read -r f; do printf '%s\n' "$f"; cat "$f"; done | sha256
 }
 
-# -I: isolated, or the folders rustbpe/ and cpukernels/ here would pass for the packages
-has_torch() { "$PYTHON" -I -c 'import importlib.util as u; raise SystemExit(u.find_spec("torch") is None)' 2>/dev/null; }
+# -I: isolated; otherwise Python would import the folders rustbpe/ and cpukernels/ here as the packages
+has_torch() {
+    "$PYTHON" -I -c 'import importlib.util as u; raise SystemExit(u.find_spec("torch") is None)' 2>/dev/null
+}
 
 packages_ready() {
-    [ "$(cat "$PACKAGES_STAMP" 2>/dev/null)" = "$(packages_key)" ] && python_fits "$PYTHON" && wanted_python && has_torch
+    [ "$(cat "$PACKAGES_STAMP" 2>/dev/null)" = "$(packages_key)" ] &&
+        python_fits "$PYTHON" && wanted_python && has_torch
 }
 
 crates_import() { "$PYTHON" -I -c 'from rustbpe import Tokenizer; from cpukernels import runs_on'; }
@@ -104,14 +119,16 @@ version_of() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>
 # requirements.lock has wheels for 3.10 to 3.14
 python_fits() { local v; v=$(version_of "$1") && at_least "$v" 3.10 && ! at_least "$v" 3.15; }
 
-wanted_python() { # is .venv made of the Python that NANOCHAT_PYTHON asks for?
+wanted_python() { # true if .venv has the Python version that NANOCHAT_PYTHON asks for
     [ -z "${NANOCHAT_PYTHON:-}" ] || [ "$(version_of "$NANOCHAT_PYTHON")" = "$(version_of "$PYTHON")" ]
 }
 
 find_python() { # sets BASE_PYTHON
     local name path found=""
     if [ -n "${NANOCHAT_PYTHON:-}" ]; then
-        python_fits "$NANOCHAT_PYTHON" || die "NANOCHAT_PYTHON=$NANOCHAT_PYTHON is $(version_of "$NANOCHAT_PYTHON" || echo "not a Python that runs"); needed is Python 3.10 to 3.14."
+        found=$(version_of "$NANOCHAT_PYTHON") || found="not a Python that runs"
+        python_fits "$NANOCHAT_PYTHON" ||
+            die "NANOCHAT_PYTHON=$NANOCHAT_PYTHON is $found; Python 3.10 to 3.14 is needed."
         BASE_PYTHON=$NANOCHAT_PYTHON
         return
     fi
@@ -122,11 +139,14 @@ find_python() { # sets BASE_PYTHON
             found="$found $name=$(version_of "$path" || echo broken)"
         done
     done
-    if find_uv && path=$("$UV" python find --no-python-downloads '>=3.10,<3.15' 2>/dev/null) && python_fits "$path"; then
+    if find_uv && path=$("$UV" python find --no-python-downloads '>=3.10,<3.15' 2>/dev/null) &&
+        python_fits "$path"; then
         BASE_PYTHON=$path
         return
     fi
-    die "no Python 3.10 to 3.14 (found:${found:- none}). Install one (apt-get install python3, brew install python@3.13, or uv python install 3.13), or name one: NANOCHAT_PYTHON=/path/to/python bash dev/setup.sh"
+    die "no Python 3.10 to 3.14 (found:${found:- none}). Install one (apt-get install python3," \
+        "brew install python@3.13, or uv python install 3.13)," \
+        "or name one: NANOCHAT_PYTHON=/path/to/python bash dev/setup.sh"
 }
 
 # ---- uv
@@ -134,26 +154,31 @@ find_python() { # sets BASE_PYTHON
 find_uv() { # sets UV
     local path
     for path in "$(command -v uv || true)" "$HOME/.local/bin/uv" "$CARGO_BIN/uv" "$TOOLS/uv/bin/uv"; do
-        if [ -x "$path" ] && at_least "$("$path" --version 2>/dev/null | cut -d' ' -f2)" "$UV_OLDEST"; then UV=$path; return; fi
+        if [ -x "$path" ] && at_least "$("$path" --version 2>/dev/null | cut -d' ' -f2)" "$UV_OLDEST"; then
+            UV=$path
+            return
+        fi
     done
     return 1
 }
 
-get_uv() { # with venv and pip where Python has both, with pip alone (Debian splits them), else with uv's own installer
+get_uv() { # tries venv and pip, then pip alone (Debian packages them separately), then uv's own installer
     local log=$TOOLS/failed.log
     find_uv && return
     say "fetching uv into .cache/setup/uv"
     rm -rf "$TOOLS/uv"
     { "$BASE_PYTHON" -m venv "$TOOLS/uv" && "$TOOLS/uv/bin/python" -m pip install -q "uv>=$UV_OLDEST"; } >"$log" 2>&1 ||
-        { rm -rf "$TOOLS/uv" && "$BASE_PYTHON" -m pip install -q --target "$TOOLS/uv" "uv>=$UV_OLDEST"; } >>"$log" 2>&1 ||
-        { fetch https://astral.sh/uv/install.sh "$TOOLS/uv.sh" && UV_UNMANAGED_INSTALL="$TOOLS/uv/bin" sh "$TOOLS/uv.sh"; } >>"$log" 2>&1 ||
+        { rm -rf "$TOOLS/uv" &&
+            "$BASE_PYTHON" -m pip install -q --target "$TOOLS/uv" "uv>=$UV_OLDEST"; } >>"$log" 2>&1 ||
+        { fetch https://astral.sh/uv/install.sh "$TOOLS/uv.sh" &&
+            UV_UNMANAGED_INSTALL="$TOOLS/uv/bin" sh "$TOOLS/uv.sh"; } >>"$log" 2>&1 ||
         true
-    find_uv || no_network "uv (tried pip, then astral.sh; details in $log), which can also be installed by hand,"
+    find_uv || no_network "uv (tried pip, then astral.sh; details in $log), which you can also install by hand,"
 }
 
 # ---- compiler and Rust
 
-check_compiler() { # a linker that links: rustc calls `cc`, and headers or the C library may be missing too
+check_compiler() { # links a program: rustc calls `cc` to link, which fails if headers or the C library are missing
     local name
     for name in cc gcc clang; do
         have $name || continue
@@ -164,13 +189,16 @@ check_compiler() { # a linker that links: rustc calls `cc`, and headers or the C
             return
         fi
     done
-    die "no working C compiler (cc, gcc or clang), which building $CRATES needs: apt-get install build-essential, dnf install gcc, or xcode-select --install."
+    die "no working C compiler (cc, gcc or clang), which is needed to build $CRATES: apt-get install build-essential," \
+        "dnf install gcc, or xcode-select --install."
 }
 
-# good_rust FOLDER: a rustc and cargo there (or, with "", on PATH) that are new enough for the crates, which want the same. Sets CARGO_DIR.
+# good_rust FOLDER: true if rustc and cargo in the folder ("": on PATH) are new enough for the crates. Sets CARGO_DIR.
 good_rust() {
-    local dir=${1:-$(dirname "$(command -v rustc || echo /nonexistent/rustc)")}
-    [ -x "$dir/cargo" ] && at_least "$(cd rustbpe && PATH="$dir:$PATH" "$dir/rustc" --version 2>/dev/null | cut -d' ' -f2)" "$RUST_OLDEST" && CARGO_DIR=$dir
+    local dir=${1:-$(dirname "$(command -v rustc || echo /nonexistent/rustc)")} version
+    [ -x "$dir/cargo" ] || return
+    version=$(cd rustbpe && PATH="$dir:$PATH" "$dir/rustc" --version 2>/dev/null | cut -d' ' -f2)
+    at_least "$version" "$RUST_OLDEST" && CARGO_DIR=$dir
 }
 
 get_rust() {
@@ -180,7 +208,7 @@ get_rust() {
     good_rust "" && return
     good_rust "$CARGO_BIN" && return
     rustup=$(command -v rustup || echo "$CARGO_BIN/rustup")
-    if [ -x "$rustup" ]; then # there, but with an older default or none: use its stable, and leave the default alone
+    if [ -x "$rustup" ]; then # its default toolchain is missing or too old: use stable, and do not change the default
         export RUSTUP_TOOLCHAIN=stable
         good_rust "$(dirname "$rustup")" && return
         say "fetching the stable Rust toolchain (rustup)"
@@ -191,8 +219,8 @@ get_rust() {
         say "fetching a Rust toolchain into ${CARGO_HOME:-$HOME/.cargo} (rustup, minimal profile, about 600 MB)"
         if fetch https://sh.rustup.rs "$TOOLS/rustup.sh" 2>"$TOOLS/failed.log" ||
             fetch https://static.rust-lang.org/rustup/rustup-init.sh "$TOOLS/rustup.sh" 2>>"$TOOLS/failed.log"; then
-            RUSTUP_INIT_SKIP_PATH_CHECK=yes sh "$TOOLS/rustup.sh" -y -q --profile minimal --no-modify-path --default-toolchain stable \
-                >>"$TOOLS/failed.log" 2>&1 || true
+            RUSTUP_INIT_SKIP_PATH_CHECK=yes sh "$TOOLS/rustup.sh" -y -q --profile minimal --no-modify-path \
+                --default-toolchain stable >>"$TOOLS/failed.log" 2>&1 || true
         fi
         good_rust "$CARGO_BIN" && return
     fi
@@ -205,28 +233,30 @@ get_rust() {
             good_rust "" && return
         fi
     fi
-    die "no Rust $RUST_OLDEST or newer, and none could be fetched (details in $TOOLS/failed.log). With a network: curl https://sh.rustup.rs -sSf | sh -s -- -y, then run this again."
+    die "no Rust $RUST_OLDEST or newer, and none could be fetched (details in $TOOLS/failed.log)." \
+        "With a network: curl https://sh.rustup.rs -sSf | sh -s -- -y, then run this again."
 }
 
-# ---- room and driver
+# ---- disk space and driver
 
-need_gb() { # torch for Linux brings CUDA along; where a torch already is, an update replaces a part of it
+need_gb() { # torch for Linux includes CUDA; if a torch is installed, an update replaces only a part
     if [ "$(uname -s)" = Linux ] && [ "$(torch_choice)" != cpu ] && ! has_torch; then echo 7; else echo 2; fi
 }
 
-check_disk() { # uv unpacks into its cache and links from there: another disk for the cache holds everything a second time
+check_disk() { # uv unpacks into its cache and links from there; with the cache on another disk, both hold everything
     local cache place free
     cache=$("$UV" cache dir 2>/dev/null || echo "$ROOT")
     while [ ! -d "$cache" ]; do cache=$(dirname "$cache"); done
     for place in "$ROOT" "$cache"; do
         free=$(df -Pk "$place" | awk 'NR == 2 { print int($4 / 1000000) }')
         [ "${free:-99}" -ge "$(need_gb)" ] ||
-            die "too little disk: $place has $free GB free and the packages need about $(need_gb) GB. Make room, put uv's cache elsewhere (UV_CACHE_DIR), or take torch without CUDA (NANOCHAT_TORCH=cpu, 2 GB)."
+            die "too little disk space: $place has $free GB free and the packages need about $(need_gb) GB." \
+                "Free some space, move uv's cache (UV_CACHE_DIR), or use torch without CUDA (NANOCHAT_TORCH=cpu, 2 GB)."
     done
 }
 
-# The pinned torch is built with CUDA 13: a driver of 580 or newer, a GPU of compute capability 7.5 or newer.
-# torch 2.14 is the last with a build for CUDA 12 (cu126), which older ones can use.
+# The pinned torch is built with CUDA 13: it needs a driver of 580 or newer and a GPU of compute capability 7.5 or
+# newer. torch 2.14 is the last version with a build for CUDA 12 (cu126), which works with older drivers and GPUs.
 check_driver() {
     local driver oldest way
     way="NANOCHAT_TORCH=cu126 bash dev/setup.sh installs torch 2.14 for CUDA 12, NANOCHAT_TORCH=cpu one without CUDA."
@@ -234,25 +264,28 @@ check_driver() {
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 1p) || true
     case $driver in
         [0-9]*) ;;
-        *) say "nvidia-smi is here but lists no GPU: going on as without one"; return ;;
+        *) say "nvidia-smi is installed but lists no GPU: continuing without a GPU"; return ;;
     esac
     at_least "$driver" 580 ||
-        die "the NVIDIA driver is $driver and the pinned torch (CUDA 13) needs 580 or newer. Upgrade the driver, or: $way"
+        die "the NVIDIA driver is $driver and the pinned torch (CUDA 13) needs 580 or newer." \
+            "Upgrade the driver, or: $way"
     oldest=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | sed -n 1p) || true
     case $oldest in
-        [0-9]*) at_least "$oldest" 7.5 || die "a GPU here has compute capability $oldest and the pinned torch (CUDA 13) needs 7.5 or newer. $way" ;;
+        [0-9]*) at_least "$oldest" 7.5 ||
+            die "a GPU here has compute capability $oldest and the pinned torch (CUDA 13) needs 7.5 or newer. $way" ;;
     esac
 }
 
-# ---- the two things to do
+# ---- the two steps
 
 install_packages() {
     local choice key filtered
     choice=$(torch_choice)
     key=$(packages_key)
-    rm -f "$PACKAGES_STAMP" "$CRATES_STAMP" # until the end, what stands is half done
+    rm -f "$PACKAGES_STAMP" "$CRATES_STAMP" # so that an interrupted installation counts as not done
     if [ "$(need_gb)" = 7 ]; then
-        say "installing the packages of requirements.lock: 3 GB to fetch, 5.6 GB on disk (torch for Linux brings CUDA along, GPU or not)"
+        say "installing the packages of requirements.lock: 3 GB to fetch, 5.6 GB on disk" \
+            "(torch for Linux includes CUDA, with or without a GPU)"
     else
         say "installing the packages of requirements.lock"
     fi
@@ -260,14 +293,17 @@ install_packages() {
         attempt "making .venv" "$UV" venv -q --clear --python "$BASE_PYTHON" .venv
     fi
     printf '%s\n' "$choice" >"$TORCH_CHOICE"
-    # --no-build: a package without a wheel for this Python is an error at once, not an hour of compiling
+    # --no-build: a package without a wheel for this Python fails at once, instead of compiling for an hour
     if [ "$choice" = pinned ]; then
-        attempt "installing the packages" "$UV" pip sync --python "$PYTHON" --require-hashes --no-build requirements.lock
+        attempt "installing the packages" "$UV" pip sync --python "$PYTHON" --require-hashes --no-build \
+            requirements.lock
     else
         filtered=$TOOLS/requirements-without-torch.lock
-        awk '/^[a-z]/ { keep = !/^(torch|triton|nvidia-[a-z0-9-]*|cuda-[a-z-]*)==/ } keep' requirements.lock >"$filtered"
+        awk '/^[a-z]/ { keep = !/^(torch|triton|nvidia-[a-z0-9-]*|cuda-[a-z-]*)==/ } keep' \
+            requirements.lock >"$filtered"
         attempt "installing the packages" "$UV" pip sync --python "$PYTHON" --require-hashes --no-build "$filtered"
-        attempt "installing torch ($choice)" "$UV" pip install --python "$PYTHON" --no-build --torch-backend "$choice" "torch>=2.11"
+        attempt "installing torch ($choice)" "$UV" pip install --python "$PYTHON" --no-build \
+            --torch-backend "$choice" "torch>=2.11"
     fi
     printf '%s\n' "$key" >"$PACKAGES_STAMP"
 }
@@ -286,11 +322,12 @@ install_crates() {
         attempt "building $crate" "$PYTHON" -m maturin build -q --release $locked --manifest-path "$crate/Cargo.toml" \
             --interpreter "$PYTHON" --out "$TOOLS/wheels"
     done
-    attempt "installing $CRATES" "$UV" pip install -q --python "$PYTHON" --no-deps --no-index --reinstall "$TOOLS"/wheels/*.whl
-    crates_import || die "$CRATES were built but do not import; see above."
-    # the same compiler for `cargo test` in test.sh
+    attempt "installing $CRATES" "$UV" pip install -q --python "$PYTHON" --no-deps --no-index --reinstall \
+        "$TOOLS"/wheels/*.whl
+    crates_import || die "$CRATES were built but cannot be imported; see above."
+    # test.sh reads this file, so that `cargo test` uses the same compiler
     {
-        # shellcheck disable=SC2016 # $PATH is for the one who reads the file
+        # shellcheck disable=SC2016 # $PATH is expanded by the shell that reads the file
         printf 'export PATH=%q:$PATH\n' "$CARGO_DIR"
         [ -z "${RUSTUP_TOOLCHAIN:-}" ] || printf 'export RUSTUP_TOOLCHAIN=%q\n' "$RUSTUP_TOOLCHAIN"
         [ -z "${RUSTFLAGS:-}" ] || printf 'export RUSTFLAGS=%q\n' "$RUSTFLAGS"
@@ -299,7 +336,8 @@ install_crates() {
 }
 
 for crate in $CRATES; do
-    [ -f "$crate/Cargo.toml" ] || die "$crate/Cargo.toml is missing: this copy of the project is not whole. Clone it again."
+    [ -f "$crate/Cargo.toml" ] ||
+        die "$crate/Cargo.toml is missing: this copy of the project is incomplete. Clone it again."
 done
 if packages_ready && crates_ready; then
     say "ready (.venv)"
@@ -307,16 +345,16 @@ if packages_ready && crates_ready; then
 fi
 
 mkdir -p "$TOOLS"
-if have flock; then # two set-ups at once: the second waits, then finds the work done
+if have flock; then # of two set-ups at once, the second waits and then finds the work done
     exec 9>"$TOOLS/lock"
-    flock -n 9 || { say "another set-up is at work here; waiting for it"; flock 9; }
+    flock -n 9 || { say "another set-up is running here; waiting for it"; flock 9; }
 fi
 todo=""
 if ! packages_ready; then todo="packages crates"; elif ! crates_ready; then todo=crates; fi
 wants() { case $todo in *$1*) ;; *) return 1 ;; esac; }
 careful() { [ "${NANOCHAT_SKIP_CHECKS:-}" != 1 ]; }
 
-# first everything that can be wrong, then everything that takes long
+# first all checks, then all work that takes long
 if wants packages; then find_python; else BASE_PYTHON=$PYTHON; fi
 if wants crates; then check_compiler; fi
 if wants packages && careful; then check_driver; fi
@@ -325,7 +363,10 @@ if wants packages && careful; then check_disk; fi
 if wants crates; then get_rust; fi
 if wants packages; then install_packages; fi
 if wants crates; then install_crates; fi
-say "ready: .venv with Python $(version_of "$PYTHON"), torch $("$PYTHON" -I -c 'from importlib.metadata import version; print(version("torch"))')"
-if have nvidia-smi && ! "$PYTHON" -I -c 'import os, sysconfig as s; raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))'; then
-    say "note: this Python has no Python.h, which torch.compile needs on a GPU: apt-get install python3-dev (or the one of your version)"
+torch_version=$("$PYTHON" -I -c 'from importlib.metadata import version; print(version("torch"))') || true
+say "ready: .venv with Python $(version_of "$PYTHON"), torch $torch_version"
+has_header='import os, sysconfig as s; raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))'
+if have nvidia-smi && ! "$PYTHON" -I -c "$has_header"; then
+    say "note: this Python has no Python.h, which torch.compile needs on a GPU:" \
+        "apt-get install python3-dev (or the package for your version)"
 fi

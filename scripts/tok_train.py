@@ -3,7 +3,7 @@
     python -m scripts.tok_train                                   # 65,536 tokens from 2 billion characters
     python -m scripts.tok_train --vocab_size=8192 --max_chars=5e7
 
-A tokenizer that stood there before and is another one is copied aside first: models trained with it still need it.
+A different tokenizer that was there before is copied to another folder first: models trained with it still need it.
 """
 
 import json
@@ -24,35 +24,38 @@ from nanochat.files import atomic_write
 from nanochat.recipe import published
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 
-SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the round trip
+SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the round-trip check
 
 
 @dataclass
 class Config:
     max_chars: int = flag(published.tokenizer.max_chars, "characters to train on at most")
-    doc_cap: int = flag(published.tokenizer.doc_cap, "characters of a document that count, 0 for all of it")
-    vocab_size: int = flag(published.tokenizer.vocab_size, "tokens, the 9 special ones among them; at least 265")
+    doc_cap: int = flag(published.tokenizer.doc_cap, "characters to use of each document, 0 for all of it")
+    vocab_size: int = flag(published.tokenizer.vocab_size, "tokens, including the 9 special ones; at least 265")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Train, check and save a tokenizer. Raises UserError for wrong flags, or if there is no text."""
     config = parse(Config, argv, __doc__)
     if config.max_chars < 1 or config.doc_cap < 0:
-        raise UserError(f"max_chars is {config.max_chars}, doc_cap {config.doc_cap}; the first must be 1 or more, the second 0 or more")
-    seen: dict[str, Any] = {"chars": 0, "whole": 0, "docs": 0, "sample": []}
+        raise UserError(f"max_chars is {config.max_chars}, doc_cap {config.doc_cap}; "
+                        "the first must be 1 or more, the second 0 or more")
+    seen: dict[str, Any] = {"chars": 0, "uncut": 0, "docs": 0, "sample": []}
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the text has too few")  # the summary says it
-            tokenizer = RustBPETokenizer.train_from_iterator(_documents(config, seen), config.vocab_size, _progress(config, seen))
+            warnings.filterwarnings("ignore", message="the text has too few")  # _summary reports it
+            tokenizer = RustBPETokenizer.train_from_iterator(_documents(config, seen), config.vocab_size,
+                                                             _progress(config, seen))
     finally:
         if sys.stderr.isatty():
-            print(file=sys.stderr)  # ends the line that progress is shown on
+            print(file=sys.stderr)  # ends the progress line
     seconds = time.perf_counter() - start
     if not seen["chars"]:
         raise UserError(f"there is no text in {data_dir()}: nothing to train a tokenizer on")
 
     folder = tokenizer_dir()
-    trial = folder.with_name("tokenizer.trial")  # what was saved, not what was meant, is what has to work
+    trial = folder.with_name("tokenizer.trial")  # check the files that were written, before they replace anything
     try:
         tokenizer.save(trial)
         saved = RustBPETokenizer.from_directory(trial)
@@ -63,17 +66,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.save(folder)
 
     meta = {"vocab_size": tokenizer.get_vocab_size(), "vocab_size_asked": config.vocab_size, "chars": seen["chars"],
-            "chars_uncut": seen["whole"], "docs": seen["docs"], "max_chars": config.max_chars, "doc_cap": config.doc_cap,
-            "seconds": round(seconds, 2), "fingerprint": tokenizer.fingerprint(), "source": read_source(data_dir()) or None}
+            "chars_uncut": seen["uncut"], "docs": seen["docs"], "max_chars": config.max_chars,
+            "doc_cap": config.doc_cap, "seconds": round(seconds, 2), "fingerprint": tokenizer.fingerprint(),
+            "source": read_source(data_dir()) or None}
     with atomic_write(folder / "meta.json", "w") as file:
         json.dump(meta, file, indent=1)
     _summary(tokenizer, meta, seen["sample"], folder, kept)
 
 
 def _documents(config: Config, seen: dict[str, Any]) -> Iterator[str]:
-    """The training documents, cut, up to `max_chars`; counts them in `seen` and keeps some for the round trip."""
+    """Yield the training documents, cut, up to `max_chars` in all.
+
+    Keeps in `seen`: chars (characters yielded), uncut (characters before cutting), docs (documents) and sample (some
+    documents for the round-trip check).
+    """
     for document in iter_documents("train"):
-        seen["whole"] += len(document)
+        seen["uncut"] += len(document)
         document = document[:min(config.doc_cap or len(document), config.max_chars - seen["chars"])]
         seen["chars"] += len(document)
         seen["docs"] += 1
@@ -85,7 +93,7 @@ def _documents(config: Config, seen: dict[str, Any]) -> Iterator[str]:
 
 
 def _progress(config: Config, seen: dict[str, Any]) -> Callable[[str, int, int], None]:
-    """Show how far training is: every second in place on a terminal, every ten seconds on a line of its own in a log."""
+    """Return a function that shows progress: in place on a terminal, else a line every ten seconds."""
     terminal, shown = sys.stderr.isatty(), time.monotonic()
 
     def show(stage: str, done: int, total: int) -> None:
@@ -101,7 +109,7 @@ def _progress(config: Config, seen: dict[str, Any]) -> Callable[[str, int, int],
 
 
 def _keep_previous(folder: Path, fingerprint: str) -> Path | None:
-    """Copy another tokenizer that stands in `folder` aside; return where it went."""
+    """Copy a different tokenizer in `folder` to another folder; return that folder, or None if there was none."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.pkl")):
         return None
     try:
@@ -116,11 +124,13 @@ def _keep_previous(folder: Path, fingerprint: str) -> Path | None:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(folder, partial)
         partial.rename(aside)
-    (folder / "eval.json").unlink(missing_ok=True)  # it speaks of the other tokenizer
+    (folder / "eval.json").unlink(missing_ok=True)  # it describes the previous tokenizer
     return aside
 
 
-def _summary(tokenizer: RustBPETokenizer, meta: dict[str, Any], sample: list[str], folder: Path, kept: Path | None) -> None:
+def _summary(tokenizer: RustBPETokenizer, meta: dict[str, Any], sample: list[str], folder: Path,
+             kept: Path | None) -> None:
+    """Print what was trained. `kept`: where the previous tokenizer was copied to, if anywhere."""
     _, offsets = tokenizer.encode_flat(sample)
     size = sum(len(text.encode()) for text in sample)
     longest = int(tokenizer.token_bytes().argmax())
@@ -129,13 +139,14 @@ def _summary(tokenizer: RustBPETokenizer, meta: dict[str, Any], sample: list[str
         print(f"    smaller than the {meta['vocab_size_asked']:,} asked for: the text has no more pairs to merge")
     print(f"    trained on {meta['chars']:,} characters of {meta['docs']:,} documents in {meta['seconds']:.1f} s")
     if meta["chars"] < 0.5 * meta["chars_uncut"]:
-        print(f"    cutting documents at {meta['doc_cap']:,} characters left {meta['chars'] / meta['chars_uncut']:.1%} of their text; "
-              "--doc_cap=0 counts it all")
-    print(f"    {size / int(offsets[-1]):.2f} bytes a token on {len(sample)} documents, all of which come back unchanged")
+        print(f"    cutting documents at {meta['doc_cap']:,} characters left "
+              f"{meta['chars'] / meta['chars_uncut']:.1%} of their text; --doc_cap=0 uses all of it")
+    print(f"    {size / int(offsets[-1]):.2f} bytes per token on {len(sample)} documents, "
+          "all of which decode to the same text")
     print(f"    longest token: {tokenizer.id_to_token(longest)!r}")
     print(f"    saved in {folder}, fingerprint {meta['fingerprint'][:8]}")
     if kept is not None:
-        print(f"    the tokenizer that stood there before is kept in {kept}")
+        print(f"    the previous tokenizer is kept in {kept}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What a task is: a fixed list of conversations, with a way to grade what a model answers.
+"""What a task is: a fixed list of conversations, with a way to grade the answers of a model.
 
     task[i]                   conversation i; the last message is the assistant's reference answer
     task[100:200], task[::2]  a view of some of them
     Mixture([a, b, b])        all of a, and all of b twice, in one shuffled order that stays the same
-    Sequence([a, b])          all of a, then all of b
+    TaskSequence([a, b])      all of a, then all of b
 
-A conversation is {"messages": [...]} (nanochat/tokenizer/conversation.py). Conversation i depends on the task's arguments and on i
-alone, in any process, so ranks may read different ones and training resumes where it was."""
+A conversation is {"messages": [...]} (nanochat/tokenizer/conversation.py). Conversation i depends only on the task's
+arguments and on i, in every process. So ranks can read different conversations, and training can resume at any one.
+"""
 
 import bisect
 import hashlib
@@ -20,17 +21,24 @@ from typing import Any, overload
 from nanochat.errors import UserError
 
 CATEGORICAL, GENERATIVE, NONE = "categorical", "generative", "none"
-TEST_SHARE = 0.1   # of what is split by a hash: words, pairs of numbers
+TEST_SHARE = 0.1   # of the words and pairs of numbers that a hash splits
 HASHES = re.compile(r"#### (-?[0-9.,]+)")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 class Task:
-    """A data set of conversations. A subclass gives __len__ and conversation(i), and where answers are graded, evaluate."""
+    """A data set of conversations. A subclass defines __len__ and conversation(i), and evaluate if answers are graded.
+
+    Attributes:
+        name: what logs and reports call it.
+        kind: CATEGORICAL, the answer is one of conversation["letters"]; GENERATIVE, it is free text; NONE, there is
+            no grading and the data is only for training.
+        chance: accuracy of guessing.
+    """
 
     name: str = "Task"
-    kind: str = GENERATIVE   # categorical: one of conversation["letters"]; generative: free text; none: training data only
-    chance: float = 0.0      # accuracy of guessing
+    kind: str = GENERATIVE
+    chance: float = 0.0
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -40,13 +48,18 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
-        """Is the answer right? `answer` is a letter of a categorical task, else the text that the model wrote, specials as their names."""
+        """Return whether the answer is right.
+
+        Args:
+            conversation: of this task; its last message is the reference answer.
+            answer: the letter of a categorical task, else the decoded text of the model with special tokens by name.
+        """
         if self.kind == CATEGORICAL:
             return answer == conversation["messages"][-1]["content"]
         raise NotImplementedError(f"{self.name} is not graded")
 
     def reward(self, conversation: dict, answer: str) -> float:
-        """Return what an answer is worth in reinforcement learning, 0 to 1."""
+        """Return the reward of an answer in reinforcement learning, 0 to 1."""
         return float(self.evaluate(conversation, answer))
 
     @overload
@@ -55,7 +68,7 @@ class Task:
     def __getitem__(self, i: slice) -> "Task": ...
 
     def __getitem__(self, i: int | slice) -> "dict | Task":
-        """Return conversation i (negative: from the end), or for a slice a view. Raises IndexError outside."""
+        """Return conversation i (negative: from the end), or a view for a slice. Raises IndexError out of range."""
         if isinstance(i, slice):
             return View(self, range(len(self))[i])
         size = len(self)
@@ -68,7 +81,7 @@ class Task:
 
 
 class View(Task):
-    """Some conversations of a task, graded as the task does."""
+    """Some conversations of a task, graded like the task."""
 
     def __init__(self, task: Task, numbers: range):
         self.task, self.numbers = task, numbers
@@ -87,10 +100,10 @@ class View(Task):
         return self.task.reward(conversation, answer)
 
 
-class Sequence(Task):
-    """Tasks one after the other, to train on."""
+class TaskSequence(Task):
+    """The conversations of several tasks one after the other, to train on."""
 
-    name, kind = "Sequence", NONE
+    name, kind = "TaskSequence", NONE
 
     def __init__(self, tasks: list[Task]):
         self.tasks = list(tasks)
@@ -104,8 +117,8 @@ class Sequence(Task):
         return self.tasks[which][i - (self.ends[which - 1] if which else 0)]
 
 
-class Mixture(Sequence):
-    """All conversations of all tasks in one shuffled order, to train on. A task that is listed twice counts twice."""
+class Mixture(TaskSequence):
+    """The conversations of several tasks in one shuffled order, to train on. A task listed twice counts twice."""
 
     name = "Mixture"
 
@@ -119,44 +132,44 @@ class Mixture(Sequence):
         return super().conversation(self.order[i])
 
 
-# ---- what tasks are made with
+# ---- helpers for tasks
 
 
 def one_of(what: str, value: Any, known: Collection[str]) -> Any:
-    """Return the value. Raises UserError that lists what there is, where it is not among `known`."""
+    """Return the value. Raises UserError with all known values if it is not one of them; `what` names it."""
     if value not in known:
         raise UserError(f"there is no {what} {value!r}; there is {', '.join(known)}")
     return value
 
 
-def whole(what: str, value: Any) -> int:
-    """Return a number of conversations. Raises UserError unless it is a whole number, not negative."""
+def non_negative(what: str, value: Any) -> int:
+    """Return the value. Raises UserError unless it is a whole number, 0 or more; `what` names it."""
     if type(value) is not int or value < 0:
         raise UserError(f"{what} is {value!r}; it must be a whole number, 0 or more")
     return value
 
 
 def rng_for(*key: str | int) -> random.Random:
-    """Return the generator of random numbers for a key, such as (task, split, seed, i)."""
+    """Return the random generator for a key, such as (task, split, seed, i)."""
     return random.Random(" ".join(map(str, key)))
 
 
 def in_test(key: str) -> bool:
-    """Does something split by its hash (a word, a pair of numbers) belong to the test split? The same for every seed and task."""
+    """Return whether a word or a pair of numbers belongs to the test split. The answer depends on the key alone."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < TEST_SHARE * 2**64
 
 
-def asked_and_answered(question: str, answer: str | list[dict[str, str]]) -> dict:
-    """Return a conversation of one question and its answer."""
+def question_and_answer(question: str, answer: str | list[dict[str, str]]) -> dict:
+    """Return a conversation with one question and its answer."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def called(expression: str, output: str) -> list[dict[str, str]]:
-    """Return the two parts of a calculator call: what is asked, and what comes back."""
+def calculator_parts(expression: str, output: str) -> list[dict[str, str]]:
+    """Return the two parts of a calculator call: the expression and its output."""
     return [{"type": "python", "text": expression}, {"type": "python_output", "text": output}]
 
 
-def text(words: str) -> dict[str, str]:
+def text_part(words: str) -> dict[str, str]:
     """Return a part of plain text."""
     return {"type": "text", "text": words}
 
@@ -167,18 +180,21 @@ def reference_text(conversation: dict) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def spoken(answer: str) -> str:
-    """Return what a model wrote up to its closing token, where that was decoded too."""
+def until_assistant_end(answer: str) -> str:
+    """Return the answer up to its closing token, if that was decoded too."""
     return answer.split("<|assistant_end|>", 1)[0]
 
 
-def after_hashes(words: str) -> str | None:
-    """Return the number behind the first `#### `, commas dropped, as text; None where there is none."""
+def number_after_hashes(words: str) -> str | None:
+    """Return the number after the first `#### ` as text, without commas; None if there is none."""
     found = HASHES.search(words)
     return found[1].replace(",", "") if found else None
 
 
 def last_number(words: str) -> str | None:
-    """Return the last number behind the last tool output (anywhere where no tool was called), commas dropped; None without one."""
+    """Return the last number after the last tool output as text, without commas; None if there is none.
+
+    Looks at the whole text if it has no tool output.
+    """
     found = NUMBER.findall(words.rsplit("<|output_end|>", 1)[-1])
     return found[-1].replace(",", "") if found else None

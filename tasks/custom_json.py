@@ -1,8 +1,10 @@
-"""Your own conversations: a file of JSON lines, one conversation a line, to train on.
+"""Your own conversations to train on: a file of JSON lines, one conversation per line.
 
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Saint Iberis."}]
 
-A line may also be {"messages": [...]}; the file may end in .gz. nanochat/tokenizer/conversation.py says what messages may hold."""
+A line may also be {"messages": [...]}, and the file may be gzipped (.gz). nanochat/tokenizer/conversation.py says what
+messages may hold.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from tasks.lines import JsonLines
 
 
 class CustomJSON(Task):
-    """The conversations of a file, every line checked at the start."""
+    """The conversations of a file. All lines are checked when it is opened."""
 
     kind = NONE
 
     def __init__(self, path: str | Path):
-        """Raises UserError with file and line for a line that is not JSON or not a conversation, and for a file without any."""
+        """Open and check a file.
+
+        Raises UserError, with file and line, if a line is not JSON or not a conversation, or if there is no line.
+        """
         self.name = Path(path).name
         self.lines = JsonLines(path, lambda value: _check(_conversation(value)))
 
@@ -39,5 +44,5 @@ def _conversation(value: Any) -> dict:
 
 
 def _check(conversation: dict) -> None:
-    if len(turns_of(conversation)) < 2:  # one that ends with the user is no rarity, and does no harm
-        raise UserError("there is no answer in it, and so nothing to learn")
+    if len(turns_of(conversation)) < 2:  # a conversation that ends with the user is common and does no harm
+        raise UserError("there is no answer in it, so there is nothing to learn")

@@ -1,15 +1,16 @@
-"""Data sets of the Hugging Face hub, from the hub or from a mirror folder on a machine that has no network.
+"""Data sets of the Hugging Face hub, read from the hub, or from a mirror folder on a machine without network.
 
-With NANOCHAT_TASK_DATA set to a folder, nothing is fetched, and a split is looked for there as one of
+If NANOCHAT_TASK_DATA names a folder, nothing is downloaded. A split is then read from one of
 
-    <org>/<name>/<subset>/<split>.jsonl    or .jsonl.gz or .parquet, in the hub's own columns
-    <org>/<name>/<subset>/<split>-00000-of-00001.parquet ...    the hub's own files (also in data/ where the subset is "default")
+    <org>/<name>/<subset>/<split>.jsonl    or .jsonl.gz or .parquet, with the hub's columns
+    <org>/<name>/<subset>/<split>-00000-of-00001.parquet ...    the hub's files; in data/ too if the subset is "default"
 
-so that a copy of the hub's files serves as it is:
+so that an unchanged copy of the hub's files works:
 
     hf download openai/gsm8k --repo-type dataset --local-dir $NANOCHAT_TASK_DATA/openai/gsm8k
 
-Rows come shuffled with seed 42, in the same order from either place."""
+Rows are shuffled with seed 42, in the same order from both sources.
+"""
 
 import os
 import re
@@ -27,11 +28,14 @@ MIRROR = "NANOCHAT_TASK_DATA"
 
 
 class Rows:
-    """Rows of a split as dicts, shuffled as the `datasets` package shuffles."""
+    """The rows of a split as dicts, shuffled in the same way as the `datasets` package does."""
 
-    def __init__(self, source: Any, inside: str | None):
-        """`source`: len() and source[i] in the order of the file. `inside`: the column that the row proper is nested in, if any."""
-        self.source, self.inside = source, inside
+    def __init__(self, source: Any, nested_in: str | None):
+        """Shuffle the rows of `source`, which has len() and source[i] in file order.
+
+        `nested_in` names the column that holds the actual row as a dict, if there is one.
+        """
+        self.source, self.nested_in = source, nested_in
         self.order = np.random.default_rng(SEED).permutation(len(source))
 
     def __len__(self) -> int:
@@ -39,11 +43,11 @@ class Rows:
 
     def __getitem__(self, i: int) -> dict:
         row = self.source[int(self.order[i])]
-        return row.get(self.inside, row)
+        return row.get(self.nested_in, row)
 
 
-class Table:
-    """Rows of parquet files."""
+class ParquetRows:
+    """The rows of parquet files."""
 
     def __init__(self, paths: list[Path]):
         import pyarrow as pa
@@ -62,10 +66,17 @@ class Table:
 
 
 def load_rows(name: str, subset: str, split: str, columns: Sequence[str]) -> Rows:
-    """Return the rows of a split of `name` ("org/name"), each with at least these columns.
+    """Return the rows of a split of a data set.
 
-    Raises UserError where the mirror lacks the split, the hub cannot be reached, a line is not JSON (file and line), or a column is
-    missing."""
+    Args:
+        name: "org/name" on the hub.
+        subset, split: as the hub calls them.
+        columns: names that each row must have.
+
+    Raises:
+        UserError: the split is not in the mirror, the hub cannot be reached, a line is not JSON (with file and line),
+            or a column is missing.
+    """
     mirror = os.environ.get(MIRROR)
     if not mirror:
         source, where = _from_hub(name, subset, split), f"{name}, {subset}, {split} on the hub"
@@ -74,7 +85,7 @@ def load_rows(name: str, subset: str, split: str, columns: Sequence[str]) -> Row
         paths = _in_mirror(Path(mirror).expanduser(), name, subset, split)
         where = str(paths[0])
         if paths[0].suffix == ".parquet":
-            source = Table(paths)
+            source = ParquetRows(paths)
             found = set(source.table.column_names)
         else:
             source = JsonLines(paths[0], lambda row: _check_columns(row, columns))
@@ -82,16 +93,16 @@ def load_rows(name: str, subset: str, split: str, columns: Sequence[str]) -> Row
     if not len(source):
         raise UserError(f"{where} holds no rows")
     # cais/mmlu nests each row of its auxiliary_train under "train"
-    inside = "train" if found == {"train"} and "train" not in columns else None
-    missing = [column for column in columns if column not in (source[0]["train"] if inside else found)]
+    nested_in = "train" if found == {"train"} and "train" not in columns else None
+    missing = [column for column in columns if column not in (source[0]["train"] if nested_in else found)]
     if missing:
         raise UserError(f"{where} has no column {', '.join(missing)}; it has {', '.join(sorted(found))}")
-    return Rows(source, inside)
+    return Rows(source, nested_in)
 
 
 def _check_columns(row: Any, columns: Sequence[str]) -> None:
     if not isinstance(row, dict):
-        raise UserError(f"a row is a JSON object with the columns {', '.join(columns)}, and this is {type(row).__name__}")
+        raise UserError(f"a row is a JSON object with the columns {', '.join(columns)}, not {type(row).__name__}")
     inner = row["train"] if set(row) == {"train"} and isinstance(row["train"], dict) else row
     missing = [column for column in columns if column not in inner]
     if missing:
@@ -108,19 +119,21 @@ def _in_mirror(mirror: Path, name: str, subset: str, split: str) -> list[Path]:
         if parts:
             total = re.search(r"-of-0*(\d+)\.parquet$", parts[0].name)
             if total is None or int(total[1]) != len(parts):
-                raise UserError(f"{folder} holds {len(parts)} of the parts of {split}, whose names say how many there are "
-                                f"({parts[0].name}). Fetch the others, and leave none of another version there.")
+                raise UserError(f"{folder} holds {len(parts)} of the parts of {split}, but their names say how many "
+                                f"there are ({parts[0].name}). Fetch the others, and remove parts of other versions.")
             return parts
-    raise UserError(f"the mirror has no {name}, {subset}, {split}: looked for {folders[0] / split}.jsonl, .jsonl.gz, .parquet and "
-                    f"{folders[-1] / split}-00000-of-*.parquet. Put it there in the hub's columns, or unset {MIRROR} to fetch it.")
+    raise UserError(f"the mirror has no {name}, {subset}, {split}: looked for {folders[0] / split}.jsonl, .jsonl.gz, "
+                    f".parquet and {folders[-1] / split}-00000-of-*.parquet. Put it there with the hub's columns, "
+                    f"or unset {MIRROR} to download it.")
 
 
 def _from_hub(name: str, subset: str, split: str) -> Any:
     import datasets
     try:
         return datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # of a dozen classes: no network, no such set, no access, a full disk
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}, {subset}, {split} cannot be loaded from the Hugging Face hub ({type(error).__name__}: {reason[:200]}). "
-                        f"On a machine without network, set {MIRROR} to a folder with {name}/{subset}/{split}.jsonl or .parquet "
-                        "in the hub's columns; tasks/hub.py says more.") from error
+    except Exception as error:  # of many classes: no network, no such data set, no access, a full disk
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{name}, {subset}, {split} cannot be loaded from the Hugging Face hub "
+                        f"({type(error).__name__}: {reason[:200]}). On a machine without network, set {MIRROR} to a "
+                        f"folder with {name}/{subset}/{split}.jsonl or .parquet and the hub's columns; tasks/hub.py "
+                        "describes it.") from error

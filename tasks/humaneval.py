@@ -1,15 +1,15 @@
-"""HumanEval: complete a Python function from its head and docstring. What the model writes is run, in the sandbox, against tests."""
+"""HumanEval: complete a Python function from its signature and docstring. The sandbox runs the answer against tests."""
 
 import re
 
-from tasks.base import Task, asked_and_answered, spoken
+from tasks.base import Task, question_and_answer, until_assistant_end
 from tasks.hub import load_rows
 
 FENCED = re.compile(r"```\w*[ \t\r]*\n(.*?)\n```", re.DOTALL)
 
 
 class HumanEval(Task):
-    """The 164 problems of openai/openai_humaneval; "entry_point" and "test" in a conversation are what grading needs."""
+    """openai/openai_humaneval, 164 problems. The fields "entry_point" and "test" of a conversation are for grading."""
 
     name = "HumanEval"
 
@@ -22,24 +22,27 @@ class HumanEval(Task):
 
     def conversation(self, i: int) -> dict:
         row = self.rows[i]
-        return {**asked_and_answered(row["prompt"], row["prompt"] + row["canonical_solution"]),
+        return {**question_and_answer(row["prompt"], row["prompt"] + row["canonical_solution"]),
                 **{key: row[key] for key in ("task_id", "entry_point", "test")}}
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
-        """Right where the program passes its tests. Runs it: nanochat/tools/sandbox.py says how it is held, and where it refuses."""
+        """Run the program and return whether it passes its tests.
+
+        nanochat/tools/sandbox.py says how the program is confined. Raises UserError if this machine cannot confine it.
+        """
         from nanochat.tools.sandbox import passes
         checks = f"{conversation['test']}\ncheck({conversation['entry_point']})\n"
-        return passes(program_of(conversation["messages"][0]["content"], spoken(answer)), checks).ok
+        return passes(program_of(conversation["messages"][0]["content"], until_assistant_end(answer)), checks).ok
 
 
 def program_of(prompt: str, answer: str) -> str:
-    """Return what is run: the imports that the prompt begins with, then the answer's first fenced block, or else all of it."""
+    """Return the program to run: the prompt's imports, then the first fenced block of the answer, or all of it."""
     fenced = FENCED.search(answer)
     return imports_of(prompt) + "\n\n" + (fenced[1] if fenced else answer).strip()
 
 
 def imports_of(prompt: str) -> str:
-    """Return the imports that stand before anything else, since a model often leaves them out."""
+    """Return the imports at the start of the prompt. Models often leave them out of the answer."""
     found = []
     for line in prompt.splitlines():
         if line.startswith(("import ", "from ")):

@@ -1,4 +1,4 @@
-"""JSON lines on disk, read where they are needed: every line is checked at the start, and none is kept as Python objects."""
+"""Files of JSON lines. All lines are checked when a file is opened; a value is parsed each time it is read."""
 
 import gzip
 import json
@@ -14,13 +14,19 @@ from nanochat.errors import UserError
 
 
 class JsonLines:
-    """The values of a .jsonl or .jsonl.gz file, by number. A plain file is mapped, so that all ranks of a machine share one copy."""
+    """The values of a .jsonl or .jsonl.gz file, by number. A plain file is memory-mapped, so ranks share one copy."""
 
     def __init__(self, path: str | Path, check: Callable[[Any], object] = lambda value: None):
-        """Read through the file once: each line must be JSON, and `check(value)` may raise UserError with what else is wrong with it.
+        """Read the file once and check every line. Blank lines are skipped.
 
-        Blank lines are left out. Raises UserError with file and line for what is wrong, and for a file that is missing, cannot be
-        read or holds nothing."""
+        Args:
+            path: the file.
+            check: called with each value; may raise UserError.
+
+        Raises:
+            UserError: a line is not JSON or fails `check` (with file and line), or the file is missing, unreadable or
+                empty.
+        """
         self.path = Path(path)
         self.data = self._data()
         spans, start, number = [], 0, 0
@@ -33,7 +39,7 @@ class JsonLines:
                 spans.append((start, end))
             start = end
         if not spans:
-            raise UserError(f"{self.path} holds nothing. Make it again, or take it away.")
+            raise UserError(f"{self.path} holds nothing. Make it again, or remove it.")
         self.spans = np.array(spans, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -53,7 +59,7 @@ class JsonLines:
         except FileNotFoundError as error:
             raise UserError(f"there is no file {self.path}") from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{self.path} is not a whole gzip file ({error}). Fetch or make it again.") from error
+            raise UserError(f"{self.path} is not a complete gzip file ({error}). Fetch or make it again.") from error
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
         except ValueError:  # an empty file cannot be mapped

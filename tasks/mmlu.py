@@ -1,4 +1,4 @@
-"""MMLU: multiple choice with four choices in 57 subjects, and its auxiliary training set of 100,000 questions from elsewhere."""
+"""MMLU: questions with four choices in 57 subjects, and its auxiliary training set of 100,000 other questions."""
 
 from nanochat.errors import UserError
 from tasks import multiple_choice
@@ -10,7 +10,7 @@ LETTERS = multiple_choice.LETTERS[:4]
 
 
 class MMLU(Task):
-    """One question of cais/mmlu a conversation; "subject" in it says what it is about."""
+    """cais/mmlu, one question per conversation. The field "subject" of a conversation names its subject."""
 
     name, kind, chance = "MMLU", CATEGORICAL, 0.25
 
@@ -26,6 +26,7 @@ class MMLU(Task):
         choices, answer = row["choices"], row["answer"]
         count = len(choices) if isinstance(choices, list) else repr(choices)[:40]
         if count != 4 or answer not in range(4):
-            raise UserError(f"MMLU, question {row['question'][:60]!r}: there should be four choices and an answer from 0 to 3, "
-                            f"and there are {count} and {answer!r}")
-        return {**multiple_choice.conversation(row["question"], choices, LETTERS, LETTERS[answer]), "subject": row["subject"]}
+            raise UserError(f"MMLU, question {row['question'][:60]!r}: there should be four choices and an answer from "
+                            f"0 to 3, and there are {count} and {answer!r}")
+        return {**multiple_choice.conversation(row["question"], choices, LETTERS, LETTERS[answer]),
+                "subject": row["subject"]}

@@ -1,7 +1,8 @@
-"""Conversations about the small world of a seed: its facts in question and answer or as multiple choice, and sums.
+"""Conversations about the small world: its facts as questions and as multiple choice, and sums.
 
-Training asks in the phrasings that documents use too. The test asks for every fact with the one question that was held out for it,
-which stands in no document and in no training conversation."""
+Training uses the questions that documents use too. The test asks for each fact with the question that was held out for
+it, which is in no document and in no training conversation.
+"""
 
 import math
 import re
@@ -16,26 +17,27 @@ from tasks import multiple_choice
 from tasks.base import (
     CATEGORICAL,
     Task,
-    asked_and_answered,
-    called,
+    calculator_parts,
     in_test,
     last_number,
+    non_negative,
     one_of,
+    question_and_answer,
     reference_text,
     rng_for,
-    spoken,
-    text,
-    whole,
+    text_part,
+    until_assistant_end,
 )
 
 SPLITS = ("train", "test")
-TURNS = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4)   # turns of a training conversation, one of these
-LARGEST = 99                             # largest number that is added or taken away
-SIZE = 10_000                            # training conversations, where nothing else is said
+TURNS = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4)   # the number of turns of a training conversation is one of these
+MAX_NUMBER = 99                          # largest number that is added or subtracted
+SIZE = 10_000                            # default number of training conversations
 
-# How a calculation is asked for: {a} {b} {c} numbers, {x} a person, {t} things that are counted. TOLD asks about something that happens.
-PLAIN = {
-    "a+b": ("What is {a} plus {b}?", "What is {a} + {b}?", "How much is {a} and {b}?", "Add {b} to {a}.", "What do {a} and {b} make?",
+# Questions for each calculation, plain or as a story: {a} {b} {c} are numbers, {x} is a person, {t} things to count.
+PLAIN_SUMS = {
+    "a+b": ("What is {a} plus {b}?", "What is {a} + {b}?", "How much is {a} and {b}?", "Add {b} to {a}.",
+            "What do {a} and {b} make?",
             "What is the sum of {a} and {b}?"),
     "a-b": ("What is {a} minus {b}?", "What is {a} - {b}?", "How much is {a} less {b}?", "Take {b} from {a}.",
             "What is left of {a} without {b}?", "What is the difference of {a} and {b}?"),
@@ -44,7 +46,7 @@ PLAIN = {
     "a+b-c": ("What is {a} plus {b} minus {c}?", "What is {a} + {b} - {c}?", "Take {c} from {a} plus {b}."),
     "a-b+c": ("What is {a} minus {b} plus {c}?", "What is {a} - {b} + {c}?", "Take {b} from {a} and add {c}."),
 }
-TOLD = {
+STORY_SUMS = {
     "a+b": ("{x} has {a} {t} and gets {b} more. How many {t} does {x} have?",
             "{x} has {a} {t} and finds {b} more. How many {t} are there now?"),
     "a-b": ("{x} has {a} {t} and gives away {b}. How many {t} does {x} have?",
@@ -57,27 +59,34 @@ TOLD = {
     "a-b+c": ("{x} has {a} {t}, gives away {b} and gets {c} more. How many {t} does {x} have?",
               "{x} gets {c} {t}, but of the {a} that were there {b} are lost. How many {t} are there now?"),
 }
-KINDS = ("a+b", "a-b") * 3 + ("a*b", "a*b", "a+b+c", "a+b-c", "a-b+c")   # how often each is asked
+KINDS = ("a+b", "a-b") * 3 + ("a*b", "a*b", "a+b+c", "a+b-c", "a-b+c")   # each as often as it is to be asked
 
 
 @lru_cache(maxsize=8)
 def world_of(seed: int) -> World:
-    """Return the world of a seed, made once."""
-    return World(whole("the seed of the small world", seed))
+    """Return the world of a seed; cached."""
+    return World(non_negative("the seed of the small world", seed))
 
 
 class WorldTask(Task):
-    """Questions on the facts of the small world: a subclass says how one is asked."""
+    """Questions about the facts of the small world. A subclass defines the form of a question."""
 
     def __init__(self, split: str, seed: int = 0, size: int | None = None):
-        """`size`: conversations; train has as many as wanted (10,000 if nothing is said), test at most one for each fact (all of them)."""
+        """Choose the facts.
+
+        Args:
+            split: "train" or "test".
+            seed: which small world.
+            size: number of conversations. Train can have any number, by default 10,000. Test has at most one for each
+                fact, by default all.
+        """
         self.split, self.seed = one_of("split of the small world", split, SPLITS), seed
         self.world = world_of(seed)
         self.facts = [(entity, attribute) for entity in self.world.entities() for attribute in entity.values]
-        if split == "test":   # in an order that mixes people, places and things, so that a part of them is a fair part
+        if split == "test":   # shuffled, so that the first few are a fair sample of people, places and things
             self.facts = sample(rng_for("world facts", seed), self.facts, len(self.facts))
         known = len(self.facts) if split == "test" else SIZE
-        self.size = known if size is None else whole("size", size)
+        self.size = known if size is None else non_negative("size", size)
         if split == "test":
             self.size = min(self.size, known)
 
@@ -86,7 +95,10 @@ class WorldTask(Task):
 
 
 class WorldQuestions(WorldTask):
-    """Questions answered by one short sentence. Training conversations have one to four turns, later ones partly with a pronoun."""
+    """Questions that one short sentence answers.
+
+    Training conversations have one to four turns; later turns sometimes use a pronoun.
+    """
 
     name = "World-Questions"
 
@@ -99,7 +111,8 @@ class WorldQuestions(WorldTask):
         if self.split == "test":
             entity, attribute = self.facts[i]
             question = entity.fill(self.world.held_out[entity, attribute][1][0])
-            return {**asked_and_answered(question, sentence(self.world, entity, attribute)), "fact": [entity.name, attribute]}
+            return {**question_and_answer(question, sentence(self.world, entity, attribute)),
+                    "fact": [entity.name, attribute]}
         rng = rng_for(self.name, self.split, self.seed, i)
         messages, entity = [], None
         for _ in range(pick(rng, TURNS)):
@@ -112,20 +125,21 @@ class WorldQuestions(WorldTask):
                 question = entity.fill(question, pronoun=True)
             else:
                 question = pick(rng, self.world.asked[entity, attribute])
-            messages += asked_and_answered(question, sentence(self.world, entity, attribute))["messages"]
+            messages += question_and_answer(question, sentence(self.world, entity, attribute))["messages"]
         return {"messages": messages, "fact": [entity.name, attribute]}
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
-        """Right where the value stands in the answer, and no other value of that attribute does (the entity's own name apart)."""
+        """Return whether the answer has the value, and no other value of the attribute except the entity's name."""
         name, attribute = conversation["fact"]
         entity = self.world.by_name[name]
-        said = set(re.findall(r"\w+", spoken(answer).casefold()))
-        found = {value for value in self.world.values[entity.group, attribute] if value.casefold() in said and value != name}
+        words = set(re.findall(r"\w+", until_assistant_end(answer).casefold()))
+        found = {value for value in self.world.values[entity.group, attribute]
+                 if value.casefold() in words and value != name}
         return found == {entity.values[attribute]}
 
 
 class WorldChoice(WorldTask):
-    """The same facts with four choices, one of them right, the others values of the same attribute."""
+    """The same facts with four choices: the right value and three other values of the same attribute."""
 
     name, kind, chance = "World-Choice", CATEGORICAL, 0.25
 
@@ -138,21 +152,31 @@ class WorldChoice(WorldTask):
         wrong = [value for value in self.world.values[entity.group, attribute] if value not in (right, entity.name)]
         choices = sample(rng, [right, *sample(rng, wrong, 3)], 4)
         letters = multiple_choice.LETTERS[:4]
-        return {**multiple_choice.conversation(question, choices, letters, letters[choices.index(right)]), "fact": [entity.name, attribute]}
+        answer = letters[choices.index(right)]
+        return {**multiple_choice.conversation(question, choices, letters, answer), "fact": [entity.name, attribute]}
 
 
 class WorldSums(Task):
-    """Calculations with two or three numbers up to 99, done by the calculator. No first pair of numbers of the test is ever trained on."""
+    """Calculations with two or three numbers up to 99, done by the calculator.
+
+    The first two numbers of a test question are never the first two of a training question.
+    """
 
     name = "World-Sums"
 
     def __init__(self, split: str, seed: int = 0, size: int | None = None):
-        """`size`: conversations; 10,000 in training and one for each pair of the test (about 500) if nothing is said."""
+        """Choose the pairs of numbers.
+
+        Args:
+            split: "train" or "test".
+            seed: which small world.
+            size: number of conversations; by default 10,000 in training, and one for each of the about 500 test pairs.
+        """
         self.split, self.seed = one_of("split of the small world", split, SPLITS), seed
         self.world = world_of(seed)
         pairs = [pair for pair in _pairs() if in_test(f"{pair[0]} {pair[1]}") == (split == "test")]
         self.pairs = sample(rng_for("world sums", split, seed), pairs, len(pairs))
-        self.size = (len(pairs) if split == "test" else SIZE) if size is None else whole("size", size)
+        self.size = (len(pairs) if split == "test" else SIZE) if size is None else non_negative("size", size)
 
     def __len__(self) -> int:
         return self.size
@@ -160,24 +184,24 @@ class WorldSums(Task):
     def conversation(self, i: int) -> dict:
         rng = rng_for(self.name, self.split, self.seed, i)
         small, large = self.pairs[i % len(self.pairs)]
-        kind, told = pick(rng, KINDS), rng.random() < 0.2
+        kind, story = pick(rng, KINDS), rng.random() < 0.2
         a, b = (small, large) if "-b" not in kind and rng.random() < 0.5 else (large, small)
-        c = int(rng.random() * ((min(a + b, LARGEST) if kind == "a+b-c" else LARGEST) + 1))
-        form = pick(rng, (TOLD if told else PLAIN)[kind])
+        c = int(rng.random() * ((min(a + b, MAX_NUMBER) if kind == "a+b-c" else MAX_NUMBER) + 1))
+        form = pick(rng, (STORY_SUMS if story else PLAIN_SUMS)[kind])
         question = form.format(a=a, b=b, c=c, x=pick(rng, self.world.people).name, t=pick(rng, COUNTED))
         call = kind.replace("a", str(a)).replace("b", str(b)).replace("c", str(c))
         result = calculate(call)
-        return asked_and_answered(question, [*called(call, result), text(f"It is {result}.")])
+        return question_and_answer(question, [*calculator_parts(call, result), text_part(f"It is {result}.")])
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
-        """Right where the last number behind the tool's output is the result."""
-        return last_number(spoken(answer)) == last_number(reference_text(conversation))
+        """Return whether the last number after the calculator's output is the result."""
+        return last_number(until_assistant_end(answer)) == last_number(reference_text(conversation))
 
 
 def sentence(world: World, entity: Entity, attribute: str) -> str:
-    """Return the sentence that answers for a fact: the first that documents may use, so never one held out, with the value at its end."""
+    """Return the sentence that answers for a fact: the first one that documents may use. It ends in the value."""
     return world.told[entity, attribute][0].name + "."
 
 
 def _pairs() -> list[tuple[int, int]]:
-    return [(small, large) for large in range(LARGEST + 1) for small in range(large + 1)]
+    return [(small, large) for large in range(MAX_NUMBER + 1) for small in range(large + 1)]

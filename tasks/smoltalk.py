@@ -1,11 +1,11 @@
-"""SmolTalk: 460,000 conversations about everything, written by larger models for small ones. Training data only."""
+"""SmolTalk: 460,000 conversations on many topics, written by larger models for small ones. For training only."""
 
 from tasks.base import NONE, Task, one_of
 from tasks.hub import load_rows
 
 
 class SmolTalk(Task):
-    """HuggingFaceTB/smol-smoltalk as it is."""
+    """HuggingFaceTB/smol-smoltalk, unchanged."""
 
     name, kind = "SmolTalk", NONE
 

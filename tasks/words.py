@@ -1,6 +1,7 @@
-"""English words to spell, or invented ones where there are none: the list, and which of them are for training and which for the test.
+"""Words to spell, English or invented, split into training and test words.
 
-A word's split follows from the word alone, so no seed, order or size ever moves it."""
+The split of a word depends on the word alone, so no seed, order or size changes it.
+"""
 
 from functools import lru_cache
 from pathlib import Path
@@ -11,51 +12,58 @@ from nanochat.files import atomic_write, base_dir
 from nanochat.small_world.world import pick
 from tasks.base import in_test, one_of, rng_for
 
-FILE = "words_alpha.txt"
+WORDS_FILE = "words_alpha.txt"
 URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 SOURCES = ("auto", "words_alpha", "invented")
 INVENTED = 20_000
-FEWEST = 100           # words of a list that can be learned from at all
+FEWEST = 100           # words that a list must have
 
 ONSETS = "b br c cl d dr f fl g gl gr h j k kl l m n p pl pr r s sk sl sp st t tr v w z".split()
 VOWELS = "a e i o u a e i o u ai ea oo ou".split()
 CODAS = ["", "", "", *"b ck d k l ll m n n nd nt p r r rk s ss st t x".split()]
 
 
-class Words(NamedTuple):
-    """Words of one split, in a fixed order, and where they come from: "words_alpha" or "invented"."""
+class WordList(NamedTuple):
+    """The words of one split in a fixed order, and their source: "words_alpha" or "invented"."""
 
     words: tuple[str, ...]
     source: str
 
 
-def load_words(split: str, source: str = "auto", fetch: bool = False) -> Words:
-    """Return the words of a split: nine in ten for "train", the rest for "test".
+def load_words(split: str, source: str = "auto", fetch: bool = False) -> WordList:
+    """Return the words of a split.
 
-    source: "words_alpha" is the file words_alpha.txt of the base directory (370,000 English words), fetched where `fetch` says so;
-    "invented" needs no file; "auto" is the file where it stands, else invented. Raises UserError where the file is wanted and is not
-    there, cannot be fetched, or holds anything but lower-case words."""
+    Args:
+        split: "train" for nine words in ten, "test" for the rest.
+        source: "words_alpha" for the file words_alpha.txt of the base directory (370,000 English words), "invented" for
+            words that need no file, "auto" for the file if it is there and invented words if not.
+        fetch: whether to download the file if it is missing.
+
+    Raises:
+        UserError: the file is wanted but missing, cannot be downloaded, or holds anything but lower-case words.
+    """
     one_of("split of the words", split, ("train", "test"))
     one_of("source of words", source, SOURCES)
-    path = base_dir() / FILE
+    path = base_dir() / WORDS_FILE
     if fetch and source != "invented" and not path.exists():
         _fetch(path)
     if source == "invented" or source == "auto" and not path.exists():
-        return Words(_split(invented_words(), split == "test"), "invented")
+        return WordList(_split(invented_words(), split == "test"), "invented")
     try:
         stat = path.stat()
     except OSError as error:
-        raise UserError(f"there is no list of words at {path}. Put a file there, one lower-case word a line, from {URL}, "
-                        'or ask for source="invented".') from error
-    return Words(_of_file(path, stat.st_mtime_ns, stat.st_size, split == "test"), "words_alpha")
+        raise UserError(f"there is no list of words at {path}. Put a file there, one lower-case word per line, from "
+                        f'{URL}, or choose source="invented".') from error
+    return WordList(_of_file(path, stat.st_mtime_ns, stat.st_size, split == "test"), "words_alpha")
 
 
 @lru_cache(maxsize=1)
 def invented_words() -> tuple[str, ...]:
-    """Return 20,000 different words that can be spoken, of 4 to 9 lower-case ascii letters, the same everywhere."""
+    """Return 20,000 different pronounceable words of 4 to 9 lower-case ASCII letters, the same on every machine."""
     rng, found = rng_for("invented words"), {}
     while len(found) < INVENTED:
-        word = "".join(pick(rng, ONSETS) + pick(rng, VOWELS) + pick(rng, CODAS) for _ in range(2 + int(rng.random() * 2)))
+        syllables = 2 + int(rng.random() * 2)
+        word = "".join(pick(rng, ONSETS) + pick(rng, VOWELS) + pick(rng, CODAS) for _ in range(syllables))
         if 4 <= len(word) <= 9:
             found[word] = None
     return tuple(found)
@@ -68,7 +76,7 @@ def _split(words: tuple[str, ...], test: bool) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def _of_file(path: Path, changed: int, size: int, test: bool) -> tuple[str, ...]:
-    """Words of a file as it is now; `changed` and `size` are there to read it again when it is another one."""
+    """Return the words of a file. `changed` and `size` are part of the cache key: a changed file is read again."""
     return _split(_read(path, changed, size), test)
 
 
@@ -78,29 +86,35 @@ def _read(path: Path, changed: int, size: int) -> tuple[str, ...]:
 
 
 def checked(data: bytes, where: str) -> tuple[str, ...]:
-    """Return the words of a list, one a line, each once. Raises UserError, naming the line, for anything but lower-case ascii letters."""
+    """Return the words of a list with one word per line, without duplicates.
+
+    Raises UserError, with `where` and the line, for anything but lower-case ASCII letters.
+    """
     words = {}
     for number, line in enumerate(data.split(b"\n"), 1):
         word = line.strip()
         if not word:
             continue
-        if not (word.isalpha() and word.islower()):   # of bytes: ascii only
-            raise UserError(f"{where}, line {number} is not one lower-case word: {line[:40]!r}. Remove the file, or mend the line.")
+        if not (word.isalpha() and word.islower()):   # bytes methods: ASCII letters only
+            raise UserError(f"{where}, line {number} is not one lower-case word: {line[:40]!r}. "
+                            "Remove the file, or correct the line.")
         words[word.decode("ascii")] = None
     if len(words) < FEWEST:
-        raise UserError(f"{where} holds {len(words)} words; at least {FEWEST} are needed. Remove the file and fetch it again from {URL}.")
+        raise UserError(f"{where} holds {len(words)} words; at least {FEWEST} are needed. "
+                        f"Remove the file and fetch it again from {URL}.")
     return tuple(words)
 
 
 def _fetch(path: Path) -> None:
-    """Bring the list into place, checked. Through huggingface_hub's session, as all downloads here: one place for proxies."""
+    """Download and check the list. huggingface_hub's session does it, so that proxies are set in one place."""
     from huggingface_hub import get_session
     from huggingface_hub.errors import HTTPError
     try:
         answer = get_session().get(URL, timeout=30.0, follow_redirects=True)
         answer.raise_for_status()
     except (HTTPError, OSError) as error:
-        raise UserError(f"the list of words cannot be fetched from {URL} ({str(error).strip().splitlines()[0] or type(error).__name__}). "
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"the list of words cannot be fetched from {URL} ({reason}). "
                         f'Put it at {path} by hand, or use invented words (source="invented").') from error
     checked(answer.content, URL)
     with atomic_write(path) as file:

@@ -1,4 +1,4 @@
-"""A conversation that is not well-formed is refused, and the message says which part of it and why."""
+"""A conversation that is not well-formed is refused, and the error says which part is wrong and why."""
 
 import copy
 
@@ -44,15 +44,17 @@ def test_a_system_message_becomes_the_head_of_the_first_user_text():
     ({"messages": [user(), assistant(), system()]}, "message 3 of 3 has the role 'system'"),
     ({"messages": [system(), system(), user()]}, "message 2 of 3 has the role 'system'"),
     ({"messages": [system(), assistant()]}, "message 2 of 2 has the role 'assistant'"),
-    ({"messages": [system()]}, "no user message behind it"),
+    ({"messages": [system()]}, "no user message after it"),
     ({"messages": [system(None), user()]}, r"message 1 of 2 \(system\) has no content"),
-    ({"messages": ["hi"]}, "message 1 of 1 has the role None"), ({"messages": [{"content": "hi"}]}, "has the role None"),
+    ({"messages": ["hi"]}, "message 1 of 1 has the role None"),
+    ({"messages": [{"content": "hi"}]}, "has the role None"),
     ({"messages": [{"role": "user"}]}, r"message 1 of 1 \(user\) has no content"),
     ({"messages": [user(5)]}, "should be text and is int"),
     ({"messages": [user([{"type": "text", "text": "hi"}])]}, "should be text and is list"),
     ({"messages": [user(), assistant([])]}, r"message 2 of 2 \(assistant\) has an empty list"),
     ({"messages": [user(), assistant(["hi"])]}, "part 1 has the type None"),
-    ({"messages": [user(), assistant([{"type": "image", "text": "x"}])]}, "part 1 has the type 'image'; there are text, python"),
+    ({"messages": [user(), assistant([{"type": "image", "text": "x"}])]},
+     "part 1 has the type 'image'; there are text, python"),
     ({"messages": [user(), assistant([{"type": ["text"], "text": "x"}])]}, r"part 1 has the type \['text'\]"),
     ({"messages": [user(), assistant([{"type": "text"}])]}, r"message 2 of 2 \(assistant\), part 1 has no content"),
     ({"messages": [user(), assistant({"type": "text"})]}, "should be text and is dict"),

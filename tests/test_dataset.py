@@ -1,4 +1,8 @@
-"""Shards made of the user's own files and of the small world: what goes in comes out, bad input is named, nothing is ever lost."""
+"""Shards made of the user's own files and of the small world keep every document; bad input is named.
+
+Covers nanochat/dataset: documents.py, importing.py, readers.py, shards.py, and the commands of __main__.py.
+test_download.py covers download.py.
+"""
 
 import gzip
 import json
@@ -50,7 +54,8 @@ def notes(tmp_path):
     (folder / "a.txt").write_text(texts[0] + "\n", encoding="utf-8")
     (folder / "b.md").write_bytes(b"\xef\xbb\xbf" + texts[1].replace("\n", "\r\n").encode())  # from Windows
     (folder / "deeper" / "c.txt.gz").write_bytes(gzip.compress(texts[2].encode()))
-    (folder / "deeper" / "d.jsonl").write_text("".join(json.dumps({"text": t, "id": 1}) + "\n" for t in texts[3:7]) + "\n")
+    (folder / "deeper" / "d.jsonl").write_text("".join(json.dumps({"text": t, "id": 1}) + "\n" for t in texts[3:7])
+                                               + "\n")
     (folder / "deeper" / "e.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"text": t}, ensure_ascii=False)
                                                                            for t in texts[7:11]).encode()))
     (folder / "deeper" / "yet" / "f.json").write_text(json.dumps([{"text": t} for t in texts[11:13]] + texts[13:15]))
@@ -98,7 +103,8 @@ def test_one_validation_document_at_least_and_one_to_train_on(tmp_path):
     for fraction in (1e-9, 1 - 1e-9):
         for i in range(3):
             (tmp_path / f"{i}.txt").write_text(f"number {i}")
-        train, val = imported([tmp_path / f"{i}.txt" for i in range(3)], tmp_path / f"out{fraction}", val_fraction=fraction)
+        train, val = imported([tmp_path / f"{i}.txt" for i in range(3)], tmp_path / f"out{fraction}",
+                              val_fraction=fraction)
         assert min(len(train), len(val)) == 1 and len(train) + len(val) == 3
 
 
@@ -237,9 +243,10 @@ def test_unknown_encoding_is_named(tmp_path):
 @pytest.mark.parametrize("harm", ["cut", "flip", "not gzip"])
 def test_corrupt_gzip_is_named(tmp_path, harm):
     data = gzip.compress(random.Random(0).randbytes(5000).hex().encode())
-    data = {"cut": data[:3000], "flip": data[:2000] + bytes([data[2000] ^ 255]) + data[2001:], "not gzip": b"hello"}[harm]
+    data = {"cut": data[:3000], "flip": data[:2000] + bytes([data[2000] ^ 255]) + data[2001:],
+            "not gzip": b"hello"}[harm]
     (tmp_path / "x.txt.gz").write_bytes(data)
-    fails(tmp_path, "x.txt.gz is no whole gzip file", tmp_path / "x.txt.gz")
+    fails(tmp_path, "x.txt.gz is not a complete gzip file", tmp_path / "x.txt.gz")
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "not parquet", "empty"])
@@ -247,8 +254,9 @@ def test_corrupt_parquet_is_named(tmp_path, harm):
     path = tmp_path / "x.parquet"
     parquet(path, {"text": [f"{i} some text" for i in range(3000)]})
     data = path.read_bytes()
-    path.write_bytes({"cut": data[:-100], "flip": data[:4] + b"\xff" * 60 + data[64:], "not parquet": b"hello" * 9, "empty": b""}[harm])
-    fails(tmp_path, "x.parquet is no whole parquet file", path)
+    path.write_bytes({"cut": data[:-100], "flip": data[:4] + b"\xff" * 60 + data[64:], "not parquet": b"hello" * 9,
+                      "empty": b""}[harm])
+    fails(tmp_path, "x.parquet is not a complete parquet file", path)
 
 
 def test_line_that_is_not_json_is_named(tmp_path):
@@ -368,7 +376,8 @@ def test_kill_between_the_two_renames_is_mended(notes, tmp_path):
 
 
 def run(code, tmp_path, **options):
-    return subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
                             env=os.environ | {"PYTHONPATH": os.getcwd()}, **options)
 
 
@@ -438,7 +447,8 @@ def test_no_text_names_the_three_ways_to_get_it(tmp_path):
 def test_folder_of_unknown_origin_is_read_with_its_last_shard_as_validation(tmp_path):
     for i in range(3):
         parquet(tmp_path / shard_name(i), {"text": [f"text {i}"]})
-    assert list(iter_documents("train", tmp_path)) == ["text 0", "text 1"] and list(iter_documents("val", tmp_path)) == ["text 2"]
+    assert list(iter_documents("train", tmp_path)) == ["text 0", "text 1"]
+    assert list(iter_documents("val", tmp_path)) == ["text 2"]
 
 
 def test_validation_shard_alone_is_no_training_text(tmp_path):
@@ -456,7 +466,8 @@ def test_corrupt_shard_says_how_to_get_it_again(tmp_path, harm):
     data = bytearray(path.read_bytes())
     data[-6 if harm == "footer" else len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="shard_00000.parquet is corrupt.*dataset small-world --docs=500 --seed=0 --to=.*--replace"):
+    again = "dataset small-world --docs=500 --seed=0 --to=.*--replace"
+    with pytest.raises(UserError, match=f"shard_00000.parquet is corrupt.*{again}"):
         list(iter_documents("train", tmp_path / "a"))
 
 
@@ -489,7 +500,9 @@ def test_command_line_imports_and_makes_the_small_world(notes, tmp_path, capsys)
     assert end.value.code == 1 and capsys.readouterr().err == "error: nowhere does not exist.\n"
 
 
-@pytest.mark.parametrize("argv, words", [(["--help"], ["-n", "import", "small-world"]), (["import", "--help"], ["--doc-separator", "PATH"]),
+@pytest.mark.parametrize("argv, words",
+                         [(["--help"], ["-n", "import", "small-world"]),
+                          (["import", "--help"], ["--doc-separator", "PATH"]),
                                          (["small-world", "--help"], ["--docs", "--seed"])])
 def test_help_names_flags_and_commands(argv, words, capsys):
     with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""Fetching, against a server on this machine that speaks as the hub does and misbehaves as networks do."""
+"""nanochat/dataset/download.py, against a server on this machine that answers like the hub and fails like a network."""
 
 import hashlib
 import json
@@ -59,7 +59,8 @@ class Handler(BaseHTTPRequestHandler):
         hub.asked.append(("paths-info", self.headers))
         self.answer(200, json.dumps([
             {"type": "file", "path": name, "size": len(hub.files[name]), "oid": "0" * 40,
-             "lfs": {"oid": hashlib.sha256(hub.files[name]).hexdigest(), "size": len(hub.files[name]), "pointerSize": 134}}
+             "lfs": {"oid": hashlib.sha256(hub.files[name]).hexdigest(), "size": len(hub.files[name]),
+                     "pointerSize": 134}}
             for name in fields["paths"] if name in hub.files]).encode(), Content_Type="application/json")
 
     def do_GET(self):
@@ -71,8 +72,9 @@ class Handler(BaseHTTPRequestHandler):
             revision = path.partition("/revision/")[2] or "main"
             if revision not in ("main", COMMIT, NEWER):
                 return self.answer(404, X_Error_Code="RevisionNotFound")
-            return self.answer(200, json.dumps({"id": REPO, "sha": hub.commit, "siblings": [], "private": False, "disabled": False,
-                                                "downloads": 0, "likes": 0, "tags": []}).encode(), Content_Type="application/json")
+            info = {"id": REPO, "sha": hub.commit, "siblings": [], "private": False, "disabled": False,
+                    "downloads": 0, "likes": 0, "tags": []}
+            return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
         name = path.rsplit("/", 1)[-1]
         if path.startswith(f"/datasets/{REPO}/resolve/{COMMIT}/"):  # the hub sends on to its store
             if name not in hub.files:
@@ -123,7 +125,8 @@ def hub(monkeypatch):
 def there(folder, hub, *numbers):
     """The shards in `folder` are these, and whole."""
     names = [*map(shard_name, numbers), LAST]
-    return [path.name for path in shards_in(folder)] == names and all((folder / name).read_bytes() == hub.files[name] for name in names)
+    found = [path.name for path in shards_in(folder)]
+    return found == names and all((folder / name).read_bytes() == hub.files[name] for name in names)
 
 
 def leftovers(folder):
@@ -142,7 +145,8 @@ def test_fetch_brings_the_first_shards_and_always_the_validation_shard(hub, tmp_
         assert there(tmp_path, hub, *range(count)) and leftovers(tmp_path) == []
     assert shard_paths("val", tmp_path) == [tmp_path / LAST]
     assert [path.name for path in shard_paths("train", tmp_path)] == [shard_name(i) for i in range(3)]
-    assert all(len(hub.gets(name)) == 1 for name in hub.files if name != shard_name(3))  # what was there was not fetched again
+    assert all(len(hub.gets(name)) == 1 for name in hub.files
+               if name != shard_name(3))  # what was there was not fetched again
 
 
 def test_complete_folder_needs_no_network(hub, tmp_path, monkeypatch):

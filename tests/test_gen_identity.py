@@ -1,4 +1,7 @@
-"""Identity conversations: as many as asked for, all different, sound, true to the description, and the same from the same seed."""
+"""Identity conversations are as many as asked for, all different, well-formed and true to the description.
+
+Covers dev/gen_identity.py and dev/identity_phrases.py.
+"""
 
 import json
 import subprocess
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dev import gen_identity
-from dev.gen_identity import LIKE_FIRST, Who, conversations
+from dev.gen_identity import SAME_START, Description, conversations
 from dev.identity_phrases import FULL, GREETINGS, SHORT
 from nanochat.errors import UserError
 from nanochat.files import base_dir
@@ -25,10 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_thousand_different_conversations(short, seed):
-    made = conversations(Who(), 1000, seed, short)
+    made = conversations(Description(), 1000, seed, short)
     assert len(made) == len({json.dumps(messages) for messages in made}) == 1000
     first = Counter((messages[0]["content"], messages[1]["content"]) for messages in made)
-    assert max(first.values()) <= LIKE_FIRST
+    assert max(first.values()) <= SAME_START
     turns = Counter(len(messages) // 2 for messages in made)
     assert set(turns) == {1, 2, 3} and min(turns.values()) > 100
     for messages in made:
@@ -36,11 +39,12 @@ def test_a_thousand_different_conversations(short, seed):
         assert all(m["content"] == m["content"].strip() != "" and "{" not in m["content"] for m in messages)
     said = [m["content"] for messages in made for m in messages if m["role"] == "assistant"]
     assert sum("Saint Iberis" in text for text in said) > 400
-    assert made == conversations(Who(), 1000, seed, short) and made[:300] == conversations(Who(), 300, seed, short)
+    assert made == conversations(Description(), 1000, seed, short)
+    assert made[:300] == conversations(Description(), 300, seed, short)
 
 
 def test_variety_of_questions_and_languages():
-    made = conversations(Who())
+    made = conversations(Description())
     questions = {m["content"].casefold() for messages in made for m in messages if m["role"] == "user"}
     assert len(questions) > 600
     assert sum(not messages[0]["content"].isascii() for messages in made) > 40
@@ -53,13 +57,14 @@ def test_every_phrase_is_used_and_none_is_twice():
         questions = [question for topic in topics for question in topic.questions]
         assert len(set(questions)) == len(questions)
         assert all(len(set(topic.answers)) == len(topic.answers) for topic in topics)
-        said = {m["content"] for messages in conversations(Who(), 2000, short=short) for m in messages}
+        said = {m["content"] for messages in conversations(Description(), 2000, short=short) for m in messages}
         plain = [answer for answer in answers if "{" not in answer]
         assert len(plain) >= 3 and not set(plain) - said
 
 
 def test_description_is_what_is_said_and_nothing_is_said_of_what_is_empty():
-    who = Who(name="Robin {x}", maker="Ada", project="", kind="", size="", data="", time="", year="", licence="")
+    who = Description(name="Robin {x}", maker="Ada", project="", kind="", size="", data="", time="", year="",
+                      licence="")
     text = json.dumps(conversations(who, 500))
     assert "Robin {x}" in text and "made by Ada" in text
     for absent in ("Saint Iberis", "Rikka", "parameters do", "licence", "542", "  ", " ."):
@@ -67,10 +72,10 @@ def test_description_is_what_is_said_and_nothing_is_said_of_what_is_empty():
 
 
 def test_short_ones_describe_a_small_model_and_are_short():
-    made = conversations(Who(), 1000, short=True)
+    made = conversations(Description(), 1000, short=True)
     text = json.dumps(made)
     assert "4 million" in text and "542 million" not in text and "I am Saint Iberis." in text
-    assert "7 million" in json.dumps(conversations(Who(size="7 million"), 300, short=True))
+    assert "7 million" in json.dumps(conversations(Description(size="7 million"), 300, short=True))
     tokenizer = RustBPETokenizer.train_from_iterator(islice(documents(0), 2000), 1024)
     sizes = [len(tokenizer.render_conversation({"messages": messages})[0]) for messages in made]
     assert sum(sizes) / len(sizes) < 80 and max(sizes) < 200
@@ -82,7 +87,7 @@ def test_file_is_written_where_the_recipes_look_and_read_by_them():
     gen_identity.main(["--count=40"])
     path = base_dir() / "identity_conversations.jsonl"
     task = CustomJSON(path)
-    assert [c["messages"] for c in task] == conversations(Who(), 40)
+    assert [c["messages"] for c in task] == conversations(Description(), 40)
     assert isinstance(json.loads(path.read_text(encoding="utf-8").splitlines()[0]), list)
 
 
@@ -97,10 +102,10 @@ def test_runs_as_a_file_and_as_a_module(how, tmp_path):
 
 def test_what_cannot_be_done_is_said():
     with pytest.raises(UserError, match="needs a name"):
-        conversations(Who(name=" "))
+        conversations(Description(name=" "))
     with pytest.raises(UserError, match="at least one"):
-        conversations(Who(), 0)
-    nobody = Who("X", *[""] * 8)
+        conversations(Description(), 0)
+    nobody = Description("X", *[""] * 8)
     with pytest.raises(UserError, match="no 50000 different conversations"):
         original, gen_identity.TRIES = gen_identity.TRIES, 1
         try:

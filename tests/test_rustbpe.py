@@ -1,4 +1,7 @@
-"""rustbpe: merges by definition, ids as tiktoken's, streaming, threads, and clear errors."""
+"""rustbpe trains the merges of the definition and gives tiktoken's ids, with streams, threads and clear errors.
+
+Covers bench/tokenizer.py and bench/tokenizer_peer.py too.
+"""
 
 import collections
 import gzip
@@ -44,14 +47,17 @@ def prose(n, seed=0):
     """n words, frequent and rare ones, in lines."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("etaoinshrdlué", k=rng.randint(1, 9))) for _ in range(3000)]
-    return "".join(words[int(3000 * rng.random() ** 3)] + rng.choice([" ", " ", " ", ", ", "\n", "'s 12 "]) for _ in range(n))
+    return "".join(words[int(3000 * rng.random() ** 3)] + rng.choice([" ", " ", " ", ", ", "\n", "'s 12 "])
+                   for _ in range(n))
 
 
 def elsewhere(script, **environment):
     """What a script prints in a Python of its own, where `trained` and `prose` are at hand."""
-    script = "\n".join([f"import random, rustbpe\nSPLIT_PATTERN = {SPLIT_PATTERN!r}", inspect.getsource(trained), inspect.getsource(prose),
+    script = "\n".join([f"import random, rustbpe\nSPLIT_PATTERN = {SPLIT_PATTERN!r}", inspect.getsource(trained),
+                        inspect.getsource(prose),
                         textwrap.dedent(script)])
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True,
+                          text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -77,7 +83,7 @@ def naive_ranks(texts, vocab_size, pattern):
 
 @pytest.fixture(scope="module")
 def crossing():
-    """Ranks whose merges cross every boundary between the tricky characters, so that a piece cut elsewhere gives other ids."""
+    """Ranks whose merges cross every boundary between the tricky characters: a piece cut elsewhere gives other ids."""
     rng = random.Random(1)
     texts = ["".join(rng.choices(TRICKY, k=4000)) for _ in range(5)]
     return trained(texts, 4000, pattern=r"(?s).+").get_mergeable_ranks()
@@ -87,7 +93,8 @@ def crossing():
 
 
 @settings(max_examples=60, deadline=None)
-@given(texts=st.lists(st.text(st.sampled_from("aab cé1'\n"), max_size=40) | st.text(st.sampled_from(TRICKY), max_size=10), max_size=5),
+@given(texts=st.lists(st.text(st.sampled_from("aab cé1'\n"), max_size=40)
+                      | st.text(st.sampled_from(TRICKY), max_size=10), max_size=5),
        pattern=st.sampled_from(PATTERNS))
 def test_merges_are_those_of_the_definition(texts, pattern):
     assert trained(texts, 300, pattern).get_mergeable_ranks() == naive_ranks(texts, 300, pattern)
@@ -102,7 +109,8 @@ def test_merges_and_ids_equal_those_recorded_from_the_published_trainer(shared):
         tokenizer = trained(texts, case["vocab_size"], case["pattern"])
         assert {token.hex(): rank for token, rank in tokenizer.get_mergeable_ranks()} == dict(case["mergeable_ranks"])
         for sample in case["encodings"]:
-            assert tokenizer.encode(sample["text"]) == sample["ids"] and tokenizer.decode(sample["ids"]) == sample["text"]
+            assert tokenizer.encode(sample["text"]) == sample["ids"]
+            assert tokenizer.decode(sample["ids"]) == sample["text"]
 
 
 def test_number_of_threads_and_buffer_size_change_no_merge():
@@ -119,7 +127,8 @@ def test_number_of_threads_and_buffer_size_change_no_merge():
 def test_one_long_text_gives_the_merges_of_its_lines():
     text = prose(150_000)  # over 262,144 bytes, so that threads share it
     assert len(text) > 600_000
-    assert trained([text], 800).get_mergeable_ranks() == trained(text.splitlines(keepends=True), 800).get_mergeable_ranks()
+    assert trained([text], 800).get_mergeable_ranks() == trained(text.splitlines(keepends=True),
+                                                                 800).get_mergeable_ranks()
 
 
 def test_training_ends_early_where_no_pair_is_left_and_again_replaces_all():
@@ -148,7 +157,8 @@ def test_every_character_is_cut_as_tiktoken_cuts_it(pattern):
     ranks = trained(["aa 11 !!\n\n 'a 'l  '\n1!a1a!1 a!"] * 3, 400, pattern=r"(?s).+").get_mergeable_ranks()
     tokenizer = rustbpe.Tokenizer.from_ranks(ranks, pattern)
     characters = [chr(c) for c in range(0x110000) if not 0xd800 <= c < 0xe000]
-    texts = ["".join(f"a{c}a 1{c}1 !{c}! {c}{c}a\n{c}\n'{c}1'{c}l" for c in characters[i:i + 500]) for i in range(0, 0x20000, 500)]
+    texts = ["".join(f"a{c}a 1{c}1 !{c}! {c}{c}a\n{c}\n'{c}1'{c}l" for c in characters[i:i + 500])
+             for i in range(0, 0x20000, 500)]
     assert tokenizer.batch_encode(texts) == as_tiktoken(tokenizer).encode_ordinary_batch(texts, num_threads=2)
 
 
@@ -168,7 +178,8 @@ def test_ids_equal_tiktokens_on_prose_with_any_order_of_bytes():
 def test_ids_equal_tiktokens_where_ranks_come_from_no_training():
     rng = random.Random(3)
     tokens = {bytes(rng.choices(b"abc", k=rng.randint(2, 6))) for _ in range(300)}
-    ranks = {**{bytes([b]): b for b in range(256)}, **{token: 256 + i for i, token in enumerate(sorted(tokens, key=hash))}}
+    ranks = {**{bytes([b]): b for b in range(256)},
+             **{token: 256 + i for i, token in enumerate(sorted(tokens, key=hash))}}
     tokenizer = rustbpe.Tokenizer.from_ranks(ranks, SPLIT_PATTERN)
     texts = ["".join(rng.choices("abc ", k=rng.randint(1, 300))) for _ in range(500)]
     assert tokenizer.batch_encode(texts) == as_tiktoken(tokenizer).encode_ordinary_batch(texts)
@@ -179,7 +190,8 @@ def test_flat_batch_holds_the_ids_of_the_lists():
     texts = ["", *prose(200_000, seed=2).splitlines(), "", "\0a\0", prose(120_000, seed=3), ""]
     lists = tokenizer.batch_encode(texts)
     ids, offsets = (np.frombuffer(part, kind) for part, kind in zip(tokenizer.batch_encode_flat(texts), ("<u4", "<u8")))
-    assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets.tolist())] == lists == [tokenizer.encode(text) for text in texts]
+    assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets.tolist())] == lists == [tokenizer.encode(text)
+                                                                                             for text in texts]
     assert tokenizer.batch_encode([]) == [] and tokenizer.batch_encode_flat([]) == (b"", bytes(8))
     assert tokenizer.batch_encode([""]) == [[]] and tokenizer.batch_encode_flat([""]) == (b"", bytes(16))
     assert tokenizer.batch_encode(text for text in ("a", "b")) == [[97], [98]]
@@ -330,7 +342,8 @@ def test_many_python_threads_may_encode_with_one_tokenizer():
     tokenizer = trained([prose(5000)], 1000)
     texts = [prose(300, seed) for seed in range(40)]
     expected, results = [tokenizer.encode(text) for text in texts], {}
-    threads = [threading.Thread(target=lambda i=i: results.update({i: tokenizer.batch_encode(texts)})) for i in range(8)]
+    threads = [threading.Thread(target=lambda i=i: results.update({i: tokenizer.batch_encode(texts)}))
+               for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -389,10 +402,13 @@ def test_a_forked_child_encodes_too():
 def test_the_benchmark_tables_training_and_encoding_of_equal_results(tmp_path, capsys):
     from bench import tokenizer as bench
     (tmp_path / "a.txt").write_text(prose(3000) + "\n<|doc|>\n" + prose(3000, seed=1))
-    bench.main(["--text", str(tmp_path / "a.txt"), "--vocab-size=400", "--rounds=1", "--threads=1", f"--json={tmp_path / 'out.json'}"])
+    bench.main(["--text", str(tmp_path / "a.txt"), "--vocab-size=400", "--rounds=1", "--threads=1",
+                f"--json={tmp_path / 'out.json'}"])
     text = capsys.readouterr().out
     assert "400 tokens, 1 threads" in text and "python -m bench.tokenizer --text" in text
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")][2:]
-    assert [row[:2] for row in rows] == [["train", "ours"], ["encode", "ours, batch_encode"], ["encode", "ours, batch_encode_flat"],
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+            if line.startswith("|")][2:]
+    assert [row[:2] for row in rows] == [["train", "ours"], ["encode", "ours, batch_encode"],
+                                         ["encode", "ours, batch_encode_flat"],
                                          ["encode", "tiktoken"]]
     assert json.loads((tmp_path / "out.json").read_text())["rounds"]["encode"]["tiktoken"][0]["size"] > 0

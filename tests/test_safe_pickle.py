@@ -1,4 +1,4 @@
-"""A tokenizer.pkl from elsewhere is read as data: it runs nothing, and anything but an Encoding is refused."""
+"""A tokenizer.pkl from elsewhere is read as data: it runs no code, and anything but an Encoding is refused."""
 
 import os
 import pickle
@@ -15,7 +15,8 @@ from nanochat.tokenizer.files import MAX_FILE
 from nanochat.tokenizer.safe_pickle import encoding_state
 
 TOKENS = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b"in", b"\xff\xfe", b"\x00\x00"]
-STATE = {"name": "rustbpe", "pat_str": SPLIT_PATTERN, "mergeable_ranks": {token: rank for rank, token in enumerate(TOKENS)},
+STATE = {"name": "rustbpe", "pat_str": SPLIT_PATTERN,
+         "mergeable_ranks": {token: rank for rank, token in enumerate(TOKENS)},
          "special_tokens": {name: len(TOKENS) + i for i, name in enumerate(SPECIAL_TOKENS)}}
 ENCODING = b"ctiktoken.core\nEncoding\n"
 GOOD = pickle.dumps(tiktoken.Encoding(**STATE), protocol=4)
@@ -76,7 +77,8 @@ def attacks(flag: str) -> dict[str, bytes]:
         "filled twice": with_state(STATE)[:-1] + pickle.dumps(STATE, protocol=4)[2:-1] + b"b.",
         "item of an Encoding": b"\x80\x02" + ENCODING + b")\x81K\x01K\x01s.",
         "item of a name": ENCODING + b"S'a'\nK\x01s.",
-        "reconstructor of another class": b"ccopy_reg\n_reconstructor\n(c__builtin__\nobject\nc__builtin__\nobject\nNtR}b.",
+        "reconstructor of another class": b"ccopy_reg\n_reconstructor\n(c__builtin__\nobject\n"
+                                          b"c__builtin__\nobject\nNtR}b.",
         "reconstructor with text for names": b"ccopy_reg\n_reconstructor\n(V<Encoding>\nV<object>\nNtR}b.",
         "another codec": encode + b"(Va\nVrot13\ntR.",
         "object made": b"c__builtin__\nobject\n)R.",
@@ -149,7 +151,8 @@ def test_every_truncation_is_refused():
             encoding_state(GOOD[:end], "here")
 
 
-@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning", "ignore:invalid escape sequence:SyntaxWarning")
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning",
+                            "ignore:invalid escape sequence:SyntaxWarning")
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_a_damaged_pickle_is_refused_or_is_a_whole_tokenizer(tmp_path_factory, changes):
@@ -172,15 +175,18 @@ RANKS, SPECIALS = STATE["mergeable_ranks"], STATE["special_tokens"]
     ({"pat_str": "("}, "pattern fails"), ({"pat_str": "(?:a{1,1000}){1,1000}{1,1000}"}, "pattern fails"),
     ({"pat_str": "(" * 400 + ")" * 400}, "pattern fails"), ({"pat_str": "\ud800"}, "pattern fails"),
     ({"pat_str": "(?:(?=(?s:.))(?:x?){0,99}){0,99999}{0,99999}\\1(a)"}, "pattern"), ({"pat_str": r"\p{L}+"}, "loses"),
-    ({"mergeable_ranks": "x"}, "tokens"), ({"mergeable_ranks": {}}, "single bytes"), ({"mergeable_ranks": {**RANKS, b"a": None}}, "tokens"),
+    ({"mergeable_ranks": "x"}, "tokens"), ({"mergeable_ranks": {}}, "single bytes"),
+    ({"mergeable_ranks": {**RANKS, b"a": None}}, "tokens"),
     ({"mergeable_ranks": {**RANKS, "text": 261}}, "tokens"), ({"mergeable_ranks": {**RANKS, b"": 261}}, "tokens"),
     ({"mergeable_ranks": {**RANKS, b"a": True}}, "NEWTRUE"), ({"mergeable_ranks": {**RANKS, b"a": 1.0}}, "BINFLOAT"),
     ({"mergeable_ranks": {**RANKS, b"new": 10**5000}}, "gaps"), ({"mergeable_ranks": {**RANKS, b"new": 262}}, "gaps"),
     ({"mergeable_ranks": {**RANKS, b"new": 5}}, "gaps"), ({"mergeable_ranks": {**RANKS, b"a": -1}}, "gaps"),
     ({"special_tokens": None}, "special"), ({"special_tokens": {**SPECIALS, b"x": 270}}, "special"),
     ({"special_tokens": {**SPECIALS, "": 270}}, "special"), ({"special_tokens": {**SPECIALS, "x": "y"}}, "special"),
-    ({"special_tokens": {**SPECIALS, "\ud800": 270}}, "pattern"), ({"special_tokens": {f"{i}": 261 + i for i in range(2000)}}, "special"),
-    ({"special_tokens": {**SPECIALS, "<|bos|>": 5}}, "last ids"), ({"special_tokens": {**SPECIALS, "<|bos|>": 262}}, "last ids"),
+    ({"special_tokens": {**SPECIALS, "\ud800": 270}}, "pattern"),
+    ({"special_tokens": {f"{i}": 261 + i for i in range(2000)}}, "special"),
+    ({"special_tokens": {**SPECIALS, "<|bos|>": 5}}, "last ids"),
+    ({"special_tokens": {**SPECIALS, "<|bos|>": 262}}, "last ids"),
     ({"special_tokens": {"<|bos|>": 261}}, "has no special token"), ({"explicit_n_vocab": 5}, "exactly"),
 ])
 def test_an_encoding_with_an_unsound_state_is_refused(change, message, tmp_path):

@@ -1,6 +1,7 @@
-"""nanochat/tools/sandbox.py: what a program may not do it cannot do, at each level that this machine reaches, and passing cannot be faked.
+"""What a sandboxed program may not do, it cannot do, at each level that works here; and passing cannot be faked.
 
-Each attack is bounded in itself, so that a sandbox that fails harms nobody.
+Covers nanochat/tools/sandbox.py and sandbox_launcher.py. Each attack is limited by itself, so that a sandbox that fails
+does no harm.
 """
 
 import gzip
@@ -25,11 +26,11 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="macOS cannot do this
 
 
 @pytest.fixture(params=["limits", "isolated"])
-def way(request, monkeypatch):
+def method(request, monkeypatch):
     """Each level that this machine reaches, in turn: how it is reached."""
-    ways = [way for way in LEVELS if LEVELS[way].name.lower() == request.param]
-    problems = {way: sandbox._problem(way) for way in ways}
-    usable = [way for way in ways if not problems[way]]
+    ways = [method for method in LEVELS if LEVELS[method].name.lower() == request.param]
+    problems = {method: sandbox._problem(method) for method in ways}
+    usable = [method for method in ways if not problems[method]]
     if not usable:
         pytest.skip(f"level {request.param}: {problems}")
     monkeypatch.setattr(sandbox, "_best", lambda: (LEVELS[usable[0]], usable[0], ["a reason"]))
@@ -38,7 +39,7 @@ def way(request, monkeypatch):
 
 @pytest.fixture
 def isolated():
-    """The best way, skipped where that is below ISOLATED."""
+    """Uses the best method; skips the test if that is below ISOLATED."""
     if best_level() < Level.ISOLATED:
         pytest.skip("this machine reaches the level limits only")
 
@@ -58,13 +59,14 @@ def processes_with(mark):
 
 # ---- ordinary programs
 
-def test_a_program_runs_and_its_output_comes_back(way):
+def test_a_program_runs_and_its_output_comes_back(method):
     result = run_python("import sys, math\nprint('é', math.sqrt(16))\nprint('oops', file=sys.stderr)")
-    assert (result.ok, result.stdout, result.stderr, result.reason, result.timed_out) == (True, "é 4.0\n", "oops\n", "", False)
-    assert result.level == LEVELS[way]
+    outcome = result.ok, result.stdout, result.stderr, result.reason, result.timed_out
+    assert outcome == (True, "é 4.0\n", "oops\n", "", False)
+    assert result.level == LEVELS[method]
 
 
-def test_the_standard_library_and_classes_work(way):
+def test_the_standard_library_and_classes_work(method):
     result = run_python("import collections, dataclasses, hashlib, itertools, json, random, re, typing\n"
                         "@dataclasses.dataclass\nclass A:\n    x: int = 3\n"
                         "print(A(), __name__, hashlib.md5(b'x').hexdigest()[:4], json.dumps([1]))\n"
@@ -73,9 +75,10 @@ def test_the_standard_library_and_classes_work(way):
 
 
 @pytest.mark.parametrize("code, reason", [
-    ("1/0", "ZeroDivisionError: division by zero"), ("def f(:", "SyntaxError: invalid syntax"), ("import sys; sys.exit(3)", "exit code 3"),
-    ("raise SystemExit('so')", "so"), ("import os; os.abort()", "SIGABRT|SIGSEGV"), ("\0", "null bytes"),
-    ("def f(): f()\nf()", "RecursionError"), ("x = '\ud800'", ""), ("", ""),
+    ("1/0", "ZeroDivisionError: division by zero"), ("def f(:", "SyntaxError: invalid syntax"),
+    ("import sys; sys.exit(3)", "exit code 3"), ("raise SystemExit('so')", "so"),
+    ("import os; os.abort()", "SIGABRT|SIGSEGV"), ("\0", "null bytes"), ("def f(): f()\nf()", "RecursionError"),
+    ("x = '\ud800'", ""), ("", ""),
 ])
 def test_the_reason_says_what_went_wrong(code, reason):
     result = run_python(code)
@@ -83,16 +86,18 @@ def test_the_reason_says_what_went_wrong(code, reason):
     assert any(part in result.reason for part in reason.split("|")), result
 
 
-def test_an_endless_loop_is_stopped(way):
+def test_an_endless_loop_is_stopped(method):
     began = time.monotonic()
     result = run_python("print('begun', flush=True)\nwhile True: pass", timeout=0.7)
-    assert result.timed_out and not result.ok and result.reason == "timed out after 0.7 s" and result.stdout == "begun\n"
+    assert result.timed_out and not result.ok and result.reason == "timed out after 0.7 s"
+    assert result.stdout == "begun\n"
     assert 0.7 <= time.monotonic() - began < 4
     assert run_python("import time; time.sleep(60)", timeout=0.5).timed_out
 
 
-def test_signals_that_a_program_ignores_do_not_save_it(way):
-    code = ("import signal\nfor s in signal.valid_signals():\n  try: signal.signal(s, signal.SIG_IGN)\n  except OSError: pass\n"
+def test_signals_that_a_program_ignores_do_not_save_it(method):
+    code = ("import signal\nfor s in signal.valid_signals():\n  try: signal.signal(s, signal.SIG_IGN)\n"
+            "  except OSError: pass\n"
             "while True: pass")
     began = time.monotonic()
     assert run_python(code, timeout=0.5).timed_out and time.monotonic() - began < 4
@@ -101,15 +106,15 @@ def test_signals_that_a_program_ignores_do_not_save_it(way):
 # ---- bounds
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_endless_output_is_cut_and_ends_the_program(way, stream):
+def test_endless_output_is_cut_and_ends_the_program(method, stream):
     began = time.monotonic()
     result = run_python(f"import sys\nfor _ in range(300_000): print('x' * 1000, file=sys.{stream})", timeout=10)
     assert not result.ok and result.reason == "wrote more than 262,144 bytes of output" and time.monotonic() - began < 8
-    assert len(getattr(result, stream)) == sandbox.OUTPUT
+    assert len(getattr(result, stream)) == sandbox.OUTPUT_BYTES
 
 
 @linux
-def test_a_program_cannot_take_much_memory(way):
+def test_a_program_cannot_take_much_memory(method):
     code = "taken = []\nfor _ in range(48): taken.append(bytearray(64 << 20))\nprint('took 3 GB')"
     result = run_python(code, memory=300 << 20)
     assert not result.ok and "took" not in result.stdout and "MemoryError" in result.reason, result
@@ -117,7 +122,7 @@ def test_a_program_cannot_take_much_memory(way):
 
 
 @linux
-def test_a_fork_bomb_stays_small_and_nothing_of_it_is_left(way, tmp_path):
+def test_a_fork_bomb_stays_small_and_nothing_of_it_is_left(method, tmp_path):
     # at most 2**6 processes, each sleeping, if nothing holds it
     code = ("import os, time\nfor _ in range(6):\n  try: os.fork()\n  except OSError: print('refused', flush=True)\n"
             "time.sleep(20.0625)")
@@ -128,22 +133,24 @@ def test_a_fork_bomb_stays_small_and_nothing_of_it_is_left(way, tmp_path):
 
 
 @linux
-def test_threads_count_as_processes(way):
+def test_threads_count_as_processes(method):
     result = run_python("import threading, time\nfor n in range(40):\n"
                         "  threading.Thread(target=time.sleep, args=(1,), daemon=True).start()", processes=8)
     assert not result.ok and "can't start new thread" in result.reason
-    assert run_python("import threading\nt = threading.Thread(target=print, args=('hi',))\nt.start(); t.join()").stdout == "hi\n"
+    assert run_python("import threading\nt = threading.Thread(target=print, args=('hi',))\n"
+                      "t.start(); t.join()").stdout == "hi\n"
 
 
-def test_files_are_bounded(way):
-    result = run_python("f = open('big', 'wb', buffering=0)\nfor _ in range(64): f.write(bytes(1 << 20))\nprint('64 MB')")
+def test_files_are_bounded(method):
+    result = run_python("f = open('big', 'wb', buffering=0)\nfor _ in range(64): f.write(bytes(1 << 20))\n"
+                        "print('64 MB')")
     assert not result.ok and "64 MB" not in result.stdout
     result = run_python("files = [open('/dev/null') for _ in range(100)]")
     assert not result.ok and "Too many open files" in result.reason
 
 
 @linux
-def test_limits_cannot_be_raised_again(way):
+def test_limits_cannot_be_raised_again(method):
     code = ("import resource\nfor name in ('AS', 'NPROC', 'CPU', 'FSIZE', 'NOFILE', 'CORE'):\n"
             "  kind = getattr(resource, 'RLIMIT_' + name)\n"
             "  try: resource.setrlimit(kind, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)); print('raised', name)\n"
@@ -169,7 +176,7 @@ print('left')
 
 @linux
 @pytest.mark.parametrize("then", ["", "\nwhile True: pass", "\nos._exit(5)"])
-def test_children_that_left_their_session_are_killed_too(way, then):
+def test_children_that_left_their_session_are_killed_too(method, then):
     mark = f"mark{os.getpid()}{time.monotonic_ns()}"
     result = run_python(LEAVE.format(mark=mark) + then, timeout=1 if "while" in then else 5)
     assert processes_with(mark) == []
@@ -178,10 +185,13 @@ def test_children_that_left_their_session_are_killed_too(way, then):
 
 @linux
 @pytest.mark.parametrize("whom", ["the caller", "the launcher"])
-def test_where_its_keeper_is_killed_it_dies_too(way, whom, tmp_path):
+def test_where_its_keeper_is_killed_it_dies_too(method, whom, tmp_path):
     mark = f"mark{os.getpid()}{time.monotonic_ns()}"
-    program = f"import os, sys\nos.execv(sys.executable, [sys.executable, '-I', '-S', '-c', 'import time; time.sleep(30)', '{mark}'])"
-    caller = subprocess.Popen([sys.executable, "-c", f"from nanochat import sandbox\nprint(sandbox._Run({way!r}, {program!r}, None, 20.0, "
+    program = ("import os, sys\n"
+               f"os.execv(sys.executable, [sys.executable, '-I', '-S', '-c', 'import time; time.sleep(30)', '{mark}'])")
+    caller = subprocess.Popen([sys.executable, "-c",
+                               f"from nanochat.tools import sandbox\n"
+                               f"print(sandbox._SandboxRun({method!r}, {program!r}, None, 20.0, "
                                "512 << 20, 2).result().reason)"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                               env=os.environ | {"TMPDIR": str(tmp_path)})
     try:
@@ -205,7 +215,7 @@ def wait_until(true, seconds=10):
 
 
 @linux
-def test_the_parent_and_others_cannot_be_killed(way):
+def test_the_parent_and_others_cannot_be_killed(method):
     bystander = subprocess.Popen(["sleep", "20"], **({"user": 65533} if os.getuid() == 0 else {}))
     code = ("import os, signal\nrefused = 0\n"
             f"for pid in (os.getppid(), {os.getpid()}, {bystander.pid}):\n"
@@ -220,7 +230,7 @@ def test_the_parent_and_others_cannot_be_killed(way):
         bystander.wait()
 
 
-def test_its_folder_is_gone_afterwards(way, monkeypatch, tmp_path):
+def test_its_folder_is_gone_afterwards(method, monkeypatch, tmp_path):
     folder, outside = Path("/tmp") / f"boxes{os.getpid()}{time.monotonic_ns()}", tmp_path / "outside"
     folder.mkdir()
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(folder))
@@ -228,11 +238,13 @@ def test_its_folder_is_gone_afterwards(way, monkeypatch, tmp_path):
         outside.mkdir()
         outside.chmod(0o755)
         (outside / "kept").write_text("x")
-        result = run_python("import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').write('x')\nos.chmod('a/b', 0)\nos.chmod('a', 0)\n"
+        result = run_python("import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').write('x')\nos.chmod('a/b', 0)\n"
+                            "os.chmod('a', 0)\n"
                             f"os.symlink({str(outside)!r}, 'link')\n"
                             "print(os.getcwd() == os.environ['HOME'] == os.environ['TMPDIR'], sorted(os.listdir('.')))")
         assert result.ok and result.stdout == "True ['a', 'link']\n", result
-        assert list(folder.iterdir()) == [] and (outside / "kept").read_text() == "x" and outside.stat().st_mode & 0o777 == 0o755
+        assert list(folder.iterdir()) == [] and (outside / "kept").read_text() == "x"
+        assert outside.stat().st_mode & 0o777 == 0o755
     finally:
         folder.rmdir()
 
@@ -240,7 +252,8 @@ def test_its_folder_is_gone_afterwards(way, monkeypatch, tmp_path):
 def test_what_a_killed_caller_left_is_swept_later(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    for name, age in ((f"{gone.pid}-old", 4000), (f"{gone.pid}-young", 10), (f"{os.getpid()}-alive", 4000), ("mine-x", 4000)):
+    for name, age in ((f"{gone.pid}-old", 4000), (f"{gone.pid}-young", 10), (f"{os.getpid()}-alive", 4000),
+                      ("mine-x", 4000)):
         box = tmp_path / f"nanochat-sandbox-{name}"
         box.mkdir()
         (box / "x").write_text("x")
@@ -250,22 +263,23 @@ def test_what_a_killed_caller_left_is_swept_later(tmp_path):
         [f"{gone.pid}-young", f"{os.getpid()}-alive", "mine-x"])
 
 
-def test_the_environment_does_not_come_along(way, monkeypatch):
+def test_the_environment_does_not_come_along(method, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hunter2")
     monkeypatch.setenv("PYTHONSTARTUP", "/tmp/x")
     result = run_python("import os, sys\nprint(sorted(os.environ), sys.flags.isolated, sys.flags.no_site, sys.argv)")
     assert "HF_TOKEN" not in result.stdout and result.stdout.endswith("1 1 ['program.py']\n")
-    assert set(eval(result.stdout.rpartition(" 1 1")[0])) <= {"HOME", "TMPDIR", "PATH", "LC_CTYPE", "PWD", "__CF_USER_TEXT_ENCODING"}
+    assert set(eval(result.stdout.rpartition(" 1 1")[0])) <= {"HOME", "TMPDIR", "PATH", "LC_CTYPE", "PWD",
+                                                              "__CF_USER_TEXT_ENCODING"}
 
 
 @linux
-def test_the_parents_memory_and_environment_cannot_be_read(way, monkeypatch):
+def test_the_parents_memory_and_environment_cannot_be_read(method, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hunter2")  # children of this process get it
     bystander = subprocess.Popen(["sleep", "20"])
     try:
         result = run_python(f"for pid in ({bystander.pid}, 'self'):\n"
                             "  try: print(open(f'/proc/{pid}/environ').read())\n  except OSError: print('refused')")
-        if os.getuid() == 0 or LEVELS[way] == Level.ISOLATED:
+        if os.getuid() == 0 or LEVELS[method] == Level.ISOLATED:
             assert result.ok and "hunter2" not in result.stdout and "refused" in result.stdout
     finally:
         bystander.kill()
@@ -280,9 +294,11 @@ def test_files_outside_can_be_neither_read_nor_written(isolated):
     secret.write_text("hunter2")
     secret.chmod(0o666)
     try:
-        code = (f"import os\nfor path in ({str(secret)!r}, '/etc/passwd', {str(ROOT / 'pyproject.toml')!r}, '/proc/1/environ'):\n"
+        code = (f"import os\nfor path in ({str(secret)!r}, '/etc/passwd', {str(ROOT / 'pyproject.toml')!r}, "
+                f"'/proc/1/environ'):\n"
                 "  try: print(open(path).read())\n  except OSError as e: print('refused')\n"
-                f"for path in ({str(secret)!r}, {str(folder / 'new')!r}, '/usr/x', '/x', os.__file__, '/bin/x', '/dev/x'):\n"
+                f"for path in ({str(secret)!r}, {str(folder / 'new')!r}, '/usr/x', '/x', os.__file__, '/bin/x', "
+                f"'/dev/x'):\n"
                 "  try: open(path, 'w').write('x'); print('wrote', path)\n  except OSError: print('refused')")
         result = run_python(code)
         assert result.ok and result.stdout == "refused\n" * 11, result
@@ -308,25 +324,29 @@ def test_what_a_program_sees_is_read_only_also_where_everyone_may_write(isolated
 
 
 @linux
-def test_no_network(way):
+def test_no_network(method):
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)):  # from outside it works
             server.accept()[0].close()
-        result = run_python(f"import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1); print('connected')\n"
+        result = run_python(f"import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1); "
+                            f"print('connected')\n"
                             "except OSError: print('refused')\n"
-                            f"try: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port})); print('sent')\n"
+                            f"try: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', "
+                            f"{port})); print('sent')\n"
                             "except OSError: print('refused')")
-        assert result.ok and result.stdout.splitlines()[0] == "refused" and "sent" not in result.stdout or LEVELS[way] == Level.ISOLATED
+        refused = result.ok and result.stdout.splitlines()[0] == "refused" and "sent" not in result.stdout
+        assert refused or LEVELS[method] == Level.ISOLATED
         with pytest.raises(TimeoutError):
             server.accept()
 
 
 @linux
-def test_no_privileges_are_left(way):
+def test_no_privileges_are_left(method):
     code = ("import os\nprint(os.getuid() != 0, os.geteuid() != 0)\n"
-            "for call in (lambda: os.setuid(0), lambda: os.chroot('/'), lambda: os.setgroups([0]), lambda: os.nice(-5)):\n"
+            "for call in (lambda: os.setuid(0), lambda: os.chroot('/'), lambda: os.setgroups([0]), lambda: "
+            "os.nice(-5)):\n"
             "  try: call(); print('did it')\n  except OSError: print('refused')\n"
             "import ctypes\nlibc = ctypes.CDLL(None)\n"
             "print(libc.mount(b'none', b'/tmp', b'tmpfs', 0, None), libc.umount2(b'/tmp', 2))")
@@ -345,19 +365,20 @@ ADD = "def add(a, b):\n    return a + b\n"
 CHECK = "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\ncheck(add)"
 
 
-def test_a_right_program_passes_and_a_wrong_one_does_not(way):
+def test_a_right_program_passes_and_a_wrong_one_does_not(method):
     right, wrong = passes(ADD, CHECK), passes(ADD.replace("+", "-"), CHECK)
-    assert (right.ok, right.reason, right.level) == (True, "", LEVELS[way])
+    assert (right.ok, right.reason, right.level) == (True, "", LEVELS[method])
     assert (wrong.ok, wrong.reason) == (False, "in the checks: AssertionError")
     assert passes(ADD + "print('hello')", CHECK).stdout == "hello\n"
 
 
 @pytest.mark.parametrize("program, reason", [
     ("1/0", "in the program: ZeroDivisionError: division by zero"), ("def add(:", "in the program: SyntaxError"),
-    ("x = 1", "in the checks: NameError: name 'add' is not defined"), ("def add(a, b): return undefined", "in the checks: NameError"),
-    ("while True: pass", "timed out after 0.5 s"), ("def add(a, b):\n    while True: pass", "timed out after 0.5 s"),
-    ("import time\ntime.sleep(30)", "timed out"), ("add = lambda a, b: add(a, b)", "in the checks: RecursionError"),
-    ("print('x' * 10_000_000)", "of output"), ("raise KeyboardInterrupt", "in the program: KeyboardInterrupt"),
+    ("x = 1", "in the checks: NameError: name 'add' is not defined"),
+    ("def add(a, b): return undefined", "in the checks: NameError"), ("while True: pass", "timed out after 0.5 s"),
+    ("def add(a, b):\n    while True: pass", "timed out after 0.5 s"), ("import time\ntime.sleep(30)", "timed out"),
+    ("add = lambda a, b: add(a, b)", "in the checks: RecursionError"), ("print('x' * 10_000_000)", "of output"),
+    ("raise KeyboardInterrupt", "in the program: KeyboardInterrupt"),
 ])
 def test_the_reason_says_where_it_failed(program, reason):
     result = passes(program, CHECK, timeout=0.5 if "timed" in reason else 5)
@@ -370,14 +391,18 @@ FAKES = {
     "exit inside": "import sys\ndef add(a, b): sys.exit(0)", "os._exit inside": "import os\ndef add(a, b): os._exit(0)",
     "print": "for n in range(100): print('12', 'ok', 'passed', n)\ndef add(a, b): pass",
     "atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef add(a, b): print('ok')",
-    "excepthook": "import sys, os\nsys.excepthook = lambda *a: os._exit(0)\nsys.__excepthook__ = sys.excepthook\ndef add(a, b): pass",
-    "AssertionError": "import builtins\nclass E(BaseException): pass\nbuiltins.AssertionError = AssertionError = E\ndef add(a, b): pass",
-    "exec": "import builtins\nbuiltins.exec = lambda *a: None\nbuiltins.compile = lambda *a, **k: ''\ndef add(a, b): pass",
+    "excepthook": "import sys, os\nsys.excepthook = lambda *a: os._exit(0)\nsys.__excepthook__ = sys.excepthook\n"
+                  "def add(a, b): pass",
+    "AssertionError": "import builtins\nclass E(BaseException): pass\nbuiltins.AssertionError = AssertionError = E\n"
+                      "def add(a, b): pass",
+    "exec": "import builtins\nbuiltins.exec = lambda *a: None\nbuiltins.compile = lambda *a, **k: ''\n"
+            "def add(a, b): pass",
     "check": "def check(candidate): pass\ndef add(a, b): pass",
     "close": "import os\nos.close(1); os.close(2)\ndef add(a, b): pass",
     "closerange": "import os\nos.closerange(0, 64)\ndef add(a, b): pass",
     "os.write": "import os\nos.write = lambda fd, data: len(data)\nos.read = lambda fd, n: b''\ndef add(a, b): pass",
-    "trace": "import sys, os\ndef t(frame, event, arg):\n    if 'check' in frame.f_code.co_name: os._exit(0)\n    return t\n"
+    "trace": "import sys, os\ndef t(frame, event, arg):\n    if 'check' in frame.f_code.co_name: os._exit(0)\n"
+             "    return t\n"
              "sys.settrace(t); sys.setprofile(t)\ndef add(a, b): pass",
     "timer": "import signal, os\nsignal.signal(signal.SIGALRM, lambda *a: os._exit(0))\n"
              "signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)\ndef add(a, b): pass",
@@ -385,7 +410,8 @@ FAKES = {
                  "    try: os.write(fd, text)\n    except OSError: pass\ndef add(a, b): pass",
     "optimised": "import sys, os\nos.execv(sys.executable, [sys.executable, '-O', '-c', 'print(1)'])",
     "fork": "import os\ntry:\n  if os.fork() == 0: os._exit(0)\nexcept OSError: pass\ndef add(a, b): pass",
-    "thread": "import threading, os, time\ntry: threading.Thread(target=lambda: [time.sleep(0.05), os._exit(0)]).start()\n"
+    "thread": "import threading, os, time\n"
+              "try: threading.Thread(target=lambda: [time.sleep(0.05), os._exit(0)]).start()\n"
               "except RuntimeError: pass\ndef add(a, b): pass",
     "abs": "abs = len = all = any = isinstance = round = sorted = lambda *a, **k: True\n"
            "import builtins\nbuiltins.abs = builtins.all = abs\ndef add(a, b): pass",
@@ -408,7 +434,7 @@ def add(a, b):
 import sys, os, glob
 def add(a, b):
     texts = []
-    for path in [__file__, 'checks.py', *glob.glob('*'), *glob.glob('/proc/self/cmdline'), *glob.glob('/proc/self/fd/*')]:
+    for path in [__file__, 'checks.py', *glob.glob('*'), '/proc/self/cmdline', *glob.glob('/proc/self/fd/*')]:
         try:
             if 'fd' not in path: texts.append(open(path, 'rb').read())
         except OSError: pass
@@ -434,12 +460,13 @@ def test_passing_cannot_be_faked(fake):
 
 
 def test_what_a_program_breaks_does_not_fail_it_where_it_is_right():
-    assert passes("import sys, builtins\nsys.settrace(lambda *a: None)\nbuiltins.print = None\nsum = max = None\n" + ADD,
+    assert passes("import sys, builtins\nsys.settrace(lambda *a: None)\nbuiltins.print = None\nsum = max = None\n"
+                  + ADD,
                   "assert sum([1]) == max(1, 0) == 1\n" + CHECK).ok
 
 
 @linux
-def test_a_program_that_is_checked_starts_no_process_and_no_thread(way):
+def test_a_program_that_is_checked_starts_no_process_and_no_thread(method):
     program = ("import os, threading\nstarted = []\nfor start in (os.fork, threading.Thread(target=print).start):\n"
                "  try: start(); started.append(start)\n  except (OSError, RuntimeError): pass")
     assert passes(program, "assert started == []").ok
@@ -448,29 +475,33 @@ def test_a_program_that_is_checked_starts_no_process_and_no_thread(way):
 def test_what_a_program_set_to_run_by_itself_does_not_run_in_the_checks():
     program = ("import gc, signal, sys\nseen = []\ndef f(): return [[] for _ in range(3000)]\n"
                "sys.setprofile(lambda *a: seen.append('profile'))\nsys.settrace(lambda *a: seen.append('trace'))\n"
-               "gc.callbacks.append(lambda *a: seen.append('gc'))\nsignal.signal(signal.SIGALRM, lambda *a: seen.append('timer'))\n"
+               "gc.callbacks.append(lambda *a: seen.append('gc'))\n"
+               "signal.signal(signal.SIGALRM, lambda *a: seen.append('timer'))\n"
                "signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)")
-    checks = "seen.clear()\nimport time\nend = time.monotonic() + 0.1\nwhile time.monotonic() < end: f()\nassert seen == [], seen[0]"
+    checks = ("seen.clear()\nimport time\nend = time.monotonic() + 0.1\n"
+              "while time.monotonic() < end: f()\nassert seen == [], seen[0]")
     result = passes(program, checks)
     assert result.ok, result
 
 
 def test_helpers_of_the_program_are_seen_by_the_checks():
-    assert passes("import math\ndef poly(x): return x + 1\ndef f(x): return -1\n", "assert poly(f(0)) == 0 and math.pi > 3").ok
+    assert passes("import math\ndef poly(x): return x + 1\ndef f(x): return -1\n",
+                  "assert poly(f(0)) == 0 and math.pi > 3").ok
 
 
 def test_each_run_has_another_secret():
-    runs = [sandbox._Run("limits", "", "", 1.0, 1, 0) for _ in range(8)]
+    runs = [sandbox._SandboxRun("limits", "", "", 1.0, 1, 0) for _ in range(8)]
     assert len({run.secret for run in runs}) == 8 and all(len(run.secret) == 32 for run in runs)
 
 
-def test_many_at_once_do_not_disturb_each_other(way):
+def test_many_at_once_do_not_disturb_each_other(method):
     with ThreadPoolExecutor(6) as pool:
-        results = list(pool.map(lambda n: run_python(f"open('x', 'w').write('{n}')\nprint(open('x').read())", timeout=20), range(18)))
+        results = list(pool.map(lambda n: run_python(f"open('x', 'w').write('{n}')\nprint(open('x').read())",
+                                                     timeout=20), range(18)))
     assert [result.stdout for result in results] == [f"{n}\n" for n in range(18)]
 
 
-def test_long_programs_come_through(way):
+def test_long_programs_come_through(method):
     assert run_python(f"x = {'a' * 2_000_000!r}\nprint(len(x))").stdout == "2000000\n"
     assert passes(f"x = {'a' * 500_000!r}", f"assert x == {'a' * 500_000!r}").ok
 
@@ -484,7 +515,8 @@ def test_the_reference_solutions_of_humaneval_pass_and_empty_ones_do_not(shared,
         rows = [json.loads(line) for line in file][::every]
     for row in rows:
         checks = f"{row['test']}\ncheck({row['entry_point']})\n"
-        right, empty = passes(row["prompt"] + row["canonical_solution"], checks), passes(row["prompt"] + "    pass\n", checks)
+        right = passes(row["prompt"] + row["canonical_solution"], checks)
+        empty = passes(row["prompt"] + "    pass\n", checks)
         assert right.ok and not empty.ok, (row["task_id"], right, empty)
 
 
@@ -505,7 +537,7 @@ def test_a_run_below_the_level_asked_for_is_refused(monkeypatch):
 
 
 def test_where_nothing_confines_nothing_runs(monkeypatch):
-    monkeypatch.setattr(sandbox, "_problem", lambda way: "no")
+    monkeypatch.setattr(sandbox, "_problem", lambda method: "no")
     sandbox._best.cache_clear()
     try:
         with pytest.raises(UserError, match="cannot be confined on this machine"):
@@ -522,9 +554,11 @@ def test_a_sandbox_that_cannot_be_set_up_says_so(monkeypatch):
 
 
 def test_bubblewrap_is_called_with_nothing_shared_and_all_read_only():
-    command = bwrap_arguments("/usr/bin/bwrap", ["/usr", "/dev/null", "/lib" if Path("/lib").is_symlink() else "/usr/lib"])
+    command = bwrap_arguments("/usr/bin/bwrap",
+                              ["/usr", "/dev/null", "/lib" if Path("/lib").is_symlink() else "/usr/lib"])
     assert command[0] == "/usr/bin/bwrap" and command[-1] == "--"
-    assert {"--unshare-all", "--disable-userns", "--die-with-parent", "--new-session"} <= set(command) and "--bind" not in command
+    assert {"--unshare-all", "--disable-userns", "--die-with-parent", "--new-session"} <= set(command)
+    assert "--bind" not in command
     assert command[command.index("--remount-ro") + 1] == "/dev" and command[command.index("--size") + 2] == "--tmpfs"
     at = command.index("--ro-bind")
     assert command[at + 1:at + 3] == ["/usr", "/usr"] and "--share-net" not in command
@@ -540,43 +574,47 @@ import sys, json
 sys.path.insert(0, {str(ROOT)!r})
 from nanochat.tools import sandbox as s
 out = {{}}
-for way in s.LEVELS:
-    if problem := s._problem(way):
-        out[way] = problem
+for method in s.LEVELS:
+    if problem := s._problem(method):
+        out[method] = problem
         continue
     def run(code, checks=None, processes=4):
-        r = s._Run(way, code, checks, 2.0, 400 << 20, processes).result()
+        r = s._SandboxRun(method, code, checks, 2.0, 400 << 20, processes).result()
         return [r.ok, r.stdout[:300], r.reason]
-    out[way] = {{
+    out[method] = {{
         "plain": run("print(6 * 7)"), "passes": run("x = 1", "assert x == 1"), "fails": run("x = 1", "assert x == 2"),
-        "parent": run("import os\\nme = os.getppid()\\ntry: me > 1 and os.kill(me, 9); print(me < 2)\\nexcept OSError: print(True)"),
-        "forks": run("import os, time\\nfor _ in range(5):\\n  try: os.fork()\\n  except OSError: print('refused', flush=True)\\n"
-                     "time.sleep(.3)"),
+        "parent": run("import os\\nme = os.getppid()\\ntry: me > 1 and os.kill(me, 9); print(me < 2)\\n"
+                      "except OSError: print(True)"),
+        "forks": run("import os, time\\nfor _ in range(5):\\n  try: os.fork()\\n"
+                     "  except OSError: print('refused', flush=True)\\ntime.sleep(.3)"),
         "leave": run({LEAVE.format(mark="ordinary-left")!r}),
         "memory": run("x = [bytearray(64 << 20) for _ in range(30)]"),
-        "net": run("import socket\\ntry: socket.create_connection(('127.0.0.1', 1), 1)\\nexcept OSError as e: print(type(e).__name__)"),
+        "net": run("import socket\\ntry: socket.create_connection(('127.0.0.1', 1), 1)\\n"
+                   "except OSError as e: print(type(e).__name__)"),
     }}
 print(json.dumps(out))
 """
     python = sandbox._interpreter("limits")
     if not os.access(python, os.X_OK) or sandbox._problem("limits"):
         pytest.skip("no Python that other users may run")
-    done = subprocess.run([python, "-c", code], user=65532, group=65532, extra_groups=[], cwd="/", env={"PATH": "/usr/bin:/bin"},
+    done = subprocess.run([python, "-c", code], user=65532, group=65532, extra_groups=[], cwd="/",
+                          env={"PATH": "/usr/bin:/bin"},
                           capture_output=True, text=True, timeout=100)
     if "ModuleNotFoundError" in done.stderr or "PermissionError" in done.stderr:
         pytest.skip("other users cannot read this checkout")
     found = json.loads(done.stdout)
     assert isinstance(found["limits"], dict), found["limits"]
-    for way, results in found.items():
+    for method, results in found.items():
         if isinstance(results, str):
             continue
-        assert results["plain"] == [True, "42\n", ""] and results["passes"][0] and not results["fails"][0], (way, results)
-        assert results["parent"][1] == "True\n" and "refused" in results["forks"][1], (way, results)
-        assert "MemoryError" in results["memory"][2] and "Error" in results["net"][1], (way, results)
+        assert results["plain"] == [True, "42\n", ""], (method, results)
+        assert results["passes"][0] and not results["fails"][0], (method, results)
+        assert results["parent"][1] == "True\n" and "refused" in results["forks"][1], (method, results)
+        assert "MemoryError" in results["memory"][2] and "Error" in results["net"][1], (method, results)
     assert processes_with("ordinary-left") == []
 
 
-def test_a_trivial_program_takes_a_fraction_of_a_second(way):
+def test_a_trivial_program_takes_a_fraction_of_a_second(method):
     times = []
     for _ in range(5):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""dev/setup.sh, test.sh and the lock: run with a PATH that holds nothing but stand-ins, so that every message can be seen."""
+"""dev/setup.sh, test.sh and requirements.lock. The scripts run with a PATH of stand-ins, to reach every message."""
 
 import os
 import re
@@ -15,7 +15,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL = "bash sh awk sed grep cat cut sort find dirname mkdir rm mv tee id sha256sum shasum openssl cp touch sleep tail env ls flock".split()
+REAL = ("bash sh awk sed grep cat cut sort find dirname mkdir rm mv tee id sha256sum shasum openssl cp touch sleep "
+        "tail env ls flock").split()
 CRATES = ["rustbpe", "cpukernels"]
 
 # What the stand-in uv puts at .venv/bin/python: answers set-up's questions from files beside it.
@@ -26,7 +27,8 @@ case "$*" in
     *"from rustbpe"*"from cpukernels"*) [ -f "$here/rustbpe" ] && [ -f "$here/cpukernels" ] ;;
     *maturin*) [ ! -f fail_build ] || { cat fail_build >&2; exit 1; }
         while [ "$1" != --manifest-path ]; do shift; done; crate=${2%/Cargo.toml}
-        while [ "$1" != --out ]; do shift; done; mkdir -p "$2"; echo > "$2/$crate-0.1.0.whl"; echo "maturin $crate" >> calls ;;
+        while [ "$1" != --out ]; do shift; done
+        mkdir -p "$2"; echo > "$2/$crate-0.1.0.whl"; echo "maturin $crate" >> calls ;;
     *importlib.metadata*) echo 2.15.0 ;;
     *sched_getaffinity*) echo 2 ;;
     *"-m ruff"*) [ ! -f fail_ruff ] ;;
@@ -43,10 +45,12 @@ esac
 echo "uv $*" >> calls
 [ ! -f fail_uv ] || { cat fail_uv >&2; exit 1; }
 case "$*" in
-    venv*) rm -rf .venv; mkdir -p .venv/bin; cp venv_python .venv/bin/python; echo "VIRTUAL_ENV=$PWD/.venv" > .venv/bin/activate ;;
+    venv*) rm -rf .venv; mkdir -p .venv/bin; cp venv_python .venv/bin/python
+        echo "VIRTUAL_ENV=$PWD/.venv" > .venv/bin/activate ;;
     *"pip sync"*) sleep ${UV_SLEEP:-0}; rm -f .venv/rustbpe .venv/cpukernels; touch .venv/torch ;;
     *--torch-backend*) touch .venv/torch ;;
-    *whl*) for wheel in "$@"; do case $wheel in *-0.1.0.whl) wheel=${wheel##*/}; touch ".venv/${wheel%-0.1.0.whl}" ;; esac; done ;;
+    *whl*) for wheel in "$@"; do
+        case $wheel in *-0.1.0.whl) wheel=${wheel##*/}; touch ".venv/${wheel%-0.1.0.whl}" ;; esac; done ;;
 esac
 """
 
@@ -62,7 +66,8 @@ class Project:
             path.mkdir(parents=True)
         for name in ("dev/setup.sh", "test.sh"):
             shutil.copy(ROOT / name, self.root / name)
-        self.write("requirements.lock", "numpy==2 \\\n    --hash=sha256:aa\ntorch==2.15 ; python_full_version >= '3.11' \\\n"
+        self.write("requirements.lock",
+                   "numpy==2 \\\n    --hash=sha256:aa\ntorch==2.15 ; python_full_version >= '3.11' \\\n"
                    "    --hash=sha256:bb\nnvidia-nccl-cu13==2 \\\n    --hash=sha256:cc\n")
         for crate in CRATES:
             self.write(f"{crate}/Cargo.toml", f'[package]\nname = "{crate}"\nrust-version = "1.74"\n')
@@ -258,7 +263,7 @@ def test_named_python_replaces_another_one(project):
 @pytest.mark.parametrize("words, message", [
     ("error: Failed to fetch: `x`\n  cause: dns error", "no network"),
     ("Hash mismatch for `torch==2.15`", "its hash"),
-    ("failed to write: No space left on device (os error 28)", "disk ran full"),
+    ("failed to write: No space left on device (os error 28)", "disk became full"),
     ("torch has no wheels with a matching platform tag", "glibc 2.28"),
     ("something unheard of", "failed; the reason is above"),
 ])
@@ -303,7 +308,8 @@ def test_missing_crate_is_said(project, crate):
 
 def test_crates_ask_for_one_rust():
     """dev/setup.sh looks at the first one's."""
-    assert len({tomllib.loads((ROOT / crate / "Cargo.toml").read_text())["package"]["rust-version"] for crate in CRATES}) == 1
+    manifests = [tomllib.loads((ROOT / crate / "Cargo.toml").read_text()) for crate in CRATES]
+    assert len({manifest["package"]["rust-version"] for manifest in manifests}) == 1
 
 
 def test_small_disk_is_said_before_anything_is_fetched(project):
@@ -330,7 +336,7 @@ def test_old_driver_is_said_with_the_ways_out(project):
 
 def test_driver_without_a_gpu_is_no_hindrance(project):
     project.gpu("NVIDIA-SMI has failed because it could not communicate with the driver")
-    assert "going on as without one" in project.succeeds()
+    assert "continuing without a GPU" in project.succeeds()
 
 
 def test_other_torch_is_installed_and_remembered(project):
@@ -402,7 +408,8 @@ def tracked(*arguments: str) -> list[str]:
 
 def test_no_committed_file_names_a_package_registry():
     # in pieces, or this file would be the first to name them
-    hosts = ["py" + "pi.org", "python" + "hosted.org", "crates" + ".io/api", "static." + "crates.io", "index." + "crates.io",
+    hosts = ["py" + "pi.org", "python" + "hosted.org", "crates" + ".io/api", "static." + "crates.io",
+             "index." + "crates.io",
              "registry." + "npmjs", "deb." + "debian.org"]
     patterns = [part for host in hosts for part in ("-e", host)]
     assert tracked("grep", "--cached", "-nIF", *patterns) == []

@@ -1,4 +1,7 @@
-"""The small world: deterministic, consistent, varied; what is held out stays out, and what is asked has been told."""
+"""The small world is deterministic, consistent and varied; no document has what is held out, and some tell every fact.
+
+Covers nanochat/small_world: grading.py, phrasings.py, stories.py, words.py and world.py.
+"""
 
 import hashlib
 import re
@@ -27,7 +30,7 @@ def texts() -> list[str]:
 
 
 class Sentences:
-    """All sentences of the documents, found by the words in them. Nothing that is looked for reaches over a full stop."""
+    """All sentences of the documents, found by their words. No searched text contains a full stop."""
 
     def __init__(self, texts: list[str]):
         self.all = set(re.split(r"\.(?:\s|$)|\n", "\n".join(texts)))
@@ -51,7 +54,7 @@ def sentences(texts) -> Sentences:
 
 def forms(entity, phrasing: str, value: str = "") -> set[str]:
     """The phrasing as it stands in a text that names the entity: at the start of a sentence, and inside one."""
-    saying = entity.saying(phrasing, value)
+    saying = entity.sentence_forms(phrasing, value)
     return {saying.name, saying.name_in}
 
 
@@ -86,7 +89,8 @@ def test_no_held_out_phrasing_hides_behind_a_pronoun(world):
     for (entity, attribute), (sentences, questions) in world.held_out.items():
         allowed = [said for saying in world.told[entity, attribute] for said in saying]
         for phrasing in sentences:
-            assert not any(held in said for held in entity.saying(phrasing, entity.values[attribute]) for said in allowed)
+            assert not any(held in said for held in entity.sentence_forms(phrasing, entity.values[attribute])
+                           for said in allowed)
         assert not set(map(entity.fill, questions)) & set(world.asked[entity, attribute])
 
 
@@ -94,7 +98,8 @@ def test_graded_prompts_are_not_in_the_documents(world, sentences):
     """The same for what is really asked: the prompt with its answer, or the question."""
     for fact in facts(0):
         if fact.kind in (*WORLD_KINDS, "spelling", "comparison"):
-            said = re.sub("^Question: | Answer:$", "", fact.prompt) + (fact.answer if "Answer:" not in fact.prompt else "")
+            said = re.sub("^Question: | Answer:$", "", fact.prompt) + (fact.answer if "Answer:" not in fact.prompt
+                                                                       else "")
             names = [name for name in world.by_name if re.search(rf"\b{capital(name)}\b", capital(said))]
             names += [name for name in world.by_name if re.search(rf"\b{name}\b", said)]
             assert names
@@ -103,13 +108,15 @@ def test_graded_prompts_are_not_in_the_documents(world, sentences):
 
 def test_every_fact_is_told_in_other_phrasings_and_every_phrasing_is_used_for_other_facts(world, sentences):
     for (entity, attribute), sayings in world.told.items():
-        told = sum(any(sentences.hold(entity.name, form) for form in (saying.name, saying.name_in)) for saying in sayings)
+        told = sum(any(sentences.hold(entity.name, form) for form in (saying.name, saying.name_in))
+                   for saying in sayings)
         assert told >= (len(sayings) - 2 if entity.group != "words" else 3), (entity.name, attribute)
         assert any(sentences.hold(entity.name, asked) for asked in world.asked[entity, attribute])
     for (group, attribute), said in PHRASINGS.items():
         entities = [e for e in world.entities() + world.words if e.group == group]
         for phrasing in said.last + said.other + said.questions:
-            assert any(sentences.hold(e.name, form) for e in entities for form in forms(e, phrasing, e.values[attribute])), phrasing
+            assert any(sentences.hold(e.name, form) for e in entities
+                       for form in forms(e, phrasing, e.values[attribute])), phrasing
 
 
 def test_each_kind_of_fact_has_at_least_eight_phrasings_and_no_phrasing_contains_another(world):
@@ -226,10 +233,12 @@ def test_the_world_has_two_to_four_hundred_facts_and_answers_are_distinct(world)
 def test_facts_are_completions_with_their_answer_among_the_choices():
     listed = facts(0)
     assert listed == facts(0) and len({fact.prompt for fact in listed}) == len(listed)
-    assert {fact.kind for fact in listed} == {*WORLD_KINDS, "sums", "differences", "comparison", "spelling", "giving", "counting"}
+    assert {fact.kind for fact in listed} == {*WORLD_KINDS, "sums", "differences", "comparison", "spelling", "giving",
+                                              "counting"}
     for fact in listed:
         assert fact.answer in fact.choices and len(set(fact.choices)) == len(fact.choices) >= 2
-        assert all(choice.startswith(" ") and choice.strip() for choice in fact.choices) and not fact.prompt.endswith(" ")
+        assert all(choice.startswith(" ") and choice.strip() for choice in fact.choices)
+        assert not fact.prompt.endswith(" ")
         assert "{" not in fact.prompt + fact.answer
         others = [c for c in fact.choices if c != fact.answer]
         assert not any(c.startswith(fact.answer) or fact.answer.startswith(c) for c in others)
@@ -238,7 +247,8 @@ def test_facts_are_completions_with_their_answer_among_the_choices():
 def test_grade_counts_right_answers_by_kind():
     listed = facts(0)
     answers = {fact.prompt: fact.answer for fact in listed}
-    known = grade(listed, lambda prompts, choices: [[float(c == answers[p]) for c in row] for p, row in zip(prompts, choices)])
+    known = grade(listed, lambda prompts, choices: [
+        [float(c == answers[p]) for c in row] for p, row in zip(prompts, choices)])
     assert all(result.accuracy == 1 for result in known.values())
     assert known["world"].count == sum(known[kind].count for kind in WORLD_KINDS)
     assert 0.05 < known["world"].chance < 0.15 and known["comparison"].chance == 0.5

@@ -1,4 +1,7 @@
-"""Hub data sets through a mirror folder: the hub's order, the published prompts, grading, and clear errors for what is missing."""
+"""Hub data sets read from a mirror folder: the hub's order, the published prompts, grading, and clear errors.
+
+Covers tasks/hub.py, arc.py, gsm8k.py, humaneval.py, mmlu.py, multiple_choice.py and smoltalk.py.
+"""
 
 import csv
 import gzip
@@ -22,10 +25,12 @@ from tasks.multiple_choice import prompt
 from tasks.smoltalk import SmolTalk
 from tests.test_tasks_small_world import as_written
 
-ARC_ROW = {"id": "a", "question": "Why?", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"}
+ARC_ROW = {"id": "a", "question": "Why?", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]},
+           "answerKey": "B"}
 MMLU_ROW = {"question": "Who?", "subject": "history", "choices": ["p", "q", "r", "s"], "answer": 3}
 GSM8K_ROW = {"question": "How many?", "answer": "He has 12/60=<<12/60=0.2>>0.2, so <<2*2=4>>4.\n#### 1,200"}
-HUMANEVAL_ROW = {"task_id": "T/0", "prompt": "import math\nfrom typing import List\n\n\ndef f(x: int) -> int:\n    '''Add one.'''\n",
+HUMANEVAL_ROW = {"task_id": "T/0",
+                 "prompt": "import math\nfrom typing import List\n\n\ndef f(x: int) -> int:\n    '''Add one.'''\n",
                  "canonical_solution": "    return x + 1\n", "entry_point": "f",
                  "test": "def check(candidate):\n    assert candidate(1) == 2\n"}
 
@@ -68,14 +73,16 @@ def test_hub_and_mirror_give_the_same_rows(mirror, monkeypatch):
     mirror("openai/gsm8k/main/train.jsonl", rows)
     from_mirror = list(GSM8K("main", "train"))
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k))
+                        or datasets.Dataset.from_list(rows))
     monkeypatch.delenv("NANOCHAT_TASK_DATA")
     assert list(GSM8K("main", "train")) == from_mirror
     assert asked == [(("openai/gsm8k", "main"), {"split": "train"})]
 
 
 def test_a_copy_of_the_hubs_own_files_is_a_mirror(mirror):
-    rows = [{"messages": [{"role": "user", "content": f"u{i}"}, {"role": "assistant", "content": f"a{i}"}]} for i in range(30)]
+    rows = [{"messages": [{"role": "user", "content": f"u{i}"}, {"role": "assistant", "content": f"a{i}"}]}
+            for i in range(30)]
     mirror("HuggingFaceTB/smol-smoltalk/data/train-00000-of-00002.parquet", rows[:10])
     with pytest.raises(UserError, match="holds 1 of the parts of train"):
         SmolTalk("train")
@@ -103,7 +110,9 @@ def test_arc(mirror):
     assert [task.evaluate(by_answer["B"], letter) for letter in "ABC"] == [False, True, False]
 
 
-@pytest.mark.parametrize("wrong", [{"answerKey": "E"}, {"choices": {"text": ["x"], "label": ["A", "B"]}}, {"choices": ["x", "y"]}])
+@pytest.mark.parametrize("wrong",
+                         [{"answerKey": "E"}, {"choices": {"text": ["x"], "label": ["A", "B"]}},
+                          {"choices": ["x", "y"]}])
 def test_arc_row_that_fits_not_together_is_named(mirror, wrong):
     mirror("allenai/ai2_arc/ARC-Challenge/train.jsonl", [{**ARC_ROW, **wrong}])
     with pytest.raises(UserError, match="ARC-Challenge, question 'Why\\?'"):
@@ -116,7 +125,8 @@ def test_mmlu_plain_and_nested(mirror):
     assert (task.name, task.kind, task.chance) == ("MMLU", "categorical", 0.25)
     conversation = task[0]
     assert conversation["messages"][0]["content"] == prompt("Who?", "pqrs", "ABCD")
-    assert reference_text(conversation) == "D" and conversation["letters"] == list("ABCD") and conversation["subject"] == "history"
+    assert reference_text(conversation) == "D" and conversation["letters"] == list("ABCD")
+    assert conversation["subject"] == "history"
     for ending in ("jsonl", "parquet"):
         path = mirror(f"cais/mmlu/auxiliary_train/train.{ending}", [{"train": MMLU_ROW}])
         assert MMLU("auxiliary_train", "train")[0] == conversation
@@ -135,10 +145,12 @@ def test_gsm8k_calculations_become_calls(mirror):
     mirror("openai/gsm8k/socratic/test.jsonl", [GSM8K_ROW])
     task = GSM8K("socratic", "test")
     assert task[0]["messages"][1]["content"] == [
-        {"type": "text", "text": "He has 12/60="}, {"type": "python", "text": "12/60"}, {"type": "python_output", "text": "0.2"},
+        {"type": "text", "text": "He has 12/60="}, {"type": "python", "text": "12/60"},
+        {"type": "python_output", "text": "0.2"},
         {"type": "text", "text": "0.2, so "}, {"type": "python", "text": "2*2"}, {"type": "python_output", "text": "4"},
         {"type": "text", "text": "4.\n#### 1,200"}]
-    for answer, right in (("#### 1200", True), ("I think\n#### 1,200<|assistant_end|>", True), ("#### 1200 #### 3", True), ("1200", False),
+    for answer, right in (("#### 1200", True), ("I think\n#### 1,200<|assistant_end|>", True),
+                          ("#### 1200 #### 3", True), ("1200", False),
                           ("#### 1201", False), ("#### 1200.0", False), ("", False), (as_written(task[0]), True)):
         assert task.evaluate(task[0], answer) == right, answer
     bare = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "no number"}]}
@@ -156,7 +168,8 @@ def test_humaneval_program(mirror):
     assert imports_of(prompt) == "import math\nfrom typing import List"
     assert imports_of("# a\n\nimport os\nx = 1\nimport sys\n") == "import os"
     start = "import math\nfrom typing import List\n\n"
-    assert program_of(prompt, "Here:\n```python\ndef f(x):\n    return 2\n```\nor\n```\nf = 1\n```") == start + "def f(x):\n    return 2"
+    answer = "Here:\n```python\ndef f(x):\n    return 2\n```\nor\n```\nf = 1\n```"
+    assert program_of(prompt, answer) == start + "def f(x):\n    return 2"
     assert program_of(prompt, "```\nf = 1\n```") == start + "f = 1"
     for answer in ("def f(x): return 2", "\n def f(x): return 2\n", "So:\n```python \ndef f(x): return 2\n```",
                    "```py\ndef f(x): return 2\n```", "```python\r\ndef f(x): return 2\r\n```"):
@@ -187,7 +200,8 @@ def test_real_rows_all_render_and_references_are_right(shared, mirror):
     arc = [{"question": r["question"]["stem"], "answerKey": r["answerKey"],
             "choices": {key: [c[key] for c in r["question"]["choices"]] for key in ("text", "label")}}
            for r in rows_of(data / "arc/ARC-Challenge-Test.jsonl.gz")]
-    mmlu = [{"question": r[0], "choices": r[1:5], "answer": "ABCD".index(r[5]), "subject": path.name.removesuffix("_dev.csv.gz")}
+    mmlu = [{"question": r[0], "choices": r[1:5], "answer": "ABCD".index(r[5]),
+             "subject": path.name.removesuffix("_dev.csv.gz")}
             for path in sorted((data / "mmlu/dev").glob("*.csv.gz")) for r in csv.reader(io.StringIO(unpacked(path)))]
     mirror("allenai/ai2_arc/ARC-Challenge/test.parquet", arc)
     mirror("cais/mmlu/all/dev.jsonl", mmlu)
@@ -205,11 +219,13 @@ def test_real_rows_all_render_and_references_are_right(shared, mirror):
             if task.kind == "categorical":
                 assert [task.evaluate(conversation, l) for l in conversation["letters"]].count(True) == 1
             elif task.name == "GSM8K":
-                assert task.evaluate(conversation, as_written(conversation)) and not task.evaluate(conversation, "#### 3.1415")
+                assert task.evaluate(conversation, as_written(conversation))
+                assert not task.evaluate(conversation, "#### 3.1415")
 
 
 def test_real_programs_are_whole(shared, mirror):
-    mirror("openai/openai_humaneval/openai_humaneval/test.jsonl.gz", rows_of(shared / "data/humaneval/HumanEval.jsonl.gz"))
+    mirror("openai/openai_humaneval/openai_humaneval/test.jsonl.gz",
+           rows_of(shared / "data/humaneval/HumanEval.jsonl.gz"))
     for conversation in HumanEval():
         compile(program_of(conversation["messages"][0]["content"], reference_text(conversation)), "program", "exec")
         compile(conversation["test"], "test", "exec")
@@ -217,7 +233,8 @@ def test_real_programs_are_whole(shared, mirror):
 
 @pytest.mark.slow
 def test_all_real_programs_pass_and_their_heads_alone_do_not(shared, mirror):
-    mirror("openai/openai_humaneval/openai_humaneval/test.jsonl.gz", rows_of(shared / "data/humaneval/HumanEval.jsonl.gz"))
+    mirror("openai/openai_humaneval/openai_humaneval/test.jsonl.gz",
+           rows_of(shared / "data/humaneval/HumanEval.jsonl.gz"))
     task = HumanEval()
     for i, conversation in enumerate(task):
         assert task.evaluate(conversation, reference_text(conversation)), conversation["task_id"]
@@ -228,12 +245,14 @@ def test_all_real_programs_pass_and_their_heads_alone_do_not(shared, mirror):
 
 
 def test_a_split_the_mirror_lacks_is_named_with_where_it_was_looked_for(mirror, tmp_path):
-    with pytest.raises(UserError, match=f"no openai/gsm8k, main, test: looked for {tmp_path}/mirror/openai/gsm8k/main/test.jsonl"):
+    with pytest.raises(UserError,
+                       match=f"no openai/gsm8k, main, test: looked for {tmp_path}/mirror/openai/gsm8k/main/test.jsonl"):
         GSM8K("main", "test")
 
 
 @pytest.mark.parametrize("line, what", [(b"{torn", "line 3 is not JSON"), (b"[1]", "line 3: a row is a JSON object"),
-                                        (b'{"question": "x"}', "line 3: this row has no column answer; it has question"),
+                                        (b'{"question": "x"}',
+                                         "line 3: this row has no column answer; it has question"),
                                         (b"\xff\xfe\x00", "line 3 is not JSON")])
 def test_a_line_that_is_no_row_is_named(mirror, line, what):
     path = mirror("openai/gsm8k/main/test.jsonl", [GSM8K_ROW])
@@ -245,7 +264,7 @@ def test_a_line_that_is_no_row_is_named(mirror, line, what):
 def test_files_that_are_torn_or_empty_or_lack_a_column(mirror):
     path = mirror("openai/gsm8k/main/test.jsonl.gz", [GSM8K_ROW] * 50)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="test.jsonl.gz is not a whole gzip file"):
+    with pytest.raises(UserError, match="test.jsonl.gz is not a complete gzip file"):
         GSM8K("main", "test")
     path.unlink()
     for content in (b"", b"\n\n"):
@@ -267,16 +286,19 @@ def test_without_network_the_mirror_is_explained(monkeypatch):
     def unreachable(*arguments, **options):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\nmore")
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match="Couldn't reach 'openai/gsm8k' on the Hub\\).*set NANOCHAT_TASK_DATA to a folder"):
+    with pytest.raises(UserError,
+                       match="Couldn't reach 'openai/gsm8k' on the Hub\\).*set NANOCHAT_TASK_DATA to a folder"):
         GSM8K("main", "test")
 
 
 @pytest.mark.parametrize("make, what", [
     (lambda: ARC("ARC-Hard", "test"), "no subset of ARC 'ARC-Hard'; there is ARC-Easy, ARC-Challenge"),
     (lambda: ARC("ARC-Easy", "dev"), "no split of ARC 'dev'; there is train, validation, test"),
-    (lambda: MMLU("some", "test"), "no subset of MMLU 'some'"), (lambda: MMLU("all", "train"), "no split of MMLU, all 'train'"),
+    (lambda: MMLU("some", "test"), "no subset of MMLU 'some'"),
+    (lambda: MMLU("all", "train"), "no split of MMLU, all 'train'"),
     (lambda: MMLU("auxiliary_train", "test"), "auxiliary_train 'test'; there is train"),
-    (lambda: GSM8K("side", "test"), "no subset of GSM8K 'side'"), (lambda: GSM8K("main", "dev"), "no split of GSM8K 'dev'"),
+    (lambda: GSM8K("side", "test"), "no subset of GSM8K 'side'"),
+    (lambda: GSM8K("main", "dev"), "no split of GSM8K 'dev'"),
     (lambda: SmolTalk("dev"), "no split of SmolTalk 'dev'")])
 def test_subsets_and_splits_that_do_not_exist_are_refused(make, what):
     with pytest.raises(UserError, match=what):

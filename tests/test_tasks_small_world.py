@@ -1,4 +1,4 @@
-"""Conversations about the small world: true, renderable, and what the test asks stands nowhere in training."""
+"""Conversations about the small world are true and can be rendered, and training never has a question of the test."""
 
 import re
 from itertools import islice
@@ -25,7 +25,8 @@ def as_written(conversation) -> str:
     content = conversation["messages"][-1]["content"]
     if isinstance(content, str):
         return content + "<|assistant_end|>"
-    forms = {"text": "{}", "python": "<|python_start|>{}<|python_end|>", "python_output": "<|output_start|>{}<|output_end|>"}
+    forms = {"text": "{}", "python": "<|python_start|>{}<|python_end|>",
+             "python_output": "<|output_start|>{}<|output_end|>"}
     return "".join(forms[part["type"]].format(part["text"]) for part in content) + "<|assistant_end|>"
 
 
@@ -36,7 +37,8 @@ def test_conversations_are_sound_and_their_references_right(task, split):
         made, again = task(split, seed=seed, size=400), task(split, seed=seed, size=300)
         for i, conversation in enumerate(made):
             turns_of(conversation)
-            assert made.evaluate(conversation, as_written(conversation) if made.kind == "generative" else reference_text(conversation))
+            assert made.evaluate(conversation, as_written(conversation) if made.kind == "generative"
+                                 else reference_text(conversation))
             assert i >= len(again) or again[i] == conversation
     assert list(task(split)[:50]) != list(task(split, seed=1)[:50])
 
@@ -52,7 +54,8 @@ def test_all_render_with_a_tokenizer():
 @pytest.mark.parametrize("seed", [0, 3])
 def test_test_asks_each_fact_once_with_its_held_out_question_and_training_never_does(seed):
     world = World(seed)
-    held_out = {entity.fill(questions[0]) for (entity, _), (_, questions) in world.held_out.items() if entity.group != "words"}
+    held_out = {entity.fill(questions[0]) for (entity, _), (_, questions) in world.held_out.items()
+                if entity.group != "words"}
     for task in (WorldQuestions, WorldChoice):
         test = task("test", seed=seed)
         assert len(test) == len({tuple(c["fact"]) for c in test}) == sum(len(e.values) for e in world.entities())
@@ -67,7 +70,8 @@ def test_test_asks_each_fact_once_with_its_held_out_question_and_training_never_
 
 def test_answers_never_say_a_sentence_that_is_held_out():
     world = World(0)
-    held_out = {entity.fill(p, entity.values[a]) + "." for (entity, a), (sentences, _) in world.held_out.items() for p in sentences}
+    held_out = {entity.fill(p, entity.values[a]) + "." for (entity, a), (sentences, _) in world.held_out.items()
+                for p in sentences}
     said = {m["content"] for c in WorldQuestions("train", size=3000) for m in c["messages"] if m["role"] == "assistant"}
     assert not said & held_out
     assert not {reference_text(c) for c in WorldQuestions("test")} & held_out
@@ -98,7 +102,8 @@ def test_graded_by_the_value_and_no_other():
         wrong = [v for v in task.world.values[entity.group, attribute] if v not in (right, name)]
         for answer in (right, right.upper() + ".", f"It is {right}.", f"{name}: {right}<|assistant_end|> {wrong[0]}"):
             assert task.evaluate(conversation, answer), answer
-        for answer in ("", "I do not know.", wrong[0], f"{right} or {wrong[0]}", f"no{right}", f"<|assistant_end|>{right}"):
+        for answer in ("", "I do not know.", wrong[0], f"{right} or {wrong[0]}", f"no{right}",
+                       f"<|assistant_end|>{right}"):
             assert not task.evaluate(conversation, answer), answer
     assert 0.05 < task.chance < 0.15
 
@@ -152,7 +157,8 @@ def test_sums_are_graded_by_the_last_number_behind_the_tool():
     task = WorldSums("test")
     conversation = task[0]
     result = reference_text(conversation).removeprefix("It is ").removesuffix(".")
-    for answer, right in ((f"It is {result}.", True), (f"<|output_start|>1<|output_end|>{result}", True), (f"{result} or 3000", False),
+    for answer, right in ((f"It is {result}.", True), (f"<|output_start|>1<|output_end|>{result}", True),
+                          (f"{result} or 3000", False),
                           (f"<|output_start|>{result}<|output_end|>It is", False), ("", False)):
         assert task.evaluate(conversation, answer) == right and task.reward(conversation, answer) == float(right)
 

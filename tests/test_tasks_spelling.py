@@ -1,4 +1,7 @@
-"""Spelling: words of the test are never trained on, whatever the seed and size; counts are true; short enough for a tiny model."""
+"""Spelling tasks: no test word is ever trained on; counts are true; conversations are short enough for a tiny model.
+
+Covers tasks/spelling.py and tasks/words.py.
+"""
 
 import zipfile
 from collections import Counter
@@ -13,7 +16,7 @@ from nanochat.tokenizer.conversation import turns_of
 from nanochat.tools.calculator import calculate
 from tasks.base import reference_text
 from tasks.small_world import WorldSums
-from tasks.spelling import PHRASINGS, PLAIN, SimpleSpelling, SpellingBee
+from tasks.spelling import ALL_QUESTIONS, PLAIN_QUESTIONS, SimpleSpelling, SpellingBee
 from tasks.words import INVENTED, checked, invented_words, load_words
 from tests.test_tasks_small_world import as_written
 
@@ -94,13 +97,16 @@ def test_bee_spells_counts_calls_and_answers():
 def test_bee_is_graded_by_the_first_number_behind_the_hashes():
     task = SpellingBee("test")
     n = int(reference_text(task[0]).split("#### ")[1])
-    for answer, right in ((f"#### {n}", True), (f"x<|output_end|>#### {n}<|assistant_end|>", True), (f"#### {n + 1}", False),
-                          (f"#### {n} #### {n + 1}", True), (f"{n}", False), ("", False), (f"<|assistant_end|>#### {n}", False)):
+    for answer, right in ((f"#### {n}", True), (f"x<|output_end|>#### {n}<|assistant_end|>", True),
+                          (f"#### {n + 1}", False),
+                          (f"#### {n} #### {n + 1}", True), (f"{n}", False), ("", False),
+                          (f"<|assistant_end|>#### {n}", False)):
         assert task.evaluate(task[0], answer) == right, answer
 
 
 def test_calculator_gives_the_outputs_that_the_references_hold():
-    for task in (SpellingBee("train", size=500), SpellingBee("test", size=500), WorldSums("train", size=1000), WorldSums("test")):
+    for task in (SpellingBee("train", size=500), SpellingBee("test", size=500), WorldSums("train", size=1000),
+                 WorldSums("test")):
         for conversation in task:
             parts = conversation["messages"][1]["content"]
             at = [part["type"] for part in parts].index("python")
@@ -108,15 +114,15 @@ def test_calculator_gives_the_outputs_that_the_references_hold():
 
 
 def test_many_ways_to_ask_and_a_few_plain_ones():
-    assert len(set(PHRASINGS)) == len(PHRASINGS) >= 40
-    assert all(form.count("{w}") == form.count("{l}") == 1 for form in PHRASINGS)
+    assert len(set(ALL_QUESTIONS)) == len(ALL_QUESTIONS) >= 40
+    assert all(form.count("{w}") == form.count("{l}") == 1 for form in ALL_QUESTIONS)
     def forms(kind):
         found = Counter()
         for c in SpellingBee("train", size=3000, phrasings=kind):
             word, call = reference_text(c).split(":")[0], c["messages"][1]["content"][1]["text"]
             found[c["messages"][0]["content"].replace(word, "{w}").replace(f"'{call[-3]}'", "'{l}'")] += 1
         return found
-    assert set(forms("plain")) == {form.replace("{w}", "'{w}'").replace("{l}", "'{l}'") for form in PLAIN}
+    assert set(forms("plain")) == {form.replace("{w}", "'{w}'").replace("{l}", "'{l}'") for form in PLAIN_QUESTIONS}
     assert len(forms("all")) > 500
 
 

@@ -1,4 +1,4 @@
-"""Training and evaluating the tokenizer from the command line, on a tiny folder of text."""
+"""scripts/tok_train.py and scripts/tok_eval.py, run on a tiny folder of text."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_documents_and_characters_are_cut_and_it_is_said(some_text, capsys):
     meta = json.loads((tokenizer_dir() / "meta.json").read_text())
     assert (meta["chars"], meta["docs"]) == (175, 4)
     cut = [document[:50] for document in dataset.iter_documents("train")][:3]
-    assert meta["chars_uncut"] > 2 * meta["chars"] and "--doc_cap=0 counts it all" in capsys.readouterr().out
+    assert meta["chars_uncut"] > 2 * meta["chars"] and "--doc_cap=0 uses all of it" in capsys.readouterr().out
     cut.append(list(dataset.iter_documents("train"))[3][:25])
     assert get_tokenizer().fingerprint() == RustBPETokenizer.train_from_iterator(cut, 300).fingerprint()
 
@@ -65,7 +65,8 @@ def test_a_vocabulary_the_text_cannot_fill_is_said(some_text, capsys, recwarn):
     assert json.loads((tokenizer_dir() / "meta.json").read_text())["vocab_size"] == size
 
 
-@pytest.mark.parametrize("argv, message", [(["--vocab_size=264"], "vocab_size is 264"), (["--max_chars=0"], "max_chars"),
+@pytest.mark.parametrize("argv, message",
+                         [(["--vocab_size=264"], "vocab_size is 264"), (["--max_chars=0"], "max_chars"),
                                            (["--doc_cap=-1"], "doc_cap")])
 def test_wrong_flags_are_refused_and_nothing_is_written(some_text, argv, message):
     with pytest.raises(UserError, match=message):
@@ -159,7 +160,8 @@ def test_evaluation_without_shards_says_what_is_left_out(some_text, capsys, monk
 
 def test_evaluation_stands_beside_encodings_tiktoken_has(some_text, monkeypatch, capsys):
     tok_train.main(["--vocab_size=400"])
-    byte_level = tiktoken.Encoding("gpt2", pat_str=r"(?s:.)", mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
+    byte_level = tiktoken.Encoding("gpt2", pat_str=r"(?s:.)", mergeable_ranks={bytes([b]): b for b in range(256)},
+                                   special_tokens={})
     monkeypatch.setattr(tok_eval, "_cached_encoding", lambda name: byte_level if name == "gpt2" else None)
     tok_eval.main(["--max_chars=2000"])
     result = json.loads((tokenizer_dir() / "eval.json").read_text(encoding="utf-8"))

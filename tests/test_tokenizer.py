@@ -1,4 +1,8 @@
-"""Text and conversations to ids: as published code gives them, the same through rustbpe and tiktoken, and safely stored."""
+"""Text and conversations to ids: the same as in published code, the same through rustbpe and tiktoken, safely stored.
+
+Covers nanochat/tokenizer/tokenizer.py and files.py. test_conversation.py, test_safe_pickle.py and test_llm.py cover
+conversation.py, safe_pickle.py and stream.py.
+"""
 
 import copy
 import errno
@@ -16,11 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_token_bytes, get_tokenizer, tokenizer_dir
+from nanochat.tokenizer import (
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    RustBPETokenizer,
+    get_token_bytes,
+    get_tokenizer,
+    tokenizer_dir,
+)
 from nanochat.tokenizer import tokenizer as tokenizer_module
 from nanochat.tokenizer.files import build_encoding
 
-WORDS = [" the", "ing", " and", "hello", " world", "日本", "\u00e9", "12", "\r\n", "    ", " ==", "'ll", "<|", "bos", "|>"]
+WORDS = [" the", "ing", " and", "hello", " world", "日本", "\u00e9", "12", "\r\n", "    ", " ==", "'ll", "<|", "bos",
+         "|>"]
 
 
 def handmade(words=WORDS) -> RustBPETokenizer:
@@ -83,7 +95,8 @@ def test_plain_pickle_reads_our_pickle_and_encodes_alike(tok, tmp_path):
     tok.save(tmp_path)
     text = "hello world, the 12 日本 é <|bos|> '\x00' 👩‍👩‍👧"
     code = (f"import json, pickle; enc = pickle.load(open({str(tmp_path / 'tokenizer.pkl')!r}, 'rb'));"
-            f"print(json.dumps([type(enc).__name__, enc.encode_ordinary({text!r}), enc.encode_single_token('<|bos|>')]))")
+            f"ids, bos = enc.encode_ordinary({text!r}), enc.encode_single_token('<|bos|>');"
+            "print(json.dumps([type(enc).__name__, ids, bos]))")
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert json.loads(out) == ["Encoding", tok.encode(text), tok.bos_token_id]
 
@@ -91,7 +104,8 @@ def test_plain_pickle_reads_our_pickle_and_encodes_alike(tok, tmp_path):
 # ---- text
 
 
-texts = st.text(st.characters(), max_size=60) | st.text(st.sampled_from(list("ab 1\n\r\t'é日👩\u200d\u3000\x00!<|>os")), max_size=80)
+tricky = st.sampled_from(list("ab 1\n\r\t'é日👩\u200d\u3000\x00!<|>os"))
+texts = st.text(st.characters(), max_size=60) | st.text(tricky, max_size=80)
 
 
 @settings(deadline=None, max_examples=300)
@@ -100,7 +114,8 @@ def test_every_text_comes_back_with_tiktokens_ids(tok, some, words):
     some = [*some, "".join(words)]
     rows = tok.encode(some)
     assert rows == [tok.encode(text) for text in some] == [tok.enc.encode_ordinary(text) for text in some]
-    assert [tok.decode(ids) for ids in rows] == [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in some]
+    assert [tok.decode(ids) for ids in rows] == [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                                                 for text in some]
     assert all(id < tok.get_vocab_size() - 9 for ids in rows for id in ids)
     for tokenizer in (tok, without_rust(tok)):
         ids, offsets = tokenizer.encode_flat(some)
@@ -109,7 +124,8 @@ def test_every_text_comes_back_with_tiktokens_ids(tok, some, words):
 
 
 def test_lone_surrogates_count_as_replacement_characters(tok):
-    assert tok.encode("a\ud800b") == tok.encode("a\ufffdb") == tok.encode(["a\ud800b"])[0] == tok.encode_flat(["a\ud800b"])[0].tolist()
+    ids = tok.encode("a\ud800b")
+    assert ids == tok.encode("a\ufffdb") == tok.encode(["a\ud800b"])[0] == tok.encode_flat(["a\ud800b"])[0].tolist()
 
 
 def test_no_texts_give_no_ids(tok):
@@ -158,7 +174,7 @@ def test_a_text_tiktoken_gives_up_on_is_an_error_that_says_so(tok):
 def test_token_bytes_are_counted_in_bytes(tok):
     sizes = tok.token_bytes()
     assert sizes.dtype == torch.int32 and sizes.shape == (tok.get_vocab_size(),)
-    assert sizes[:256].tolist() == [1] * 256  # 128 of them are not whole UTF-8, and three bytes each when counted as text
+    assert sizes[:256].tolist() == [1] * 256  # 128 of them are not valid UTF-8, and count as three bytes each as text
     assert sizes[-9:].tolist() == [0] * 9
     text = "hello 日本 world"
     assert sizes[tok.encode(text)].sum() == len(text.encode())
@@ -183,12 +199,15 @@ def test_the_round_trip_check_sees_a_broken_tokenizer(tok):
 # ---- conversations
 
 
-CHAT = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2? <|assistant_start|>"},
-                     {"role": "assistant", "content": [{"type": "text", "text": "It is "}, {"type": "python", "text": "2+2"},
-                                                       {"type": "python_output", "text": "4"}, {"type": "text", "text": "4."}]},
+CHAT = {"messages": [{"role": "system", "content": "Be brief."},
+                     {"role": "user", "content": "2+2? <|assistant_start|>"},
+                     {"role": "assistant",
+                      "content": [{"type": "text", "text": "It is "}, {"type": "python", "text": "2+2"},
+                                  {"type": "python_output", "text": "4"}, {"type": "text", "text": "4."}]},
                      {"role": "user", "content": "thanks"}, {"role": "assistant", "content": "hello world"}]}
 SPELLED = ("<|bos|><|user_start|>Be brief.\n\n2+2? <|assistant_start|><|user_end|>"
-           "<|assistant_start|>It is <|python_start|>2+2<|python_end|><|output_start|>4<|output_end|>4.<|assistant_end|>"
+           "<|assistant_start|>It is <|python_start|>2+2<|python_end|><|output_start|>4<|output_end|>4."
+           "<|assistant_end|>"
            "<|user_start|>thanks<|user_end|><|assistant_start|>hello world<|assistant_end|>")
 
 
@@ -234,7 +253,8 @@ def test_a_picture_of_the_mask_shows_every_token(tok):
 
 def test_saved_and_loaded_is_the_same_tokenizer(tok, tmp_path):
     tok.save(tmp_path / "new" / "folder")
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["token_bytes.pt", "tokenizer.json", "tokenizer.pkl"]
+    names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert names == ["token_bytes.pt", "tokenizer.json", "tokenizer.pkl"]
     text = "hello the 日本 12\r\n"
     for drop in (None, "tokenizer.pkl", "tokenizer.json"):
         tok.save(tmp_path)
@@ -248,7 +268,8 @@ def test_saved_and_loaded_is_the_same_tokenizer(tok, tmp_path):
 def test_fingerprints_differ_with_tokens_pattern_and_specials(tok):
     ranks, specials = tok.enc._mergeable_ranks, tok.enc._special_tokens
     swapped = {**ranks, b" t": ranks[b" th"], b" th": ranks[b" t"]}
-    others = [build_encoding("x", SPLIT_PATTERN, swapped, specials, ""), build_encoding("x", r"(?s:.)", ranks, specials, ""),
+    others = [build_encoding("x", SPLIT_PATTERN, swapped, specials, ""),
+              build_encoding("x", r"(?s:.)", ranks, specials, ""),
               build_encoding("x", SPLIT_PATTERN, ranks, {**specials, "<|more|>": tok.get_vocab_size()}, "")]
     prints = {RustBPETokenizer(enc).fingerprint() for enc in [*others, tok.enc]}
     assert len(prints) == 4 and all(len(one) == 64 for one in prints)
@@ -273,7 +294,8 @@ def test_a_tokenizer_json_of_another_kind_gives_way_to_the_pickle(tok, tmp_path)
 
 
 @pytest.mark.parametrize("change", [
-    {"vocab_size": 5}, {"fingerprint": "0" * 64}, {"fingerprint": None}, {"pattern": "."}, {"pattern": None}, {"version": 2},
+    {"vocab_size": 5}, {"fingerprint": "0" * 64}, {"fingerprint": None}, {"pattern": "."}, {"pattern": None},
+    {"version": 2},
     {"special_tokens": {}}, {"special_tokens": None}, {"mergeable_ranks_base64": []}, {"mergeable_ranks_base64": None},
     {"mergeable_ranks_base64": ["!!"]}, {"mergeable_ranks_base64": [5]}, {"mergeable_ranks_base64": ["AA==", "AA=="]},
     {"pickle_sha256": ...}, {"vocab_size": ...}, {"special_tokens": ...}, {"mergeable_ranks_base64": ...}], ids=str)

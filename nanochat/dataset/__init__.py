@@ -1,4 +1,7 @@
-"""Text on disk: shards, where they come from, and the documents in them. `python -m nanochat.dataset` gets some."""
+"""Pretraining text on disk: the shards, how they are made, and the documents in them.
+
+`python -m nanochat.dataset --help` says how to get some text.
+"""
 
 from nanochat.dataset.documents import Documents, iter_documents, shard_paths
 from nanochat.dataset.shards import data_dir

@@ -1,10 +1,11 @@
 """Get text to train on, in one of three ways.
 
-    python -m nanochat.dataset -n 240                    # the first 240 training shards of FineWeb-Edu, and the validation shard
-    python -m nanochat.dataset import notes/ log.txt.gz  # shards of your own .txt, .md, .jsonl, .json, .parquet files, .gz or plain
-    python -m nanochat.dataset small-world               # shards of the built-in generator: no network, no files
+    python -m nanochat.dataset -n 240                    # 240 training shards of FineWeb-Edu and its validation shard
+    python -m nanochat.dataset import notes/ log.txt.gz  # your .txt, .md, .jsonl, .json, .parquet files, or their .gz
+    python -m nanochat.dataset small-world               # text of the built-in generator: no network, no files
 
-Each takes --help. All write into $NANOCHAT_BASE_DIR/base_data; made shards may go elsewhere with --to FOLDER.
+Each command takes --help. All of them write shards into $NANOCHAT_BASE_DIR/base_data. The last two take --to FOLDER
+to write somewhere else.
 """
 
 import sys
@@ -16,22 +17,26 @@ from nanochat.cli import flag, parse, parser_of, run_main
 from nanochat.dataset.shards import data_dir
 from nanochat.recipe import published
 
+REPLACE = "replace shards that were imported or generated earlier"
+
 
 @dataclass
 class FetchFlags:
     num_files: int = flag(MISSING, "training shards to fetch, about 100 MB each; -1 is all 1822", short="n")
-    num_workers: int = flag(4, "downloads at once", short="w")
-    revision: str = flag("main", "branch, tag or commit of the data set; resolved to a commit at the first fetch, and kept from then on")
+    num_workers: int = flag(4, "parallel downloads", short="w")
+    revision: str = flag("main", "branch, tag or commit of the data set; resolved to a commit at the first fetch, "
+                                 "which later fetches reuse")
 
 
 @dataclass
 class ImportFlags:
     to: str = flag("", "folder to write the shards to; unset is base_data")
-    doc_separator: str = flag("", "in .txt and .md, documents end at lines that hold only this; unset: a file is a document")
+    doc_separator: str = flag("", "in .txt and .md, a line that holds only this ends a document; "
+                                  "unset: each file is one document")
     val_fraction: float = flag(0.01, "share of the documents kept for validation, from 0 to 1; at least one document")
-    text_column: str = flag("text", "name of the text in .jsonl, .json and .parquet")
+    text_column: str = flag("text", "name of the text field in .jsonl, .json and .parquet")
     encoding: str = flag("utf-8", "encoding of the text files, such as cp1252, shift_jis, utf-16")
-    replace: bool = flag(False, "put the new shards in place of others that were imported or made before")
+    replace: bool = flag(False, REPLACE)
 
 
 @dataclass
@@ -39,22 +44,25 @@ class SmallWorldFlags:
     docs: int = flag(published.docs, "training documents, about 400 characters each")
     seed: int = flag(0, "which small world")
     to: str = flag("", "folder to write the shards to; unset is base_data")
-    replace: bool = flag(False, "put the new shards in place of others that were imported or made before")
+    replace: bool = flag(False, REPLACE)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The three commands of this file's top. Raises UserError where text could not be had, or not all of it."""
+    """Run one of the three commands. Raises UserError if the text, or a part of it, cannot be provided."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["import"]:
         from nanochat.dataset.importing import import_files
-        parser = parser_of(ImportFlags, "Make shards of your own text files. Folders are walked in sorted order, hidden files left out.")
+        parser = parser_of(ImportFlags, "Make shards of your own text files. Folders are searched in sorted order; "
+                                        "hidden files are left out.")
         parser.prog += " import"
-        parser.add_argument("paths", nargs="+", metavar="PATH", help="folder, or .txt, .md, .jsonl, .json or .parquet file, plain or .gz")
+        parser.add_argument("paths", nargs="+", metavar="PATH",
+                            help="folder, or .txt, .md, .jsonl, .json or .parquet file, plain or .gz")
         flags = vars(parser.parse_args(argv[1:]))
         import_files(flags.pop("paths"), _folder(flags.pop("to")), **flags)
     elif argv[:1] == ["small-world"]:
         from nanochat.dataset.importing import make_small_world
-        flags = parse(SmallWorldFlags, argv[1:], "Make shards of the built-in small world; 1000 more documents are for validation.")
+        flags = parse(SmallWorldFlags, argv[1:],
+                      "Make shards of the built-in small world, with 1000 more documents for validation.")
         make_small_world(_folder(flags.to), flags.docs, flags.seed, flags.replace)
     else:
         from nanochat.dataset.download import fetch

@@ -1,8 +1,9 @@
 """Read the text to train on: the shards of a split, and the documents in them.
 
-The stream of documents of a split is endless: document number p is document p mod D of pass p div D, where D documents lie on disk.
-The first pass is in the order of the files; later ones visit the shards, and the row groups in each, in another order (a function of
-the pass alone). Rank r of W owns the numbers p = r mod W. One integer is therefore an exact position.
+The document stream of a split is endless. With D documents on disk, number p of the stream is document p mod D of
+epoch p div D. Epoch 0 follows the order of the files. Later epochs shuffle the shards, and the row groups in each
+shard; the order depends on the epoch alone. Rank r of W ranks reads the numbers p with p mod W = r. One integer is
+therefore an exact position in the stream.
 """
 
 import bisect
@@ -14,18 +15,28 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from nanochat.dataset.shards import COLUMN, GET_TEXT, LAST_SHARD, data_dir, missing_shards, read_source, recover, shard_name, shards_in
+from nanochat.dataset.shards import (
+    COLUMN,
+    GET_TEXT,
+    LAST_SHARD,
+    data_dir,
+    missing_shards,
+    read_source,
+    recover,
+    shard_name,
+    shards_in,
+)
 from nanochat.errors import UserError
 
-PIECE_DOCUMENTS, PIECE_CHARS = 128, 1 << 19      # `Documents.walk` hands out pieces of about this size
+PIECE_DOCUMENTS, PIECE_CHARS = 128, 1 << 19      # `Documents.walk` yields pieces of about this size
 
 
 def shard_paths(split: Literal["train", "val"], folder: str | Path | None = None) -> list[Path]:
-    """Return the shards of a split, in order. `folder` is data_dir() where left out.
+    """Return the shards of a split, in order. `folder` defaults to data_dir().
 
-    Validation is one shard that does not depend on how many were fetched: shard_01822 of FineWeb-Edu, the last one of made
-    shards. A folder without source.json (shards fetched by another program) is taken as it is: its last shard is validation.
-    Raises UserError where the folder is missing, empty or incomplete.
+    Validation is always one shard, whatever the number of training shards: shard_01822 of FineWeb-Edu, and the last
+    shard of imported or generated text. In a folder without source.json (shards that another program fetched) the last
+    shard is validation too. Raises UserError if the folder is missing, empty or incomplete.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}; it is 'train' or 'val'")
@@ -37,27 +48,28 @@ def shard_paths(split: Literal["train", "val"], folder: str | Path | None = None
     source = read_source(folder)
     if lost := missing_shards(folder, source):
         raise UserError(f"{folder / lost[0]} is missing or has another size than when it was written"
-                        f"{f' (and {len(lost) - 1} more)' if lost[1:] else ''}: {_way_back(folder)}.")
+                        f"{f' (and {len(lost) - 1} more)' if lost[1:] else ''}: {_repair_hint(folder)}.")
     val = folder / shard_name(LAST_SHARD) if source.get("source") == "fineweb-edu" else found[-1]
     if val not in found:
-        raise UserError(f"the validation shard {val} is missing: {_way_back(folder)}.")
+        raise UserError(f"the validation shard {val} is missing: {_repair_hint(folder)}.")
     if split == "val":
         return [val]
     train = [path for path in found if path != val]
     if not train:
-        raise UserError(f"{folder} holds the validation shard alone, and no shard to train on: "
+        raise UserError(f"{folder} holds only the validation shard, and no shard to train on: "
                         "fetch some with `python -m nanochat.dataset -n 8`.")
     return train
 
 
-def _way_back(folder: Path) -> str:
-    """What to do about a shard that is lost or corrupt."""
+def _repair_hint(folder: Path) -> str:
+    """Say what to do about a missing or corrupt shard."""
     source = {}
     with suppress(UserError):
         source = read_source(folder)
     kind = source.get("source")
     if kind == "fineweb-edu":
-        return "`python -m nanochat.dataset -n N`, with the N you fetched, checks every shard and fetches the bad ones again"
+        return ("run `python -m nanochat.dataset -n N` with the N you used before: "
+                "it checks every shard and fetches the bad ones again")
     if kind in ("import", "small-world"):
         return f"make the shards again: `python -m nanochat.dataset {source.get('command', kind)}` with --replace"
     return "fetch or make it again; " + GET_TEXT
@@ -69,52 +81,64 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the shard {path} is corrupt or unreadable ({reason}): {_way_back(path.parent)}.") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        hint = _repair_hint(path.parent)
+        raise UserError(f"the shard {path} is corrupt or unreadable ({reason}): {hint}.") from error
 
 
 class Documents:
-    """The endless stream of documents of some shards, read by number. Not for several threads at once.
+    """The endless document stream of some shards, read by document number. Not thread-safe.
 
-    `count`: documents in one pass. Raises UserError where a shard is corrupt, lacks the column `text`, or all are empty.
+    Attributes:
+        paths: the shards, in order.
+        count: documents in one epoch.
+
+    Raises:
+        UserError: a shard is corrupt, a shard has no column `text`, or there is no document at all.
     """
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)
         self._open: tuple[int, object] | None = None
         self._group: tuple[tuple[int, int], list[str | None]] | None = None
-        self._rows: list[list[int]] = []  # documents in each row group of each shard
+        self._rows: list[list[int]] = []  # [shard][row group] -> documents
         for shard, path in enumerate(self.paths):
             with _reading(path):
                 metadata = self._file(shard).metadata
-                if COLUMN not in metadata.schema.names:
-                    raise UserError(f"{path} has no column `{COLUMN}`, only {', '.join(metadata.schema.names) or 'none'}. "
-                                    "Turn it into shards with `python -m nanochat.dataset import PATH --text-column NAME`.")
+                if COLUMN not in (names := metadata.schema.names):
+                    raise UserError(f"{path} has no column `{COLUMN}`, only {', '.join(names) or 'none'}. "
+                                    "Make shards of it: `python -m nanochat.dataset import PATH --text-column NAME`.")
                 self._rows.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
         self.count = sum(map(sum, self._rows))
         if self.count == 0:
-            raise UserError(f"the shards in {self.paths[0].parent if self.paths else 'an empty list'} hold no document: {GET_TEXT}.")
+            where = self.paths[0].parent if self.paths else "an empty list"
+            raise UserError(f"the shards in {where} hold no document: {GET_TEXT}.")
         self._orders: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
 
     def fingerprint(self, shards: int | None = None) -> str:
-        """Hex digest of names, sizes and row counts of the first `shards` shards (all, where left out)."""
-        facts = [(path.name, path.stat().st_size, sum(rows)) for path, rows in list(zip(self.paths, self._rows))[:shards]]
+        """Return 16 hex digits of names, sizes and row counts of the first `shards` shards (default: of all)."""
+        pairs = list(zip(self.paths, self._rows))[:shards]
+        facts = [(path.name, path.stat().st_size, sum(rows)) for path, rows in pairs]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def documents_in(self, shards: int) -> int:
-        """Documents in the first `shards` shards."""
+        """Return the number of documents in the first `shards` shards."""
         return sum(map(sum, self._rows[:shards]))
 
     def walk(self, start: int = 0, step: int = 1, stop: int | None = None) -> Iterator[tuple[list[int], list[str]]]:
-        """Yield (numbers, texts) of documents start, start + step, ... below `stop` (endless where None), in small pieces."""
+        """Yield the documents start, start + step, ... in pieces of at most PIECE_DOCUMENTS, as (numbers, texts).
+
+        Args:
+            start: first document number.
+            step: distance between document numbers; the number of ranks.
+            stop: number to stop before; None never stops.
+        """
         number = start
         while stop is None or number < stop:
-            turn, first = divmod(number, self.count)
-            order, ends = self._order(turn)
-            place = bisect.bisect_right(ends, first)
-            end = turn * self.count + ends[place]  # the number after the row group's last document
+            row_group, offset = self._locate(number)
+            end = number - offset  # the number after the row group's last document
             numbers = range(number, end if stop is None else min(end, stop), step)
-            texts = self._read(*order[place])
+            texts = self._read(*row_group)
             here: list[int] = []
             chars = 0
             for number in numbers:
@@ -126,32 +150,41 @@ class Documents:
             number = numbers[-1] + step
 
     def pick(self, numbers: Sequence[int]) -> dict[int, str]:
-        """Return some documents by number, each row group read once."""
-        places = {}
+        """Return the documents with these numbers; reads each row group once."""
+        wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for number in set(numbers):
-            turn, first = divmod(number, self.count)
-            order, ends = self._order(turn)
-            place = bisect.bisect_right(ends, first)
-            places.setdefault(order[place], []).append((number, first - ends[place]))
-        return {number: texts[row] or "" for place in sorted(places) for texts in [self._read(*place)] for number, row in places[place]}
+            row_group, offset = self._locate(number)
+            wanted.setdefault(row_group, []).append((number, offset))
+        found = {}
+        for row_group in sorted(wanted):
+            texts = self._read(*row_group)
+            found |= {number: texts[offset] or "" for number, offset in wanted[row_group]}
+        return found
 
-    def _order(self, turn: int) -> tuple[list[tuple[int, int]], list[int]]:
-        """Row groups as (shard, group) in the order of pass `turn`, and the document counts up to the end of each."""
-        if turn not in self._orders:
-            dice = random.Random(f"pass {turn}")
+    def _locate(self, number: int) -> tuple[tuple[int, int], int]:
+        """Return the (shard, row group) of a document, and its offset from the row group's end, a negative number."""
+        epoch, place = divmod(number, self.count)
+        order, ends = self._order(epoch)
+        i = bisect.bisect_right(ends, place)
+        return order[i], place - ends[i]
+
+    def _order(self, epoch: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """Return the (shard, row group) pairs in the order of an epoch, and the document count up to each one's end."""
+        if epoch not in self._orders:
+            rng = random.Random(f"pass {epoch}")
             shards = list(range(len(self._rows)))
             order = []
-            if turn > 0:
-                dice.shuffle(shards)
+            if epoch > 0:
+                rng.shuffle(shards)
             for shard in shards:
                 groups = list(range(len(self._rows[shard])))
-                if turn > 0:
-                    dice.shuffle(groups)
+                if epoch > 0:
+                    rng.shuffle(groups)
                 order += [(shard, group) for group in groups]
             if len(self._orders) > 2:
                 self._orders.clear()
-            self._orders[turn] = order, list(accumulate(self._rows[shard][group] for shard, group in order))
-        return self._orders[turn]
+            self._orders[epoch] = order, list(accumulate(self._rows[shard][group] for shard, group in order))
+        return self._orders[epoch]
 
     def _file(self, shard: int):
         import pyarrow.parquet as pq
@@ -170,8 +203,18 @@ class Documents:
         return self._group[1]
 
 
-def iter_documents(split: Literal["train", "val"], folder: str | Path | None = None, rank: int = 0, world_size: int = 1) -> Iterator[str]:
-    """Yield the documents of a split once: document i of the stream is rank i % world_size's. Raises UserError as `shard_paths` does."""
+def iter_documents(split: Literal["train", "val"], folder: str | Path | None = None, rank: int = 0,
+                   world_size: int = 1) -> Iterator[str]:
+    """Yield the documents of one epoch of a split.
+
+    Args:
+        split: "train" or "val".
+        folder: where the shards are; defaults to data_dir().
+        rank, world_size: yields document i only if i % world_size == rank.
+
+    Raises:
+        UserError: as in `shard_paths`.
+    """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} of {world_size}; ranks count from 0 to world_size - 1")
     documents = Documents(shard_paths(split, folder))

@@ -1,9 +1,9 @@
-"""Documents out of the files people have: .txt and .md, .jsonl, .json, .parquet; each but parquet also gzipped (.gz).
+"""Read documents from .txt, .md, .jsonl, .json and .parquet files; all but .parquet may be gzipped (.gz).
 
-    for text in read_documents(path, Format(doc_separator="<|doc|>")): ...
+    for text in read_documents(path, TextFormat(doc_separator="<|doc|>")): ...
 
-Files are streamed: memory holds one document (at most 1 GB), not a file; a .json array alone is read whole. What cannot be read
-raises UserError with the file, the place in it, and what to do.
+Files are streamed: memory holds one document (at most 1 GB), not a whole file. Only a .json array is read at once.
+Input that cannot be read raises UserError with the file, the place in it, and what to do.
 """
 
 import codecs
@@ -27,8 +27,8 @@ CHUNK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
-class Format:
-    """How to read: the flags of the import."""
+class TextFormat:
+    """How to find the documents in a file; the fields are the flags of `python -m nanochat.dataset import`."""
 
     doc_separator: str = ""
     text_column: str = "text"
@@ -36,17 +36,28 @@ class Format:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that says the format, `.gz` left out; "" for one that is not known."""
+    """Return the suffix that names the format, without `.gz`; "" for an unknown format."""
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
     return suffix if suffix in SUFFIXES and not name.endswith(".parquet.gz") else ""
 
 
-def find_files(paths: Iterable[str | Path]) -> tuple[list[tuple[str, Path]], list[Path]]:
-    """Return ((name, path) of the files to read, in order, files in folders that are of no known format).
+def is_compressed(path: Path) -> bool:
+    """Return whether the text of a file is larger than the file."""
+    return suffix_of(path) in PARQUET or path.name.lower().endswith(".gz")
 
-    Folders are walked in sorted order, hidden files and folders left out. Raises UserError for a path that is missing, a file
-    named outright that is of no known format, or where there is nothing to read.
+
+def find_files(paths: Iterable[str | Path]) -> tuple[list[tuple[str, Path]], list[Path]]:
+    """Find the files to read. Folders are searched in sorted order, without hidden files and folders.
+
+    Args:
+        paths: files and folders.
+
+    Returns:
+        [(name relative to its folder, path), ...] of the files to read, and the files of unknown format in the folders.
+
+    Raises:
+        UserError: a path does not exist, a file given by name has an unknown format, or there is no file to read.
     """
     found, skipped = [], []
     for given in map(Path, paths):
@@ -59,31 +70,31 @@ def find_files(paths: Iterable[str | Path]) -> tuple[list[tuple[str, Path]], lis
         elif not given.exists():
             raise UserError(f"{given} does not exist.")
         elif not suffix_of(given):
-            raise UserError(f"{given} is of no known format: {', '.join(SUFFIXES)} can be read, plain or .gz (parquet plain). "
-                            "Rename it if it is one of these.")
+            raise UserError(f"{given} is of no known format: {', '.join(SUFFIXES)} can be read, plain or .gz "
+                            "(parquet only plain). Rename it if it is one of these.")
         else:
             found.append((given.name, given))
     if not found:
-        raise UserError(f"nothing to read in {', '.join(map(str, paths))}: no file ends with {', '.join(SUFFIXES)} (or .gz)"
-                        f"{f', among {len(skipped)} others' if skipped else ''}.")
+        raise UserError(f"nothing to read in {', '.join(map(str, paths))}: no file ends with {', '.join(SUFFIXES)} "
+                        f"(or .gz){f', among {len(skipped)} others' if skipped else ''}.")
     return found, skipped
 
 
-def read_documents(path: Path, form: Format) -> Iterator[str]:
-    """Yield the documents of a file as they stand there, empty ones too (a null text is an empty one)."""
+def read_documents(path: Path, text_format: TextFormat) -> Iterator[str]:
+    """Yield the documents of a file in order. Empty documents are included; a null text is an empty document."""
     suffix = suffix_of(path)
     with _reading(path):
         if suffix in PARQUET:
-            yield from _parquet(path, form.text_column)
+            yield from _parquet(path, text_format.text_column)
             return
         with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-            chunks = _decoded(path, file, form.encoding)
+            chunks = _decoded(path, file, text_format.encoding)
             if suffix in TEXT:
-                yield from _texts(path, chunks, form.doc_separator)
+                yield from _texts(path, chunks, text_format.doc_separator)
             elif suffix in LINES:
-                yield from _json_lines(path, chunks, form.text_column)
+                yield from _json_lines(path, chunks, text_format.text_column)
             else:
-                yield from _json_array(path, chunks, form.text_column)
+                yield from _json_array(path, chunks, text_format.text_column)
 
 
 @contextmanager
@@ -91,20 +102,21 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is no whole gzip file ({error}): copy or download it again.") from error
+        raise UserError(f"{path} is not a complete gzip file ({error}): copy or download it again.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _decoded(path: Path, file: IO[bytes], encoding: str) -> Iterator[str]:
-    """Yield the text in pieces, with every line end as one newline and without a byte order mark."""
+    """Yield the text in chunks, with every line end as one newline and without a byte order mark."""
     try:
-        "".encode(encoding)  # knows text encodings from others, such as hex
+        "".encode(encoding)  # fails for a codec that is not a text encoding, such as hex
         decoder = codecs.getincrementaldecoder("utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)()
     except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"the encoding {encoding!r} is unknown: name one such as utf-8, cp1252, shift_jis or utf-16.") from error
+        raise UserError(f"the encoding {encoding!r} is unknown: "
+                        "name one such as utf-8, cp1252, shift_jis or utf-16.") from error
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    done, last = 0, False
+    done, last = 0, False  # done: bytes read so far
     while not last:
         chunk = file.read(CHUNK)
         last = not chunk
@@ -115,13 +127,13 @@ def _decoded(path: Path, file: IO[bytes], encoding: str) -> Iterator[str]:
             at = done - len(error.object) + error.start if isinstance(error, UnicodeDecodeError) else done
             unpacked = " of the unpacked text" if path.name.lower().endswith(".gz") else ""
             raise UserError(f"{path} is not {encoding}: byte {at}{unpacked} cannot be decoded. "
-                            f"Name its encoding, such as {_guess(error)}.") from error
+                            f"Name its encoding, such as {_guess_encodings(error)}.") from error
         if text:
             yield text
 
 
-def _guess(error: UnicodeError) -> str:
-    """Encodings worth a try, where the bytes around the error decode."""
+def _guess_encodings(error: UnicodeError) -> str:
+    """Suggest encodings that can decode the bytes around the error."""
     around = error.object[max(0, error.start - 64):error.start + 64] if isinstance(error, UnicodeDecodeError) else b""
     if around.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "--encoding utf-16"
@@ -136,32 +148,33 @@ def _guess(error: UnicodeError) -> str:
 
 
 def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield lines without their newline. Splits at newlines alone: text may hold other characters that str.splitlines knows."""
-    begun: list[str] = []
+    """Yield lines without their newline. str.splitlines would split at other characters too."""
+    partial: list[str] = []
     for chunk in chunks:
         first, *others = chunk.split("\n")
-        begun.append(first)
+        partial.append(first)
         if others:
-            yield "".join(begun)
+            yield "".join(partial)
             yield from others[:-1]
-            begun = [others[-1]]
-    if any(begun):
-        yield "".join(begun)
+            partial = [others[-1]]
+    if any(partial):
+        yield "".join(partial)
 
 
-def _limited(path: Path, pieces: Iterable[str], where: str, way_out: str) -> Iterator[str]:
+def _limited(path: Path, chunks: Iterable[str], where: str, hint: str) -> Iterator[str]:
+    """Yield the chunks of one document, and raise UserError beyond DOCUMENT_BYTES."""
     size = 0
-    for piece in pieces:
-        size += len(piece)
+    for chunk in chunks:
+        size += len(chunk)
         if size > DOCUMENT_BYTES:
-            raise UserError(f"{path} holds a document of more than {in_words(DOCUMENT_BYTES)}{where}: {way_out}.")
-        yield piece
+            raise UserError(f"{path} holds a document of more than {in_words(DOCUMENT_BYTES)}{where}: {hint}.")
+        yield chunk
 
 
 def _texts(path: Path, chunks: Iterable[str], separator: str) -> Iterator[str]:
     if not separator:
-        way_out = "name the line that ends a document with --doc-separator, or cut it into files"
-        yield "".join(_limited(path, chunks, "", way_out)).strip("\n")
+        hint = "name the line that ends a document with --doc-separator, or cut it into files"
+        yield "".join(_limited(path, chunks, "", hint)).strip("\n")
         return
     document: list[str] = []
     size = 0
@@ -173,13 +186,15 @@ def _texts(path: Path, chunks: Iterable[str], separator: str) -> Iterator[str]:
         document.append(line)
         size += len(line) + 1
         if size > DOCUMENT_BYTES:
-            raise UserError(f"{path} holds a document of more than {in_words(DOCUMENT_BYTES)}: no line holds only {separator!r}. "
+            raise UserError(f"{path} holds a document of more than {in_words(DOCUMENT_BYTES)}: "
+                            f"no line holds only {separator!r}. "
                             "Name the line that ends a document with --doc-separator.")
     yield "\n".join(document).strip("\n")
 
 
-def _text_in(entry: Any, column: str, where: str, bare: bool = False) -> str:
-    if bare and isinstance(entry, str):
+def _text_in(entry: Any, column: str, where: str, or_string: bool = False) -> str:
+    """Return the text of a JSON object, or with `or_string` of a JSON string."""
+    if or_string and isinstance(entry, str):
         return entry
     if not isinstance(entry, dict):
         raise UserError(f"{where} holds {type(entry).__name__}, not an object with {column!r}.")
@@ -199,7 +214,7 @@ def _json_lines(path: Path, chunks: Iterable[str], column: str) -> Iterator[str]
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error}): mend or remove that line.") from error
+            raise UserError(f"{path}, line {number} is not JSON ({error}): correct or remove that line.") from error
         yield _text_in(entry, column, f"{path}, line {number}")
 
 
@@ -208,11 +223,11 @@ def _json_array(path: Path, chunks: Iterable[str], column: str) -> Iterator[str]
     try:
         entries = json.loads(whole)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); if each line is an object by itself, name it .jsonl.") from error
+        raise UserError(f"{path} is not JSON ({error}); if each line is one object, name it .jsonl.") from error
     if not isinstance(entries, list):
-        raise UserError(f"{path} holds {type(entries).__name__}, not an array of objects or texts.")
+        raise UserError(f"{path} holds {type(entries).__name__}, not an array of objects or strings.")
     for number, entry in enumerate(entries, 1):
-        yield _text_in(entry, column, f"{path}, entry {number}", bare=True)
+        yield _text_in(entry, column, f"{path}, entry {number}", or_string=True)
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
@@ -222,14 +237,15 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             if column not in schema.names:
-                raise UserError(f"{path} has no column {column!r}, only {', '.join(map(repr, schema.names)) or 'none'}: "
-                                "name the text with --text-column.")
+                names = ", ".join(map(repr, schema.names)) or "none"
+                raise UserError(f"{path} has no column {column!r}, only {names}: name the text with --text-column.")
             kind = schema.field(column).type
-            inner = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(inner) or pa.types.is_large_string(inner)):
+            values = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not (pa.types.is_string(values) or pa.types.is_large_string(values)):
                 raise UserError(f"{path}: column {column!r} holds {kind}, not text. Name the text with --text-column.")
             for batch in file.iter_batches(batch_size=256, columns=[column], use_threads=False):
                 for text in batch.column(0).to_pylist():
                     yield text or ""
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no whole parquet file ({str(error).splitlines()[0]}): copy or download it again.") from error
+        raise UserError(f"{path} is not a complete parquet file ({str(error).splitlines()[0]}): "
+                        "copy or download it again.") from error

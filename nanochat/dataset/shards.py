@@ -1,8 +1,9 @@
-"""Shards: parquet files of documents, one folder of them for one source of text, and the one way they are written.
+"""Shards: parquet files of documents, one folder for one source of text.
 
-A folder holds shard_00000.parquet, shard_00001.parquet, ... (column `text`, row groups of at most 1024 documents, zstd) and
-source.json, which says where they come from, so that two sources never mix. Made shards (import, small world) are written into a
-folder beside it, which takes its place in one rename when all is complete: a kill or a full disk leaves what stood there before.
+A folder holds shard_00000.parquet, shard_00001.parquet, ... (column `text`, row groups of at most 1024 documents, zstd)
+and source.json, which says where they come from, so that two sources never mix. Imported and generated shards are
+written into a temporary folder beside it. When they are complete, one rename puts it in place: after a kill or on a
+full disk the old shards are still there.
 """
 
 import errno
@@ -19,17 +20,18 @@ from nanochat.files import FULL, atomic_write, base_dir, sync_folder, to_json
 
 COLUMN = "text"
 LAST_SHARD = 1822               # FineWeb-Edu has 1823 shards; the last is for validation
-GROUP_ROWS = 1024               # documents in a row group, as the published shards have it
-GROUP_CHARS = 1 << 24           # a row group of longer documents ends earlier, so that reading one stays small
+GROUP_ROWS = 1024               # documents in a row group, as in the published shards
+GROUP_CHARS = 1 << 24           # characters after which a row group ends early, so that one fits in memory
 SHARD_CHARS = 250_000_000       # characters in a training shard: about 100 MB on disk
-DOCUMENT_BYTES = 1 << 30        # parquet strings end at 2 GB, and a document is held in memory
+DOCUMENT_BYTES = 1 << 30        # a document is held in memory, and parquet limits strings to 2 GB
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
 GET_TEXT = ("get text in one of three ways: `python -m nanochat.dataset -n 8` (FineWeb-Edu from the Hugging Face hub), "
-            "`python -m nanochat.dataset import PATH...` (your own files), `python -m nanochat.dataset small-world` (needs no network)")
+            "`python -m nanochat.dataset import PATH...` (your own files), "
+            "`python -m nanochat.dataset small-world` (needs no network)")
 
 
 def data_dir() -> Path:
-    """The folder of pretraining text. It need not exist yet."""
+    """Return the folder of pretraining text. It may not exist yet."""
     return base_dir() / "base_data"
 
 
@@ -38,22 +40,22 @@ def shard_name(index: int) -> str:
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """The shards that lie in a folder, in order; none where there is no folder."""
+    """Return the shards of a folder, in order; an empty list if there is no folder."""
     return sorted(path for path in folder.glob("shard_*.parquet") if SHARD_NAME.fullmatch(path.name))
 
 
 def read_source(folder: Path) -> dict:
-    """What source.json says; {} where there is none. Raises UserError where it cannot be read."""
+    """Return the contents of source.json; {} if there is none. Raises UserError if it cannot be read."""
     path = folder / "source.json"
     try:
         source = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(source, dict) or not isinstance(source.get("source"), str):
-            raise ValueError("no `source` in it")
+            raise ValueError("it has no field `source`")
         return source
     except FileNotFoundError:
         return {}
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): it says where the shards beside it come from. "
+        raise UserError(f"{path} cannot be read ({error}): this file says where the shards beside it come from. "
                         f"Move {folder} away, then {GET_TEXT}.") from error
 
 
@@ -63,69 +65,76 @@ def write_source(folder: Path, source: dict) -> None:
 
 
 class ShardWriter:
-    """Writes documents into `folder` as training shards of about SHARD_CHARS characters and, last, one validation shard.
+    """Writes documents as training shards of about SHARD_CHARS characters, and one validation shard as the last.
 
-    Call `close` at the end: it returns {file name: {"rows": documents, "bytes": size}}, all synced to disk.
+    Call `close` at the end, or `abandon` after an error.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._train: _Shard | None = None
-        self._val = _Shard(folder / "validation.parquet")
-        self._made: list[_Shard] = []
+        self._train: _ShardFile | None = None
+        self._val = _ShardFile(folder / "validation.parquet")
+        self._written: list[_ShardFile] = []
 
     def add(self, text: str) -> None:
+        """Add a training document."""
         if self._train is None:
-            self._train = _Shard(self.folder / shard_name(len(self._made)))
-            self._made.append(self._train)
+            self._train = _ShardFile(self.folder / shard_name(len(self._written)))
+            self._written.append(self._train)
         self._train.add(text)
         if self._train.chars >= SHARD_CHARS:
             self._train.close()
             self._train = None
 
     def add_validation(self, text: str) -> None:
+        """Add a validation document."""
         self._val.add(text)
 
     def close(self) -> dict[str, dict[str, int]]:
+        """Sync all shards to disk; return {file name: {"rows": documents, "bytes": size}}."""
         if self._train is not None:
             self._train.close()
         self._val.close()
-        self._val.path = self._val.path.rename(self.folder / shard_name(len(self._made)))
-        return {shard.path.name: {"rows": shard.rows, "bytes": shard.path.stat().st_size} for shard in [*self._made, self._val]}
+        self._val.path = self._val.path.rename(self.folder / shard_name(len(self._written)))
+        return {shard.path.name: {"rows": shard.rows, "bytes": shard.path.stat().st_size}
+                for shard in [*self._written, self._val]}
 
     def abandon(self) -> None:
-        """Close the files after an error; what they hold is thrown away by the caller."""
-        for shard in [*self._made, self._val]:
-            shard.writer.is_open = False  # it would else try to write its footer when it is forgotten
+        """Close the files after an error; the caller deletes them."""
+        for shard in [*self._written, self._val]:
+            shard.writer.is_open = False  # else pyarrow writes a footer when the writer is garbage-collected
             with suppress(OSError):
                 shard.file.close()
 
 
-class _Shard:
+class _ShardFile:
+    """One parquet file, written a row group at a time."""
+
     def __init__(self, path: Path):
         import pyarrow as pa
         import pyarrow.parquet as pq
         self.path, self.rows, self.chars = path, 0, 0
         self.schema = pa.schema([(COLUMN, pa.string())])
         self.file = open(path, "wb")
-        self.writer = pq.ParquetWriter(self.file, self.schema, compression="zstd", compression_level=3, use_dictionary=False,
-                                       write_statistics=False, write_page_checksum=True)  # so that a flipped byte is noticed
-        self.waiting: list[str] = []
-        self.waiting_chars = 0
+        self.writer = pq.ParquetWriter(self.file, self.schema, compression="zstd", compression_level=3,
+                                       use_dictionary=False, write_statistics=False,
+                                       write_page_checksum=True)  # the checksum reveals a flipped byte
+        self.pending: list[str] = []
+        self.pending_chars = 0
 
     def add(self, text: str) -> None:
-        self.waiting.append(text)
-        self.waiting_chars += len(text)
+        self.pending.append(text)
+        self.pending_chars += len(text)
         self.rows += 1
         self.chars += len(text)
-        if len(self.waiting) >= GROUP_ROWS or self.waiting_chars >= GROUP_CHARS:
+        if len(self.pending) >= GROUP_ROWS or self.pending_chars >= GROUP_CHARS:
             self._flush()
 
     def _flush(self) -> None:
         import pyarrow as pa
-        if self.waiting:
-            self.writer.write_table(pa.table({COLUMN: self.waiting}, schema=self.schema), row_group_size=GROUP_ROWS)
-        self.waiting, self.waiting_chars = [], 0
+        if self.pending:
+            self.writer.write_table(pa.table({COLUMN: self.pending}, schema=self.schema), row_group_size=GROUP_ROWS)
+        self.pending, self.pending_chars = [], 0
 
     def close(self) -> None:
         if self.file.closed:
@@ -138,15 +147,13 @@ class _Shard:
 
 
 def already_made(folder: Path, fingerprint: str) -> bool:
-    """True if `folder` holds the complete result of the very same command."""
+    """Return whether `folder` holds the complete result of the same command."""
     source = read_source(folder)
-    if source.get("fingerprint") != fingerprint:
-        return False
-    return not missing_shards(folder, source)
+    return source.get("fingerprint") == fingerprint and not missing_shards(folder, source)
 
 
 def missing_shards(folder: Path, source: dict) -> list[str]:
-    """Names of made shards that are absent or of another size than when they were written."""
+    """Return the names of imported or generated shards that are missing or have the wrong size."""
     def size(name: str) -> int:
         path = folder / name
         return path.stat().st_size if path.is_file() else -1
@@ -154,44 +161,58 @@ def missing_shards(folder: Path, source: dict) -> list[str]:
 
 
 def check_free(folder: Path, kind: str, fingerprint: str, replace: bool) -> None:
-    """Raise UserError where made shards must not go: on other files, on downloaded shards, or without `replace` on made ones
-    (but what is left of the same shards, known by their fingerprint, may be made again)."""
+    """Check that new shards of `kind` may replace the contents of `folder`.
+
+    Args:
+        folder: where the shards are to go; it may not exist yet.
+        kind: "import" or "small-world", for the message.
+        fingerprint: of the command that makes the new shards. Incomplete shards of the same command are replaced.
+        replace: whether imported or generated shards of another command may be replaced.
+
+    Raises:
+        UserError: `folder` holds other files, downloaded shards, or, without `replace`, other shards.
+    """
     if not folder.exists():
         return
     ours = re.compile(rf"{SHARD_NAME.pattern}|source\.json|\..*\.part|\.DS_Store")
     strange = sorted(path.name for path in folder.iterdir() if not ours.fullmatch(path.name))
     if strange:
-        raise UserError(f"{folder} holds other things than shards ({', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}): "
+        some = ", ".join(strange[:3]) + (", ..." if len(strange) > 3 else "")
+        raise UserError(f"{folder} holds other things than shards ({some}): "
                         "name a new or empty folder with --to FOLDER, or set NANOCHAT_BASE_DIR to another place.")
     source = read_source(folder)
     if not source and shards_in(folder):
-        raise UserError(f"{folder} holds shards of unknown origin (no source.json): two sources never mix in one folder. Name another with "
-                        "--to FOLDER, set NANOCHAT_BASE_DIR to another place, or move those shards away.")
+        raise UserError(f"{folder} holds shards of unknown origin (no source.json): two sources never mix in one "
+                        "folder. Name another with --to FOLDER, set NANOCHAT_BASE_DIR to another place, "
+                        "or move those shards away.")
     if not source or source.get("fingerprint") == fingerprint:
         return
     where = "name another folder with --to FOLDER or set NANOCHAT_BASE_DIR to another place"
     if source["source"] == "fineweb-edu":
-        raise UserError(f"{folder} holds FineWeb-Edu shards, which a {kind} never mixes with or replaces: {where}.")
+        raise UserError(f"{folder} holds FineWeb-Edu shards, which {kind} never replaces: {where}.")
     if not replace:
-        raise UserError(f"{folder} already holds other text ({source['source']}: {source.get('summary', 'see source.json')})"
-                        f": {where}, or give --replace to have the new one instead.")
+        raise UserError(f"{folder} already holds other text ({source['source']}: "
+                        f"{source.get('summary', 'see source.json')}): {where}, or replace it with --replace.")
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold the lock on writing into `folder`; UserError if another process has it. Mends what a kill amid `staged` left."""
+    """Hold the lock for writing into `folder`, and finish an interrupted `staged`.
+
+    Raises UserError if another process holds the lock, or the folder cannot be written.
+    """
     try:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.parent / f".{folder.name}.lock", "ab")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}. Name another folder with --to FOLDER or NANOCHAT_BASE_DIR.") from error
+        raise _cannot_write(folder, error) from error
     with lock:
         try:
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: two writers at once are then the user's own care
+        except ImportError:  # Windows has no flock: nothing guards against two writers there
             pass
         except BlockingIOError:
             raise UserError(f"another process is writing into {folder}: wait for it to end, or stop it.") from None
@@ -201,23 +222,28 @@ def writing(folder: Path) -> Iterator[None]:
         yield
 
 
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder} cannot be written: {error}. "
+                     "Name another folder with --to FOLDER or NANOCHAT_BASE_DIR.")
+
+
 def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
 def recover(folder: Path) -> None:
-    """If a kill came between the two renames of `staged`, do the second one; else nothing is changed."""
+    """Finish the second rename of a `staged` that was killed between its two renames."""
     new, old = _beside(folder)
     if not folder.exists() and old.exists():
-        with suppress(FileNotFoundError):  # another process was quicker
+        with suppress(FileNotFoundError):  # another process did it first
             os.rename(new if (new / "source.json").exists() else old, folder)
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Give a new folder to write into; when the block ends well it takes the place of `folder`, else nothing is left of it.
+    """Yield a new folder to write into. It replaces `folder` if the block succeeds, and is deleted if it raises.
 
-    Call inside `writing(folder)`, with source.json written last. Raises UserError where the disk is full.
+    Call it inside `writing(folder)`, and write source.json last. Raises UserError if the disk is full.
     """
     new, old = _beside(folder)
     if folder.exists():
@@ -229,15 +255,16 @@ def staged(folder: Path) -> Iterator[Path]:
         sync_folder(new)
         if folder.exists():
             os.rename(folder, old)
-            recover(folder)  # unless a reader, finding it gone, has just done so
+            recover(folder)  # a reader that found the folder missing may have done it already
         else:
             os.rename(new, folder)
         sync_folder(folder.parent)
     except OSError as error:
         if error.errno in FULL:
-            raise UserError(f"the disk is full: nothing was written to {folder}, what stood there before is untouched. "
-                            "Free some space, or name a folder on another disk with --to FOLDER or NANOCHAT_BASE_DIR.") from error
-        raise UserError(f"{folder} cannot be written: {error}. Name another folder with --to FOLDER or NANOCHAT_BASE_DIR.") from error
+            raise UserError(f"the disk is full: nothing was written to {folder}, and its old contents are unchanged. "
+                            "Free some space, or name a folder on another disk with --to FOLDER or NANOCHAT_BASE_DIR."
+                            ) from error
+        raise _cannot_write(folder, error) from error
     finally:
         recover(folder)
         shutil.rmtree(new, ignore_errors=True)

@@ -1,18 +1,25 @@
-"""In how many ways each property of the small world is told: data only.
+"""The phrasings that tell and ask for each attribute of the small world: data only.
 
-Placeholders: {S} {s} the entity as subject, at the start of a sentence or inside it; {o} the same as object; {P} {p} its
-possessive; {n} its name. When a text has just named the entity, all but {n} become pronouns. {r} {h} are pronouns always:
-she and her, he and his. {v} is the value, {V} the value at the start of a sentence.
+Placeholders: {S} and {s} are the entity as subject, at the start of a sentence or inside it; {o} is the entity as
+object; {P} and {p} are its possessive; {n} is its name. If the text has just named the entity, all but {n} become
+pronouns. {r} and {h} are always pronouns: she and her, he and his. {v} is the value, {V} the value at the start of a
+sentence.
 
-No phrasing of a property contains another one of the same property: a phrasing held out for one entity would otherwise be
-read inside the longer one."""
+No phrasing of an attribute contains another one of the same attribute. Otherwise a phrasing held out for an entity
+could still be read inside a longer one.
+"""
 
 from typing import NamedTuple
 
 
 class Phrasings(NamedTuple):
-    """How one property is told. `last`: sentences that end in the value, which can be held out and completed. `other`: sentences
-    with the value elsewhere, never held out. `questions`: answered by the value alone."""
+    """How one attribute is told and asked for.
+
+    Attributes:
+        last: sentences that end in the value. They can be held out, and completed by a model.
+        other: sentences with the value elsewhere; never held out.
+        questions: questions that the value alone answers.
+    """
 
     last: tuple[str, ...]
     other: tuple[str, ...]
@@ -268,15 +275,17 @@ PHRASINGS = {
 SUMS = ("{a} + {b} = {c}", "{a} plus {b} is {c}", "{a} and {b} make {c}", "Add {b} to {a} and you get {c}",
         "The sum of {a} and {b} is {c}", "Together {a} and {b} are {c}", "Whoever has {a} and finds {b} more has {c}",
         "Count on from {a} by {b} and you reach {c}")
-DIFFERENCES = ("{c} - {b} = {a}", "{c} minus {b} is {a}", "{c} less {b} leaves {a}", "Take {b} from {c} and you keep {a}",
-               "The difference of {c} and {b} is {a}", "From {b} to {c} you need {a}", "Whoever has {c} and loses {b} still has {a}",
+DIFFERENCES = ("{c} - {b} = {a}", "{c} minus {b} is {a}", "{c} less {b} leaves {a}",
+               "Take {b} from {c} and you keep {a}", "The difference of {c} and {b} is {a}",
+               "From {b} to {c} you need {a}", "Whoever has {c} and loses {b} still has {a}",
                "Count back from {c} by {b} and you reach {a}")
 OLDER = ("{x} is older than {y}", "{y} is younger than {x}", "{x} was born before {y}", "{y} was born after {x}",
-         "{x} has lived more years than {y}", "{y} has lived fewer years than {x}", "Of {x} and {y} the older one is {x}",
-         "Of {y} and {x} the older one is {x}", "Of {x} and {y} the younger one is {y}", "Of {y} and {x} the younger one is {y}")
-GIVES = ("{x} gives the {t} to {y}", "{x} hands the {t} to {y}", "{y} gets the {t} from {x}", "{x} passes the {t} on to {y}",
-         "{y} is given the {t} by {x}", "{x} lends the {t} to {y}", "{y} asks {x} for the {t} and is given it",
-         "{x} sells the {t} to {y}", "The {t} goes from {x} to {y}")
+         "{x} has lived more years than {y}", "{y} has lived fewer years than {x}",
+         "Of {x} and {y} the older one is {x}", "Of {y} and {x} the older one is {x}",
+         "Of {x} and {y} the younger one is {y}", "Of {y} and {x} the younger one is {y}")
+GIVES = ("{x} gives the {t} to {y}", "{x} hands the {t} to {y}", "{y} gets the {t} from {x}",
+         "{x} passes the {t} on to {y}", "{y} is given the {t} by {x}", "{x} lends the {t} to {y}",
+         "{y} asks {x} for the {t} and is given it", "{x} sells the {t} to {y}", "The {t} goes from {x} to {y}")
 OWNS = ("Now the {t} is with {x}", "In the end the {t} belongs to {x}", "The one who has the {t} now is {x}",
         "Who has the {t} now? {x}", "If you need the {t}, ask {x}", "So the last to get the {t} was {x}",
         "Question: Who has the {t} now? Answer: {x}", "At the end of the day the {t} is in the hands of {x}")

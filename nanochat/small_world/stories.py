@@ -1,7 +1,8 @@
 """Documents of the small world: short passages about linked people, places, things, gifts, numbers and words.
 
-A passage function takes (rng, world, focus), focus being the entity that the text is about so far or None, and returns its
-sentences as one string with the entity to go on with."""
+A passage function takes (rng, world, focus): `focus` is the entity that the text is about so far, or None. It returns
+its text and the entity that the next passage may continue with.
+"""
 
 import random
 
@@ -11,40 +12,58 @@ from nanochat.small_world.world import DOCUMENT, Entity, World, capital, pick, r
 
 OPENING = ("As everybody knows, ", "People say that ", "It is true that ", "Remember that ")
 LINKING = OPENING[:3] + ("Also, ", "Besides, ", "And ")
-HEADINGS = ("About {}.", "This is about {}.", "Let me tell you about {}.", "What do we know about {}?", "A few words about {}.")
-CLOSING = ("That is all.", "So much for {}.", "Now you know more about {}.", "That is all about {}.", "More about {} another day.")
-ASKING = ("Question: {q} Answer: {a}.", "Question: {q} Answer: {a}.", "{q} {A}.", "Q: {q} A: {a}.", "{x} asks: {q} The answer is: {a}.",
-          "Do you know this? {q} {A}.")
-DAYTIMES = ("in the morning", "at noon", "in the evening", "after work", "before supper", "on a rainy day", "at the market", "last week")
+HEADINGS = ("About {}.", "This is about {}.", "Let me tell you about {}.", "What do we know about {}?",
+            "A few words about {}.")
+CLOSING = ("That is all.", "So much for {}.", "Now you know more about {}.", "That is all about {}.",
+           "More about {} another day.")
+ASKING = ("Question: {q} Answer: {a}.", "Question: {q} Answer: {a}.", "{q} {A}.", "Q: {q} A: {a}.",
+          "{x} asks: {q} The answer is: {a}.", "Do you know this? {q} {A}.")
+DAYTIMES = ("in the morning", "at noon", "in the evening", "after work", "before supper", "on a rainy day",
+            "at the market", "last week")
 Passage = tuple[str, Entity | None]
 
 
 def tell(rng: random.Random, world: World, entity: Entity, attributes: list[str], named: bool) -> str:
-    """Return one sentence for each attribute. The first says the name, unless `named`; the later ones mostly a pronoun."""
+    """Return one sentence for each attribute of an entity.
+
+    Args:
+        rng: source of the choices.
+        world: has the phrasings.
+        entity, attributes: what to tell.
+        named: whether the text has just named the entity. If not, the first sentence uses the name; later ones mostly
+            use a pronoun.
+    """
     text = []
     for attribute in attributes:
-        saying = pick(rng, world.told[entity, attribute])
+        forms = pick(rng, world.told[entity, attribute])
         chance = rng.random()
         pronoun = named and chance < 0.5
         if chance < 0.06 or 0.5 < chance < 0.56:
-            text.append(pick(rng, LINKING if text else OPENING) + (saying.pronoun_in if pronoun else saying.name_in) + ".")
+            inside = forms.pronoun_in if pronoun else forms.name_in
+            text.append(pick(rng, LINKING if text else OPENING) + inside + ".")
         elif named and text and chance > 0.85:
-            text[-1] = text[-1][:-1] + ", and " + saying.pronoun_in + "."
+            text[-1] = text[-1][:-1] + ", and " + forms.pronoun_in + "."
         else:
-            text.append((saying.pronoun if pronoun else saying.name) + ".")
+            text.append((forms.pronoun if pronoun else forms.name) + ".")
         named = True
     return " ".join(text)
 
 
 def portrait(rng: random.Random, world: World, focus: Entity | None) -> Passage:
-    """Two to four facts about one person, then on to the home town, or to another person there."""
+    """Two to four facts about one person."""
     person = focus if focus in world.people else pick(rng, world.people)
     return tell(rng, world, person, sample(rng, list(person.values), 2 + int(rng.random() * 3)), False), person
 
 
 def place(rng: random.Random, world: World, focus: Entity | None) -> Passage:
-    """Two or three facts about a town: the one in the text, the home of the person in the text, or any; then one who lives there."""
-    town = world.by_name[focus.values["town"]] if focus in world.people else focus if focus in world.places else pick(rng, world.places)
+    """Two or three facts about a town, and half the time a person who lives there.
+
+    The town is the focus, or the home of the person in focus, or any.
+    """
+    if focus in world.people:
+        town = world.by_name[focus.values["town"]]
+    else:
+        town = focus if focus in world.places else pick(rng, world.places)
     text = tell(rng, world, town, sample(rng, list(town.values), 2 + int(rng.random() * 2)), False)
     if rng.random() < 0.5:
         person = pick(rng, [p for p in world.people if p.values["town"] == town.name])
@@ -83,13 +102,21 @@ def card(rng: random.Random, world: World, focus: Entity | None) -> Passage:
 
 
 def known_as(rng: random.Random, person: Entity) -> str:
-    """Return the name, half the time with the job or the home town: Mara, Mara the baker, Mara of Fenwick."""
+    """Return the name, half the time with job or home town: Mara, Mara the baker, Mara of Fenwick."""
     return person.name + pick(rng, ("", "", f" the {person.values['job']}", f" of {person.values['town']}"))
 
 
 def gifts(rng: random.Random, people: list[Entity], n_events: int) -> tuple[list[str], dict[str, Entity]]:
-    """Return sentences in which people hand things on, and who has each thing at the end. Two things, at least one of which moves
-    twice when there are three or more events."""
+    """Tell a story in which people give two things to each other.
+
+    Args:
+        rng: source of the choices.
+        people: who takes part.
+        n_events: how often a thing changes hands. With three or more, at least one thing moves twice.
+
+    Returns:
+        The sentences, and {thing: who has it at the end}.
+    """
     held = sample(rng, words.GIFTS, 2)
     owner = dict(zip(held, sample(rng, people, 2)))
     one, other = (known_as(rng, owner[item]) for item in held)
@@ -104,7 +131,7 @@ def gifts(rng: random.Random, people: list[Entity], n_events: int) -> tuple[list
 
 
 def giving(rng: random.Random, world: World, focus: Entity | None) -> Passage:
-    """Three people, two things that change hands, and who has them at the end; then a fact about one of them."""
+    """Two things that change hands among three people, who has them at the end, and a fact about one person."""
     people = sample(rng, world.people, 3)
     if focus in world.people and focus not in people:
         people[0] = focus
@@ -116,7 +143,7 @@ def giving(rng: random.Random, world: World, focus: Entity | None) -> Passage:
 
 
 def number(n: int, in_words: bool) -> str:
-    """Return 7 or seven."""
+    """Return a number in digits or in words: 7 or seven."""
     return words.NUMBER_WORDS[n] if in_words else str(n)
 
 
@@ -136,7 +163,8 @@ def sums(rng: random.Random, world: World, focus: Entity | None) -> Passage:
     goods, they = pick(rng, words.COUNTED), one.pronoun
     if rng.random() < 0.5:
         text = [f"{known_as(rng, one)} has {a} {goods}.", pick(rng, (
-            f"{other.name} brings {b} more.", f"Then {they} finds {b} more.", f"From {other.name} come {b} more {goods}.")),
+            f"{other.name} brings {b} more.", f"Then {they} finds {b} more.",
+            f"From {other.name} come {b} more {goods}.")),
             f"{a} plus {b} is {a + b}, so now {one.name} has {a + b} {goods}."]
     else:
         text = [f"{known_as(rng, one)} has {a + b} {goods}.", pick(rng, (
@@ -146,20 +174,22 @@ def sums(rng: random.Random, world: World, focus: Entity | None) -> Passage:
 
 
 def counting(rng: random.Random, world: World, focus: Entity | None) -> Passage:
-    """Things counted one by one, or a list whose length is said."""
+    """Things counted one by one, or a list that ends with its length."""
     if rng.random() < 0.5:
         n, goods = 3 + int(rng.random() * 10), pick(rng, words.COUNTED)
-        return (f"{known_as(rng, pick(rng, world.people))} counts the {goods}: " + ", ".join(words.NUMBER_WORDS[1:n + 1])
-                + f". So there are {words.NUMBER_WORDS[n]} {goods}."), focus
+        who = known_as(rng, pick(rng, world.people))
+        return (f"{who} counts the {goods}: {', '.join(words.NUMBER_WORDS[1:n + 1])}. "
+                f"So there are {words.NUMBER_WORDS[n]} {goods}."), focus
     return count_list(rng, world)[0] + ".", focus
 
 
 def count_list(rng: random.Random, world: World) -> tuple[str, int]:
-    """Return a list of things with their number at the end, and the number, 2 to 7."""
+    """Return a list of things that ends with their number, and the number, 2 to 7."""
     n = 2 + int(rng.random() * 6)
     things = ["a " + g for g in sample(rng, words.GIFTS, n)]
     where = pick(rng, ("On the table", "In the bag", "In the box", "Under the bed"))
-    return f"{where} of {pick(rng, world.people).name} lie {', '.join(things[:-1])} and {things[-1]}. Their number is {n}", n
+    owner = pick(rng, world.people).name
+    return f"{where} of {owner} lie {', '.join(things[:-1])} and {things[-1]}. Their number is {n}", n
 
 
 def spelling(rng: random.Random, world: World, focus: Entity | None) -> Passage:
@@ -178,7 +208,7 @@ def spelling(rng: random.Random, world: World, focus: Entity | None) -> Passage:
 
 
 def comparison(rng: random.Random, world: World, focus: Entity | None) -> Passage:
-    """Who of two is older, often with their ages."""
+    """Who of two people is older, often with their ages."""
     older, younger = pick(rng, world.older)
     text = [pick(rng, OLDER).format(x=older.name, y=younger.name) + "."]
     text += [tell(rng, world, who, ["age"], False) for who in sample(rng, (older, younger), 2)]
@@ -187,9 +217,9 @@ def comparison(rng: random.Random, world: World, focus: Entity | None) -> Passag
     return " ".join(text), pick(rng, (older, younger))
 
 
-# how often each passage is chosen, in shares of the sum
-PASSAGES = [portrait] * 8 + [place] * 4 + [thing] * 4 + [questions] * 5 + [card] + [giving] * 2 + [sums] * 2 + [counting] + [spelling] * 2 \
-    + [comparison]
+# each passage as often as it is to be chosen
+PASSAGES = [*[portrait] * 8, *[place] * 4, *[thing] * 4, *[questions] * 5, card, *[giving] * 2, *[sums] * 2, counting,
+            *[spelling] * 2, comparison]
 FEWEST_WORDS, MOST_WORDS = 40, 180
 
 

@@ -1,4 +1,7 @@
-"""Text and conversations to token ids and back. `RustBPETokenizer` is the way in."""
+"""Text and conversations to token ids and back.
+
+`get_tokenizer()` loads the tokenizer of the base directory; `RustBPETokenizer` trains, loads and saves any.
+"""
 
 from nanochat.tokenizer.tokenizer import (
     SPECIAL_TOKENS,

@@ -1,9 +1,11 @@
-"""The form of a conversation, checked: messages in, turns out. What the turns look like as tokens is nanochat/tokenizer/tokenizer.py's.
+"""Check a conversation and split it into turns. tokenizer.py turns these into tokens.
 
-    {"messages": [{"role": "system", "content": "..."},          # may be left out
+    {"messages": [{"role": "system", "content": "..."},          # optional
                   {"role": "user", "content": "..."},
-                  {"role": "assistant", "content": "..." or [{"type": "text" | "python" | "python_output", "text": "..."}, ...]},
+                  {"role": "assistant", "content": "..." or a list of parts},
                   {"role": "user", ...}, ...]}
+
+A part is {"type": "text" | "python" | "python_output", "text": "..."}.
 """
 
 from typing import Any
@@ -15,10 +17,12 @@ Turn = tuple[str, list[tuple[str, str]]]
 
 
 def turns_of(conversation: Any) -> list[Turn]:
-    """Return [(role, [(part type, text), ...]), ...] with roles user, assistant, user, ... The input is left as it is.
+    """Return [(role, [(part type, text), ...]), ...] with roles user, assistant, user, ... The input is not changed.
 
-    A leading system message is put before the first user text, two newlines between. Raises UserError that names the message
-    and what is wrong with it: no messages, roles out of order, no content, a part of another type.
+    A leading system message is put before the first user text, with two newlines between them.
+
+    Raises:
+        UserError: names the message and what is wrong: no messages, roles out of order, no content, unknown part type.
     """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -29,13 +33,13 @@ def turns_of(conversation: Any) -> list[Turn]:
         role = message.get("role") if isinstance(message, dict) else None
         if i == 0 and role == "system":
             if len(messages) == 1:
-                raise UserError(f"{where} is a system message, with no user message behind it")
+                raise UserError(f"{where} is a system message, with no user message after it")
             system = _text(message.get("content"), f"{where} (system)")
             continue
         expected = "assistant" if len(turns) % 2 else "user"
         if role != expected:
-            raise UserError(f"{where} has the role {_shown(role)} where {expected!r} should be: user and assistant take turns, "
-                            "user first; only the first message may be a system message")
+            raise UserError(f"{where} has the role {_short_repr(role)} where {expected!r} should be: user and "
+                            "assistant take turns, user first; only the first message may be a system message")
         parts = _parts(message.get("content"), role, f"{where} ({role})")
         if system is not None and not turns:
             parts = [("text", f"{system}\n\n{parts[0][1]}")]
@@ -51,7 +55,8 @@ def _parts(content: Any, role: str, where: str) -> list[tuple[str, str]]:
     for j, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in PART_TYPES:
-            raise UserError(f"{where}, part {j + 1} has the type {_shown(kind)}; there are {', '.join(PART_TYPES)}")
+            raise UserError(f"{where}, part {j + 1} has the type {_short_repr(kind)}; "
+                            f"there are {', '.join(PART_TYPES)}")
     return [(part["type"], _text(part.get("text"), f"{where}, part {j + 1}")) for j, part in enumerate(content)]
 
 
@@ -63,5 +68,5 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     return repr(value)[:40]

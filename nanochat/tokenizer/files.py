@@ -1,8 +1,8 @@
-"""A tokenizer's folder, read and written: every file is checked through before an Encoding is made of it.
+"""Read and write the files of a tokenizer. Every file is checked completely before an Encoding is made of it.
 
-tokenizer.json    plain data of our own, read first: split pattern, tokens in rank order, special tokens, fingerprint
-tokenizer.pkl     a pickled tiktoken Encoding, as published code reads it; never unpickled here (nanochat/tokenizer/safe_pickle.py reads it)
-token_bytes.pt    int32 (V,), bytes of each token, 0 for specials
+tokenizer.json    our own format, read first: split pattern, tokens in rank order, special tokens, fingerprint
+tokenizer.pkl     a pickled tiktoken Encoding, as published code reads it; safe_pickle.py reads it without unpickling
+token_bytes.pt    int32 (V,), bytes of each token, 0 for special tokens
 """
 
 import base64
@@ -26,16 +26,17 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
                   "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
 FORMAT, VERSION = "liquid-time-nanochat tokenizer", 1
-# Far above any real tokenizer (65,536 tokens take 0.8 MB), far below what would hurt to read.
+# Limits far above any real tokenizer (65,536 tokens take 0.8 MB), so that a wrong file cannot exhaust time or memory.
 MAX_FILE, MAX_PATTERN, MAX_SPECIALS, MAX_NAME = 1 << 26, 1000, 1000, 100
 PROBE = "The 12 quick foxes' naïve café: x += 3.14;\r\n\n\t  日本語とПривет 🦊\x00 \u00a0!?  end \n"
 AGAIN = "Fetch it again, or train a tokenizer with: python -m scripts.tok_train"
 
 
 def load_encoding(folder: str | Path) -> tiktoken.Encoding:
-    """Load tokenizer.json, or else tokenizer.pkl, of `folder`. Raises UserError where neither is there and sound.
+    """Load tokenizer.json of `folder`, or tokenizer.pkl if there is none.
 
-    Where both are there and hold two different tokenizers, that is an error too: which one is meant only the user knows.
+    Raises:
+        UserError: there is no valid tokenizer, or the two files hold different ones; the user has to choose.
     """
     plain, pickled = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer.pkl"
     ours = _load_plain(plain, pickled.is_file()) if plain.is_file() else None
@@ -45,7 +46,7 @@ def load_encoding(folder: str | Path) -> tiktoken.Encoding:
                             "Train one with: python -m scripts.tok_train")
         return _load_pickled(pickled)
     enc, pickle_sha256 = ours
-    if pickled.is_file() and sha256_of(pickled) != pickle_sha256:  # replaced by hand, or written by another tiktoken
+    if pickled.is_file() and sha256_of(pickled) != pickle_sha256:  # replaced, or written by another tiktoken version
         if fingerprint_of(_load_pickled(pickled)) != fingerprint_of(enc):
             raise UserError(f"tokenizer.json and tokenizer.pkl in {folder} are two different tokenizers. "
                             "Move the one you do not want out of the folder.")
@@ -53,16 +54,23 @@ def load_encoding(folder: str | Path) -> tiktoken.Encoding:
 
 
 def save_encoding(enc: tiktoken.Encoding, token_bytes: "torch.Tensor", folder: str | Path) -> None:
-    """Write the three files into `folder`: all, or (on an error) none of them."""
+    """Write the three files into `folder`; on an error, none of them.
+
+    Args:
+        enc: the tiktoken Encoding.
+        token_bytes: int32 (V,), bytes of each token, 0 for special tokens.
+        folder: created if missing.
+    """
     import torch
     pickled, sizes = pickle.dumps(enc, protocol=4), io.BytesIO()
     torch.save(token_bytes, sizes)
     plain = {"format": FORMAT, "version": VERSION, "vocab_size": enc.n_vocab, "fingerprint": fingerprint_of(enc),
-             "pickle_sha256": hashlib.sha256(pickled).hexdigest(), "pattern": enc._pat_str, "special_tokens": enc._special_tokens,
+             "pickle_sha256": hashlib.sha256(pickled).hexdigest(), "pattern": enc._pat_str,
+             "special_tokens": enc._special_tokens,
              "mergeable_ranks_base64": [base64.b64encode(token).decode() for token in tokens_of(enc)]}
     contents = {"tokenizer.json": json.dumps(plain, indent=0).encode(), "tokenizer.pkl": pickled,
                 "token_bytes.pt": sizes.getvalue()}
-    with ExitStack() as stack:  # all three lie beside their names, flushed, before the first is moved to it
+    with ExitStack() as stack:  # all three temporary files are flushed before the first is renamed
         files = [stack.enter_context(atomic_write(Path(folder) / name)) for name in contents]
         for file, content in zip(files, contents.values()):
             file.write(content)
@@ -70,12 +78,12 @@ def save_encoding(enc: tiktoken.Encoding, token_bytes: "torch.Tensor", folder: s
 
 
 def tokens_of(enc: tiktoken.Encoding) -> list[bytes]:
-    """Return the bytes of every ordinary token in rank order; the rank is the id."""
+    """Return the bytes of every ordinary token, in the order of their ids."""
     return sorted(enc._mergeable_ranks, key=enc._mergeable_ranks.__getitem__)
 
 
 def fingerprint_of(enc: tiktoken.Encoding) -> str:
-    """Return a SHA-256 (hex) of split pattern, tokens and specials: equal for encodings that give the same ids."""
+    """Return the SHA-256 (hex) of split pattern, tokens and special tokens. Equal fingerprints mean equal ids."""
     digest = hashlib.sha256(enc._pat_str.encode() + b"\0")
     for token in tokens_of(enc):
         digest.update(len(token).to_bytes(4, "little") + token)
@@ -85,18 +93,27 @@ def fingerprint_of(enc: tiktoken.Encoding) -> str:
 
 
 def build_encoding(name: Any, pattern: Any, ranks: Any, specials: Any, where: str) -> tiktoken.Encoding:
-    """Make a tiktoken Encoding of values that may come from anywhere. Raises UserError, naming `where`, unless all is sound:
+    """Make a tiktoken Encoding of values that may come from anywhere.
 
-    bytes and their ranks 0 to N-1 with all single bytes among them, then special tokens N to V-1 with ours among them, and a
-    split pattern that compiles and loses nothing of a probing text.
+    Args:
+        name: of the Encoding, a short string.
+        pattern: the split pattern. It must compile and lose nothing of the text PROBE.
+        ranks: {bytes: rank} with the ranks 0 to N-1 and all single bytes.
+        specials: {name: id} with the ids N to V-1 and all of SPECIAL_TOKENS.
+        where: what the values come from, for messages.
+
+    Raises:
+        UserError: a value is not as described.
     """
-    def need(sound: bool, what: str) -> None:
-        if not sound:
+    def need(valid: bool, what: str) -> None:
+        if not valid:
             raise UserError(f"{where} is not a tokenizer for this code: {what}")
 
     need(type(name) is str and len(name) <= MAX_NAME, "its name is not a short text")
-    need(type(pattern) is str and 0 < len(pattern) <= MAX_PATTERN, f"its split pattern is not 1 to {MAX_PATTERN} characters")
-    need(type(ranks) is dict and all(type(token) is bytes and token and type(rank) is int for token, rank in ranks.items()),
+    need(type(pattern) is str and 0 < len(pattern) <= MAX_PATTERN,
+         f"its split pattern is not 1 to {MAX_PATTERN} characters")
+    need(type(ranks) is dict and all(type(token) is bytes and token and type(rank) is int
+                                     for token, rank in ranks.items()),
          "its tokens are not bytes with whole numbers")
     need(type(specials) is dict and len(specials) <= MAX_SPECIALS and all(
         type(token) is str and 0 < len(token) <= MAX_NAME and type(id) is int for token, id in specials.items()),
@@ -109,12 +126,13 @@ def build_encoding(name: Any, pattern: Any, ranks: Any, specials: Any, where: st
     need(not missing, f"it has no special token {' '.join(missing)}")
     try:
         enc = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-        faithful = enc.decode_bytes(enc.encode_ordinary(PROBE)) == PROBE.encode()
-    except BaseException as error:  # tiktoken's panics are no Exceptions
+        lossless = enc.decode_bytes(enc.encode_ordinary(PROBE)) == PROBE.encode()
+    except BaseException as error:  # a Rust panic in tiktoken is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        raise UserError(f"{where} is not a tokenizer for this code: its split pattern fails ({str(error)[:200]})") from None
-    need(faithful, "its split pattern loses parts of the text")
+        raise UserError(f"{where} is not a tokenizer for this code: "
+                        f"its split pattern fails ({str(error)[:200]})") from None
+    need(lossless, "its split pattern loses parts of the text")
     return enc
 
 
@@ -135,8 +153,11 @@ def _load_pickled(path: Path) -> tiktoken.Encoding:
     return build_encoding(state["name"], state["pat_str"], state["mergeable_ranks"], state["special_tokens"], str(path))
 
 
-def _load_plain(path: Path, other: bool) -> tuple[tiktoken.Encoding, str] | None:
-    """Load tokenizer.json: (Encoding, SHA-256 of the pickle beside it). None if it is of another kind and `other` is there."""
+def _load_plain(path: Path, has_pickle: bool) -> tuple[tiktoken.Encoding, str] | None:
+    """Load tokenizer.json. Return (Encoding, SHA-256 of the pickle written with it).
+
+    With `has_pickle`, return None if the file has another format.
+    """
     try:
         data = json.loads(_read(path).decode())
     except UserError:
@@ -144,12 +165,13 @@ def _load_plain(path: Path, other: bool) -> tuple[tiktoken.Encoding, str] | None
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not JSON, or is damaged. {AGAIN}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        if other:
-            return None  # Hugging Face's format has the same file name
+        if has_pickle:
+            return None  # Hugging Face's tokenizers use the same file name
         raise UserError(f"{path} is not a tokenizer of this project's format. {AGAIN}")
     if data.get("version") != VERSION:
-        raise UserError(f"{path} has format version {str(data.get('version'))[:20]}; this code reads {VERSION}. Update the code.")
-    damaged = UserError(f"{path} is damaged: its parts do not fit together. {AGAIN}")
+        raise UserError(f"{path} has format version {str(data.get('version'))[:20]}; this code reads {VERSION}. "
+                        "Update the code.")
+    damaged = UserError(f"{path} is damaged: its fields do not agree. {AGAIN}")
     try:
         tokens = [base64.b64decode(token, validate=True) for token in data["mergeable_ranks_base64"]]
         pattern, specials, size = data["pattern"], data["special_tokens"], data["vocab_size"]

@@ -1,9 +1,9 @@
-"""Reads the one pickle the project must read, a `tiktoken.Encoding` (tokenizer.pkl), without unpickling.
+"""Read the pickle of a `tiktoken.Encoding` (tokenizer.pkl) without unpickling it.
 
-A pickle is a program. This is a machine for the dozen instructions that an Encoding's pickle consists of (protocols 0 to 5):
-strings, bytes, whole numbers, dicts, and names out of a fixed list. A name stands for itself here and is never looked up,
-imported or called, so no file can run anything; any other instruction or name is refused. The outcome is plain data, which
-nanochat/tokenizer/tokenizer.py checks before it builds an Encoding from it.
+A pickle is a program. This module interprets only the few instructions that the pickle of an Encoding consists of
+(protocols 0 to 5): strings, bytes, whole numbers, dicts, and names of a fixed list. A name is a placeholder here; it is
+never looked up, imported or called, so no file can run code. Any other instruction or name is refused. The result is
+plain data, which files.py checks before it builds an Encoding.
 """
 
 import pickletools
@@ -13,16 +13,16 @@ from nanochat.errors import UserError
 
 
 class _Name:
-    """A name from the list. Inert: it can be neither called nor filled."""
+    """A placeholder for a name of the list. It cannot be called, and it has no state."""
 
-    def __init__(self, shown: str):
-        self.shown = shown
+    def __init__(self, text: str):
+        self.text = text
 
 
 ENCODING, RECONSTRUCTOR, OBJECT, BYTES, ENCODE = map(_Name, ("Encoding", "_reconstructor", "object", "bytes", "encode"))
 NAMES = {
     ("tiktoken.core", "Encoding"): ENCODING,
-    # protocols 0 and 1 make an object through these two, protocols 0 to 2 spell bytes through the other two
+    # protocols 0 and 1 create an object with the first two, protocols 0 to 2 write bytes with the other two
     ("copy_reg", "_reconstructor"): RECONSTRUCTOR, ("copyreg", "_reconstructor"): RECONSTRUCTOR,
     ("__builtin__", "object"): OBJECT, ("builtins", "object"): OBJECT,
     ("__builtin__", "bytes"): BYTES, ("builtins", "bytes"): BYTES,
@@ -34,53 +34,56 @@ TUPLE_SIZES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 MARK = _Name("mark")
 
 
-class _Made:
-    """Where an Encoding would have been made: holds the state it would have been given."""
+class _PickledEncoding:
+    """Stands for the Encoding that unpickling would have created; holds the state that it would have been given."""
 
     state: dict | None = None
 
 
-class _Refused(Exception):
-    pass
+class _UnsafePickle(Exception):
+    """The pickle does something that the pickle of an Encoding never does."""
 
 
 def encoding_state(blob: bytes, where: str) -> dict[str, Any]:
-    """Return the state (a dict of plain values, not yet checked) of the tiktoken Encoding pickled in `blob`.
+    """Return the state of the tiktoken Encoding pickled in `blob`: a dict of plain values, not yet checked.
 
-    Raises UserError, naming `where` and what was found, for anything that is not such a pickle. Time and memory are
-    proportional to the size of `blob`.
+    Time and memory are proportional to the size of `blob`. Raises UserError, with `where` and what was found, for
+    anything that is not such a pickle.
     """
     try:
-        return _Machine(blob).run()
-    except _Refused as error:
-        raise UserError(f"{where} is refused: {error}. A tokenizer.pkl holds a pickled tiktoken Encoding and nothing else; "
-                        "do not open this file with anything that unpickles it.") from None
-    except Exception as error:  # whatever reading a torn or foreign file comes to: short stacks, bad text, missing memo entries
-        raise UserError(f"{where} is not a pickled tiktoken Encoding, or damaged ({type(error).__name__}: {str(error)[:200]}). "
+        return _Interpreter(blob).run()
+    except _UnsafePickle as error:
+        raise UserError(f"{where} is refused: {error}. A tokenizer.pkl holds a pickled tiktoken Encoding and nothing "
+                        "else; do not open this file with anything that unpickles it.") from None
+    except Exception as error:  # a cut or foreign file fails in many ways: empty stack, bad text, missing memo entry
+        raise UserError(f"{where} is not a pickled tiktoken Encoding, or it is damaged "
+                        f"({type(error).__name__}: {str(error)[:200]}). "
                         "Fetch it again, or train a tokenizer with: python -m scripts.tok_train") from None
 
 
-class _Machine:
+class _Interpreter:
+    """The pickle machine: a stack, a memo, and one method for each group of instructions."""
+
     def __init__(self, blob: bytes):
         self.blob, self.stack, self.memo = blob, [], {}
-        self.encodable = len(blob)  # a string named again and again through the memo must not multiply into gigabytes of bytes
+        self.encodable = len(blob)  # limits the bytes made of strings that the memo repeats
 
     def run(self) -> dict[str, Any]:
         for opcode, argument, position in pickletools.genops(self.blob):
             self.step(opcode.name, argument)
             if opcode.name == "STOP" and position != len(self.blob) - 1:
-                raise _Refused(f"it goes on for {len(self.blob) - 1 - position} bytes behind its end")
-        made = self.pop()
-        if self.stack or not isinstance(made, _Made):
-            raise _Refused(f"it holds {_kind(made)}, not an Encoding")
-        if made.state is None:
-            raise _Refused("its Encoding is empty")
-        return made.state
+                raise _UnsafePickle(f"it goes on for {len(self.blob) - 1 - position} bytes after its end")
+        encoding = self.pop()
+        if self.stack or not isinstance(encoding, _PickledEncoding):
+            raise _UnsafePickle(f"it holds {_kind(encoding)}, not an Encoding")
+        if encoding.state is None:
+            raise _UnsafePickle("its Encoding is empty")
+        return encoding.state
 
     def pop(self) -> Any:
         value = self.stack.pop()
         if value is MARK:
-            raise _Refused("its instructions are out of order")
+            raise _UnsafePickle("its instructions are out of order")
         return value
 
     def pop_to_mark(self) -> list:
@@ -88,7 +91,7 @@ class _Machine:
         while at >= 0 and self.stack[at] is not MARK:
             at -= 1
         if at < 0:
-            raise _Refused("its instructions are out of order")
+            raise _UnsafePickle("its instructions are out of order")
         values = self.stack[at + 1:]
         del self.stack[at:]
         return values
@@ -129,12 +132,12 @@ class _Machine:
             stack.append(self.named(module, attribute))
         elif name in ("NEWOBJ", "REDUCE"):
             arguments, function = self.pop(), self.pop()
-            stack.append(self.made(name, function, arguments))
+            stack.append(self.construct(name, function, arguments))
         elif name == "BUILD":
-            state, made = self.pop(), self.top()
-            self.build(made, state)
+            state, encoding = self.pop(), self.top()
+            self.build(encoding, state)
         elif name not in ("PROTO", "FRAME", "STOP"):
-            raise _Refused(f"it uses the pickle instruction {name}, which no Encoding needs")
+            raise _UnsafePickle(f"it uses the pickle instruction {name}, which no Encoding needs")
 
     def top(self) -> Any:
         self.stack.append(value := self.pop())
@@ -143,46 +146,47 @@ class _Machine:
     def fill(self, pairs: list) -> None:
         target = self.top()
         if type(target) is not dict or len(pairs) % 2:
-            raise _Refused("its instructions are out of order")
+            raise _UnsafePickle("its instructions are out of order")
         for key, value in zip(pairs[::2], pairs[1::2]):
             if type(key) not in (str, bytes):
-                raise _Refused(f"{_kind(key)} stands where text or bytes should be")
+                raise _UnsafePickle(f"a dict has a key of the wrong kind, {_kind(key)}")
             target[key] = value
 
     def named(self, module: Any, attribute: Any) -> _Name:
         if type(module) is not str or type(attribute) is not str:
-            raise _Refused(f"it asks for the name {_kind(attribute)} of {_kind(module)}")
+            raise _UnsafePickle(f"it asks for the name {_kind(attribute)} of {_kind(module)}")
         if (module, attribute) not in NAMES:
-            raise _Refused(f"it asks for {module[:60]}.{attribute[:60]}")
+            raise _UnsafePickle(f"it asks for {module[:60]}.{attribute[:60]}")
         return NAMES[module, attribute]
 
-    def made(self, instruction: str, function: Any, arguments: Any) -> Any:
-        """Return what an allowed construction stands for."""
+    def construct(self, instruction: str, function: Any, arguments: Any) -> Any:
+        """Return the value of a call, if it is one that the pickle of an Encoding makes."""
         arguments = list(arguments) if type(arguments) is tuple else None
         if instruction == "NEWOBJ":
             if function is ENCODING and arguments == []:
-                return _Made()
+                return _PickledEncoding()
         elif function is RECONSTRUCTOR and arguments == [ENCODING, OBJECT, None]:
-            return _Made()
+            return _PickledEncoding()
         elif function is BYTES and arguments == []:
             return b""
-        elif function is ENCODE and arguments and len(arguments) == 2 and type(arguments[0]) is str and arguments[1] == "latin1":
+        elif (function is ENCODE and arguments and len(arguments) == 2
+              and type(arguments[0]) is str and arguments[1] == "latin1"):
             self.encodable -= len(arguments[0])
             if self.encodable < 0:
-                raise _Refused("it would unfold into more bytes than it has")
+                raise _UnsafePickle("it would unfold into more bytes than it has")
             return arguments[0].encode("latin1")
-        raise _Refused(f"it calls {_kind(function)} in a way no Encoding does")
+        raise _UnsafePickle(f"it calls {_kind(function)} in a way no Encoding does")
 
-    def build(self, made: Any, state: Any) -> None:
-        if not isinstance(made, _Made) or made.state is not None:
-            raise _Refused("it fills something that is not a new Encoding")
+    def build(self, encoding: Any, state: Any) -> None:
+        if not isinstance(encoding, _PickledEncoding) or encoding.state is not None:
+            raise _UnsafePickle("it fills something that is not a new Encoding")
         if type(state) is str:
-            raise _Refused(f"it only names an encoding of tiktoken's own ({state[:60]!r}) and holds no tokens")
+            raise _UnsafePickle(f"it only names an encoding of tiktoken's own ({state[:60]!r}) and holds no tokens")
         if type(state) is not dict:
-            raise _Refused(f"its Encoding is {_kind(state)}, not a dict")
-        made.state = state
+            raise _UnsafePickle(f"its Encoding is {_kind(state)}, not a dict")
+        encoding.state = state
 
 
 def _kind(value: Any) -> str:
-    """Say what a value is without looking into it: printing nested tuples that share parts can take for ever."""
-    return value.shown if isinstance(value, _Name) else f"a {type(value).__name__}"
+    """Name the type of a value without printing it: nested tuples that share parts can print for ever."""
+    return value.text if isinstance(value, _Name) else f"a {type(value).__name__}"

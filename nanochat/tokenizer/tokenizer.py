@@ -1,9 +1,9 @@
-"""Text and conversations to token ids and back: byte-level BPE with nine special tokens behind the merges.
+"""Text and conversations to token ids and back: byte-level BPE, with nine special tokens as the last ids.
 
-    tokenizer = get_tokenizer()                                   # of $NANOCHAT_BASE_DIR; python -m scripts.tok_train makes it
+    tokenizer = get_tokenizer()                  # of $NANOCHAT_BASE_DIR; python -m scripts.tok_train trains it
     tokenizer.decode(tokenizer.encode("Hello", prepend="<|bos|>"))
 
-A tokenizer's folder holds tokenizer.json, tokenizer.pkl and token_bytes.pt: nanochat/tokenizer/files.py reads and writes them.
+files.py reads and writes the files of a tokenizer: tokenizer.json, tokenizer.pkl and token_bytes.pt.
 """
 
 import itertools
@@ -34,27 +34,38 @@ if TYPE_CHECKING:
 
 SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
                  r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
-SMALLEST = 256 + len(SPECIAL_TOKENS)  # a vocabulary without a single merge
+SMALLEST = 256 + len(SPECIAL_TOKENS)  # a vocabulary without any merge
 
 
 class RustBPETokenizer:
-    """A byte-level BPE vocabulary. `.enc` is its tiktoken Encoding; encoding goes through rustbpe where that is installed."""
+    """A byte-level BPE tokenizer. Encodes with rustbpe if it is installed, else with tiktoken; both give the same ids.
+
+    Attributes:
+        enc: the tiktoken Encoding.
+        bos_token_id: id that every document and conversation begins with; may be set.
+    """
 
     def __init__(self, enc: tiktoken.Encoding, bos_token: str = "<|bos|>"):
         self.enc = enc
         self._specials: dict[str, int] = dict(enc._special_tokens)
         self.bos_token_id = self.encode_special(bos_token)
 
-    # ---- making, loading, saving
+    # ---- training, loading, saving
 
     @classmethod
     def train_from_iterator(cls, texts: Iterable[str], vocab_size: int,
                             progress: Callable[[str, int, int], object] | None = None) -> "RustBPETokenizer":
-        """Train merges on `texts` until there are `vocab_size` tokens, the specials among them.
+        """Train a tokenizer on `texts`.
 
-        A text with too few distinct pairs gives a smaller vocabulary, with a warning; the specials are the last ids all the same.
-        `progress(stage, done, total)` is called about every second: "count" with bytes of text and 0, then "merge" with merges.
-        Raises UserError for a vocabulary below 265 (256 bytes and 9 specials), or where rustbpe is not built.
+        Args:
+            texts: any iterable of documents.
+            vocab_size: tokens in all: 256 bytes, the merges, and 9 special tokens as the last ids. If the text has too
+                few different pairs, the vocabulary is smaller and a warning says so.
+            progress: called as progress(stage, done, total) about every second: "count" with bytes of text and 0, then
+                "merge" with merges.
+
+        Raises:
+            UserError: `vocab_size` is below 265, a document is not a string, or rustbpe is not built.
         """
         if type(vocab_size) is not int or not SMALLEST <= vocab_size <= 1 << 24:
             raise UserError(f"vocab_size is {vocab_size!r}; it must be a whole number from {SMALLEST} (256 bytes and "
@@ -63,9 +74,11 @@ class RustBPETokenizer:
             raise UserError("train_from_iterator takes an iterable of texts, and was given one text; put it in a list.")
         Tokenizer = _rustbpe()
         if Tokenizer is None:
-            raise UserError("training a tokenizer needs the rustbpe of this repository, which is not built; run: bash dev/setup.sh")
+            raise UserError("training a tokenizer needs the rustbpe of this repository, which is not built; "
+                            "run: bash dev/setup.sh")
         trainer = Tokenizer()
-        trainer.train_from_iterator(_checked(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress)
+        trainer.train_from_iterator(_checked(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN,
+                                    progress=progress)
         pairs = [(bytes(token), rank) for token, rank in trainer.get_mergeable_ranks()]
         specials = {name: len(pairs) + i for i, name in enumerate(SPECIAL_TOKENS)}
         tokenizer = cls(build_encoding("rustbpe", SPLIT_PATTERN, dict(pairs), specials, "the trained tokenizer"))
@@ -76,11 +89,11 @@ class RustBPETokenizer:
 
     @classmethod
     def from_directory(cls, folder: str | Path) -> "RustBPETokenizer":
-        """Load tokenizer.json, or the published tokenizer.pkl, of `folder`. Raises UserError where there is no sound one."""
+        """Load tokenizer.json, or the published tokenizer.pkl, of `folder`. Raises UserError if neither is valid."""
         return cls(load_encoding(folder))
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer.pkl and token_bytes.pt into `folder`, all or (on an error) none of them."""
+        """Write tokenizer.json, tokenizer.pkl and token_bytes.pt into `folder`; on an error, none of them."""
         save_encoding(self.enc, self.token_bytes(), folder)
 
     # ---- the vocabulary
@@ -90,7 +103,7 @@ class RustBPETokenizer:
         return tokens_of(self.enc)
 
     def get_vocab_size(self) -> int:
-        """Return V: ordinary and special tokens; ids are 0 to V-1."""
+        """Return V, the number of ordinary and special tokens. Ids are 0 to V-1."""
         return self.enc.n_vocab
 
     def get_bos_token_id(self) -> int:
@@ -102,44 +115,51 @@ class RustBPETokenizer:
         return set(self._specials)
 
     def encode_special(self, name: str) -> int:
-        """Return the id of a special token. Raises UserError for a name there is none of."""
+        """Return the id of a special token. Raises UserError for an unknown name."""
         if name not in self._specials:
             raise UserError(f"this tokenizer has no special token {name!r}; it has {' '.join(self._specials)}")
         return self._specials[name]
 
     def id_to_token(self, id: int) -> str:
-        """Return one token as text; bytes that are not whole UTF-8 show as U+FFFD."""
+        """Return one token as text; invalid UTF-8 becomes U+FFFD."""
         return self.decode([id])
 
     def token_bytes(self) -> "torch.Tensor":
-        """Return an int32 tensor (V,): the bytes each token stands for, 0 for specials. Counted in bytes, never in text."""
+        """Return int32 (V,): the number of bytes of each token, 0 for special tokens."""
         import torch
         sizes = torch.zeros(self.get_vocab_size(), dtype=torch.int32)
         sizes[:len(self._tokens)] = torch.tensor([len(token) for token in self._tokens], dtype=torch.int32)
         return sizes
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 (hex) of split pattern, tokens and specials: equal for tokenizers that give the same ids."""
+        """Return the SHA-256 (hex) of split pattern, tokens and special tokens. Equal fingerprints mean equal ids."""
         return fingerprint_of(self.enc)
 
     # ---- text
 
     @cached_property
     def _rust(self) -> Any | None:
-        """rustbpe's encoder of the same vocabulary, several times as fast as tiktoken with the same ids; None without rustbpe."""
+        """The rustbpe encoder of this vocabulary, several times as fast as tiktoken; None if rustbpe is not built."""
         Tokenizer = _rustbpe()
         try:
             return Tokenizer and Tokenizer.from_ranks(self.enc._mergeable_ranks, self.enc._pat_str)
         except ValueError as error:
-            warnings.warn(f"rustbpe cannot use this vocabulary ({error}): encoding goes through tiktoken and is slower", stacklevel=3)
+            warnings.warn(f"rustbpe cannot use this vocabulary ({error}): encoding goes through tiktoken and is slower",
+                          stacklevel=3)
             return None
 
     def encode(self, text: str | Sequence[str], prepend: str | int | None = None, append: str | int | None = None,
                num_threads: int = 8) -> list[int] | list[list[int]]:
-        """Return the ids of a text, or a list of them for a list of texts.
+        """Return the ids of a text, or a list of ids for each of a list of texts.
 
-        `prepend` and `append` are special tokens, by name or id, put around each text. The text itself never gives a special
-        token, whatever it spells. Lone surrogates count as U+FFFD. `num_threads` holds for tiktoken; rustbpe uses all cores.
+        Args:
+            text: one or several texts. The text itself never becomes a special token, even if it contains the name of
+                one. Lone surrogates are encoded as U+FFFD.
+            prepend, append: special tokens, by name or id, put before and after each text.
+            num_threads: for tiktoken; rustbpe uses all cores.
+
+        Raises:
+            UserError: an argument is not a text, or there is no such token.
         """
         before, after = ([] if token is None else [self._id_of(token)] for token in (prepend, append))
         if isinstance(text, str):
@@ -151,10 +171,10 @@ class RustBPETokenizer:
     __call__ = encode
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of all texts in one uint32 array, and int64 offsets (N+1,): text i is ids[offsets[i]:offsets[i + 1]]."""
+        """Return ids (uint32) and offsets (int64, (N+1,)) of N texts: text i is ids[offsets[i]:offsets[i + 1]]."""
         texts = _texts(texts)
         if self._rust is not None:
-            ids, offsets = _well_formed(self._rust.batch_encode_flat, texts)
+            ids, offsets = _with_rustbpe(self._rust.batch_encode_flat, texts)
             return np.frombuffer(ids, dtype=np.uint32), np.frombuffer(offsets, dtype=np.uint64).astype(np.int64)
         rows = self._encode_batch(texts, num_threads=8)
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
@@ -162,7 +182,7 @@ class RustBPETokenizer:
         return np.fromiter(itertools.chain.from_iterable(rows), dtype=np.uint32, count=int(offsets[-1])), offsets
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; specials show as their names, bytes that are not whole UTF-8 as U+FFFD."""
+        """Return the text of ids. Special tokens become their names, invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -174,12 +194,15 @@ class RustBPETokenizer:
             raise UserError(f"id {wrong} is not in this tokenizer's vocabulary of {self.get_vocab_size()}") from None
 
     def check_round_trip(self, texts: Sequence[str]) -> None:
-        """Raise UserError unless every text comes back from its ids unchanged, and all ids are those of `.enc`."""
+        """Raise UserError unless decoding restores every text, and the ids are those of tiktoken."""
         texts = [PROBE, *texts]
-        for text, ids, reference in zip(texts, self.encode(texts), _without_panic(self.enc.encode_ordinary_batch, texts)):
-            if self.decode(ids) != text or ids != reference:
-                what = "does not come back from its ids" if self.decode(ids) != text else "has other ids in tiktoken"
-                raise UserError(f"this tokenizer is broken: {text[:60]!r} {what}. Train one again: python -m scripts.tok_train")
+        references = _with_tiktoken(self.enc.encode_ordinary_batch, texts)
+        for text, ids, reference in zip(texts, self.encode(texts), references):
+            decoded = self.decode(ids)
+            if decoded != text or ids != reference:
+                what = "is not restored by decoding its ids" if decoded != text else "has other ids in tiktoken"
+                raise UserError(f"this tokenizer is broken: {text[:60]!r} {what}. "
+                                "Train one again: python -m scripts.tok_train")
 
     def _id_of(self, token: str | int) -> int:
         if isinstance(token, str):
@@ -190,21 +213,28 @@ class RustBPETokenizer:
 
     def _encode(self, text: str) -> list[int]:
         if self._rust is not None:
-            return _well_formed(self._rust.encode, text)
-        return _without_panic(self.enc.encode_ordinary, text)
+            return _with_rustbpe(self._rust.encode, text)
+        return _with_tiktoken(self.enc.encode_ordinary, text)
 
     def _encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
         if self._rust is not None:
-            return _well_formed(self._rust.batch_encode, texts)
-        return _without_panic(self.enc.encode_ordinary_batch, texts, num_threads=num_threads)
+            return _with_rustbpe(self._rust.batch_encode, texts)
+        return _with_tiktoken(self.enc.encode_ordinary_batch, texts, num_threads=num_threads)
 
     # ---- conversations
 
     def render_conversation(self, conversation: dict, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
-        """Return (ids, mask), both cut at `max_tokens`; mask is 1 for tokens the assistant writes and is trained on, else 0.
+        """Return (ids, mask) of a conversation, to train on: bos, then each turn between its start and end token.
 
-        bos, then each turn between its start and end token. A leading system message becomes the head of the first user text.
-        Raises UserError, naming the message, for a conversation that is not well-formed (nanochat/tokenizer/conversation.py).
+        Args:
+            conversation: see conversation.py. A leading system message becomes the start of the first user text.
+            max_tokens: both lists are cut at this length.
+
+        Returns:
+            The ids, and for each 1 if the assistant writes it and is trained on it, else 0.
+
+        Raises:
+            UserError: the conversation is not well-formed; names the message.
         """
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; it must be 1 or more")
@@ -212,9 +242,9 @@ class RustBPETokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """Return the ids the assistant goes on from: the conversation without a last assistant message, then its start token.
+        """Return the prompt for the assistant's next turn: the conversation and the token <|assistant_start|>.
 
-        Not cut: whoever generates knows how much of a long prompt fits.
+        A last message of the assistant is left out. The prompt is not cut to a length; the caller decides what fits.
         """
         turns = turns_of(conversation)
         if turns[-1][0] == "assistant":
@@ -246,25 +276,25 @@ class RustBPETokenizer:
         return ids, mask
 
     def visualize(self, ids: Sequence[int], mask: Sequence[int]) -> str:
-        """Return the tokens divided by bars and coloured for a terminal: green is trained on, red is not."""
+        """Return the tokens separated by bars and coloured for a terminal: green is trained on, red is not."""
         return "|".join(f"\033[{32 if trained else 31}m{self.decode([id])}\033[0m" for id, trained in zip(ids, mask))
 
 
 def tokenizer_dir() -> Path:
-    """Return where the tokenizer of this base directory lives."""
+    """Return the folder of the tokenizer in the base directory."""
     return base_dir() / "tokenizer"
 
 
 def get_tokenizer() -> RustBPETokenizer:
-    """Load the tokenizer of the base directory. Raises UserError, saying how to train one, where there is none."""
+    """Load the tokenizer of the base directory. Raises UserError, with how to train one, if there is none."""
     return RustBPETokenizer.from_directory(tokenizer_dir())
 
 
 def get_token_bytes(device: "torch.device | str" = "cpu") -> "torch.Tensor":
-    """Return the int32 tensor (V,) of bytes per token, 0 for specials, of the base directory's tokenizer.
+    """Return int32 (V,): bytes of each token of the base directory's tokenizer, 0 for special tokens.
 
-    Counted from the tokens; token_bytes.pt is read where it stands alone. (Published code counted tokens that are not whole
-    UTF-8 wrong, so a file that disagrees with its tokenizer is not believed.)
+    They are counted from the tokens, because published code counted tokens of incomplete UTF-8 wrong. token_bytes.pt is
+    read only if there is no tokenizer beside it.
     """
     import torch
     folder, path = tokenizer_dir(), tokenizer_dir() / "token_bytes.pt"
@@ -272,16 +302,18 @@ def get_token_bytes(device: "torch.device | str" = "cpu") -> "torch.Tensor":
         return get_tokenizer().token_bytes().to(device)
     try:
         sizes = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a torn or foreign file
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); remove it and fetch the tokenizer again") from None
-    whole = isinstance(sizes, torch.Tensor) and sizes.dtype in (torch.int32, torch.int64)
-    if not whole or sizes.ndim != 1 or bool((sizes < 0).any()):
-        raise UserError(f"{path} does not hold one whole number of bytes a token; remove it and fetch the tokenizer again")
+    except Exception as error:  # torch raises many kinds for a cut or foreign file
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); "
+                        "remove it and fetch the tokenizer again") from None
+    integers = isinstance(sizes, torch.Tensor) and sizes.dtype in (torch.int32, torch.int64)
+    if not integers or sizes.ndim != 1 or bool((sizes < 0).any()):
+        raise UserError(f"{path} does not hold one whole number of bytes per token; "
+                        "remove it and fetch the tokenizer again")
     return sizes.to(device=device, dtype=torch.int32)
 
 
 def _rustbpe() -> Any | None:
-    """This repository's rustbpe.Tokenizer; None where it is not built, or where the package of that name elsewhere is installed."""
+    """Return this repository's rustbpe.Tokenizer; None if it is not built or another package has that name."""
     try:
         from rustbpe import Tokenizer
     except ImportError:
@@ -289,15 +321,15 @@ def _rustbpe() -> Any | None:
     return Tokenizer if hasattr(Tokenizer, "from_ranks") else None
 
 
-# ---- texts in
+# ---- checking and repairing texts
 
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts, lone surrogates (as broken JSON escapes leave them) replaced. UserError for anything but text."""
+    """Yield the texts with surrogates repaired. Raises UserError for anything but a text."""
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"document {i} is not text but {type(text).__name__}")
-        yield text if text.isascii() else _mended(text)
+        yield text if text.isascii() else _without_surrogates(text)
 
 
 def _texts(texts: Any) -> list[str]:
@@ -309,8 +341,8 @@ def _texts(texts: Any) -> list[str]:
     return list(texts)
 
 
-def _mended(text: str) -> str:
-    """The text as tiktoken reads it: surrogate pairs joined, lone surrogates replaced."""
+def _without_surrogates(text: str) -> str:
+    """Join surrogate pairs and replace lone surrogates, as tiktoken does. Broken JSON escapes produce them."""
     try:
         text.encode()
         return text
@@ -318,18 +350,18 @@ def _mended(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _well_formed(encode: Callable, text: str | list[str]) -> Any:
-    """Call rustbpe, which takes UTF-8 only; texts that are not are mended first, and only then, since almost none are."""
+def _with_rustbpe(encode: Callable, text: str | list[str]) -> Any:
+    """Call rustbpe, which takes only valid UTF-8. Surrogates are rare, so they are repaired only after a failure."""
     try:
         return encode(text)
     except ValueError as error:
         if not isinstance(error.__cause__, UnicodeEncodeError):
             raise UserError(f"rustbpe cannot encode this text: {error}") from error
-        return encode(_mended(text) if isinstance(text, str) else [_mended(part) for part in text])
+        return encode(_without_surrogates(text) if isinstance(text, str) else [_without_surrogates(t) for t in text])
 
 
-def _without_panic(encode: Callable, *arguments: Any, **options: Any) -> Any:
-    """Call tiktoken, whose regex gives up with a panic (no Exception) on some texts: a million spaces on end, say."""
+def _with_tiktoken(encode: Callable, *arguments: Any, **options: Any) -> Any:
+    """Call tiktoken. Its regex panics on some texts, such as a million spaces, and a panic is not an Exception."""
     try:
         return encode(*arguments, **options)
     except BaseException as error:

@@ -1,1 +1,1 @@
-"""What a model may use: a calculator, and a sandbox for the code that it writes."""
+"""What a model may use: a calculator while it writes, and a sandbox that runs the code it wrote."""

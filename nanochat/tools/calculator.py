@@ -1,4 +1,4 @@
-"""The tool a model may call: arithmetic, and counting a piece of text in another.
+"""The tool that a model may call: arithmetic, and counting how often a text occurs in another.
 
     calculate("12 * (3 + 4.5)")             # "90.0"
     calculate("1,000 - 1")                  # "999"
@@ -6,9 +6,9 @@
     calculate("2**10 > 10**3")              # "True"
     calculate("__import__('os')")           # None
 
-A parser that knows these few forms and no others; nothing is handed to Python's eval. What it answers is what Python shows for the
-same expression. Length, nesting and every value on the way are bounded, so any input is done in about a millisecond at most, on any
-thread and any platform.
+The parser accepts only the grammar below, and never calls Python's eval. The answer is what Python prints for the same
+expression. Length, nesting and every intermediate value are bounded, so every input takes at most about a millisecond,
+on any thread and any platform.
 
     comparison = expression (("<" | ">" | "<=" | ">=" | "==" | "!=") expression)*
     expression = term (("+" | "-") term)*               commas between digits are dropped: 1,000 is 1000
@@ -22,8 +22,8 @@ import operator
 import re
 
 MAX_LENGTH = 1000   # characters of an expression
-MAX_DEPTH = 40      # parentheses, signs and powers inside each other
-MAX_VALUE = 10**100  # no value on the way is larger; so a whole number has at most 101 digits
+MAX_DEPTH = 40      # nested parentheses, signs and powers
+MAX_VALUE = 10**100  # largest intermediate value, so a whole number has at most 101 digits
 MAX_BITS = MAX_VALUE.bit_length()
 
 TOKEN = re.compile(r"""[ \t]*(?:
@@ -31,90 +31,94 @@ TOKEN = re.compile(r"""[ \t]*(?:
   | (?P<text> '(?:[^'\\\r\n]|\\['"\\])*' | "(?:[^"\\\r\n]|\\['"\\])*" )
   | (?P<sign> \.[ \t]*count\b | \*\*|//|[<>=!]=|[-+*/%()<>] )
 )""", re.VERBOSE)
-SUM = {"+": operator.add, "-": operator.sub}
-COMPARED = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
-PRODUCT = {"*": operator.mul, "/": operator.truediv, "//": operator.floordiv, "%": operator.mod}
+ADDITIVE = {"+": operator.add, "-": operator.sub}
+MULTIPLICATIVE = {"*": operator.mul, "/": operator.truediv, "//": operator.floordiv, "%": operator.mod}
+COMPARISON = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge,
+              "==": operator.eq, "!=": operator.ne}
 
 
 def calculate(expression: str) -> str | None:
-    """Return the value of `expression` as Python shows it. None for what is not allowed, has no value or is too large; never raises."""
+    """Return the value of `expression` as Python prints it.
+
+    Returns None if the expression is not in the grammar, has no value, or exceeds a bound. Never raises.
+    """
     if len(expression) > MAX_LENGTH:
         return None
     try:
-        reader = _Reader(_tokens(expression.strip(" \t\r\n")))
-        value = reader.comparison()
-        if reader.next() != ("end", ""):
+        parser = _Parser(_tokens(expression.strip(" \t\r\n")))
+        value = parser.comparison()
+        if parser.next() != ("end", ""):
             return None
-    except (_Refused, ArithmeticError):  # ArithmeticError: division by zero, a float that overflows
+    except (_NoValue, ArithmeticError):  # ArithmeticError: division by zero, a float that overflows
         return None
     return str(value)
 
 
-class _Refused(Exception):
-    """Not in the grammar, or over a bound."""
+class _NoValue(Exception):
+    """The expression is not in the grammar, or exceeds a bound."""
 
 
 def _tokens(expression: str) -> list[tuple[str, str]]:
-    """Split into (kind, text) with kind number, text or sign, and ("end", "") as the last."""
-    tokens, at = [], 0
-    while at < len(expression):
-        found = TOKEN.match(expression, at)
+    """Split into (kind, text) tokens of kind number, text or sign; the last token is ("end", "")."""
+    tokens, position = [], 0
+    while position < len(expression):
+        found = TOKEN.match(expression, position)
         if found is None:
-            raise _Refused
+            raise _NoValue
         tokens.append((found.lastgroup, found[found.lastgroup]))
-        at = found.end()
+        position = found.end()
     return [*tokens, ("end", "")]
 
 
-class _Reader:
-    """Reads tokens from left to right and calculates as it goes. `depth` counts what a method stands inside of."""
+class _Parser:
+    """A recursive-descent parser that evaluates while it parses. `depth` is the nesting depth of a method call."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
-        self.tokens, self.at = tokens, 0
+        self.tokens, self.position = tokens, 0
 
     def next(self) -> tuple[str, str]:
-        self.at += 1
-        return self.tokens[self.at - 1]
+        self.position += 1
+        return self.tokens[self.position - 1]
 
-    def ahead(self) -> str | None:
-        """The sign that comes next; None if no sign does."""
-        kind, text = self.tokens[self.at]
+    def peek(self) -> str | None:
+        """Return the next token if it is a sign, else None."""
+        kind, text = self.tokens[self.position]
         return text if kind == "sign" else None
 
-    def need(self, sign: str) -> None:
-        if self.ahead() != sign:
-            raise _Refused
-        self.at += 1
+    def expect(self, sign: str) -> None:
+        if self.peek() != sign:
+            raise _NoValue
+        self.position += 1
 
     def comparison(self) -> int | float | bool:
         value, holds = self.sum(0), None
-        while self.ahead() in COMPARED:  # 1 < 2 < 3 holds where 1 < 2 and 2 < 3 do
+        while self.peek() in COMPARISON:  # 1 < 2 < 3 means 1 < 2 and 2 < 3
             sign, left = self.next()[1], value
             value = self.sum(0)
-            holds = holds is not False and COMPARED[sign](left, value)
+            holds = holds is not False and COMPARISON[sign](left, value)
         return value if holds is None else holds
 
     def sum(self, depth: int) -> int | float:
         value = self.product(depth)
-        while self.ahead() in SUM:
-            value = _bounded(SUM[self.next()[1]](value, self.product(depth)))
+        while self.peek() in ADDITIVE:
+            value = _bounded(ADDITIVE[self.next()[1]](value, self.product(depth)))
         return value
 
     def product(self, depth: int) -> int | float:
         value = self.factor(depth)
-        while self.ahead() in PRODUCT:
-            value = _bounded(PRODUCT[self.next()[1]](value, self.factor(depth)))
+        while self.peek() in MULTIPLICATIVE:
+            value = _bounded(MULTIPLICATIVE[self.next()[1]](value, self.factor(depth)))
         return value
 
     def factor(self, depth: int) -> int | float:
         if depth > MAX_DEPTH:
-            raise _Refused
-        if self.ahead() in SUM:
+            raise _NoValue
+        if self.peek() in ADDITIVE:
             sign = self.next()[1]
             value = self.factor(depth + 1)
             return -value if sign == "-" else value
         base = self.primary(depth)
-        if self.ahead() != "**":
+        if self.peek() != "**":
             return base
         self.next()
         return _power(base, self.factor(depth + 1))
@@ -124,19 +128,19 @@ class _Reader:
         if kind == "number":
             return _number(text)
         if kind == "text":
-            if not re.fullmatch(r"\.[ \t]*count", self.ahead() or ""):
-                raise _Refused
+            if not re.fullmatch(r"\.[ \t]*count", self.peek() or ""):
+                raise _NoValue
             self.next()
-            self.need("(")
+            self.expect("(")
             kind, part = self.next()
             if kind != "text":
-                raise _Refused
-            self.need(")")
+                raise _NoValue
+            self.expect(")")
             return _unquoted(text).count(_unquoted(part))
         if (kind, text) != ("sign", "("):
-            raise _Refused
+            raise _NoValue
         value = self.sum(depth + 1)
-        self.need(")")
+        self.expect(")")
         return value
 
 
@@ -144,8 +148,8 @@ def _number(text: str) -> int | float:
     text = text.replace(",", "")
     if "." in text:
         return _bounded(float(text))
-    if text[0] == "0" and text.strip("0"):  # 007 is no number in Python
-        raise _Refused
+    if text[0] == "0" and text.strip("0"):  # 007 is not a number in Python
+        raise _NoValue
     return _bounded(int(text))
 
 
@@ -154,13 +158,15 @@ def _unquoted(text: str) -> str:
 
 
 def _power(base: int | float, exponent: int | float) -> int | float:
-    """base ** exponent, refused before it is calculated if it would be large."""
-    if isinstance(base, int) and isinstance(exponent, int) and exponent > 0 and (abs(base).bit_length() - 1) * exponent > MAX_BITS:
-        raise _Refused
+    """Return base ** exponent. Whole numbers that would be too large are refused before the calculation."""
+    if isinstance(base, int) and isinstance(exponent, int) and exponent > 0:
+        if (abs(base).bit_length() - 1) * exponent > MAX_BITS:
+            raise _NoValue
     return _bounded(base**exponent)
 
 
 def _bounded(value: int | float | complex) -> int | float:
-    if isinstance(value, complex) or not abs(value) <= MAX_VALUE:  # the root of a negative number is complex; nan compares false
-        raise _Refused
+    # a root of a negative number is complex; a comparison with nan is false
+    if isinstance(value, complex) or not abs(value) <= MAX_VALUE:
+        raise _NoValue
     return value

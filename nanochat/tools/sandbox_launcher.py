@@ -1,15 +1,15 @@
-"""The inside of nanochat/tools/sandbox.py: starts one confined program, waits for it, and leaves no process behind. Standard library only.
+"""Start one confined program for sandbox.py, wait for it, and leave no process behind. Standard library only.
 
-sandbox.py runs this file by its path, in an interpreter of its own, with a description in JSON as the only argument; nothing imports
-it. Its stdin is the leash: when sandbox.py closes it, or dies, everything here is killed. What happened goes to the report pipe, as
-lines of JSON, which no confined process holds.
+sandbox.py runs this file by its path in a separate interpreter, with a JSON description as the only argument. Nothing
+imports it. When its stdin closes, because sandbox.py closed it or died, it kills everything. It writes lines of JSON
+about the outcome to the report pipe, which no confined process has.
 
-    way "namespaces"   own user, process, network, IPC and mount namespaces; a read-only root of the folders the interpreter needs
-    way "bubblewrap"   the same through bwrap, for systems that let only that program make namespaces
-    way "limits"       resource limits; signals and sockets refused by seccomp on Linux (x86-64, ARM64)
+    method "namespaces"   own user, process, network, IPC and mount namespaces; a read-only root with the interpreter
+    method "bubblewrap"   the same through bwrap, for systems that allow only that program to create namespaces
+    method "limits"       resource limits; on Linux (x86-64, ARM64) seccomp refuses signals and sockets
 
-In all of them, root first becomes a user id that nobody has: limits on processes bind no root, and a process of another user id
-cannot signal this one.
+In all of them, root first changes to an unused user id: process limits do not apply to root, and a process of another
+user id cannot signal this one.
 """
 
 import json
@@ -24,8 +24,9 @@ import time
 NOBODY = 65534
 LINUX = sys.platform == "linux"
 
-# Runs in the confined interpreter. The functions it needs are local names before the program runs, so the program cannot replace
-# them; each message is read only when the phase before it is over, so there is nothing to find early. argv: in, out, checked, limits.
+# Runs in the confined interpreter. It binds the functions it needs to local names before the program runs, so that the
+# program cannot replace them. It reads each message only after the phase before it, so that nothing can be found early.
+# Arguments: file descriptor to read, file descriptor to write, whether there are checks, limits.
 HARNESS = r'''
 def run():
     import builtins, gc, os, resource, signal, sys, types
@@ -41,8 +42,9 @@ def run():
             if sys.platform == "linux":
                 raise
     read, write, execute, compiled, size, number, joined = os.read, os.write, exec, compile, len, int, b"".join
-    settrace, setprofile, frames, show, leave = sys.settrace, sys.setprofile, sys._current_frames, sys.__excepthook__, os._exit
-    disable, callbacks, getsignal, setsignal, setitimer = gc.disable, gc.callbacks, signal.getsignal, signal.signal, signal.setitimer
+    settrace, setprofile, frames, show = sys.settrace, sys.setprofile, sys._current_frames, sys.__excepthook__
+    leave, disable, callbacks = os._exit, gc.disable, gc.callbacks
+    getsignal, setsignal, setitimer = signal.getsignal, signal.signal, signal.setitimer
     timers, default = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF), signal.SIG_DFL
     signals, callable_ = sorted(signal.valid_signals()), callable
     flush = sys.stdout.flush
@@ -63,7 +65,7 @@ def run():
     def take():
         return exactly(number(exactly(8), 16))
 
-    def calm():  # nothing of the program's may run by itself from here on
+    def calm():  # remove all hooks through which code of the program could still run
         settrace(None)
         setprofile(None)
         disable()
@@ -89,13 +91,13 @@ def run():
         if checked:
             calm()
             write(fd_out, b"1")
-            # Python's own functions as they were, whatever the program put in their place
+            # the checks get Python's built-in functions, even if the program replaced them
             view = {name: value for name, value in names.items() if name not in own or name[:2] == "__"}
             view["__builtins__"] = own
             execute(compiled(take(), "checks.py", "exec", dont_inherit=True, optimize=0), view)
             try:
                 flush()
-            except Any:  # closed, or broken, by the program
+            except Any:  # the program closed or broke stdout
                 pass
             calm()
             write(fd_out, b"2")
@@ -109,9 +111,9 @@ def run():
 run()
 '''
 
-# Linux, x86-64 and ARM64: what the level "limits" refuses. Signals and access to the memory of other processes of the same user
-# (kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, ptrace, process_vm_readv, process_vm_writev, pidfd_send_signal),
-# sockets (socket, io_uring_setup). Numbers from the kernel's syscall tables.
+# System calls that the method "limits" refuses on Linux: signals to other processes of the same user and access to
+# their memory (kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, ptrace, process_vm_readv, process_vm_writev,
+# pidfd_send_signal), and sockets (socket, io_uring_setup). Architecture and numbers from the kernel's tables.
 REFUSED = {"x86_64": (0xC000003E, (62, 200, 234, 129, 297, 101, 310, 311, 424, 41, 425)),
            "aarch64": (0xC00000B7, (129, 130, 131, 138, 240, 117, 270, 271, 424, 198, 425))}
 STARTS = {"x86_64": (56, 57, 58, 435), "aarch64": (220, 435)}  # clone, fork, vfork, clone3
@@ -124,14 +126,15 @@ MOUNT_SETATTR, AT_RECURSIVE = 442, 0x8000
 
 
 class Libc:
-    """The calls of the C library that Python has no name for. Each raises OSError where it fails."""
+    """Calls of the C library that Python has no function for. Each raises OSError if it fails."""
 
     def __init__(self):
         import ctypes
         self.ctypes, self.lib = ctypes, ctypes.CDLL(None, use_errno=True)
 
     def call(self, name, *arguments):
-        arguments = [os.fsencode(a) if isinstance(a, str) else self.ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
+        arguments = [os.fsencode(a) if isinstance(a, str) else self.ctypes.c_ulong(a) if isinstance(a, int) else a
+                     for a in arguments]
         if getattr(self.lib, name)(*arguments) < 0:
             number = self.ctypes.get_errno()
             raise OSError(number, f"{name}: {os.strerror(number)}")
@@ -140,13 +143,16 @@ class Libc:
         self.call("prctl", option, value, 0, 0, 0)
 
     def seccomp(self, alone):
-        """Refuse what REFUSED lists, and if `alone` new processes, for good. Does nothing on other processors or kernels without it."""
+        """Refuse the calls in REFUSED from now on, and with `alone` new processes too.
+
+        Does nothing on other processors, or on kernels without seccomp.
+        """
         processor = os.uname().machine
         if processor not in REFUSED:
             return
         arch, calls = REFUSED[processor]
         calls += STARTS[processor] if alone else ()
-        # load arch; another one: kill. load number; the x32 numbers: kill. each refused number: EPERM. else allow
+        # load the architecture: kill if another one; load the number: kill if x32; EPERM if refused; else allow
         kill = (0x06, 0, 0, 0x80000000)
         code = [(0x20, 0, 0, 4), (0x15, 1, 0, arch), kill, (0x20, 0, 0, 0), (0x35, 0, 1, 0x40000000), kill]
         code += [(0x15, len(calls) - i, 0, number) for i, number in enumerate(calls)]
@@ -159,18 +165,21 @@ class Libc:
             pass
 
     def read_only(self, path):
-        """Make a mount and all below it read-only."""
+        """Make a mount and all mounts below it read-only."""
         attributes = self.ctypes.create_string_buffer(struct.pack("QQQQ", 1 | 2, 0, 0, 0))  # read-only, no set-user-id
         try:
             self.call("syscall", MOUNT_SETATTR, (1 << 64) - 100, path, AT_RECURSIVE, attributes, 32)
-        except OSError:  # before Linux 5.12: this mount alone, with the flags it must keep
+        except OSError:  # before Linux 5.12: only this mount, with the flags it must keep
             kept = os.statvfs(path).f_flag
             flags = kept & (2 | 4 | 8 | 1024 | 2048) | (RELATIME if kept & 4096 else 0)
             self.call("mount", None, path, None, BIND | REMOUNT | RDONLY | NOSUID | flags, None)
 
 
 def free_uid(low=False):
-    """A user id that no process has. low: one that containers with 65536 ids have too (the range kept for passing users)."""
+    """Return a user id that no process has; with `low`, one below 65536 for containers that map no others.
+
+    The low range is the one that systemd reserves for dynamic users.
+    """
     uid = 61184 + os.getpid() % 4336 if low else 2_000_000_000 + os.getpid()
     while low and any(entry.isdigit() and _owner(entry) == uid for entry in os.listdir("/proc")):
         uid = 61184 + (uid + 1 - 61184) % 4336
@@ -191,7 +200,7 @@ def drop(uid):
 
 
 def can_become(uid):
-    """Whether this system lets root become `uid`."""
+    """Return whether this system lets root change to `uid`."""
     if (pid := os.fork()) == 0:
         try:
             drop(uid)
@@ -202,12 +211,15 @@ def can_become(uid):
 
 
 class Launcher:
+    """Starts the program, waits until it ends or stdin closes, and kills all its processes."""
+
     def __init__(self, spec):
-        self.spec, self.child = spec, None
-        self.uid = next((uid for uid in (free_uid(), free_uid(low=True)) if can_become(uid)), None) if os.getuid() == 0 else None
-        self.root = self.uid is not None  # else an ordinary user, or a root that may not change, as in some containers
+        self.spec, self.child, self.uid = spec, None, None
+        if os.getuid() == 0:
+            self.uid = next((uid for uid in (free_uid(), free_uid(low=True)) if can_become(uid)), None)
+        self.root = self.uid is not None  # false also for a root that may not change its id, as in some containers
         self.libc = Libc() if LINUX else None
-        self.leash, self.report_to = 0, spec["report"]
+        self.report_to = spec["report"]
         os.set_inheritable(self.report_to, False)
 
     def report(self, **values):
@@ -215,50 +227,56 @@ class Launcher:
 
     def run(self):
         if LINUX:
-            self.libc.prctl(SUBREAPER, 1)  # orphans of the program become children of ours
-        hear, told = os.pipe()
-        os.set_blocking(told, False)
+            self.libc.prctl(SUBREAPER, 1)  # orphans of the program become our children
+        stdin = 0
+        wakeup_read, wakeup_write = os.pipe()
+        os.set_blocking(wakeup_write, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(told)
+        signal.set_wakeup_fd(wakeup_write)
         try:
-            (self.start_namespaces if self.spec["way"] == "namespaces" else self.start_plain)()
+            (self.start_namespaces if self.spec["method"] == "namespaces" else self.start_plain)()
         except OSError as error:
             self.report(failed=str(error))
             return
         end, status = time.monotonic() + self.spec["timeout"], None
         while status is None and (left := end - time.monotonic()) > 0:
-            ready = select.select([self.leash, hear], [], [], left)[0]
-            if self.leash in ready:
+            ready = select.select([stdin, wakeup_read], [], [], left)[0]
+            if stdin in ready:
                 break
-            if hear in ready:
-                os.read(hear, 4096)
+            if wakeup_read in ready:
+                os.read(wakeup_read, 4096)
                 pid, found = os.waitpid(self.child, os.WNOHANG)
                 status = found if pid else None
         timed_out = status is None and time.monotonic() >= end
         self.kill_all(reaped=status is not None)
         self.report(exit=None if status is None else os.waitstatus_to_exitcode(status), timed_out=timed_out)
 
-    # ---- beginning
+    # ---- start
 
     def command(self, limits):
+        """Return the command line of the confined interpreter."""
         spec = self.spec
         return [*spec["python"], "-c", HARNESS, *map(str, spec["channel"]), "1" if spec["checked"] else "0",
                 *(f"{name}={value}" for name, value in limits.items())]
 
     def limits(self):
-        """The limits, with the one on processes as the kernel counts: all of the user id, which in a user namespace of Linux 5.14 and
-        later are those inside alone."""
+        """Return the resource limits by name.
+
+        The kernel counts all processes of the user id against RLIMIT_NPROC; since Linux 5.14, in a user namespace only
+        those of the namespace.
+        """
         limits = dict(self.spec["limits"])
         processes = limits.pop("processes")
         limits["RLIMIT_NPROC"] = 0
-        if processes and LINUX:  # macOS has no way to find children that left; there the program may have none
-            inside = {"limits": 1, "namespaces": 2 if self.root else 3, "bubblewrap": 3}[self.spec["way"]]
+        if processes and LINUX:  # macOS cannot find children that left the session, so there the program may have none
+            own = {"limits": 1, "namespaces": 2 if self.root else 3, "bubblewrap": 3}[self.spec["method"]]
             new = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (5, 14)
-            alone = self.root or new and self.spec["way"] != "limits"
-            limits["RLIMIT_NPROC"] = processes + inside + (0 if alone else self.users_tasks())
+            alone = self.root or new and self.spec["method"] != "limits"
+            limits["RLIMIT_NPROC"] = processes + own + (0 if alone else self.users_tasks())
         return limits
 
     def users_tasks(self):
+        """Return the number of threads of all processes of our user id."""
         count = 0
         for entry in os.listdir("/proc"):
             if entry.isdigit() and _owner(entry) == os.getuid():
@@ -275,9 +293,9 @@ class Launcher:
         os.execve(command[0], command, {"HOME": folder, "TMPDIR": folder, "PATH": "/usr/local/bin:/usr/bin:/bin"})
 
     def start_plain(self):
-        """Start with limits alone, or through bwrap, as a process that is no longer root."""
+        """Start the program with limits alone, or through bwrap, in a process that is not root."""
         spec = self.spec
-        wrapped = spec["way"] == "bubblewrap"
+        wrapped = spec["method"] == "bubblewrap"
         command = [*spec["wrapper"], *self.command(self.limits())]
         if self.root:
             os.chown(spec["box"], self.uid, self.uid)
@@ -293,7 +311,7 @@ class Launcher:
                 self.libc.prctl(NO_NEW_PRIVS, 1)
                 self.libc.prctl(PDEATHSIG, signal.SIGKILL)
                 if not wrapped:
-                    # the limit on processes binds no root; where root cannot become another user, it may start none
+                    # process limits do not apply to root; a root that cannot change its id may start no process
                     self.libc.seccomp(alone=not spec["limits"]["processes"] or os.getuid() == 0)
             self.execute(command, "/tmp" if wrapped else spec["box"])
         except BaseException as error:
@@ -301,10 +319,10 @@ class Launcher:
         os._exit(127)
 
     def start_namespaces(self):
-        """Start as a child of the first process of a new process namespace: when that one ends, the kernel ends all."""
+        """Start the program under the first process of a new PID namespace. When that ends, the kernel kills all."""
         kinds = NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS
         user, group, mapped = os.getuid(), os.getgid(), True
-        mapper, go = self._mapper() if self.root else (None, None)
+        mapper, go = self._mapper() if self.root else (None, None)  # go: a pipe that tells the mapper whether to map
         try:
             self.libc.call("unshare", NEWUSER | kinds)
         except OSError:
@@ -317,7 +335,8 @@ class Launcher:
             if os.waitpid(mapper, 0)[1] != 0:
                 raise OSError("cannot write the map of user ids")
         else:
-            for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1")):
+            maps = {"setgroups": "deny", "uid_map": f"{NOBODY} {user} 1", "gid_map": f"{NOBODY} {group} 1"}
+            for name, text in maps.items():
                 with open(f"/proc/self/{name}", "w") as file:
                     file.write(text)
         limits = self.limits()
@@ -328,7 +347,7 @@ class Launcher:
             if mapped:
                 try:
                     with open("/proc/sys/user/max_user_namespaces", "w") as file:
-                        file.write("0")  # of this namespace: the program makes none of its own
+                        file.write("0")  # the program may create no namespaces
                 except OSError:
                     pass
             self.build_root()
@@ -354,16 +373,22 @@ class Launcher:
                 os._exit(127)
 
     def _mapper(self):
-        """A child that stays outside and, when told, maps two user ids: root's, to build the file system, and that of the program."""
-        hear, told = os.pipe()
+        """Fork a child that stays outside the namespace and maps two user ids into it on demand.
+
+        These are root's id, to build the file system, and the id of the program.
+
+        Returns:
+            The child's process id, and a pipe: b"1" makes it map, b"0" makes it only exit.
+        """
+        go_read, go_write = os.pipe()
         pid = os.fork()
         if pid:
-            os.close(hear)
-            return pid, told
-        os.close(told)
+            os.close(go_read)
+            return pid, go_write
+        os.close(go_write)
         code = 1
         try:
-            if os.read(hear, 1) == b"1":
+            if os.read(go_read, 1) == b"1":
                 for name in ("uid_map", "gid_map"):
                     with open(f"/proc/{os.getppid()}/{name}", "w") as file:
                         file.write(f"0 0 1\n{NOBODY} {self.uid} 1\n")
@@ -372,7 +397,7 @@ class Launcher:
             os._exit(code)
 
     def build_root(self):
-        """Make a root of its own: what spec["binds"] names, read-only, and an empty /tmp in memory, which is the working folder."""
+        """Mount a new root: the paths in spec["binds"], read-only, and an in-memory /tmp as the working folder."""
         mount, box = self.libc.call, self.spec["box"]
         mount("mount", "none", "/", None, REC | PRIVATE, None)
         mount("mount", "tmpfs", box, "tmpfs", NOSUID | NODEV, "mode=755,size=1m")
@@ -395,14 +420,18 @@ class Launcher:
         mount("mount", None, box, None, REMOUNT | BIND | RDONLY | NOSUID | NODEV, None)
         os.chdir(box)
         mount("pivot_root", ".", ".")
-        mount("umount2", ".", 2)  # the old root, which lies over the new one
+        mount("umount2", ".", 2)  # unmounts the old root, which is now on top of the new one
         os.chdir("/tmp")
 
-    # ---- the end
+    # ---- end
 
     def kill_all(self, reaped):
-        """Kill the program and all that came of it, also what left its session; return when none is left."""
-        if self.spec["way"] == "namespaces":
+        """Kill the program and all its descendants, even those that left its session, and wait until none is left.
+
+        Args:
+            reaped: whether the program has ended and was waited for.
+        """
+        if self.spec["method"] == "namespaces":
             if not reaped:
                 os.kill(self.child, signal.SIGKILL)
                 os.waitpid(self.child, 0)
@@ -410,7 +439,7 @@ class Launcher:
         if self.root and (pid := os.fork()) == 0:
             try:
                 os.setresuid(self.uid, self.uid, self.uid)
-                os.kill(-1, signal.SIGKILL)  # at once, all that this user id may signal: the program's processes
+                os.kill(-1, signal.SIGKILL)  # everything that this user id may signal: only the program's processes
             finally:
                 os._exit(0)
         elif not self.root and not reaped:
@@ -434,8 +463,9 @@ class Launcher:
         self.report(failed="processes of the program could not be ended")
 
     def children(self):
+        """Return the process ids of our children, including adopted orphans."""
         if not LINUX:
-            return []  # it may have none, see limits()
+            return []  # the program may start none there, see limits()
         found = []
         for entry in os.listdir("/proc"):
             if entry.isdigit():
