@@ -1,4 +1,4 @@
-"""nanochat/report/card.py: what stands in the logs stands in the report, of the right run, whatever is missing."""
+"""nanochat/report: what is in the logs is in the report, of the right run, whatever is missing."""
 
 import json
 import math
@@ -15,9 +15,10 @@ import pytest
 from nanochat.errors import UserError
 from nanochat.files import base_dir, to_json
 from nanochat.logs import RunLog
-from nanochat.report import card as report
-from nanochat.report import plots as report_plots
-from nanochat.report.card import fenced, generate, main, reset, runs_of, shown, spoken
+from nanochat.report import generate, plots, reset
+from nanochat.report.__main__ import main
+from nanochat.report.runs import STAGES, split_runs
+from nanochat.report.sections import TITLE, fenced_block, format_duration, format_number
 
 ROOT = Path(__file__).resolve().parent.parent
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
@@ -29,7 +30,7 @@ def own_working_folder(request, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     if "plots" not in request.node.name and "matplotlib" not in request.node.name:
-        monkeypatch.setattr(report_plots, "draw", lambda runs, folder: {})
+        monkeypatch.setattr(plots, "draw", lambda runs, folder: {})
 
 
 class Log:
@@ -120,7 +121,7 @@ def test_the_table_of_a_whole_run():
     whole_run()
     path = generate()
     text = path.read_text()
-    assert path == Path("report.md") and text.startswith(report.TITLE)
+    assert path == Path("report.md") and text.startswith(TITLE)
     assert text == (base_dir() / "report" / "report.md").read_text()
     summary = text[text.index("## Summary"):]
     assert cells(summary, "task") == ["BASE", "MID", "SFT", "RL", "published d20"]
@@ -229,21 +230,21 @@ def test_a_run_that_was_stopped_and_went_on_is_one_run():
     log = Log("base", at=NOON + timedelta(hours=1))("model", num_iterations=20, start=10).train(11, 15)  # killed: no end
     log = Log("base", at=NOON + timedelta(hours=2))("model", num_iterations=20, start=15).train(16, 20)
     log("val", step=20, bpb=1.5)("done", step=20, seconds=5.0).end()
-    runs = runs_of([json.loads(line) for line in log.path.read_text().splitlines()])
-    assert len(runs) == 1 and runs[0].stopped == 2 and runs[0].finished
+    runs = split_runs([json.loads(line) for line in log.path.read_text().splitlines()])
+    assert len(runs) == 1 and runs[0].resumes == 2 and runs[0].finished
     steps, losses = runs[0].series("train", "loss")
     assert steps == list(range(1, 21)) and losses[9:11] == [10.0, 3 / 11]  # what was trained twice counts as it was the second time
     assert runs[0].series("val", "bpb") == ([5, 20], [2.0, 1.5])
     assert runs[0].seconds == 12 + 5 + 5
     text = generate().read_text()
-    assert "stopped and gone on 2 times" in text and "Total wall-clock time: 2 h 0 min" in text and "not finished" not in text
+    assert "stopped and resumed 2 times" in text and "Total wall-clock time: 2 h 0 min" in text and "not finished" not in text
 
 
 def test_a_fresh_run_after_an_old_one_is_another_run():
     base_run()
     log = base_run(at=NOON + timedelta(hours=1))
-    runs = runs_of([json.loads(line) for line in log.path.read_text().splitlines()])
-    assert len(runs) == 2 and all(run.finished and not run.stopped for run in runs)
+    runs = split_runs([json.loads(line) for line in log.path.read_text().splitlines()])
+    assert len(runs) == 2 and all(run.finished and not run.resumes for run in runs)
 
 
 def test_a_run_that_still_trains_is_reported_as_not_finished():
@@ -275,7 +276,7 @@ def test_no_log_at_all_is_said():
     assert not (base_dir() / "report").exists() and not Path("report.md").exists()
 
 
-@pytest.mark.parametrize("stage", report.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_records_without_their_fields_do_no_harm_nor_to_plots(stage):
     path = base_dir() / "logs" / f"{stage}_d4.jsonl"
     path.parent.mkdir()
@@ -288,7 +289,7 @@ def test_records_without_their_fields_do_no_harm_nor_to_plots(stage):
     for start in ({"kind": "start", "stage": stage, "tag": "d4"},
                   {"kind": "start", "stage": stage, "tag": "d4", "time": 5, "config": None, "machine": None, "versions": None}):
         path.write_text("".join(json.dumps(row) + "\n" for row in [start, *odd]))
-        assert generate().read_text().startswith(report.TITLE)
+        assert generate().read_text().startswith(TITLE)
 
 
 def test_numbers_that_are_none_are_shown_as_none_and_do_not_stop_the_plots():
@@ -304,19 +305,19 @@ def test_numbers_that_are_none_are_shown_as_none_and_do_not_stop_the_plots():
 def test_names_with_bars_stay_in_their_cell_and_samples_in_their_fence():
     Log("chat_eval_sft", task_name="ARC-Easy|GSM8K")("task", name="a|b", accuracy=0.5).end()
     assert "| a\\|b |" in generate().read_text()
-    assert fenced(["x\n~~~~\n# no title"]).startswith("~~~~~text\n")
+    assert fenced_block(["x\n~~~~\n# no title"]).startswith("~~~~~text\n")
 
 
 @pytest.mark.parametrize("seconds, text", [(0.42, "0.4 s"), (42, "42 s"), (200, "3 min 20 s"), (3599.9, "1 h 0 min"),
                                            (11_700, "3 h 15 min")])
 def test_times_as_a_person_says_them(seconds, text):
-    assert spoken(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("value, text", [(0.17964, "0.1796"), (None, "-"), (math.nan, "-"), (True, "-"), ("x", "-"), (12345.6, "12,346"),
                                          (7, "7"), (-0.5, "-0.5000")])
 def test_numbers_as_the_report_shows_them(value, text):
-    assert shown(value) == text
+    assert format_number(value) == text
 
 
 # ---- the command
@@ -337,7 +338,7 @@ def test_generate_reset_and_what_was_there_before(capsys):
     assert "there was no report" in capsys.readouterr().out and reset() is None
     main([])  # generate is what it does unless told otherwise
     assert (base_dir() / "report" / "report.md").exists() and not Path("report.md.old2").exists()
-    with pytest.raises(UserError, match="not to 'shred'"):
+    with pytest.raises(UserError, match="not 'shred'"):
         main(["shred"])
 
 
