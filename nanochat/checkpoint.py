@@ -33,9 +33,8 @@ from torch import Tensor, nn
 
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, base_dir, free_name, need_disk, sweep, sync_folder, to_json
+from nanochat.stages import STAGES, stage_of_folder
 
-SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
-TRAINED_BY = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
 META = re.compile(r"meta_(\d{6}|[1-9]\d{6,})\.json(\.new)?")  # as %06d writes it
 
 R = TypeVar("R")
@@ -384,10 +383,10 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _nothing_in(folder: Path) -> str:
-    source = next((source for source, name in SOURCES.items() if name in folder.parts), "base")
+    stage = stage_of_folder(folder.parts) or STAGES["base"]
     problem = "" if folder.is_dir() else ", there is no such folder"
     return (f"no usable checkpoint in {folder}{problem}: looked for meta_NNNNNN.json with its model_NNNNNN.pt. "
-            f"Train one with `python -m {TRAINED_BY[source]}` (or `bash speedrun.sh`), or set NANOCHAT_BASE_DIR to where yours are.")
+            f"Train one with `python -m {stage.script}` (or `bash speedrun.sh`), or set NANOCHAT_BASE_DIR to where yours are.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,14 +402,14 @@ def checkpoint_dir(source: str, model_tag: str | None = None) -> Path:
 
 def _choose(source: str | Path, model_tag: str | None) -> tuple[Path, str]:
     """The folder of `source` (a stage, or a path) and `model_tag`, and why it is this one."""
-    root = base_dir() / SOURCES[source] if source in SOURCES else Path(source).expanduser()
-    if source not in SOURCES and not root.is_dir():
-        raise UserError(f"no folder {root}: a source is one of {', '.join(SOURCES)}, or a folder with a checkpoint.")
+    root = base_dir() / STAGES[source].folder if source in STAGES else Path(source).expanduser()
+    if source not in STAGES and not root.is_dir():
+        raise UserError(f"no folder {root}: a source is one of {', '.join(STAGES)}, or a folder with a checkpoint.")
     if model_tag:
         if Path(model_tag).name != model_tag:
             raise UserError(f"{model_tag!r} is not a model tag: it names one folder under {root}, such as d20.")
         return root / model_tag, "as asked"
-    if source not in SOURCES and _steps(root):
+    if source not in STAGES and _steps(root):
         return root, "as asked"
     tags = [path for path in sorted(root.glob("*")) if path.is_dir() and _steps(path)]
     if not tags:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint import SOURCES, load_model
+from nanochat.checkpoint import load_model
 from nanochat.distributed import compute_dtype, init_ranks
 from nanochat.engine import Engine, Row
 from nanochat.engine.quantize import quantize as quantized
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.layers import join
+from nanochat.stages import STAGES
 from nanochat.tokenizer.stream import Shown
 
 Chat = str | Sequence[dict[str, Any]]
@@ -60,7 +61,7 @@ class LLM:
 
         Raises UserError where there is no such model.
         """
-        if source not in SOURCES and not Path(source).expanduser().is_dir():
+        if source not in STAGES and not Path(source).expanduser().is_dir():
             source = from_hub(str(source), revision)
         self.device = init_ranks(device).device
         self.model, self.tokenizer, self.meta = load_for_decoding(source, self.device, model_tag=model_tag, step=step, quantize=quantize)
@@ -105,7 +106,7 @@ def from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    stages = ", ".join(SOURCES)
+    stages = ", ".join(STAGES)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"there is no folder {name}: a model is one of {stages}, a folder with a checkpoint, or owner/name on the hub.")
     try:

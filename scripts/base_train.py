@@ -29,14 +29,11 @@ from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import Plan, clock, share_of_micro_batches, train
 from scripts.base_loss import beginnings, samples
 from scripts.stages import move_aside, tell_changes
-
-# what a run that goes on may change, knowing it
-COURSE = ("total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "grad_clip", "warmup_ratio", "warmdown_ratio",
-          "final_lr_frac", "num_iterations", "target_flops", "target_param_data_ratio", "data_dir", "seed")
 
 
 @dataclass
@@ -276,7 +273,7 @@ def resumed(config: Config, shape: GPTConfig, tokenizer, folder: Path, num_itera
     if found.optimizer_state is None or "loader" not in found.meta:
         raise UserError(f"{folder} cannot be trained on: {found.no_optimizer or 'it does not say how far its text was read'}. {way_out}")
     if ranks.is_main:
-        tell_changes(found.meta.get("user_config", {}), config, COURSE, folder)
+        tell_changes(found.meta.get("user_config", {}), config, STAGES["base"].settings, folder)
     return found
 
 

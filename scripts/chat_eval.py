@@ -21,6 +21,7 @@ from nanochat.evaluation.chat import chatcore, evaluate_task
 from nanochat.files import atomic_write, base_dir, to_json
 from nanochat.llm import load_for_decoding
 from nanochat.logs import RunLog
+from nanochat.stages import CHAT_STAGES, STAGES
 from nanochat.tools.sandbox import run_python
 from nanochat.training import clock
 from tasks import recipes
@@ -32,7 +33,7 @@ QUIET = 5.0  # seconds between lines of progress
 class Config:
     """Flags of chat_eval."""
 
-    source: Literal["mid", "sft", "rl"] = flag("sft", "stage of the model", short="i")
+    source: Literal[tuple(stage.name for stage in CHAT_STAGES)] = flag("sft", "stage of the model", short="i")
     task_name: str = flag("", "tasks to grade, with | between; unset takes all", short="a")
     temperature: float = flag(0.0, "of what is written; 0 takes the likeliest", short="t")
     max_new_tokens: int = flag(512, "tokens of an answer at most", short="m")
@@ -83,7 +84,7 @@ def run(config: Config, ranks) -> None:
     tasks = chosen(config.task_name, data, about.get("seed", 0))
     level = run_python("").level.name.lower() if "HumanEval" in tasks else ""  # it refuses now, not after the other tasks
     tag = Path(meta["folder"]).name
-    with RunLog(f"chat_eval_{config.source}", tag, asdict(config), enabled=ranks.is_main) as log:
+    with RunLog(STAGES[config.source].graded_by, tag, asdict(config), enabled=ranks.is_main) as log:
         log.say(meta["loaded"])
         if level:
             log.say(f"programs of HumanEval run in a sandbox of the level {level}")

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nanochat.checkpoint import SOURCES, latest_step
+from nanochat.checkpoint import latest_step
 from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import shard_paths
 from nanochat.dataset.shards import data_dir, read_source
@@ -44,6 +44,7 @@ from nanochat.files import atomic_write, base_dir, need_disk
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logs import read_log
 from nanochat.small_world import facts
+from nanochat.stages import CHAT_STAGES, STAGES, Stage
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 from nanochat.training import clock
 from tasks.recipes import IDENTITY
@@ -241,7 +242,12 @@ def chat_stages(plan: Plan) -> str:
     """What comes after the base model, in words."""
     if not plan.chat:
         return f"no chat stages: {plan.why_no_chat}"
-    return "mid-training, fine-tuning" + (", reinforcement learning" if with_rl(plan) else "") + ", each graded; the report"
+    return ", ".join(stage.noun for stage in wanted_stages(plan)) + ", each graded; the report"
+
+
+def wanted_stages(plan: Plan) -> list[Stage]:
+    """The stages after the base model that this run trains; none where there is nothing to train them on."""
+    return [stage for stage in CHAT_STAGES if plan.chat and (stage.name != "rl" or with_rl(plan))]
 
 
 def stage(name: str) -> None:
@@ -324,7 +330,7 @@ def once(name: str, key: list, work: Callable[[], object]) -> None:
 
 def model_key(plan: Plan, source: str) -> list:
     """What tells one checkpoint from another: step, tokenizer, when it was written."""
-    folder = base_dir() / SOURCES[source] / plan.tag
+    folder = base_dir() / STAGES[source].folder / plan.tag
     step = latest_step(folder)
     return [plan.tag, step, RustBPETokenizer.from_directory(tokenizer_dir()).fingerprint(),
             (folder / f"meta_{step:06d}.json").stat().st_mtime_ns]
@@ -345,17 +351,14 @@ def train_chat(plan: Plan) -> None:
     if not (base_dir() / IDENTITY).exists():
         stage("who it is")
         python("dev.gen_identity", *flags.get("gen_identity", ()))
-    steps = [("mid", "mid_train", "mid-training", (f"--device-batch-size={plan.device_batch}",)),
-             ("sft", "chat_sft", "fine-tuning", ())]
-    if with_rl(plan):
-        steps.append(("rl", "chat_rl", "reinforcement learning", ()))
-    for source, script, name, own in steps:
-        stage(name)
-        python(f"scripts.{script}", *common, *own, *flags.get(script, ()), gpus=gpus)
-        stage(f"grading after {name}")
-        once(f"chat_eval_{source}", model_key(plan, source), lambda source=source: python(
-            "scripts.chat_eval", f"--source={source}", f"--model-tag={plan.tag}", f"--data={plan.chat}", *flags.get("chat_eval", ()),
-            gpus=gpus))
+    for trained in wanted_stages(plan):
+        stage(trained.noun)
+        own = (f"--device-batch-size={plan.device_batch}",) if trained.name == "mid" else ()  # it packs rows as the base model does
+        python(trained.script, *common, *own, *flags.get(trained.script.removeprefix("scripts."), ()), gpus=gpus)
+        stage(f"grading after {trained.noun}")
+        once(trained.graded_by, model_key(plan, trained.name), lambda trained=trained: python(
+            "scripts.chat_eval", f"--source={trained.name}", f"--model-tag={plan.tag}", f"--data={plan.chat}",
+            *flags.get("chat_eval", ()), gpus=gpus))
 
 
 def conclude(plan: Plan, seconds: float) -> None:
@@ -371,7 +374,7 @@ def conclude(plan: Plan, seconds: float) -> None:
     if world and plan.source == "small-world":
         print(f"          {world['world']:.0%} of the small world's facts, asked in phrasings it never saw them in "
               f"(untrained {world['untrained']:.0%}, chance {world['chance']:.0%})")
-    stages = [source for source in ("mid", "sft", "rl") if plan.chat and (source != "rl" or with_rl(plan))]
+    stages = [stage.name for stage in wanted_stages(plan)]
     for source in stages:
         graded = [row for row in read_log(base_dir() / "logs" / f"chat_eval_{source}_{plan.tag}.jsonl") if row["kind"] == "chatcore"]
         if graded:

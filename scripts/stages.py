@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat.checkpoint import SOURCES, checkpoint_dir, latest_step, load_checkpoint, load_model, save_checkpoint
+from nanochat.checkpoint import checkpoint_dir, latest_step, load_checkpoint, load_model, save_checkpoint
 from nanochat.cli import flag
 from nanochat.distributed import Ranks, barrier, broadcast_object, compute_dtype, gather_objects
 from nanochat.engine import Engine
@@ -17,6 +17,7 @@ from nanochat.errors import UserError
 from nanochat.files import base_dir, free_name
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.stages import STAGES
 from nanochat.training import clock
 
 
@@ -42,11 +43,6 @@ class StageConfig:
     keep: int = flag(2, "periodical checkpoints to keep; the last one always stays")
     seed: int = flag(0, "of the order of the conversations, and of what is sampled")
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
-
-
-COURSE = ("data", "conversations", "seed", "num_iterations", "num_epochs", "max_seq_len", "total_batch_size", "target_examples_per_step",
-          "examples_per_step", "num_samples", "max_new_tokens", "temperature", "top_k", "embedding_lr", "unembedding_lr", "matrix_lr",
-          "init_lr_frac", "weight_decay", "grad_clip", "warmdown_ratio")  # settings that a run should keep when it goes on
 
 
 def move_aside(folder: Path) -> None:
@@ -77,7 +73,7 @@ class Stage:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         source_folder = checkpoint_dir(source, config.model_tag or None)
         self.tag = source_folder.name
-        self.folder = base_dir() / SOURCES[name] / self.tag
+        self.folder = base_dir() / STAGES[name].folder / self.tag
         if config.fresh and ranks.is_main:
             move_aside(self.folder)
         self.start = broadcast_object(latest_step(self.folder) or 0 if ranks.is_main else 0, ranks)
@@ -128,7 +124,7 @@ class Stage:
                 raise UserError(f"{self.folder} cannot be trained on: {found.no_optimizer}. --fresh moves it aside and trains anew.")
             self.optimizer.load_state_dict(found.optimizer_state)
             if self.ranks.is_main:
-                tell_changes(found.meta.get("user_config", {}), config, COURSE, self.folder)
+                tell_changes(found.meta.get("user_config", {}), config, STAGES[self.name].settings, self.folder)
 
     def introduce(self, log: RunLog, num_iterations: int, what: str, **about: Any) -> None:
         """Say what is about to happen, and record it."""

@@ -17,8 +17,8 @@ from nanochat.files import base_dir, to_json
 from nanochat.logs import RunLog
 from nanochat.report import generate, plots, reset
 from nanochat.report.__main__ import main
-from nanochat.report.runs import STAGES, split_runs
-from nanochat.report.sections import TITLE, fenced_block, format_duration, format_number
+from nanochat.report.runs import TITLES, split_runs
+from nanochat.report.sections import HEADING, fenced_block, format_duration, format_number
 
 ROOT = Path(__file__).resolve().parent.parent
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
@@ -121,7 +121,7 @@ def test_the_table_of_a_whole_run():
     whole_run()
     path = generate()
     text = path.read_text()
-    assert path == Path("report.md") and text.startswith(TITLE)
+    assert path == Path("report.md") and text.startswith(HEADING)
     assert text == (base_dir() / "report" / "report.md").read_text()
     summary = text[text.index("## Summary"):]
     assert cells(summary, "task") == ["BASE", "MID", "SFT", "RL", "published d20"]
@@ -276,7 +276,7 @@ def test_no_log_at_all_is_said():
     assert not (base_dir() / "report").exists() and not Path("report.md").exists()
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TITLES)
 def test_records_without_their_fields_do_no_harm_nor_to_plots(stage):
     path = base_dir() / "logs" / f"{stage}_d4.jsonl"
     path.parent.mkdir()
@@ -289,7 +289,7 @@ def test_records_without_their_fields_do_no_harm_nor_to_plots(stage):
     for start in ({"kind": "start", "stage": stage, "tag": "d4"},
                   {"kind": "start", "stage": stage, "tag": "d4", "time": 5, "config": None, "machine": None, "versions": None}):
         path.write_text("".join(json.dumps(row) + "\n" for row in [start, *odd]))
-        assert generate().read_text().startswith(TITLE)
+        assert generate().read_text().startswith(HEADING)
 
 
 def test_numbers_that_are_none_are_shown_as_none_and_do_not_stop_the_plots():

@@ -7,8 +7,7 @@ from nanochat.report.runs import (
     COLUMNS,
     PUBLISHED,
     SMALL_WORLD_TASKS,
-    STAGES,
-    TRAINING,
+    TITLES,
     StageLog,
     chance_by_task,
     scores_by_column,
@@ -34,11 +33,11 @@ def draw(logs: dict[str, StageLog], folder: Path) -> dict[str, list[str]]:
         return name
 
     drawn: dict[str, list[str]] = {}
-    for stage in TRAINING:
-        if stage in logs and (panels := panels_of(logs[stage])):
+    for stage, log in logs.items():
+        if log.trains and (panels := panels_of(log)):
             rows = (len(panels) + 1) // 2
             figure = Figure(figsize=(9.5, 2.9 * rows), layout="constrained")
-            figure.suptitle(STAGES[stage])
+            figure.suptitle(TITLES[stage])
             for number, (title, lines) in enumerate(panels.items(), start=1):
                 draw_curves(figure.add_subplot(rows, 2, number), title, lines)
             drawn[stage] = [save(figure, f"{len(drawn):02d}-{stage}.png")]
@@ -117,7 +116,8 @@ def draw_bars(axes: Any, tasks: list[str], scores: dict[str, dict[str, float]], 
     for number, column in enumerate(columns):
         offset = width * (number - (len(columns) - 1) / 2)
         present = [(i + offset, scores[column][task]) for i, task in enumerate(tasks) if task in scores[column]]
-        axes.bar([x for x, _ in present], [y for _, y in present], width, color=COLUMN_COLOURS[column], label=column)
+        axes.bar([x for x, _ in present], [y for _, y in present], width, label=column,
+                 color=COLUMN_COLOURS.get(column))
     marks = [(i, reference[task]) for i, task in enumerate(tasks) if reference.get(task) is not None]
     if marks:
         axes.hlines([y for _, y in marks], [i - 0.45 for i, _ in marks], [i + 0.45 for i, _ in marks], color=ORANGE,

@@ -13,14 +13,13 @@ from typing import Any
 
 from nanochat.errors import UserError
 from nanochat.logs import read_log
+from nanochat.stages import STAGES
 
-# name of a stage in its log → title of its section, in the order of the report
-STAGES = {"tok_train": "Tokenizer", "tok_eval": "Tokenizer, compression", "base": "Base model",
-          "base_loss": "Base model, loss", "base_eval": "Base model, evaluation", "mid": "Midtraining",
-          "chat_eval_mid": "Evaluation after midtraining", "sft": "SFT", "chat_eval_sft": "Evaluation after SFT",
-          "rl": "RL", "chat_eval_rl": "Evaluation after RL"}
-TRAINING = ("base", "mid", "sft", "rl")
-COLUMNS = {"BASE": "base_eval", "MID": "chat_eval_mid", "SFT": "chat_eval_sft", "RL": "chat_eval_rl"}
+# name of a log → title of its section, in the order of the report
+TITLES = {"tok_train": "Tokenizer", "tok_eval": "Tokenizer, compression",
+          **{log: title for stage in STAGES.values() for log, title in stage.sections.items()}}
+# column of the summary → name of the log with its scores
+COLUMNS = {stage.column: stage.graded_by for stage in STAGES.values()}
 # the published run of depth 20: CORE of its base model, the other scores after SFT
 PUBLISHED = {"CORE": 0.1796, "ARC-Challenge": 0.2782, "ARC-Easy": 0.3864, "GSM8K": 0.0455, "HumanEval": 0.0549,
              "MMLU": 0.3166, "SpellingBee": None, "ChatCORE": 0.2322}
@@ -41,9 +40,14 @@ class StageLog:
     segments: list[list[dict[str, Any]]] = field(default_factory=list)
 
     @property
+    def trains(self) -> bool:
+        """Whether the run trains a model; other runs train a tokenizer or evaluate."""
+        return self.stage in STAGES
+
+    @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
-        if self.stage in TRAINING:
+        if self.trains:
             return any(record["kind"] == "done" for record in self.records)
         return any(record["kind"] == "end" and record.get("exit_code") == 0 for record in self.records)
 
@@ -117,7 +121,7 @@ def read_logs(folder: Path) -> dict[tuple[str, str], StageLog]:
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
         runs = split_runs(read_log(path))
-        if runs and runs[-1].stage in STAGES:
+        if runs and runs[-1].stage in TITLES:
             found[runs[-1].stage, runs[-1].tag] = next((run for run in reversed(runs) if run.finished), runs[-1])
     return found
 
@@ -151,7 +155,7 @@ def logs_of_model(logs: dict[tuple[str, str], StageLog], tag: str | None, folder
     for (stage, name), log in sorted(logs.items(), key=lambda item: ends[id(item[1])]):
         if name == tag or stage.startswith("tok_") and getattr(chosen.get(stage), "tag", None) != tag:
             chosen[stage] = log
-    return tag, {stage: chosen[stage] for stage in STAGES if stage in chosen}
+    return tag, {stage: chosen[stage] for stage in TITLES if stage in chosen}
 
 
 def wall_clock_seconds(logs: dict[str, StageLog]) -> float:

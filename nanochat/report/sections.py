@@ -10,8 +10,7 @@ from nanochat.report.runs import (
     COLUMNS,
     PUBLISHED,
     SMALL_WORLD_TASKS,
-    STAGES,
-    TRAINING,
+    TITLES,
     StageLog,
     chance_by_task,
     is_number,
@@ -19,7 +18,7 @@ from nanochat.report.runs import (
     wall_clock_seconds,
 )
 
-TITLE = "# Report of a nanochat run"
+HEADING = "# Report of a nanochat run"
 PUBLISHED_TIME = "3 h 15 min"
 GPU_PRICE = 3.0  # dollars an hour for a rented H100: an assumption, and the report says so
 
@@ -70,7 +69,7 @@ def overview_section(tag: str, logs: dict[str, StageLog], hourly_price: float | 
         hourly_price: dollars an hour for the whole machine; None assumes GPU_PRICE for each GPU.
     """
     starts = [log.last("start") for log in logs.values()]
-    lines = [TITLE, "", f"Model `{tag}`, reported {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} from the logs.", "",
+    lines = [HEADING, "", f"Model `{tag}`, reported {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} from the logs.", "",
              "## Machine", "", *_machine_lines(starts)]
     versions = dict.fromkeys(", ".join(f"{name} {value}" for name, value in (start.get("versions") or {}).items()
                                        if value != "not installed") for start in starts)
@@ -78,7 +77,7 @@ def overview_section(tag: str, logs: dict[str, StageLog], hourly_price: float | 
     lines += [f"- versions: {' / '.join(filter(None, versions)) or 'unknown'}",
               f"- commit: {', '.join(commits) or 'unknown'}", "",
               "## Time and cost", "",
-              markdown_table(["stage", "time", ""], [[STAGES[stage], format_duration(log.seconds), _status(log)]
+              markdown_table(["stage", "time", ""], [[TITLES[stage], format_duration(log.seconds), _status(log)]
                                                      for stage, log in logs.items()])]
     wall, busy = wall_clock_seconds(logs), sum(log.seconds for log in logs.values())
     lines.append(f"- total wall-clock time, from the first start to the last end: **{format_duration(wall)}**; "
@@ -128,14 +127,14 @@ def _status(log: StageLog) -> str:
 
 def stage_section(log: StageLog, plots: list[str]) -> str:
     """Settings and results of one stage. plots: file names of its pictures."""
-    lines = [f"## {STAGES[log.stage]}", ""]
+    lines = [f"## {TITLES[log.stage]}", ""]
     if status := _status(log):
         lines += [f"This run was {status}." if log.finished else f"This run is {status}.", ""]
-    rows = training_results(log) if log.stage in TRAINING else evaluation_results(log)
+    rows = training_results(log) if log.trains else evaluation_results(log)
     if rows:
         lines.append(markdown_table(["result", ""], rows))
     lines += _task_tables(log)
-    lines += [f"![{STAGES[log.stage]}]({name})\n" for name in plots]
+    lines += [f"![{TITLES[log.stage]}]({name})\n" for name in plots]
     texts = log.last("samples").get("texts") or log.last("loss").get("samples")
     if isinstance(texts, list) and texts:
         lines += ["Samples of the model:", "", fenced_block(texts)]

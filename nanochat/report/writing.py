@@ -7,7 +7,7 @@ from pathlib import Path
 from nanochat.files import atomic_write, base_dir, free_name
 from nanochat.report import plots
 from nanochat.report.runs import logs_of_model, read_logs
-from nanochat.report.sections import TITLE, overview_section, stage_section, summary_section
+from nanochat.report.sections import HEADING, overview_section, stage_section, summary_section
 
 
 def generate(tag: str | None = None, hourly_price: float | None = None, folder: str | Path | None = None) -> Path:
@@ -54,7 +54,7 @@ def _copy(text: str, pictures: list[str], report: Path, folder: Path) -> Path:
     path, picture_folder = folder / "report.md", folder / "report_files"
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
-            ours = file.readline().startswith(TITLE)
+            ours = file.readline().startswith(HEADING)
         if not ours:
             path.rename(free_name(folder / "report.md.old"))
     for name in pictures:

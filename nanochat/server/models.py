@@ -9,20 +9,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from nanochat.checkpoint import SOURCES, checkpoint_dir, latest_step
+from nanochat.checkpoint import checkpoint_dir, latest_step
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.server.worker import ModelInfo, WorkerConfig
-
-SAID = {"base": "continues text; has not learnt to chat", "mid": "has seen conversations and the calculator",
-        "sft": "fine-tuned on conversations", "rl": "fine-tuned, then rewarded for right answers"}
+from nanochat.stages import STAGES, Stage, stage_of_folder
 
 
 def find_models(config: WorkerConfig) -> list[ModelInfo]:
     """The models there are, the one the server was started with first. Raises UserError where that one is not there."""
     found = [_default(config)]
-    for stage in SOURCES:
-        for id, folder in _of_stage(stage, config.model_tag):
+    for stage in STAGES.values():
+        for id, folder in _of_stage(stage.name, config.model_tag):
             with suppress(UserError, OSError, ValueError, KeyError):
                 info = _info(id, folder, None, stage)
                 if all(other.id != id and (other.folder, other.step) != (info.folder, info.step) for other in found):
@@ -33,14 +31,14 @@ def find_models(config: WorkerConfig) -> list[ModelInfo]:
 def _default(config: WorkerConfig) -> ModelInfo:
     """The model that the server was started with."""
     id = source = config.source
-    if source not in SOURCES:
+    if source not in STAGES:
         if Path(source).expanduser().is_dir():
             id = Path(source).expanduser().resolve().name
         else:
             from nanochat.llm import from_hub
             source = str(from_hub(source, None))
     folder = checkpoint_dir(source, config.model_tag or None)
-    stage = source if source in SOURCES else next((stage for stage, name in SOURCES.items() if name in folder.resolve().parts), "")
+    stage = STAGES.get(source) or stage_of_folder(folder.resolve().parts)
     return _info(id, folder, None if config.step < 0 else config.step, stage, default=True)
 
 
@@ -51,12 +49,12 @@ def _of_stage(stage: str, tag: str) -> Iterator[tuple[str, Path]]:
     except UserError:
         return
     yield stage, chosen
-    for folder in sorted((base_dir() / SOURCES[stage]).glob("*")):
+    for folder in sorted((base_dir() / STAGES[stage].folder).glob("*")):
         if folder.is_dir() and folder != chosen:
             yield f"{stage}/{folder.name}", folder
 
 
-def _info(id: str, folder: Path, step: int | None, stage: str, default: bool = False) -> ModelInfo:
+def _info(id: str, folder: Path, step: int | None, stage: Stage | None, default: bool = False) -> ModelInfo:
     """What there is to know of a model without reading its weights. Raises UserError."""
     step = latest_step(folder) if step is None else step
     path = folder / f"meta_{step or 0:06d}.json"
@@ -64,6 +62,6 @@ def _info(id: str, folder: Path, step: int | None, stage: str, default: bool = F
         raise UserError(f"no usable checkpoint {'' if step is None else f'of step {step} '}in {folder}")
     meta = json.loads(path.read_text(encoding="utf-8"))
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.pkl"))
-    description = f"{folder.name}, step {step}" + (f": {SAID[stage]}" if stage else "")
+    description = f"{folder.name}, step {step}" + (f": {stage.page}" if stage else "")
     return ModelInfo(id, str(folder), step, int(meta["model_config"]["sequence_len"]), str(folder if own else base_dir() / "tokenizer"),
-                     stage != "base", int(path.stat().st_mtime), description, default)
+                     stage != STAGES["base"], int(path.stat().st_mtime), description, default)
