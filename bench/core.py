@@ -16,7 +16,7 @@ from bench.measure import circumstances, command_line, in_a_line, lively, table,
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import close_ranks, init_ranks
 from nanochat.errors import UserError
-from nanochat.evaluation.core import TaskResult, evaluate_task, examples_of, judge_plain
+from nanochat.evaluation.core import CoreTaskResult, evaluate_core_task, load_examples, score_plain
 from nanochat.evaluation.core_bundle import CoreTask, open_bundle
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -39,28 +39,28 @@ class Config:
 
 
 def one_at_a_time(model, questions):
-    """What `judge` does, by its definition."""
-    return [judge_plain(model, question) for question in questions]
+    """What `score_questions` does, by its definition."""
+    return [score_plain(model, question) for question in questions]
 
 
-def same(a: TaskResult, b: TaskResult) -> int:
+def same(a: CoreTaskResult, b: CoreTaskResult) -> int:
     """How many examples two results agree on."""
-    return sum(x.correct == y.correct for x, y in zip(a.verdicts, b.verdicts))
+    return sum(x.correct == y.correct for x, y in zip(a.examples, b.examples))
 
 
 def compare(model, tokenizer, tasks: Sequence[CoreTask], max_per_task: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Judge these tasks in both ways; a row of numbers for each task, and their sums."""
     rows = []
     for task in tasks:
-        examples = examples_of(task, max_per_task)
-        evaluate_task(model, tokenizer, task, examples[:task.shots + 2])  # kernels load, memory grows
+        examples = load_examples(task, max_per_task)
+        evaluate_core_task(model, tokenizer, task, examples[:task.shots + 2])  # kernels load, memory grows
         fast, plain = [], []
         for _ in range(rounds):
-            fast.append(evaluate_task(model, tokenizer, task, examples))
-            plain.append(evaluate_task(model, tokenizer, task, examples, judge=one_at_a_time))
+            fast.append(evaluate_core_task(model, tokenizer, task, examples))
+            plain.append(evaluate_core_task(model, tokenizer, task, examples, score=one_at_a_time))
         ours, theirs = (statistics.median(result.seconds for result in results) for results in (fast, plain))
         rows.append({"task": task.label, "kind": task.kind, "shots": task.shots, "examples": len(examples), "seconds": ours,
-                     "plain_seconds": theirs, "same": same(fast[0], plain[0]), "right": sum(v.correct for v in plain[0].verdicts)})
+                     "plain_seconds": theirs, "same": same(fast[0], plain[0]), "right": sum(v.correct for v in plain[0].examples)})
     total = {"task": "all", "kind": "", "shots": "", **{key: sum(row[key] for row in rows)
                                                           for key in ("examples", "seconds", "plain_seconds", "same", "right")}}
     return rows, total

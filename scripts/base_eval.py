@@ -22,7 +22,7 @@ from nanochat.dataset.shards import shards_in
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.evaluation.core import CoreResult, bundle_of_ranks, evaluate_core
-from nanochat.evaluation.core_bundle import Bundle, NoBundle
+from nanochat.evaluation.core_bundle import Bundle, BundleUnavailable
 from nanochat.evaluation.loss import log_likelihoods
 from nanochat.files import atomic_write, base_dir, to_json
 from nanochat.gpt import GPT
@@ -75,8 +75,9 @@ def write_core(result: CoreResult, step: int) -> Path:
     rows.append(("CORE", "", f"{result.core:.6f}"))
     with atomic_write(path.with_suffix(".jsonl"), "w") as file:
         for label, task in result.tasks.items():
-            for i, verdict in enumerate(task.verdicts):
-                file.write(to_json({"task": label, "example": i, "correct": verdict.correct, "losses": verdict.losses}) + "\n")
+            for i, example in enumerate(task.examples):
+                record = {"task": label, "example": i, "correct": example.correct, "losses": example.losses}
+                file.write(to_json(record) + "\n")
     with atomic_write(path, "w") as file:
         file.writelines(f"{task:<35}, {accuracy:<10}, {centered:<10}\n" for task, accuracy, centered in rows)
     return path
@@ -102,7 +103,7 @@ def evaluate(model, tokenizer, meta: dict[str, Any], config: Config, ranks: Rank
         own_text = (meta.get("data") or {}).get("source") == "small-world"
         try:
             bundle = bundle_of_ranks(config.bundle, ranks, fetch=bool(asked) or not own_text, say=log.say)
-        except NoBundle as error:
+        except BundleUnavailable as error:
             if asked or config.bundle:
                 raise
             log.say(f"CORE is left out: {'the model knows the small world alone, and ' if own_text else ''}{error}")

@@ -19,15 +19,15 @@ from nanochat.errors import UserError
 from nanochat.evaluation import core as core_eval
 from nanochat.evaluation.core import (
     Question,
-    common,
-    cut,
+    common_prefix,
+    cut_left,
     evaluate_core,
-    evaluate_task,
-    examples_of,
-    judge,
-    judge_plain,
-    question_of,
-    texts_of,
+    evaluate_core_task,
+    load_examples,
+    make_question,
+    prompt_texts,
+    score_plain,
+    score_questions,
 )
 from nanochat.evaluation.core_bundle import Bundle, CoreTask, read_bundle
 from nanochat.files import base_dir
@@ -75,9 +75,9 @@ def test_the_examples_are_shuffled_with_1337_then_cut(tmp_path):
     rows = [{"context": str(i), "continuation": "x"} for i in range(30)]
     order = list(range(30))
     random.Random(1337).shuffle(order)
-    asked = examples_of(task_of(tmp_path, "language_modeling", rows), 7)
+    asked = load_examples(task_of(tmp_path, "language_modeling", rows), 7)
     assert [int(row["context"]) for row in asked] == order[:7]
-    assert len(examples_of(task_of(tmp_path, "language_modeling", rows))) == 30
+    assert len(load_examples(task_of(tmp_path, "language_modeling", rows))) == 30
 
 
 def test_the_examples_before_a_question_are_drawn_from_all_others_with_1234_plus_its_number(tmp_path):
@@ -86,32 +86,32 @@ def test_the_examples_before_a_question_are_drawn_from_all_others_with_1234_plus
     for i in range(9):
         drawn = random.Random(1234 + i).sample([j for j in range(9) if j != i], 4)
         expected = "".join(f"c{j} d{j}\n\n" for j in drawn) + f"c{i} d{i}"
-        assert texts_of(task, rows, i)[1] == expected
+        assert prompt_texts(task, rows, i)[1] == expected
 
 
 def test_prompts_of_each_kind_read_as_published(tmp_path):
     choice = [{"query": "Q: a? ", "choices": ["yes", "no"], "gold": 1}, {"query": "Q: b?", "choices": ["x", "y"], "gold": 0}]
     task = task_of(tmp_path, "multiple_choice", choice, shots=1, delimiter="\nAnswer: ")
-    assert texts_of(task, choice, 0) == ["Q: b?\nAnswer: x\n\nQ: a? \nAnswer: yes", "Q: b?\nAnswer: x\n\nQ: a? \nAnswer: no"]
+    assert prompt_texts(task, choice, 0) == ["Q: b?\nAnswer: x\n\nQ: a? \nAnswer: yes", "Q: b?\nAnswer: x\n\nQ: a? \nAnswer: no"]
     schema = [{"context_options": ["He", "She"], "continuation": "ran", "gold": 1},
               {"context_options": ["A", "B"], "continuation": "c", "gold": 0}]
-    assert texts_of(task_of(tmp_path, "schema", schema, shots=1), schema, 0) == ["A c\n\nHe ran", "A c\n\nShe ran"]
+    assert prompt_texts(task_of(tmp_path, "schema", schema, shots=1), schema, 0) == ["A c\n\nHe ran", "A c\n\nShe ran"]
     lm = [{"context": " one \n", "continuation": "two "}, {"context": "three: ", "continuation": " four"}]
     task = task_of(tmp_path, "language_modeling", lm, shots=1)
-    assert texts_of(task, lm, 0) == ["three:  four\n\none", "three:  four\n\none two "]
+    assert prompt_texts(task, lm, 0) == ["three:  four\n\none", "three:  four\n\none two "]
 
 
 def test_what_is_judged_is_what_differs(tmp_path):
     rows = [{"query": "ab", "choices": ["cat", "cow", "dog"], "gold": 0}]
-    question = question_of(Letters(), task_of(tmp_path, "multiple_choice", rows), rows, 0)
+    question = make_question(Letters(), task_of(tmp_path, "multiple_choice", rows), rows, 0)
     assert question.starts == [4, 4, 4] and question.gold == 0  # bos a b space
     rows[0]["choices"] = ["cat", "cow"]
-    assert question_of(Letters(), task_of(tmp_path, "multiple_choice", rows), rows, 0).starts == [5, 5]
+    assert make_question(Letters(), task_of(tmp_path, "multiple_choice", rows), rows, 0).starts == [5, 5]
     rows = [{"context_options": ["x", "yy"], "continuation": "end", "gold": 1}]
-    question = question_of(Letters(), task_of(tmp_path, "schema", rows), rows, 0)
+    question = make_question(Letters(), task_of(tmp_path, "schema", rows), rows, 0)
     assert [p[s:] for p, s in zip(question.prompts, question.starts)] == [Letters().encode(" end", 0)[1:]] * 2
     rows = [{"context": "ab ", "continuation": "cd"}]
-    question = question_of(Letters(), task_of(tmp_path, "language_modeling", rows), rows, 0)
+    question = make_question(Letters(), task_of(tmp_path, "language_modeling", rows), rows, 0)
     assert question.prompts == [Letters().encode("ab cd", 0)] and question.starts == [3] and question.gold is None
 
 
@@ -119,29 +119,29 @@ def test_common_beginnings():
     dice = random.Random(0)
     for _ in range(300):
         rows = [[dice.randrange(2) for _ in range(dice.randrange(1, 12))] for _ in range(dice.randrange(1, 4))]
-        n = common(rows)
+        n = common_prefix(rows)
         assert all(row[:n] == rows[0][:n] and len(row) >= n for row in rows)
         assert any(len(row) == n for row in rows) or len({row[n] for row in rows}) > 1
 
 
 def test_prompts_beyond_ten_rows_of_the_model_lose_their_beginning():
     question = Question([list(range(20)), list(range(12))], [18, 9], 0)
-    assert cut(question, 20) is question
-    assert cut(question, 10) == Question([list(range(10, 20)), list(range(2, 12))], [8, 7], 0)
-    assert cut(Question([list(range(20))], [3], None), 10).starts == [1]  # something must stand before what is judged
+    assert cut_left(question, 20) is question
+    assert cut_left(question, 10) == Question([list(range(10, 20)), list(range(2, 12))], [8, 7], 0)
+    assert cut_left(Question([list(range(20))], [3], None), 10).starts == [1]  # something must stand before what is judged
 
 
 def test_too_few_rows_and_ids_that_do_not_go_on_are_told(tmp_path):
     task = task_of(tmp_path, "language_modeling", random_rows("language_modeling", 8), shots=5)
     with pytest.raises(UserError, match="trial puts 5 other examples .* only 5 rows: use --max-per-task=6"):
-        examples_of(task, 5)
+        load_examples(task, 5)
 
     class Joins(Letters):
         def encode(self, text, prepend=None):
             return super().encode(text.replace("b c", "%") if isinstance(text, str) else text, prepend)
     rows = [{"context": "ab", "continuation": "cd"}]
-    with pytest.raises(UserError, match="trial, example 0 .* not a beginning"):
-        question_of(Joins(), task_of(tmp_path, "language_modeling", rows), rows, 0)
+    with pytest.raises(UserError, match="trial, example 0 .* not a prefix"):
+        make_question(Joins(), task_of(tmp_path, "language_modeling", rows), rows, 0)
 
 
 # ---- judging
@@ -164,14 +164,14 @@ def random_questions(seed, V=97):
         elif kind == 3:
             ending = ids(2, 6)
             prompts = [before + ids(1, 5) + ending for _ in range(2)]
-            shared = common([prompt[::-1] for prompt in prompts])
+            shared = common_prefix([prompt[::-1] for prompt in prompts])
             questions.append(Question(prompts, [len(prompt) - shared for prompt in prompts], dice.randrange(2)))
             continue
         else:
             prompt = [0, *story[:dice.randint(30, len(story))], *ids(1, 20)]
             questions.append(Question([prompt], [len(prompt) - 1 if dice.random() < 0.8 else len(prompt) - 2], None))
             continue
-        questions.append(Question(prompts, [common(prompts)] * len(prompts), dice.randrange(len(prompts))))
+        questions.append(Question(prompts, [common_prefix(prompts)] * len(prompts), dice.randrange(len(prompts))))
     return questions
 
 
@@ -185,16 +185,16 @@ def likeliest(model, questions):
     return questions
 
 
-@pytest.mark.parametrize("tokens_at_once", [1, 700, 1 << 13])
+@pytest.mark.parametrize("batch_tokens", [1, 700, 1 << 13])
 @pytest.mark.parametrize("seed", range(3))
-def test_batches_answer_as_one_prompt_at_a_time(seed, tokens_at_once, monkeypatch):
-    monkeypatch.setattr(core_eval, "NEAR", 0.0)  # what batches say by themselves
-    monkeypatch.setattr(core_eval, "LOGITS_AT_ONCE", 97 * 7)
+def test_batches_answer_as_one_prompt_at_a_time(seed, batch_tokens, monkeypatch):
+    monkeypatch.setattr(core_eval, "TIE_MARGIN", 0.0)  # what batches say by themselves
+    monkeypatch.setattr(core_eval, "MAX_LOGITS", 97 * 7)
     with torch.no_grad():
         model = small_model(seed, n_kv_head=1 if seed else 2)
         questions = likeliest(model, random_questions(seed))
-        fast, plain = judge(model, questions, tokens_at_once), [judge_plain(model, question) for question in questions]
-    assert {verdict.correct for verdict in plain} == {True, False}
+        fast, plain = score_questions(model, questions, batch_tokens), [score_plain(model, question) for question in questions]
+    assert {result.correct for result in plain} == {True, False}
     assert any(v.correct for q, v in zip(questions, plain) if q.gold is None) and any(math.isnan(x) for v in plain for x in v.losses)
     for a, b in zip(fast, plain):
         assert a.correct == b.correct
@@ -207,10 +207,10 @@ def test_what_prompts_begin_with_goes_through_the_model_once(monkeypatch):
     monkeypatch.setattr(model, "hidden", lambda ids, *args, **more: sizes.append(ids.shape) or hidden(ids, *args, **more))
     before = [0, *torch.randint(97, (199,)).tolist()]
     choices = [[5, 6, 7], [8, 9], [10, 11, 12], [1, 3]]
-    judge(model, [Question([before + choice for choice in choices], [200] * 4, 0)])
+    score_questions(model, [Question([before + choice for choice in choices], [200] * 4, 0)])
     assert sizes == [(1, 199), (4, 3)]  # all but the last of the beginning, then that one and the choices without their last
     sizes.clear()
-    judge(model, [Question([before + [n] for n in range(5)], [200] * 5, 0)])
+    score_questions(model, [Question([before + [n] for n in range(5)], [200] * 5, 0)])
     assert sizes == [(1, 200)]  # they differ in the last id alone, which is only predicted
 
 
@@ -227,7 +227,7 @@ def test_different_questions_about_one_story_share_it(monkeypatch):
         count += ids.numel()
         return hidden(ids, *args, **more)
     monkeypatch.setattr(model, "hidden", counted)
-    judge(model, questions)
+    score_questions(model, questions)
     assert 301 <= count < 400
 
 
@@ -240,9 +240,9 @@ def test_no_more_logits_at_once_than_allowed(monkeypatch):
         most = max(most, x.shape[0])
         return head(x)
     monkeypatch.setattr(model, "head", watched)
-    monkeypatch.setattr(core_eval, "NEAR", 0.0)
-    monkeypatch.setattr(core_eval, "LOGITS_AT_ONCE", 97 * 4)
-    judge(model, random_questions(1))
+    monkeypatch.setattr(core_eval, "TIE_MARGIN", 0.0)
+    monkeypatch.setattr(core_eval, "MAX_LOGITS", 97 * 4)
+    score_questions(model, random_questions(1))
     assert most == 4
 
 
@@ -251,16 +251,16 @@ def test_ties_and_near_ties_are_settled_one_at_a_time(monkeypatch):
     with torch.no_grad():
         model.lm_head.weight.zero_()  # all tokens alike
     even = Question([[0, 1, 2], [0, 1, 3, 4]], [2, 2], 1)
-    assert not judge_plain(model, even).correct and not judge(model, [even])[0].correct  # the first of equal ones
+    assert not score_plain(model, even).correct and not score_questions(model, [even])[0].correct  # the first of equal ones
     lm = [Question([[0, 1, n]], [2], None) for n in (0, 5)]
-    assert [v.correct for v in judge(model, lm)] == [judge_plain(model, q).correct for q in lm] == [True, False]  # arg max: the first
+    assert [v.correct for v in score_questions(model, lm)] == [score_plain(model, q).correct for q in lm] == [True, False]  # arg max: the first
     asked = []
-    monkeypatch.setattr(core_eval, "judge_plain", lambda model, question: asked.append(question) or judge_plain(model, question))
-    judge(model, [even, *lm])
+    monkeypatch.setattr(core_eval, "score_plain", lambda model, question: asked.append(question) or score_plain(model, question))
+    score_questions(model, [even, *lm])
     assert asked == [even, *lm]
     asked.clear()
     clear = Question([[0, 1, 2], [0, 1, 3]], [2, 2], 1)
-    judge(small_model(), [clear])
+    score_questions(small_model(), [clear])
     assert asked == []
 
 
@@ -269,8 +269,8 @@ def test_a_choice_that_begins_another_counts_only_where_it_stands_first():
     short, long = [0, 1, 2], [0, 1, 2, 3]
     for prompts, gold in (([short, long], 0), ([long, short], 0)):
         question = Question(prompts, [3, 3], gold)
-        for verdict in (judge_plain(model, question), *judge(model, [question])):
-            assert verdict.correct and sum(map(math.isnan, verdict.losses)) == 1
+        for result in (score_plain(model, question), *score_questions(model, [question])):
+            assert result.correct and sum(map(math.isnan, result.losses)) == 1
 
 
 # ---- tasks
@@ -279,18 +279,18 @@ def test_a_choice_that_begins_another_counts_only_where_it_stands_first():
 def test_a_task_gives_what_its_definition_gives_for_any_number_of_ranks(tmp_path, monkeypatch, kind):
     model, rows = small_model(sequence_len=64), random_rows(kind, 23)
     task = task_of(tmp_path, kind, rows, shots=2)
-    rows = examples_of(task)
-    plain = [judge_plain(model, cut(question_of(Letters(), task, rows, i), 640)) for i in range(len(rows))]
+    rows = load_examples(task)
+    plain = [score_plain(model, cut_left(make_question(Letters(), task, rows, i), 640)) for i in range(len(rows))]
     parts = []
     for rank in range(3):  # what each rank hands in; the gather is tried for real below
         monkeypatch.setattr(core_eval, "gather_objects", lambda part, ranks: parts.append(part) or [part, *parts])
         with contextlib.suppress(KeyError):  # until the last one, some are missing
-            result = evaluate_task(model, Letters(), task, rows, Ranks(rank, rank, 3, CPU))
+            result = evaluate_core_task(model, Letters(), task, rows, Ranks(rank, rank, 3, CPU))
     assert sorted(len(found) for found, _ in parts) == [7, 8, 8]
-    assert [v.correct for v in result.verdicts] == [v.correct for v in plain]
+    assert [v.correct for v in result.examples] == [v.correct for v in plain]
     monkeypatch.undo()
-    result = evaluate_task(model, Letters(), task, rows)
-    assert [v.correct for v in result.verdicts] == [v.correct for v in plain]
+    result = evaluate_core_task(model, Letters(), task, rows)
+    assert [v.correct for v in result.examples] == [v.correct for v in plain]
     accuracy = sum(v.correct for v in plain) / 23
     assert result.accuracy == pytest.approx(accuracy) and result.centered == pytest.approx((accuracy - 0.25) / 0.75)
 
@@ -299,7 +299,7 @@ def test_one_rank_that_fails_tells_all(tmp_path, monkeypatch):
     rows = random_rows("schema", 4)
     monkeypatch.setattr(core_eval, "gather_objects", lambda part, ranks: [part, ({}, "row 7 is odd")])
     with pytest.raises(UserError, match="row 7 is odd"):
-        evaluate_task(small_model(), Letters(), task_of(tmp_path, "schema", rows), rows, Ranks(0, 0, 2, CPU))
+        evaluate_core_task(small_model(), Letters(), task_of(tmp_path, "schema", rows), rows, Ranks(0, 0, 2, CPU))
 
 
 def test_core_is_the_mean_of_centred_accuracies_and_computes_in_float32_on_a_cpu(tmp_path, monkeypatch):
@@ -315,11 +315,11 @@ def test_core_is_the_mean_of_centred_accuracies_and_computes_in_float32_on_a_cpu
     assert list(result.tasks) == [task.label for task in tasks] and len(said) == 3 and "schema" in said[1]
     for task in tasks:
         got = result.tasks[task.label]
-        assert len(got.verdicts) == 10 and got.centered == pytest.approx((got.accuracy - task.baseline) / (1 - task.baseline))
+        assert len(got.examples) == 10 and got.centered == pytest.approx((got.accuracy - task.baseline) / (1 - task.baseline))
     assert result.core == pytest.approx(sum(task.centered for task in result.tasks.values()) / 3)
     said.clear()
     tasks[2].path.write_text("{")
-    with pytest.raises(UserError, match="language_modeling.jsonl, line 1: this is no JSON"):
+    with pytest.raises(UserError, match="language_modeling.jsonl, line 1: this is not JSON"):
         evaluate_core(model, Letters(), Bundle(tmp_path, tasks), say=said.append)
     assert said == []  # nothing was judged before
     tasks[1].path.unlink()
@@ -334,8 +334,8 @@ def test_outcomes_of_the_published_evaluation_example_by_example(shared):
     bundle = read_bundle(shared / "data" / "core" / "eval_bundle")
     quick = ("jeopardy", "bigbench_qa_wikidata", "arc_easy", "copa", "piqa", "openbook_qa", "lambada_openai", "winograd", "winogrande")
     for task in (task for task in bundle.tasks if task.label in quick):
-        result = evaluate_task(model, tokenizer, task, examples_of(task, expected["max_per_task"]))
-        assert [v.correct for v in result.verdicts] == expected["tasks"][task.label]["correct"], task.label
+        result = evaluate_core_task(model, tokenizer, task, load_examples(task, expected["max_per_task"]))
+        assert [v.correct for v in result.examples] == expected["tasks"][task.label]["correct"], task.label
         assert result.centered == pytest.approx(expected["tasks"][task.label]["centered"])
 
 
@@ -410,8 +410,8 @@ def test_base_eval_without_a_bundle_goes_on_unless_core_was_asked_for(trained, m
     bundle = trained / "eval_bundle"
     bundle.rename(trained / "elsewhere")
     base_eval.main(["--device-type=cpu"])
-    assert "CORE is left out: the CORE bundle cannot be fetched from http://127.0.0.1:9/x.zip" in capfd.readouterr().out
-    with pytest.raises(UserError, match="cannot be fetched"):
+    assert "CORE is left out: the CORE bundle cannot be downloaded from http://127.0.0.1:9/x.zip" in capfd.readouterr().out
+    with pytest.raises(UserError, match="cannot be downloaded"):
         base_eval.main(["--device-type=cpu", "--eval=core"])
     with pytest.raises(UserError, match="--eval names 'cores'"):
         base_eval.main(["--device-type=cpu", "--eval=cores"])
@@ -439,5 +439,5 @@ def test_base_train_measures_core_on_its_way(trained, monkeypatch, capfd):
     with pytest.raises(UserError, match="--max-per-task=2 or more"):
         base_train.main([*flags, "--core-metric-max-per-task=1"])
     (trained / "eval_bundle").rename(trained / "elsewhere")
-    with pytest.raises(UserError, match="cannot be fetched"):
+    with pytest.raises(UserError, match="cannot be downloaded"):
         base_train.main(flags)
