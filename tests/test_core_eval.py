@@ -369,7 +369,7 @@ def test_base_eval_writes_the_table_the_answers_and_a_record(trained, capfd):
     from scripts import base_eval
     base_eval.main(["--max-per-task=8", "--device-type=cpu"])
     out = capfd.readouterr().out
-    assert "bits per byte and samples are left out: there is no text in" in out and "CORE" in out
+    assert "bits per byte and samples are skipped: there is no text in" in out and "CORE" in out
     path = trained / "base_eval" / "base_model_000042.csv"
     first = path.read_text(), path.with_suffix(".jsonl").read_text()
     rows = [[cell.strip() for cell in row] for row in csv.reader(first[0].splitlines())]
@@ -410,7 +410,7 @@ def test_base_eval_without_a_bundle_goes_on_unless_core_was_asked_for(trained, m
     bundle = trained / "eval_bundle"
     bundle.rename(trained / "elsewhere")
     base_eval.main(["--device-type=cpu"])
-    assert "CORE is left out: the CORE bundle cannot be downloaded from http://127.0.0.1:9/x.zip" in capfd.readouterr().out
+    assert "CORE is skipped: the CORE bundle cannot be downloaded from http://127.0.0.1:9/x.zip" in capfd.readouterr().out
     with pytest.raises(UserError, match="cannot be downloaded"):
         base_eval.main(["--device-type=cpu", "--eval=core"])
     with pytest.raises(UserError, match="--eval names 'cores'"):
