@@ -16,7 +16,8 @@ TINY = ["--depth=2", "--device-batch-size=2", "--max-seq-len=9", "--vocab-size=9
 def quick(monkeypatch):
     monkeypatch.setattr(kernels, "copy_bandwidth", lambda *_: 1e9)
     monkeypatch.setattr(kernels, "matmul_flops", lambda *_: 1e9)
-    monkeypatch.setattr(kernels, "paced", lambda cases, device, rounds, sets: {how: [fn(0) is None or 1.0] for how, fn in cases.items()})
+    monkeypatch.setattr(kernels, "interleaved_kernels", lambda cases, device, rounds, sets: {
+        how: [fn(0) is None or 1.0] for how, fn in cases.items()})
 
 
 def test_every_operation_is_tabled_in_all_its_ways_beside_its_twin(capsys, tmp_path):

@@ -23,9 +23,11 @@ YAML = """icl_tasks:
 - {label: mean, dataset_uri: some/mean.jsonl, num_fewshot: [0], icl_task_type: schema}
 - {label: go on, dataset_uri: go_on.jsonl, num_fewshot: [10], icl_task_type: language_modeling, has_categories: true}
 """
-CSV = "Eval Task,#shots,Random baseline,Description\npick,3,25,\"a, b\"\nmean,0,50,x\ngo on,10,0,y\nnever asked,0,9.1,z\n"
+CSV = ("Eval Task,#shots,Random baseline,Description\n"
+       "pick,3,25,\"a, b\"\nmean,0,50,x\ngo on,10,0,y\nnever asked,0,9.1,z\n")
 ROWS = {
-    "some/pick.jsonl": [{"query": "q", "choices": ["a", "b", "c"], "gold": 2}, {"query": "é", "choices": ["a", "b"], "gold": 0}],
+    "some/pick.jsonl": [{"query": "q", "choices": ["a", "b", "c"], "gold": 2},
+                        {"query": "é", "choices": ["a", "b"], "gold": 0}],
     "some/mean.jsonl": [{"context_options": ["a", "b"], "continuation": "c", "gold": 1}],
     "go_on.jsonl": [{"context": "c", "continuation": "d", "category": "e"}],
 }
@@ -33,7 +35,8 @@ ROWS = {
 
 def files():
     texts = {"core.yaml": YAML, "eval_meta_data.csv": CSV}
-    return texts | {f"eval_data/{name}": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for name, rows in ROWS.items()}
+    return texts | {f"eval_data/{name}": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for name,
+                    rows in ROWS.items()}
 
 
 @pytest.fixture
@@ -49,7 +52,8 @@ def bundle(tmp_path):
 def test_tasks_are_those_of_the_yaml_in_its_order(bundle):
     tasks = read_bundle(bundle).tasks
     assert [(t.label, t.kind, t.shots, t.delimiter, t.baseline) for t in tasks] == [
-        ("pick", "multiple_choice", 3, "\nAnswer: ", 0.25), ("mean", "schema", 0, " ", 0.5), ("go on", "language_modeling", 10, " ", 0.0)]
+        ("pick", "multiple_choice", 3, "\nAnswer: ", 0.25), ("mean", "schema", 0, " ", 0.5),
+        ("go on", "language_modeling", 10, " ", 0.0)]
     assert [t.rows() for t in tasks] == list(ROWS.values())
 
 
@@ -93,8 +97,10 @@ def test_a_broken_list_of_tasks_is_told(bundle, name, change, told):
     (0, "{", "line 3: this is not JSON"),
     (0, "[1]", "line 3: a row is a JSON object"),
     (0, '{"query": "q", "gold": 0}', "line 3: a row of multiple_choice needs 'choices' .list.; it is missing"),
-    (0, '{"query": "q", "choices": ["a", "b"], "gold": "0"}', "line 3: a row of multiple_choice needs 'gold' .int.; it is str"),
-    (0, '{"query": "q", "choices": ["a", "b"], "gold": true}', "line 3: a row of multiple_choice needs 'gold' .int.; it is bool"),
+    (0, '{"query": "q", "choices": ["a", "b"], "gold": "0"}',
+     "line 3: a row of multiple_choice needs 'gold' .int.; it is str"),
+    (0, '{"query": "q", "choices": ["a", "b"], "gold": true}',
+     "line 3: a row of multiple_choice needs 'gold' .int.; it is bool"),
     (0, '{"query": "q", "choices": ["a", "b"], "gold": 2}', "line 3: gold is 2, but there are 2"),
     (0, '{"query": "q", "choices": ["a", "b"], "gold": -1}', "line 3: gold is -1"),
     (0, '{"query": "q", "choices": ["a", 1], "gold": 0}', "line 3: the options must be two texts"),
@@ -122,15 +128,15 @@ def test_an_empty_or_torn_file_is_told(bundle):
 
 # ---- fetching
 
-class Server(ThreadingHTTPServer):
+class BundleServer(ThreadingHTTPServer):
     """Answers every GET with `data`; `faults`: what to do at the first GET, the second, ..."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", 0), BundleHandler)
         self.data, self.faults, self.count = b"", [], 0
 
 
-class Handler(BaseHTTPRequestHandler):
+class BundleHandler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
@@ -146,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    server = Server()
+    server = BundleServer()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE_URL", f"http://127.0.0.1:{server.server_port}/bundle.zip")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
