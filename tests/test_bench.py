@@ -1,7 +1,10 @@
 """Every benchmark, and the check for GPUs, runs at a tiny size and says what it promises. No speed is asserted."""
 
+import importlib
 import json
 import random
+import re
+import shlex
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -14,6 +17,7 @@ from dev import gpu_check
 from dev import gpu_correctness as right
 from dev import gpu_kernels as single
 from dev import gpu_parts as parts
+from nanochat.cli import parser_of
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
@@ -374,6 +378,14 @@ def test_raw_numbers_are_written_with_what_gave_them_and_read_back(tmp_path):
     assert found["versions"]["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
     measure.write_results("", source, Flags(), rows)
     assert [path.name for path in tmp_path.iterdir()] == ["results"], "without --json nothing is written"
+
+
+def test_the_commands_that_regenerate_the_results_are_ones_the_benchmarks_take():
+    text = (ROOT / "bench" / "results" / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    python -m (bench\.\w+) (.*)$", text, re.MULTILINE)
+    files = [parser_of(importlib.import_module(module).Config).parse_args(shlex.split(flags)).json
+             for module, flags in commands]
+    assert len(files) == len(set(files)) >= 9 and all(name.startswith("bench/results/") for name in files)
 
 
 def test_the_results_in_the_repository_say_what_gave_them():
