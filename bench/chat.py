@@ -8,11 +8,11 @@ tokenizer is trained on the text of the small world.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from bench.measure import circumstances, command_line, in_a_line, interleaved, lively, table, typical, write_json
+from bench.measure import command_line, interleaved, json_flag, median, provenance, provenance_line, random_model, table, write_results
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
 from nanochat.errors import UserError
@@ -35,7 +35,7 @@ class Config:
     max_tokens: int = flag(64, "tokens of an answer, at most")
     rounds: int = flag(3, "times that each way is timed; the median counts")
     device: str = flag("", "cuda, mps or cpu; unset takes the best available")
-    json: str = flag("", "file to write all numbers to")
+    json: str = json_flag()
 
 
 def small_world_tasks() -> list[Task]:
@@ -66,8 +66,8 @@ def compare(model: GPT, tokenizer, tasks: Sequence[Task], ranks: Ranks, problems
         together, alone = graded(problems).rows, graded(1).rows
         ways = {"together": lambda: graded(problems), "alone": lambda: graded(1)}
         seconds = interleaved(ways, ranks.device, rounds, warmup=0)
-        rows.append({"task": task.name, "problems": len(together), "seconds": typical(seconds["together"]),
-                     "alone_seconds": typical(seconds["alone"]), "same": sum(a == b for a, b in zip(together, alone))})
+        rows.append({"task": task.name, "problems": len(together), "seconds": median(seconds["together"]),
+                     "alone_seconds": median(seconds["alone"]), "same": sum(a == b for a, b in zip(together, alone))})
     return rows
 
 
@@ -80,19 +80,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = GPTConfig.from_depth(config.depth, vocab_size=tokenizer.get_vocab_size(), sequence_len=1024)
     ranks = init_ranks(config.device)
     try:
-        about = circumstances(command_line("bench.chat", argv))
-        model = lively(shape, ranks.device).eval()
+        about = provenance(command_line("bench.chat", argv))
+        model = random_model(shape, ranks.device).eval()
         model.compute_dtype = compute_dtype(ranks.device)
         rows = compare(model, tokenizer, small_world_tasks(), ranks, config.problems, config.max_tokens, config.rounds)
     finally:
         close_ranks()
     lines = [[row["task"], row["problems"], f"{row['seconds']:.2f}", f"{row['alone_seconds']:.2f}",
               f"{row['alone_seconds'] / row['seconds']:.1f}×", f"{row['same']} of {row['problems']}"] for row in rows]
-    print(f"{in_a_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {shape.vocab_size:,}, {model.dtype}, "
+    print(f"{provenance_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {shape.vocab_size:,}, {model.dtype}, "
           f"on {ranks.device}, answers of at most {config.max_tokens} tokens\n\n"
           + table(["task", "problems", "s together", "s one at a time", "ratio", "same answers"], lines), flush=True)
-    if config.json:
-        write_json(config.json, {"about": about, "config": asdict(config), "rows": rows})
+    write_results(config.json, about, config, rows)
 
 
 if __name__ == "__main__":

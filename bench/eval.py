@@ -1,20 +1,21 @@
-"""How fast models are measured: bits per byte, CORE and graded answers, ours beside the plain ways, in one table of ratios.
+"""Speed of evaluation: bits per byte, CORE and generated answers, beside the plain ways, in one table of ratios.
 
     python -m bench.eval                                            # a d4, about a minute on two cores; needs no files
-    python -m bench.eval --depth=20 --vocab-size=65536 --device-batch-size=32 --max-seq-len=2048 --bundle=eval_bundle     # on a GPU
+    python -m bench.eval --depth=20 --vocab-size=65536 --device-batch-size=32 --max-seq-len=2048    # on a GPU
     python -m bench.eval --peer=../another-checkout                 # times the losses of that checkout too
 
-Bits per byte: ours in the device's precision beside the twin (float32, eager), ours in float32, and all-attention. CORE: in batches that
-share what prompts begin with, beside one prompt at a time; on tasks made of random text where there is no bundle. Answers that are written:
-many prompts decoded together, beside one at a time. Both ways must agree, and how far they do is in the table. Weights are random; the
-tokenizer is made of the small world's text. bench.core and bench.chat tell more of one of them.
+Bits per byte: our model in the best precision of the device, beside the twin (float32, eager), our model in float32,
+and an all-attention model. CORE: batches with shared prefixes beside one prompt at a time; on tasks of random text
+where there is no bundle. Generated answers: batches of prompts beside one at a time. The table says how far the two
+ways agree. Weights are random; the tokenizer is trained on text of the small world. bench.core and bench.chat report
+more on one of them.
 """
 
 import json
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,17 @@ from torch import Tensor
 
 from bench import chat, core, peer
 from bench.measure import (
-    circumstances,
     command_line,
-    in_a_line,
     interleaved,
-    lively,
+    json_flag,
+    median,
+    provenance,
+    provenance_line,
+    random_model,
     si,
     table,
     text_batches,
-    typical,
-    write_json,
+    write_results,
 )
 from bench.twin import TwinGPT
 from nanochat.cli import flag, parse, run_main
@@ -53,23 +55,23 @@ PARTS = ("bpb", "core", "chat")
 class Config:
     """Flags of bench.eval."""
 
-    depth: int = flag(4, "layers; sets width too")
-    vocab_size: int = flag(8192, "tokens the model knows; for written answers, those of the tokenizer")
-    max_seq_len: int = flag(256, "tokens in a row")
-    device_batch_size: int = flag(16, "rows in a batch of bits per byte")
-    bundle: str = flag("", "folder with core.yaml and some tasks; unset is $NANOCHAT_BASE_DIR's, or random text where there is none")
+    depth: int = flag(4, "layers; also sets the width")
+    vocab_size: int = flag(8192, "tokens in the vocabulary; for generated answers, that of the tokenizer")
+    max_seq_len: int = flag(256, "tokens in a sequence")
+    device_batch_size: int = flag(16, "sequences in a batch, for bits per byte")
+    bundle: str = flag("", "folder with core.yaml and tasks; unset is that of $NANOCHAT_BASE_DIR, or else random text")
     max_per_task: int = flag(12, "examples of each CORE task")
-    problems: int = flag(8, "problems of each chat task, and rows decoded together")
-    max_tokens: int = flag(24, "tokens of an answer at most")
-    rounds: int = flag(3, "times that each way is timed; the median counts")
-    only: str = flag("", f"some of {', '.join(PARTS)}, with commas between; unset is all")
-    peer: str = flag("", "a checkout that offers nanochat.gpt, to time its losses too")
-    device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    json: str = flag("", "file to write all numbers to")
+    problems: int = flag(8, "problems of each chat task, and sequences in a batch")
+    max_tokens: int = flag(24, "most tokens of an answer")
+    rounds: int = flag(3, "times that each way is timed; the median is reported")
+    only: str = flag("", f"some of {', '.join(PARTS)}, separated by commas; unset is all")
+    peer: str = flag("", "another checkout with a nanochat.gpt, whose losses are timed too")
+    device: str = flag("", "cuda, mps or cpu; unset takes the best available")
+    json: str = json_flag()
 
 
 def twin_losses(twin: TwinGPT) -> Callable[..., Tensor]:
-    """The twin as `evaluate_bpb` calls a model: all logits at once, in float32."""
+    """The twin with the interface that `evaluate_bpb` expects: all logits at once, in float32."""
     def losses(inputs: Tensor, targets: Tensor, loss_reduction: str) -> Tensor:
         logits = twin(inputs)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=loss_reduction)
@@ -77,15 +79,17 @@ def twin_losses(twin: TwinGPT) -> Callable[..., Tensor]:
 
 
 def random_tasks(folder: Path, count: int) -> list[CoreTask]:
-    """Tasks of the three kinds with `count` examples each, made of the small world's words: some with five examples before a question."""
+    """Tasks of the three kinds with `count` examples of words of the small world; some of the tasks are five-shot."""
     words = " ".join(islice(documents(), 50)).split()
     dice = random.Random(0)
 
     def text(low: int, high: int) -> str:
         return " ".join(dice.choices(words, k=dice.randint(low, high)))
     made = {
-        "multiple_choice": lambda: {"query": text(10, 30), "choices": [text(1, 6) for _ in range(4)], "gold": dice.randrange(4)},
-        "schema": lambda: {"context_options": [text(8, 16), text(8, 16)], "continuation": text(3, 8), "gold": dice.randrange(2)},
+        "multiple_choice": lambda: {"query": text(10, 30), "choices": [text(1, 6) for _ in range(4)],
+                                    "gold": dice.randrange(4)},
+        "schema": lambda: {"context_options": [text(8, 16), text(8, 16)], "continuation": text(3, 8),
+                           "gold": dice.randrange(2)},
         "language_modeling": lambda: {"context": text(20, 60), "continuation": text(1, 2)},
     }
     tasks = []
@@ -96,18 +100,18 @@ def random_tasks(folder: Path, count: int) -> list[CoreTask]:
     return tasks
 
 
-def line(what: str, ours: float, beside: str, theirs: float, agree: str) -> dict[str, Any]:
-    """A row of the table: two speeds of the same thing."""
+def ratio_row(what: str, ours: float, beside: str, theirs: float, agree: str) -> dict[str, Any]:
+    """A row of the table: two speeds of the same work, and how far the results agree."""
     return {"what": what, "ours": ours, "beside": beside, "theirs": theirs, "ratio": ours / theirs, "agree": agree}
 
 
-def bpb_lines(shape: GPTConfig, config: Config, ranks: Ranks) -> list[dict[str, Any]]:
-    """Tokens a second of bits per byte. The twin's value and ours are both told."""
+def bpb_rows(shape: GPTConfig, config: Config, ranks: Ranks) -> list[dict[str, Any]]:
+    """Tokens a second of bits per byte."""
     device, dtype = ranks.device, compute_dtype(ranks.device)
     name, what = str(dtype).removeprefix("torch."), "bits per byte, tokens/s"
     batches = list(islice(text_batches(config.device_batch_size, config.max_seq_len, device), 2))
-    attention = lively(GPTConfig(**{**shape.to_dict(), "layer_pattern": "A" * shape.n_layer}), device).eval()
-    model, exact = lively(shape, device).eval(), lively(shape, device).eval()
+    attention = random_model(GPTConfig(**{**shape.to_dict(), "layer_pattern": "A" * shape.n_layer}), device).eval()
+    model, exact = random_model(shape, device).eval(), random_model(shape, device).eval()
     twin = TwinGPT(shape).to(device).eval()
     twin.load_state_dict(exact.state_dict())
     model.compute_dtype = attention.compute_dtype = dtype
@@ -115,72 +119,80 @@ def bpb_lines(shape: GPTConfig, config: Config, ranks: Ranks) -> list[dict[str, 
     ways = {"ours": model, "twin, float32 eager": twin_losses(twin), f"all-attention, {name}": attention}
     if dtype != torch.float32:
         ways["ours, float32"] = exact
-    found: dict[str, float] = {}
-    work = {how: lambda how=how, way=way: found.update({how: evaluate_bpb(way, batches, one)}) for how, way in ways.items()}
-    speed = {how: sum(inputs.numel() for inputs, _ in batches) / typical(seconds)
-             for how, seconds in interleaved(work, device, config.rounds, warmup=1).items()}
-    lines = [line(f"{what}, {name}", speed["ours"], how, speed[how],
-                  "-" if "attention" in how else f"{found['ours']:.4f} and {found[how]:.4f}") for how in ways if how != "ours"]
+    bpb: dict[str, float] = {}
+    work = {how: lambda how=how, way=way: bpb.update({how: evaluate_bpb(way, batches, one)})
+            for how, way in ways.items()}
+    seconds = interleaved(work, device, config.rounds, warmup=1)
+    tokens = sum(inputs.numel() for inputs, _ in batches)
+    speed = {how: tokens / median(times) for how, times in seconds.items()}
+    rows = []
+    for how in ways:
+        if how != "ours":
+            agree = "-" if "attention" in how else f"{bpb['ours']:.4f} and {bpb[how]:.4f}"
+            rows.append({**ratio_row(f"{what}, {name}", speed["ours"], how, speed[how], agree),
+                         "tokens": tokens, "seconds": seconds["ours"], "their_seconds": seconds[how]})
     if config.peer:
-        for told in peer.ask(config.peer, "forward", shape, config.device_batch_size, config.max_seq_len, steps=config.rounds, warmup=1,
-                             device=device.type):
-            beside = f"peer {told['peer']}, {told['how']}"
-            if "error" in told:
-                lines.append({"what": what, "beside": beside, "error": told["error"]})
+        B, T = config.device_batch_size, config.max_seq_len
+        for timed in peer.run_peer(config.peer, "forward", shape, B, T, steps=config.rounds, warmup=1,
+                                   device=device.type):
+            beside = f"peer {timed['peer']}, {timed['how']}"
+            if "error" in timed:
+                rows.append({"what": what, "beside": beside, "error": timed["error"]})
             else:
-                theirs = config.device_batch_size * config.max_seq_len / typical(told["seconds"])
-                lines.append(line(f"{what}, {name}", speed["ours"], beside, theirs, "-"))
-    return lines
+                theirs = B * T / median(timed["seconds"])
+                rows.append(ratio_row(f"{what}, {name}", speed["ours"], beside, theirs, "-"))
+    return rows
 
 
-def core_line(shape: GPTConfig, config: Config, tokenizer, tasks: Iterable[CoreTask], ranks: Ranks) -> dict[str, Any]:
+def core_row(shape: GPTConfig, config: Config, tokenizer, tasks: Iterable[CoreTask], ranks: Ranks) -> dict[str, Any]:
     """Examples a second of CORE, in float32."""
-    rows, total = core.compare(lively(shape, ranks.device).eval(), tokenizer, list(tasks), config.max_per_task, 1)
-    found = line("CORE, examples/s, float32", total["examples"] / total["seconds"], "one prompt at a time",
-                 total["examples"] / total["plain_seconds"], f"{total['same']} of {total['examples']} answers")
+    rows, total = core.compare(random_model(shape, ranks.device).eval(), tokenizer, list(tasks), config.max_per_task, 1)
+    found = ratio_row("CORE, examples/s, float32", total["examples"] / total["seconds"], "one prompt at a time",
+                      total["examples"] / total["plain_seconds"], f"{total['same']} of {total['examples']} answers")
     return {**found, "tasks": rows, "differ": total["examples"] - total["same"]}
 
 
-def chat_line(shape: GPTConfig, config: Config, tokenizer, ranks: Ranks) -> dict[str, Any]:
-    """Problems a second of tasks whose answers are written; the model knows the tokenizer's tokens."""
+def chat_row(shape: GPTConfig, config: Config, tokenizer, ranks: Ranks) -> dict[str, Any]:
+    """Problems a second of tasks with generated answers. The model has the vocabulary of the tokenizer."""
     shape = GPTConfig(**{**shape.to_dict(), "vocab_size": tokenizer.get_vocab_size()})
-    model = lively(shape, ranks.device).eval()
+    model = random_model(shape, ranks.device).eval()
     model.compute_dtype = compute_dtype(ranks.device)
     tasks = [task for task in chat.small_world_tasks() if task.kind == "generative"]
     rows = chat.compare(model, tokenizer, tasks, ranks, config.problems, config.max_tokens, 1)
-    problems, together, alone, same = (sum(row[key] for row in rows) for key in ("problems", "seconds", "alone_seconds", "same"))
+    problems, together, alone, same = (sum(row[key] for row in rows)
+                                       for key in ("problems", "seconds", "alone_seconds", "same"))
     name = str(model.dtype).removeprefix("torch.")
-    return {**line(f"written answers, problems/s, {name}", problems / together, "one prompt at a time", problems / alone,
-                   f"{same} of {problems} answers"), "tasks": rows}
+    return {**ratio_row(f"generated answers, problems/s, {name}", problems / together, "one prompt at a time",
+                        problems / alone, f"{same} of {problems} answers"), "tasks": rows}
 
 
 def compare(config: Config, parts: Sequence[str], ranks: Ranks) -> list[dict[str, Any]]:
-    """All lines of the table. Raises UserError for a vocabulary the tokenizer does not fit into."""
+    """All rows of the table. Raises UserError for a vocabulary that is smaller than that of the tokenizer."""
     shape = GPTConfig.from_depth(config.depth, vocab_size=config.vocab_size, sequence_len=max(config.max_seq_len, 1024))
-    lines = bpb_lines(shape, config, ranks) if "bpb" in parts else []
+    rows = bpb_rows(shape, config, ranks) if "bpb" in parts else []
     if set(parts) == {"bpb"}:
-        return lines
+        return rows
     tokenizer = RustBPETokenizer.train_from_iterator(islice(documents(), 2000), min(1024, config.vocab_size))
     if "core" in parts:
         with tempfile.TemporaryDirectory() as folder:
             tasks = random_tasks(Path(folder), config.max_per_task)
             if config.bundle or (bundle_dir() / "core.yaml").is_file():
                 tasks = open_bundle(config.bundle or None, fetch=False).present().tasks
-            lines.append(core_line(shape, config, tokenizer, tasks, ranks))
+            rows.append(core_row(shape, config, tokenizer, tasks, ranks))
     if "chat" in parts:
-        lines.append(chat_line(shape, config, tokenizer, ranks))
-    return lines
+        rows.append(chat_row(shape, config, tokenizer, ranks))
+    return rows
 
 
-def shown(lines: list[dict[str, Any]]) -> str:
-    """The table of all lines."""
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """The table of the rows of `compare`."""
     return table(["evaluation", "ours", "beside", "its speed", "ratio", "agreement"],
                  [[row["what"], si(row.get("ours")), row["beside"], si(row.get("theirs")),
-                   f"{row['ratio']:.2f}×" if "ratio" in row else "-", row.get("agree", "-")] for row in lines], (0, 2))
+                   f"{row['ratio']:.2f}×" if "ratio" in row else "-", row.get("agree", "-")] for row in rows], (0, 2))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compare as the flags say. Raises UserError for what the user can mend, and where CORE's answers differ."""
+    """Compare as the flags say. Raises UserError for a mistake of the user, and where CORE's answers differ."""
     config = parse(Config, argv, __doc__)
     for name in ("device_batch_size", "max_seq_len", "max_per_task", "problems", "max_tokens", "rounds"):
         if getattr(config, name) < 1:
@@ -192,19 +204,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--only names {sorted(unknown)[0]!r}, which is none of {', '.join(PARTS)}")
     ranks = init_ranks(config.device)
     try:
-        about = circumstances(command_line("bench.eval", argv))
-        lines = compare(config, parts, ranks)
+        about = provenance(command_line("bench.eval", argv))
+        rows = compare(config, parts, ranks)
     finally:
         close_ranks()
-    print(f"{in_a_line(about)}\nd{config.depth}, V {config.vocab_size:,}, {config.device_batch_size} rows of {config.max_seq_len} tokens, "
-          f"on {ranks.device}\n\n{shown(lines)}", flush=True)
-    for row in lines:
+    print(f"{provenance_line(about)}\nd{config.depth}, V {config.vocab_size:,}, {config.device_batch_size} sequences "
+          f"of {config.max_seq_len} tokens, on {ranks.device}\n\n{format_rows(rows)}", flush=True)
+    for row in rows:
         if "error" in row:
             print(f"{row['beside']}: {row['error']}")
-    if config.json:
-        write_json(config.json, {"about": about, "config": asdict(config), "rows": lines})
-    if any(row.get("differ") for row in lines):
-        raise UserError("CORE in batches and one prompt at a time came to different answers: its times above are worth nothing")
+    write_results(config.json, about, config, rows)
+    if any(row.get("differ") for row in rows):
+        raise UserError("CORE in batches and one prompt at a time came to different answers: "
+                        "its times above mean nothing")
 
 
 if __name__ == "__main__":

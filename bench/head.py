@@ -16,24 +16,25 @@ Liger gets the weight in the dtype of the hidden states and is asked to sum its 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.measure import (
-    circumstances,
     command_line,
-    in_a_line,
     interleaved,
+    json_flag,
     matmul_flops,
-    off,
+    median,
     peak_growth,
+    provenance,
+    provenance_line,
+    relative_error,
     si,
     table,
-    typical,
-    write_json,
+    write_results,
 )
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import close_ranks, compute_dtype, init_ranks
@@ -59,7 +60,7 @@ class Config:
     compile: str = flag("auto", "time torch.compile of the twin too: yes, no, or auto (on GPUs)")
     threads: int = flag(0, "CPU threads; 0 leaves it to torch")
     device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    json: str = flag("", "file to write all numbers to")
+    json: str = json_flag()
 
 
 def liger(device: torch.device) -> Loss | str:
@@ -124,7 +125,7 @@ def compare(name: str, ways: dict[str, Loss], given: tuple[Tensor, Tensor, Tenso
     part = [x[:judged].detach().requires_grad_(), weight, targets[:judged]]
     wide = [t.detach().to(where, torch.float64).requires_grad_() for t in part[:2]]
     exact = run(head_loss_twin, *wide, part[2].to(where))
-    errors = {how: max(off(a, b) for a, b in zip(run(way, *part), exact)) for how, way in ways.items()}
+    errors = {how: max(relative_error(a, b) for a, b in zip(run(way, *part), exact)) for how, way in ways.items()}
     del exact, wide
     calls = {how: lambda way=way: run(way, *given) for how, way in ways.items()}
     calls = {how: fn for how, fn in calls.items() if fits(fn)}
@@ -133,7 +134,7 @@ def compare(name: str, ways: dict[str, Loss], given: tuple[Tensor, Tensor, Tenso
     for how in ways:
         row = {"pass": name, "how": how, "error": errors[how]}
         if how in seconds:
-            took = typical(seconds[how])
+            took = median(seconds[how])
             unseen = how == COMPILED and x.device.type == "cpu"  # the memory of compiled code is not counted
             row |= {"seconds": took, "all_seconds": seconds[how],
                     "memory": None if unseen else peak_growth(calls[how], x.device),
@@ -143,7 +144,7 @@ def compare(name: str, ways: dict[str, Loss], given: tuple[Tensor, Tensor, Tenso
     for row in rows:
         if "seconds" in row and "seconds" in twin:
             # ratios within a round, since the load of the machine drifts
-            row["vs_twin"] = typical(b / a for a, b in zip(row["all_seconds"], twin["all_seconds"]))
+            row["vs_twin"] = median(b / a for a, b in zip(row["all_seconds"], twin["all_seconds"]))
             row["memory_vs_twin"] = row["memory"] / twin["memory"] if row["memory"] else None
     return rows
 
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         device = ranks.device
         dtype = DTYPES.get(config.dtype) or compute_dtype(device)
-        about = circumstances(command_line("bench.head", argv))
+        about = provenance(command_line("bench.head", argv))
         given = inputs(config.tokens, 64 * config.depth, config.vocab_size, dtype, device)
         ways: dict[str, Loss] = {"ours": head_loss, TWIN: head_loss_twin}
         if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
@@ -194,13 +195,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += compare("evaluation", ways, given, config.rounds, ceiling)
     finally:
         close_ranks()
-    print(f"{in_a_line(about)}\n{config.tokens:,} tokens of width {64 * config.depth:,}, V {config.vocab_size:,}, "
+    print(f"{provenance_line(about)}\n{config.tokens:,} tokens of width {64 * config.depth:,}, V {config.vocab_size:,}, "
           f"{str(dtype).removeprefix('torch.')} on {device}\n\n{shown(rows)}\n\n"
           "Times are medians; ratios are medians of the ratios within a round.", flush=True)
     if isinstance(peer, str):
         print(f"{LIGER} is left out: {peer}.")
-    if config.json:
-        write_json(config.json, {"about": about, "config": asdict(config), "matmul_flops": ceiling, "rows": rows})
+    write_results(config.json, about, config, rows, matmul_flops=ceiling)
 
 
 if __name__ == "__main__":

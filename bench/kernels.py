@@ -21,7 +21,7 @@ is not counted.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -33,21 +33,22 @@ from torch.func import functional_call
 
 from bench import head, peer
 from bench.measure import (
-    circumstances,
     command_line,
     copy_bandwidth,
-    in_a_line,
     interleaved,
+    interleaved_kernels,
+    json_flag,
     matmul_flops,
+    median,
     nbytes,
-    off,
-    paced,
     peak_growth,
+    provenance,
+    provenance_line,
     random_batch,
+    relative_error,
     si,
     table,
-    typical,
-    write_json,
+    write_results,
 )
 from bench.train import our_case, twin_case
 from nanochat.cli import flag, parse, run_main
@@ -81,7 +82,7 @@ class Config:
     peer: str = flag("", "a checkout with a nanochat.gpt: its whole model is timed beside ours and the twin")
     threads: int = flag(0, "CPU threads; 0 leaves it to torch")
     device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    json: str = flag("", "file to write all numbers to")
+    json: str = json_flag()
 
 
 @dataclass(frozen=True)
@@ -418,7 +419,7 @@ def errors(operation: Operation) -> dict[str, tuple[float, float | None]]:
             with through(how):
                 got[how] = of(way)
     exact = of(operation.ways[TWIN], exactly=True)
-    worst = {how: [max((off(a, b) for a, b in zip(*pair)), default=None) for pair in zip(both, exact)]
+    worst = {how: [max((relative_error(a, b) for a, b in zip(*pair)), default=None) for pair in zip(both, exact)]
              for how, both in got.items()}
     return {how: (forward, backward) for how, (forward, backward) in worst.items()}
 
@@ -444,7 +445,7 @@ def timed(operation: Operation, shape: Shape,
     sets = 1 if shape.device.type == "cpu" else max(2, min(64, -(-ROTATED // nbytes(first))))
     given = [first, *(leaves(operation) for _ in range(sets - 1))]
     forward = {how: within(how, lambda i, way=way: way(*given[i])) for how, way in operation.ways.items()}
-    seconds = {"forward": paced(forward, shape.device, rounds, sets)}
+    seconds = {"forward": interleaved_kernels(forward, shape.device, rounds, sets)}
     memory = {"forward": {how: peak_growth(lambda fn=fn: fn(0), shape.device) for how, fn in forward.items()}}
     if operation.backward:
         made = {how: [as_tuple(fn(i)) for i in range(sets)] for how, fn in forward.items()}
@@ -455,7 +456,7 @@ def timed(operation: Operation, shape: Shape,
             return torch.autograd.grad(outputs[i], wanted[i], [dy.to(y.dtype) for dy, y in zip(slopes[i], outputs[i])],
                                        retain_graph=True)
         backward = {how: within(how, partial(gradients, outputs=outputs)) for how, outputs in made.items()}
-        seconds["backward"] = paced(backward, shape.device, rounds, sets)
+        seconds["backward"] = interleaved_kernels(backward, shape.device, rounds, sets)
         memory["backward"] = {how: peak_growth(lambda fn=fn: fn(0), shape.device) for how, fn in backward.items()}
     return seconds, memory
 
@@ -478,10 +479,10 @@ def compare(operation: Operation, shape: Shape, rounds: int, compiled: bool,
     for number, way in enumerate(seconds):
         least, flops = operation.bytes[number], operation.flops[number]
         for how, times in seconds[way].items():
-            took = typical(times)
+            took = median(times)
             unseen = how == COMPILED and shape.device.type == "cpu"  # the memory of compiled code is not counted
             rows.append({"operation": operation.name, "pass": way, "how": how, "seconds": took, "all_seconds": times,
-                         "vs_twin": typical(b / a for a, b in zip(times, seconds[way][TWIN])), "bytes": least,
+                         "vs_twin": median(b / a for a, b in zip(times, seconds[way][TWIN])), "bytes": least,
                          "flops": flops,
                          "of_the_copy": least / took / ceilings["copy_bandwidth"] if least else None,
                          "of_the_product": flops / took / ceilings["matmul_flops"] if flops else None,
@@ -520,15 +521,15 @@ def model_rows(shape: Shape, rounds: int, compiled: bool, path: str) -> list[dic
     rows = []
     for what, ways in work.items():
         seconds = interleaved(ways, shape.device, rounds)
-        told = peer.ask(path, what, shape.model, shape.B, shape.T, steps=rounds, warmup=2, device=shape.device.type)
+        told = peer.run_peer(path, what, shape.model, shape.B, shape.T, steps=rounds, warmup=2, device=shape.device.type)
         for found in told:
             if "error" in found:
                 rows.append({"operation": "model", "pass": what, "how": f"peer {found['peer']}, {found['how']}",
                              "failed": found["error"]})
             else:
                 seconds[f"peer {found['peer']}, {found['how']}"] = found["seconds"]
-        rows += [{"operation": "model", "pass": what, "how": how, "seconds": typical(times), "all_seconds": times,
-                  "vs_twin": typical(seconds[TWIN]) / typical(times)} for how, times in seconds.items()]
+        rows += [{"operation": "model", "pass": what, "how": how, "seconds": median(times), "all_seconds": times,
+                  "vs_twin": median(seconds[TWIN]) / median(times)} for how, times in seconds.items()]
     return rows
 
 
@@ -568,7 +569,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = GPTConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size)
     device = init_ranks(config.device).device
     try:
-        about = circumstances(command_line("bench.kernels", argv))
+        about = provenance(command_line("bench.kernels", argv))
         dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
         shape = Shape(model, config.device_batch_size, config.max_seq_len, config.decode_rows, dtype, device)
         compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
@@ -578,11 +579,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         close_ranks()
     copied, product = ceilings["copy_bandwidth"] / 1e9, si(ceilings["matmul_flops"])
-    print(f"{in_a_line(about)}\nshapes of d{config.depth}, {shape.B} rows of {shape.T} tokens, "
+    print(f"{provenance_line(about)}\nshapes of d{config.depth}, {shape.B} rows of {shape.T} tokens, "
           f"decoding {shape.decode_rows} rows, {dtype}, on {device}; "
           f"copy {copied:,.1f} GB/s, product {product}FLOP/s\n\n{shown(rows)}", flush=True)
-    if config.json:
-        write_json(config.json, {"about": about, "config": asdict(config), **ceilings, "rows": rows})
+    write_results(config.json, about, config, rows, **ceilings)
     if bad := too_far(rows, dtype):
         raise UserError(f"these compute wrong numbers, so their times mean nothing: {', '.join(bad)}")
 

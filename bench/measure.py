@@ -1,4 +1,8 @@
-"""What the benchmarks share: side-by-side timing, peak memory, measured ceilings, models and text to time with, tables."""
+"""What the benchmarks share: interleaved timing, peak memory, measured limits of the machine, models, batches, output.
+
+Every benchmark prints a table, and writes its raw numbers with --json=PATH: command, date, commit, machine, versions,
+configuration and rows (`write_results`). The files in bench/results/ are written so.
+"""
 
 import gc
 import statistics
@@ -6,6 +10,9 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -14,15 +21,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat.cli import flag
 from nanochat.files import atomic_write, to_json
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.logs import commit, machine, versions
 
-K = TypeVar("K")  # what a case is called
+K = TypeVar("K")  # name of a case
 
+
+# --- time
+# --------------------------------------------------------------------------------------------------------------
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; a CPU has nothing to wait for."""
+    """Wait until the device has finished; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -30,7 +41,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(fn: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds of one call, from an idle device to an idle device."""
+    """Wall-clock seconds of one call, until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
     fn()
@@ -38,10 +49,18 @@ def seconds_of(fn: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(cases: dict[K, Callable[[], object]], device: torch.device, rounds: int, warmup: int = 2) -> dict[K, list[float]]:
-    """Time each case `rounds` times, in turn, so that what else the machine does falls on all alike; returns seconds by name.
+def interleaved(cases: dict[K, Callable[[], object]], device: torch.device, rounds: int, warmup: int = 2
+                ) -> dict[K, list[float]]:
+    """Time each case once a round, so that other load on the machine affects all cases alike.
 
-    `warmup` calls of each come before: compilation and first allocations stay out.
+    Args:
+        cases: functions by name.
+        device: that they run on.
+        rounds: timed calls of each case.
+        warmup: calls of each case before, which compile and allocate.
+
+    Returns:
+        Seconds of each call, by name.
     """
     for fn in cases.values():
         for _ in range(warmup):
@@ -53,26 +72,36 @@ def interleaved(cases: dict[K, Callable[[], object]], device: torch.device, roun
     return seconds
 
 
-def typical(seconds: Iterable[float]) -> float:
-    """The median: neither one lucky call nor one that another program stood in the way of."""
-    return statistics.median(seconds)
+def median(values: Iterable[float]) -> float:
+    """The median: one lucky or disturbed call does not change it."""
+    return statistics.median(values)
 
 
-def paced(cases: dict[K, Callable[[int], object]], device: torch.device, rounds: int, sets: int = 1, least: float = 0.003
-          ) -> dict[K, list[float]]:
-    """Seconds of one call of each case: `rounds` measurements each, in turns, every one the mean of as many calls as take `least` seconds.
+def interleaved_kernels(cases: dict[K, Callable[[int], object]], device: torch.device, rounds: int, sets: int = 1,
+                        least: float = 0.003) -> dict[K, list[float]]:
+    """Time short calls, interleaved: each measurement is the mean of as many calls as take `least` seconds.
 
-    A call is given the number of the set of inputs it is to take; they go round, so that a cache does not hold what comes next. CUDA: times
-    are those of the device between two events, behind a wait that lets the host get ahead: what the host needs for a launch is left out.
+    On CUDA, events on the device measure the time. The device first waits until the host has queued all calls, so that
+    the launch overhead of the host is left out.
+
+    Args:
+        cases: functions by name, called with the index of the set of inputs to use.
+        device: that they run on.
+        rounds: measurements of each case.
+        sets: of inputs, used in turn, so that a cache does not hold the next inputs.
+        least: seconds of one measurement.
+
+    Returns:
+        Seconds of a call in each measurement, by name.
     """
-    calls, ahead = {}, {}
+    calls, host_seconds = {}, {}
     for name, fn in cases.items():
-        for number in range(max(2, sets)):  # compilation and first allocations stay out
+        for number in range(max(2, sets)):  # warm-up: compiles and allocates
             fn(number % sets)
         synchronize(device)
         start = time.perf_counter()
         fn(0)
-        ahead[name] = time.perf_counter() - start
+        host_seconds[name] = time.perf_counter() - start
         synchronize(device)
         calls[name] = max(1, min(100, round(least / max(time.perf_counter() - start, 1e-6))))
     seconds: dict[K, list[float]] = {name: [] for name in cases}
@@ -81,7 +110,8 @@ def paced(cases: dict[K, Callable[[int], object]], device: torch.device, rounds:
             numbers = [(turn * calls[name] + i) % sets for i in range(calls[name])]
             if device.type == "cuda":
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(int(2e9 * min(0.2, 1.5 * ahead[name] * calls[name])))  # cycles, of a clock of about 2 GHz
+                wait = min(0.2, 1.5 * host_seconds[name] * calls[name])
+                torch.cuda._sleep(int(2e9 * wait))  # in cycles of a clock of about 2 GHz
                 begin.record()
                 for number in numbers:
                     fn(number)
@@ -98,14 +128,17 @@ def paced(cases: dict[K, Callable[[int], object]], device: torch.device, rounds:
     return seconds
 
 
-def off(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖ / ‖b‖ in float64, wherever the two lie."""
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖ in float64; the two may be on different devices."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, from their making to their end."""
+# --- memory
+# ------------------------------------------------------------------------------------------------------------
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations allocate and that are still alive."""
 
     def __init__(self):
         super().__init__()
@@ -118,26 +151,26 @@ class _Alive(TorchDispatchMode):
             inputs = {id(x.untyped_storage()) for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
             for x in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(x, Tensor) and id(x.untyped_storage()) not in inputs:
-                    self._made(x.untyped_storage())
+                    self._allocated(x.untyped_storage())
         return result
 
-    def _made(self, storage: torch.UntypedStorage) -> None:
+    def _allocated(self, storage: torch.UntypedStorage) -> None:
         if id(storage) not in self.seen:
             self.seen.add(id(storage))
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+            weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
 
-    def _gone(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.now -= size
 
 
 def peak_growth(fn: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes of tensors alive at the peak of one call beyond those alive before it: activations, gradients, scratch.
+    """Return the peak of live tensor bytes in one call minus those before it: activations, gradients, scratch.
 
-    CUDA: the allocator's own count. CPU: the tensors that operations return (their private scratch is not seen; nothing in compiled
-    code is). None on other devices.
+    CUDA: the count of the allocator. CPU: the tensors that operations return; scratch within an operation and compiled
+    code are not seen. None on other devices.
     """
     if device.type == "cuda":
         gc.collect()
@@ -149,10 +182,10 @@ def peak_growth(fn: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    # our kernels for CPUs keep away from such modes, whose tensors may be no real ones; this one only counts
-    with patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0), _Alive() as alive:
+    # our CPU kernels are not used under a dispatch mode, whose tensors may have no memory; this mode only counts
+    with patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0), _LiveBytes() as live:
         fn()
-    return alive.peak
+    return live.peak
 
 
 def nbytes(tensors: Iterable[Any]) -> int:
@@ -160,33 +193,35 @@ def nbytes(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-# --- ceilings ----------------------------------------------------------------------------------------------------------
+# --- limits of the machine
+# ---------------------------------------------------------------------------------------------
 
 def copy_bandwidth(device: torch.device, size: int = 0) -> float:
-    """Bytes a second of a copy within the device's memory, bytes read and bytes written counted; median of 7.
+    """Bytes a second of a copy in device memory, counting bytes read and bytes written; median of 7.
 
-    size: bytes of the copy, beyond any cache where left out.
+    size: bytes of the copy; 0 takes more than any cache holds.
     """
     size = size or (1 << 26 if device.type == "cpu" else 1 << 30)
     source = torch.randint(1 << 60, (size // 8,), device=device)
     target = torch.empty_like(source)
     target.copy_(source)
     times = [seconds_of(lambda: [target.copy_(source) for _ in range(4)], device) / 4 for _ in range(7)]
-    return 2 * size / typical(times)
+    return 2 * size / median(times)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """FLOP/s of a square matrix product on random numbers; median of 7."""
+    """FLOP/s of a product of two square random matrices; median of 7."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     for _ in range(2):
         a @ b
-    return 2 * size ** 3 / typical(seconds_of(lambda: a @ b, device) for _ in range(7))
+    return 2 * size ** 3 / median(seconds_of(lambda: a @ b, device) for _ in range(7))
 
 
-# --- models and data ---------------------------------------------------------------------------------------------------
+# --- models and data
+# ---------------------------------------------------------------------------------------------------
 
-def lively(config: GPTConfig, device: torch.device | str, seed: int = 0) -> GPT:
-    """A GPT with every weight away from zero: fresh ones have zero matrices, on which hardware can be faster than in earnest."""
+def random_model(config: GPTConfig, device: torch.device | str, seed: int = 0) -> GPT:
+    """A GPT without a zero matrix. A fresh GPT has some, and hardware can be faster on zeros than on real weights."""
     torch.manual_seed(seed)
     with torch.device(device), torch.no_grad():
         model = GPT(config)
@@ -197,13 +232,16 @@ def lively(config: GPTConfig, device: torch.device | str, seed: int = 0) -> GPT:
 
 
 def random_batch(B: int, T: int, V: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T), int64, drawn evenly from V tokens: to time with, nothing to learn."""
+    """Inputs and targets (B, T), int64, uniform over V tokens: for timing, there is nothing to learn."""
     rows = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def text_batches(B: int, T: int, device: torch.device | str, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches (inputs, targets), each (B, T) int64: bytes of small-world documents, so ids are below 256. Learnable, no files."""
+    """Endless batches (inputs, targets), each (B, T) int64: the bytes of small-world documents, so ids below 256.
+
+    A model can learn them, and they need no files.
+    """
     from nanochat.small_world import documents
     stream, text, need = documents(seed), bytearray(), B * (T + 1)
     while True:
@@ -214,21 +252,23 @@ def text_batches(B: int, T: int, device: torch.device | str, seed: int = 0) -> I
         yield rows[:, :-1], rows[:, 1:]
 
 
-# --- what is said ------------------------------------------------------------------------------------------------------
+# --- output
+# ------------------------------------------------------------------------------------------------------------
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[int] = (0,)) -> str:
-    """A markdown table with aligned columns: those numbered in `left` to the left, the others to the right."""
+    """A Markdown table with aligned columns. left: indices of the columns that are aligned left, not right."""
     cells = [[str(cell) for cell in row] for row in (headers, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
 
     def line(row: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
+        aligned = (cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        return f"| {' | '.join(aligned)} |"
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i in left else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 
 def si(number: float | None, digits: int = 3) -> str:
-    """A number for people: 3.21K, 45.1M, 1.2G; a dash where there is none."""
+    """A number with an SI prefix: 3.21K, 45.1M, 1.2G; a dash for None."""
     if number is None:
         return "-"
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
@@ -237,26 +277,50 @@ def si(number: float | None, digits: int = 3) -> str:
     return f"{number:.{digits}g}"
 
 
-def circumstances(command: str) -> dict[str, Any]:
-    """What a measurement is worth nothing without: the command, the code, the versions, the machine."""
-    return {"command": command, "commit": commit(), **versions(), "threads": torch.get_num_threads(), "machine": machine()}
+def json_flag() -> str:
+    """The flag --json of a benchmark."""
+    return flag("", "file for the raw numbers, with command, date, commit, machine and versions")
 
 
-def in_a_line(about: dict[str, Any]) -> str:
-    """The circumstances in one line."""
-    where = about["machine"]
+def provenance(command: str) -> dict[str, Any]:
+    """Where numbers come from: command, date (UTC), commit, CPU threads, machine and versions."""
+    try:
+        numpy = metadata.version("numpy")
+    except metadata.PackageNotFoundError:
+        numpy = "not installed"
+    return {"command": command, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(),
+            "threads": torch.get_num_threads(), "machine": machine(), "versions": {**versions(), "numpy": numpy}}
+
+
+def provenance_line(source: dict[str, Any]) -> str:
+    """`provenance` in one line, for above a table."""
+    where, used = source["machine"], source["versions"]
     gpus = f"{len(where['gpus'])} × {where['gpus'][0]}, " if where["gpus"] else ""
-    return (f"`{about['command']}`, {gpus}{where['cpu']}, {about['threads']} of {where['cores']} cores, torch {about['torch']}, "
-            f"Python {about['python']}, code {(about['commit'] or 'unknown')[:12]}")
+    return (f"`{source['command']}`, {gpus}{where['cpu']}, {source['threads']} of {where['cores']} cores, "
+            f"torch {used['torch']}, Python {used['python']}, code {(source['commit'] or 'unknown')[:12]}")
 
 
 def command_line(module: str, argv: Sequence[str] | None) -> str:
-    """The command that gave this run."""
+    """The command that started this benchmark."""
     import shlex
     return f"python -m {module} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write `data` as JSON, whole or not at all."""
+    """Write `data` as JSON. The file appears complete, or not at all."""
     with atomic_write(path) as file:
         file.write(to_json(data, indent=1).encode())
+
+
+def write_results(path: str, source: dict[str, Any], config: Any, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write the raw numbers of a benchmark to the file that --json names. Does nothing without one.
+
+    Args:
+        path: the value of the flag; "" is none.
+        source: from `provenance`.
+        config: the flags, a dataclass.
+        rows: the numbers, one dict for each case.
+        more: further numbers that belong to no row.
+    """
+    if path:
+        write_json(path, {**source, "config": asdict(config), "rows": rows, **more})

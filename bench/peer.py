@@ -1,11 +1,12 @@
-"""Times the `nanochat.gpt` of another checkout: `ask` here starts this file there, in a process of its own.
+"""Times the `nanochat.gpt` of another checkout, a peer. `run_peer` runs this file there, in a process of its own.
 
-    cd PEER && PYTHONPATH=. python .../bench/peer.py '{"what": "pass", "shape": {...}, "B": 16, "T": 256, "steps": 5, "warmup": 2,
-                                                       "threads": 2, "device": "cpu"}'
+    cd PEER && PYTHONPATH=. python .../bench/peer.py '{"what": "pass", "shape": {...}, "B": 16, "T": 256, "steps": 5,
+                                                       "warmup": 2, "threads": 2, "device": "cpu"}'
 
-what: "pass" is forward and backward of the loss; "forward" is the losses of an evaluation; "generate" is greedy decoding of B rows behind a
-prompt of T tokens, through its engine where it has one. Needs nothing of our own there. The last line printed is JSON: a list of
-{"how", "parameters", "seconds"}, for "generate" with "prefill_seconds" too, or of {"how", "error"}.
+what: "pass" is forward and backward of the loss; "forward" is the losses of an evaluation; "generate" is greedy
+decoding of B sequences with one prompt of T tokens, through the engine of the peer where it has one. That process
+imports nothing of this checkout. The last line that it prints is JSON: a list of {"how", "parameters", "seconds"}, for
+"generate" also with "prefill_seconds", or of {"how", "error"}.
 """
 
 import contextlib
@@ -19,10 +20,23 @@ import time
 from pathlib import Path
 
 
-def ask(peer: str, what: str, shape, B: int, T: int, *, steps: int, warmup: int, device: str) -> list[dict]:
-    """Have the checkout `peer` timed; returns what it says, with the name of its folder as "peer". Raises UserError where it cannot be.
+def run_peer(peer: str, what: str, shape, B: int, T: int, *, steps: int, warmup: int, device: str) -> list[dict]:
+    """Time another checkout.
 
-    shape: a GPTConfig. steps, warmup: timed ones, and those before.
+    Args:
+        peer: its folder.
+        what: "pass", "forward" or "generate".
+        shape: a GPTConfig.
+        B, T: sequences, and tokens of each.
+        steps: timed steps.
+        warmup: steps before them.
+        device: type of the device.
+
+    Returns:
+        The list that the process printed, with the name of the folder as "peer".
+
+    Raises:
+        UserError: where the checkout has no nanochat.gpt or fails.
     """
     import torch
 
@@ -35,19 +49,21 @@ def ask(peer: str, what: str, shape, B: int, T: int, *, steps: int, warmup: int,
     done = subprocess.run([sys.executable, __file__, json.dumps(job)], cwd=folder, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(folder)})
     if done.returncode:
-        raise UserError(f"the peer in {folder} did not run: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no word'}")
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"the peer in {folder} did not run: {lines[-1]}")
     return [{"peer": folder.name, **found} for found in json.loads(done.stdout.strip().splitlines()[-1])]
 
 
-# --- in the other checkout ---------------------------------------------------------------------------------------------
+# --- runs in the other checkout
+# ----------------------------------------------------------------------------------------
 
 def build(shape: dict, device: str):
-    """The peer's GPT of our shape, as far as its config knows the fields: float32 weights, none of them zero."""
+    """The GPT of the peer in our shape, as far as its config has the fields: float32 weights, no matrix of zeros."""
     import torch
 
     from nanochat.gpt import GPT, GPTConfig
     known = {field.name for field in dataclasses.fields(GPTConfig)}
-    with torch.device("meta"):  # as its own training does: many checkouts cannot be built otherwise
+    with torch.device("meta"):  # as its training does; many cannot be built otherwise
         model = GPT(GPTConfig(**{name: value for name, value in shape.items() if name in known and value is not None}))
     model.to_empty(device=device)
     model.init_weights()
@@ -61,7 +77,7 @@ def build(shape: dict, device: str):
 
 
 class Endless:
-    """A tokenizer's place in an engine: no token ends a row."""
+    """A tokenizer for an engine that never stops: no token ends a sequence."""
 
     def encode_special(self, name: str) -> int:
         return -1
@@ -71,23 +87,26 @@ class Endless:
 
 
 def columns(model, prompt: list[int], B: int, new: int):
-    """Yield something for each of `new` greedy tokens of B rows: through the peer's engine, else through its model's own generate."""
+    """Generate `new` greedy tokens for each of B sequences; yield once for each token of all sequences.
+
+    Uses the engine of the peer, or the `generate` of its model where it has no engine.
+    """
     import torch
     try:
         from nanochat.engine import Engine
     except ImportError:
         if B > 1:
-            raise RuntimeError("it has no engine, and its model generates one row") from None
-        given = inspect.signature(model.generate).parameters
-        length = "max_tokens" if "max_tokens" in given else "max_new_tokens"
-        ids = prompt if "tokens" in given else torch.tensor([prompt], device=next(model.parameters()).device)
+            raise RuntimeError("it has no engine, and its model generates one sequence") from None
+        parameters = inspect.signature(model.generate).parameters
+        length = "max_tokens" if "max_tokens" in parameters else "max_new_tokens"
+        ids = prompt if "tokens" in parameters else torch.tensor([prompt], device=next(model.parameters()).device)
         yield from model.generate(ids, **{length: new}, temperature=0)
         return
     yield from Engine(model, Endless()).generate(prompt, num_samples=B, max_tokens=new, temperature=0)
 
 
 def timed(model, job: dict, context) -> dict:
-    """The seconds of what is asked for."""
+    """The seconds of each step of the job."""
     import torch
     wait = torch.cuda.synchronize if job["device"] == "cuda" else lambda: None
     ids = torch.randint(job["shape"]["vocab_size"], (job["B"], job["T"] + 1), device=job["device"])
@@ -97,9 +116,10 @@ def timed(model, job: dict, context) -> dict:
         for p in model.parameters():
             p.grad = None
         if job["what"] == "forward":
-            each = {"loss_reduction": "none"} if "loss_reduction" in inspect.signature(model.forward).parameters else {}
+            accepted = inspect.signature(model.forward).parameters
+            options = {"loss_reduction": "none"} if "loss_reduction" in accepted else {}
             with context, torch.no_grad():
-                model(inputs, targets, **each)
+                model(inputs, targets, **options)
         else:
             with context:
                 loss = model(inputs, targets)
@@ -126,19 +146,21 @@ def timed(model, job: dict, context) -> dict:
 
 
 def main(job: dict) -> list[dict]:
-    """Time it in float32 and under bfloat16 autocast; a way that fails is told with its error."""
+    """Run a job in float32 and under bfloat16 autocast. A way that fails gives its error."""
     import torch
     torch.set_num_threads(job["threads"])
     model, rows = build(job["shape"], job["device"]), []
-    ways = {"float32 eager": contextlib.nullcontext(), "bfloat16 autocast eager": torch.autocast(job["device"], torch.bfloat16)}
+    ways = {"float32 eager": contextlib.nullcontext(),
+            "bfloat16 autocast eager": torch.autocast(job["device"], torch.bfloat16)}
     for how, context in ways.items():
         try:
-            rows.append({"how": how, "parameters": sum(p.numel() for p in model.parameters()), **timed(model, job, context)})
+            parameters = sum(p.numel() for p in model.parameters())
+            rows.append({"how": how, "parameters": parameters, **timed(model, job, context)})
         except (RuntimeError, AssertionError, TypeError, StopIteration, AttributeError) as error:
             rows.append({"how": how, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
     return rows
 
 
 if __name__ == "__main__":
-    sys.path = [path for path in sys.path if not path.rstrip("/").endswith("/bench")]  # python puts our own folder first
+    sys.path = [path for path in sys.path if not path.rstrip("/").endswith("/bench")]  # python puts our folder first
     print(json.dumps(main(json.loads(sys.argv[1]))))

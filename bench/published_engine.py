@@ -1,9 +1,9 @@
-"""The published engine's way of decoding, in plain eager PyTorch: what speed of decoding is measured against.
+"""Decoding as the published engine does it, in plain eager PyTorch: the baseline for the speed of decoding.
 
-float32 weights; one cache of keys and values for all n_layer layers, though only attention layers use theirs, which grows as it is needed;
-every token through all modules; no memory of the convolutions, so that an SLC2 layer sees zeros as its past from the second token on (the
-tokens are wrong, the work is what it was); a draw a token by softmax and multinomial, or arg max at temperature 0; and a Python loop that
-brings each token to the host. Parameter names are those of the model, so that weights pass from one to the other.
+Weights are float32. One KV cache has room for all n_layer layers, though only attention layers use it, and grows when
+it is full. Nothing keeps the past inputs of the convolutions: from the second token on, an SLC2 layer sees zeros as its
+past, so that the tokens are wrong while the work is the published one. A token is sampled with softmax and multinomial,
+or argmax at temperature 0, and copied to the host. Parameters have the names of ours, so that weights can be copied.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from bench.twin import TwinGPT, _Attention, _rms
 GROWTH = 1024  # the cache grows to the next multiple of this
 
 
-class Cache:
-    """Keys and values of all layers in one tensor (n_layer, 2, B, H, T, D)."""
+class PublishedCache:
+    """The KV cache of all layers in one tensor (n_layer, 2, B, H, T, D). position: tokens in it."""
 
     def __init__(self, config, batch: int, length: int):
         self.shape = (config.n_layer, 2, batch, config.n_kv_head, length, config.n_embd // config.n_head)
@@ -26,22 +26,23 @@ class Cache:
         self.position = 0
 
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, H, T, D) behind what a layer has; return all of it."""
+        """Append k and v (B, H, T, D) to the cache of a layer; return all of its keys and values."""
         if self.all is None:
             self.all = torch.empty(self.shape, dtype=k.dtype, device=k.device)
         start, end = self.position, self.position + k.size(2)
         if end > self.all.size(4):
             need = (end + GROWTH + GROWTH - 1) // GROWTH * GROWTH
-            more = torch.empty((*self.shape[:4], need - self.all.size(4), self.shape[5]), dtype=k.dtype, device=k.device)
-            self.all = torch.cat([self.all, more], dim=4)
+            missing = (*self.shape[:4], need - self.all.size(4), self.shape[5])
+            self.all = torch.cat([self.all, torch.empty(missing, dtype=k.dtype, device=k.device)], dim=4)
         self.all[layer, 0, :, :, start:end], self.all[layer, 1, :, :, start:end] = k, v
         return self.all[layer, 0, :, :, :end], self.all[layer, 1, :, :, :end]
 
 
-def attend(layer: _Attention, h: Tensor, cos: Tensor, sin: Tensor, cache: Cache, number: int) -> Tensor:
-    """Attention of h (B, T, E), a prompt at the start or one token behind it, over the cache."""
+def attend(layer: _Attention, h: Tensor, cos: Tensor, sin: Tensor, cache: PublishedCache, number: int) -> Tensor:
+    """Attention of h (B, T, E), a whole prompt or one token after it, over the cache. number: of the layer."""
     b, t, _ = h.shape
-    q, k, v = (matrix(h).view(b, t, heads, -1) for matrix, heads in ((layer.c_q, layer.H), (layer.c_k, layer.G), (layer.c_v, layer.G)))
+    q, k, v = (matrix(h).view(b, t, heads, -1)
+               for matrix, heads in ((layer.c_q, layer.H), (layer.c_k, layer.G), (layer.c_v, layer.G)))
     half = q.size(-1) // 2
 
     def turn(z: Tensor) -> Tensor:
@@ -55,14 +56,15 @@ def attend(layer: _Attention, h: Tensor, cos: Tensor, sin: Tensor, cache: Cache,
     return layer.c_proj(y.transpose(1, 2).contiguous().view(b, t, -1))
 
 
-def forward(model: TwinGPT, ids: Tensor, cache: Cache) -> Tensor:
-    """float32 logits (B, T, V) of ids (B, T) that go on where the cache ends."""
+def forward(model: TwinGPT, ids: Tensor, cache: PublishedCache) -> Tensor:
+    """float32 logits (B, T, V) of ids (B, T) at the positions after those in the cache."""
     start = cache.position
     cos, sin = (table[start:start + ids.size(1), None] for table in (model.cos, model.sin))
     x = _rms(model.transformer.wte(ids))
     for number, block in enumerate(model.transformer.h):
         h = _rms(x)
-        x = x + (attend(block.attn, h, cos, sin, cache, number) if isinstance(block.attn, _Attention) else block.attn(h, cos, sin))
+        attention = isinstance(block.attn, _Attention)
+        x = x + (attend(block.attn, h, cos, sin, cache, number) if attention else block.attn(h, cos, sin))
         x = x + block.mlp(_rms(x))
     cache.position += ids.size(1)
     logits = model.lm_head(_rms(x))
@@ -72,7 +74,7 @@ def forward(model: TwinGPT, ids: Tensor, cache: Cache) -> Tensor:
 @torch.inference_mode()
 def generate(model: TwinGPT, tokens: list[int], num_samples: int = 1, max_tokens: int = 64, temperature: float = 1.0,
              top_k: int | None = None, seed: int = 42) -> Iterator[list[int]]:
-    """Yield a column of tokens, one a row, max_tokens times: prefill once, copy the cache for each row, then token by token."""
+    """Yield one token of each sequence, max_tokens times. The prompt is prefilled once, and its cache then copied."""
     device = model.lm_head.weight.device
     rng = torch.Generator(device).manual_seed(seed)
 
@@ -84,9 +86,9 @@ def generate(model: TwinGPT, tokens: list[int], num_samples: int = 1, max_tokens
             return index.gather(1, torch.multinomial((values / temperature).softmax(dim=-1), 1, generator=rng))
         return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=rng)
 
-    first = Cache(model.config, 1, len(tokens))
+    first = PublishedCache(model.config, 1, len(tokens))
     logits = forward(model, torch.tensor([tokens], device=device), first)[:, -1]
-    cache = Cache(model.config, num_samples, len(tokens) + max_tokens)
+    cache = PublishedCache(model.config, num_samples, len(tokens) + max_tokens)
     cache.all = torch.empty(cache.shape, dtype=first.all.dtype, device=device)
     cache.all[..., :len(tokens), :], cache.position = first.all, first.position
     ids = draw(logits.expand(num_samples, -1))

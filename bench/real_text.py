@@ -13,11 +13,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.measure import circumstances, command_line, in_a_line, si, table, typical, write_json
+from bench.measure import command_line, json_flag, median, provenance, provenance_line, si, table, write_results
 from nanochat.cli import flag, parser_of, run_main
 from nanochat.errors import UserError
 from nanochat.files import base_dir
@@ -46,7 +46,7 @@ class Config:
     doc_separator: str = flag("<|doc|>", "line that ends a document in .txt files")
     base_dir: str = flag("", "base folder to work in; unset is bench_real_text in the usual one")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best available")
-    json: str = flag("", "file to write all numbers to")
+    json: str = json_flag()
 
 
 def run(base: Path, module: str, *args: str) -> None:
@@ -87,7 +87,7 @@ def step_seconds(base: Path, name: str, config: Config) -> float:
     """Return the seconds of one step of a model, from a short run without its first steps."""
     rows = train(base, name, TIMING_STEPS, config, timing=True)
     shutil.rmtree(base / "base_checkpoints" / f"{name}_d{config.depth}_timing")
-    return typical([row["seconds"] for row in rows if row["kind"] == "train"][TIMING_SKIPPED:])
+    return median([row["seconds"] for row in rows if row["kind"] == "train"][TIMING_SKIPPED:])
 
 
 def outcome(name: str, config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def block(config: Config, about: dict[str, Any], found: list[dict[str, Any]]) ->
             for row in found]
     text = (f"Real text, d{config.depth}, vocabulary {config.vocab_size:,}, rows of {config.max_seq_len}, "
             f"{config.total_batch_size:,} tokens a step, {found[0]['dtype'].removeprefix('torch.')}, "
-            f"same {'tokens' if config.steps else config.match}.\n{in_a_line(about)}\n\n"
+            f"same {'tokens' if config.steps else config.match}.\n{provenance_line(about)}\n\n"
             + table(["model", "parameters", "steps", "tokens", "time", "tok/s", "train loss", "val bpb"], rows))
     for row in found:
         text += f"\n\n{row['model']} goes on:\n\n" + "\n".join(f"> {sample}  " for sample in row["samples"])
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--minutes must be above 0, not {config.minutes}")
     base = Path(config.base_dir).expanduser().resolve() if config.base_dir else base_dir() / "bench_real_text"
     base.mkdir(parents=True, exist_ok=True)
-    about = circumstances(command_line("bench.real_text", argv))
+    about = provenance(command_line("bench.real_text", argv))
     run(base, "nanochat.dataset", "import", *text, f"--doc-separator={config.doc_separator}")
     run(base, "scripts.tok_train", f"--vocab-size={config.vocab_size}", "--doc-cap=0")
     steps = dict.fromkeys(MODELS, config.steps)
@@ -138,8 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps = {name: max(1, round(60 * config.minutes / seconds.get(name, seconds["hybrid"]))) for name in MODELS}
     found = [outcome(name, config, train(base, name, steps[name], config)) for name in MODELS]
     print("\n" + block(config, about, found), flush=True)
-    if config.json:
-        write_json(config.json, {"about": about, "config": asdict(config), "text": text, "rows": found})
+    write_results(config.json, about, config, found, text=text)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bench.measure import circumstances, command_line, in_a_line, lively, table, typical, write_json
+from bench.measure import command_line, json_flag, median, provenance, provenance_line, random_model, table, write_results
 from nanochat.checkpoint import save_checkpoint
 from nanochat.cli import flag, parse, run_main
 from nanochat.errors import UserError
@@ -49,7 +49,7 @@ class Config:
     turns: int = flag(10, "turns of the chat")
     words: int = flag(110, "words of a turn's question")
     quantize: str = flag("none", "int8 serves with weights of 8 bits")
-    json: str = flag("", "file to write all numbers to")
+    json: str = json_flag()
 
 
 class Server:
@@ -90,7 +90,7 @@ def make_model(config: Config, folder: Path) -> str:
     tokenizer = RustBPETokenizer.train_from_iterator(texts, config.vocab_size)
     tokenizer.save(folder / "tokenizer")
     shape = GPTConfig.from_depth(config.depth, sequence_len=2048, vocab_size=tokenizer.get_vocab_size())
-    save_checkpoint(folder / "base_checkpoints" / f"d{config.depth}", 1, lively(shape, "cpu").state_dict(), {"model_config": shape})
+    save_checkpoint(folder / "base_checkpoints" / f"d{config.depth}", 1, random_model(shape, "cpu").state_dict(), {"model_config": shape})
     return " ".join(texts)
 
 
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cold = [asyncio.run(chat(config, server, words[1000 * i:])) for i in range(3)]
         with Server(Path(name), *flags) as server:
             warm = [asyncio.run(chat(config, server, words[1000 * i:])) for i in range(3)]
-    turns = [(typical(column), typical(kept)) for column, kept in zip(zip(*cold), zip(*warm))]
+    turns = [(median(column), median(kept)) for column, kept in zip(zip(*cold), zip(*warm))]
     memory = [f"{n / 1e6:,.0f}" for n in loaded["memory"]]
     lines = [["one request at a time", f"{loaded['alone_tokens_per_second']:,.0f} tokens/s"],
              [f"{config.clients} clients at once", f"{loaded['tokens_per_second']:,.0f} tokens/s = {loaded['ratio']:.1f}×"],
@@ -218,17 +218,16 @@ def main(argv: Sequence[str] | None = None) -> None:
              ["of them other than alone", loaded["different"]],
              ["refused (429); errors", f"{loaded['refused']}; {loaded['errors']}"],
              ["memory of the server, MB, begin to end", ", ".join([*memory[:2], "…", *memory[-2:]])],
-             [f"first token with {config.busy} rows busy, median and largest", f"{typical(waited):.2f} s, {max(waited):.2f} s"]]
-    about = circumstances(command_line("bench.serve", argv))
-    print(f"{in_a_line(about)}\nd{config.depth}, V {config.vocab_size:,}, quantize {config.quantize}, answers of {config.max_tokens} "
+             [f"first token with {config.busy} rows busy, median and largest", f"{median(waited):.2f} s, {max(waited):.2f} s"]]
+    about = provenance(command_line("bench.serve", argv))
+    print(f"{provenance_line(about)}\nd{config.depth}, V {config.vocab_size:,}, quantize {config.quantize}, answers of {config.max_tokens} "
           f"tokens, at most {config.max_rows} rows\n\n" + table(["the server under load", ""], lines) + "\n\n"
           + table(["first token of a chat's turn", *(str(i + 1) for i in range(len(turns)))],
                   [["everything computed, ms", *(f"{1e3 * plain:.0f}" for plain, _ in turns)],
                    ["with prefix reuse, ms", *(f"{1e3 * kept:.0f}" for _, kept in turns)],
                    ["ratio", *(f"{plain / kept:.1f}×" for plain, kept in turns)]]), flush=True)
-    if config.json:
-        write_json(config.json, {"about": about, "config": asdict(config), "load": loaded, "first_token_busy": waited,
-                                 "turns": [{"computed": plain, "kept": kept} for plain, kept in turns]})
+    rows = [{"turn": i + 1, "computed": plain, "kept": kept} for i, (plain, kept) in enumerate(turns)]
+    write_results(config.json, about, config, rows, load=loaded, first_token_busy=waited)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import circumstances, command_line, in_a_line, table, write_json
+from bench.measure import command_line, json_flag, provenance, provenance_line, table, write_results
 from nanochat.cli import flag, parser_of, run_main
 from nanochat.errors import UserError
 from nanochat.tokenizer import SPLIT_PATTERN
@@ -34,7 +34,7 @@ class Config:
     threads: int = flag(2, "threads of each tokenizer")
     rounds: int = flag(3, "times that each is measured; the best counts")
     peer_python: str = flag("", "a Python in which PyPI's rustbpe is installed; unset leaves it out")
-    json: str = flag("", "file to write all numbers to")
+    json: str = json_flag()
 
 
 class PeerProcess:
@@ -116,7 +116,7 @@ def block(found: dict[str, Any], config: Config, about: dict[str, Any]) -> str:
     tokens = found["rounds"]["train"]["ours"][0]["size"]
     return (f"{found['text']['documents']:,} documents, {size / 1e6:.1f} MB, {tokens:,} tokens, "
             f"{config.threads} threads, best of {config.rounds}; merges and ids are the same for all.\n"
-            f"{in_a_line(about)}\n\n"
+            f"{provenance_line(about)}\n\n"
             + table(["", "engine", "seconds", "CPU seconds", "MB/s", "times ours"], rows, left=(0, 1)))
 
 
@@ -133,11 +133,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"no file at {path}; --text takes text files")
     if min(config.threads, config.rounds) < 1 or config.vocab_size < 256:
         raise UserError("--threads and --rounds must be at least 1, --vocab-size at least 256")
-    about = circumstances(command_line("bench.tokenizer", argv))
+    about = provenance(command_line("bench.tokenizer", argv))
     found = measure(paths, config)
     print(block(found, config, about), flush=True)
-    if config.json:
-        write_json(config.json, {"about": about, "config": asdict(config), **found})
+    rows = [{"work": kind, "engine": name, **times} for kind, engines in found["rounds"].items()
+            for name, rounds in engines.items() for times in rounds]
+    write_results(config.json, about, config, rows, text=found["text"])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""How fast a training step is, beside the plain twin of the published model and beside all-attention, in one run.
+"""Speed of a training step: our model, the plain twin of the published model, and an all-attention model, interleaved.
 
     python -m bench.train --depth=4 --max-seq-len=256 --device-batch-size=16 --vocab-size=2048 --threads=2
     python -m bench.train --peer=../another-checkout       # times the nanochat.gpt of that checkout too
-    python -m bench.train --loss-curve=100                 # is the loss in bfloat16 that in float32?
+    python -m bench.train --loss-curve=100                 # compares the losses in bfloat16 with those in float32
 
-The twin (bench/twin.py) runs in float32, eagerly, with the optimizers as published: Muon one matrix after another (its iteration in the
-device's best precision, as ours), torch's AdamW for the rest. Forward and backward are timed without the optimizer too. Cases take turns.
+The twin (bench/twin.py) runs in float32, eagerly, with the published optimizers: Muon one matrix at a time (its
+iteration in the best precision of the device, as ours) and torch's AdamW for the other parameters. Forward and backward
+are also timed without the optimizer.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +18,20 @@ from torch import Tensor
 
 from bench import peer
 from bench.measure import (
-    circumstances,
     command_line,
-    in_a_line,
     interleaved,
-    lively,
+    json_flag,
+    median,
     nbytes,
     peak_growth,
+    provenance,
+    provenance_line,
     random_batch,
+    random_model,
     si,
     table,
     text_batches,
-    typical,
-    write_json,
+    write_results,
 )
 from bench.twin import TwinGPT
 from nanochat.cli import flag, parse, run_main
@@ -46,22 +48,22 @@ CLIP = 1.0
 class Config:
     """Flags of bench.train."""
 
-    depth: int = flag(4, "layers; sets width too")
-    max_seq_len: int = flag(256, "tokens in a row")
-    device_batch_size: int = flag(16, "rows in a step")
-    vocab_size: int = flag(2048, "tokens the model knows")
-    steps: int = flag(7, "timed steps of each case; the median counts")
-    warmup: int = flag(2, "steps of each case before that")
-    threads: int = flag(0, "CPU threads; 0 leaves it to torch")
-    device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    compile: str = flag("auto", "compile the blocks of ours: yes, no, or auto (on GPUs), as base_train")
-    peer: str = flag("", "a checkout that offers nanochat.gpt, to time its forward and backward too")
-    loss_curve: int = flag(0, "do not time: train this many steps in bfloat16 and in float32 on the same text, and compare the losses")
-    json: str = flag("", "file to write all numbers to")
+    depth: int = flag(4, "layers; also sets the width")
+    max_seq_len: int = flag(256, "tokens in a sequence")
+    device_batch_size: int = flag(16, "sequences in a step")
+    vocab_size: int = flag(2048, "tokens in the vocabulary")
+    steps: int = flag(7, "timed steps of each case; the median is reported")
+    warmup: int = flag(2, "steps of each case before the timed ones")
+    threads: int = flag(0, "CPU threads; 0 is the default of torch")
+    device: str = flag("", "cuda, mps or cpu; unset takes the best available")
+    compile: str = flag("auto", "compile the blocks of our model: yes, no, or auto (on GPUs), as base_train")
+    peer: str = flag("", "another checkout with a nanochat.gpt, whose forward and backward are timed too")
+    loss_curve: int = flag(0, "steps to train in bfloat16 and in float32, to compare the losses; nothing is timed")
+    json: str = json_flag()
 
 
 class PlainOptimizers:
-    """Muon one matrix at a time and torch's AdamW, as the published recipe runs on one device."""
+    """Muon one matrix at a time and torch's AdamW: the published optimizers on one device."""
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
         groups = parameter_groups(model)
@@ -87,12 +89,13 @@ class PlainOptimizers:
             p.sub_(x.to(p.dtype), alpha=self.muon["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
     def state(self) -> list[Tensor]:
+        """The tensors of the optimizer state."""
         return self.buffers + [t for state in self.adamw.state.values() for t in state.values()]
 
 
 @dataclass
 class Case:
-    """One way to train: its model, and the two things that are timed."""
+    """One model with its optimizer. `forward_backward` and `step` are timed; `state` gives the optimizer's tensors."""
 
     name: str
     model: torch.nn.Module
@@ -103,21 +106,22 @@ class Case:
     state: Callable[[], list[Tensor]]
 
 
-def drop_gradients(model: torch.nn.Module) -> None:
+def clear_gradients(model: torch.nn.Module) -> None:
     for p in model.parameters():
         p.grad = None
 
 
-def our_case(name: str, shape: GPTConfig, batch: tuple[Tensor, Tensor], ranks: Ranks, dtype: torch.dtype, compiled: bool) -> Case:
-    """Ours as base_train runs it: float32 weights, activations in dtype, the blocks compiled or not."""
-    model = lively(shape, ranks.device)
+def our_case(name: str, shape: GPTConfig, batch: tuple[Tensor, Tensor], ranks: Ranks, dtype: torch.dtype, compiled: bool
+             ) -> Case:
+    """Our model as base_train trains it: float32 weights, activations in dtype, the blocks compiled or not."""
+    model = random_model(shape, ranks.device)
     model.compute_dtype = dtype
     if compiled:
         model.compile_blocks(*batch[0].shape)
     optimizer = MuonAdamW(parameter_groups(model), ranks)
 
     def forward_backward() -> None:
-        drop_gradients(model)
+        clear_gradients(model)
         model(*batch, "sum").backward()
 
     def state() -> list[Tensor]:
@@ -127,14 +131,14 @@ def our_case(name: str, shape: GPTConfig, batch: tuple[Tensor, Tensor], ranks: R
 
 
 def twin_case(shape: GPTConfig, batch: tuple[Tensor, Tensor], ranks: Ranks) -> Case:
-    """The twin in float32, eager, with the plain optimizers."""
-    ours = lively(shape, ranks.device)
+    """The twin in float32, eager, with the published optimizers."""
+    ours = random_model(shape, ranks.device)
     model = TwinGPT(shape).to(ranks.device)
     model.load_state_dict(ours.state_dict())
     optimizer = PlainOptimizers(model, compute_dtype(ranks.device))
 
     def forward_backward() -> None:
-        drop_gradients(model)
+        clear_gradients(model)
         model(*batch).backward()
 
     def step() -> None:
@@ -144,70 +148,78 @@ def twin_case(shape: GPTConfig, batch: tuple[Tensor, Tensor], ranks: Ranks) -> C
     return Case("twin, float32 eager", model, torch.float32, flops, forward_backward, step, optimizer.state)
 
 
-def short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def compare(config: Config, shape: GPTConfig, ranks: Ranks) -> list[dict[str, Any]]:
-    """Time all cases in turn; returns a row of numbers each. "vs_twin" is a ratio of speeds."""
+    """Time all cases, interleaved; return a row of numbers for each. "vs_twin" is a ratio of speeds."""
     device, dtype = ranks.device, compute_dtype(ranks.device)
     compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
     how = "compiled" if compiled else "eager"
     batch = random_batch(config.device_batch_size, config.max_seq_len, config.vocab_size, device)
     attention = GPTConfig(**{**shape.to_dict(), "layer_pattern": "A" * shape.n_layer})
-    cases = [our_case(f"ours, {short(dtype)} {how}", shape, batch, ranks, dtype, compiled)]
+    cases = [our_case(f"ours, {dtype_name(dtype)} {how}", shape, batch, ranks, dtype, compiled)]
     if dtype != torch.float32:
         cases.append(our_case(f"ours, float32 {how}", shape, batch, ranks, torch.float32, compiled))
     cases += [twin_case(shape, batch, ranks),
-              our_case(f"ours all-attention, {short(dtype)} {how}", attention, batch, ranks, dtype, compiled)]
-    work = {(case.name, what): fn for case in cases for what, fn in (("step", case.step), ("pass", case.forward_backward))}
+              our_case(f"ours all-attention, {dtype_name(dtype)} {how}", attention, batch, ranks, dtype, compiled)]
+    work = {(case.name, what): fn for case in cases
+            for what, fn in (("step", case.step), ("pass", case.forward_backward))}
     seconds = interleaved(work, device, config.steps, config.warmup)
     steps, passes = ({case.name: seconds[case.name, what] for case in cases} for what in ("step", "pass"))
     tokens, rows = batch[0].numel(), []
     for case in cases:
-        drop_gradients(case.model)
-        growth = None if compiled and case.name.startswith("ours") and device.type == "cpu" else peak_growth(case.step, device)
+        clear_gradients(case.model)
+        unseen = compiled and case.name.startswith("ours") and device.type == "cpu"  # memory of compiled code
+        growth = None if unseen else peak_growth(case.step, device)
         peak = peak_flops(device, case.dtype)
-        speed = tokens / typical(steps[case.name])
-        rows.append({"case": case.name, "parameters": sum(p.numel() for p in case.model.parameters()), "step_seconds": steps[case.name],
-                     "pass_seconds": passes[case.name], "tokens_per_second": speed,
-                     "pass_tokens_per_second": tokens / typical(passes[case.name]), "flops_per_token": case.flops_per_token,
-                     "peak_flops": peak, "mfu": None if peak is None else speed * case.flops_per_token / peak,
-                     "memory": None if growth is None else growth + nbytes(case.model.parameters()) + nbytes(case.state())})
-        drop_gradients(case.model)
+        speed = tokens / median(steps[case.name])
+        rows.append({"case": case.name, "parameters": sum(p.numel() for p in case.model.parameters()),
+                     "step_seconds": steps[case.name], "pass_seconds": passes[case.name], "tokens_per_second": speed,
+                     "pass_tokens_per_second": tokens / median(passes[case.name]),
+                     "flops_per_token": case.flops_per_token, "peak_flops": peak,
+                     "mfu": None if peak is None else speed * case.flops_per_token / peak,
+                     "memory": None if growth is None else
+                     growth + nbytes(case.model.parameters()) + nbytes(case.state())})
+        clear_gradients(case.model)
     twin = next(row for row in rows if row["case"].startswith("twin"))
-    for row in rows:
-        row["vs_twin"] = typical(b / a for a, b in zip(row["step_seconds"], twin["step_seconds"]))  # of each round: load drifts
-        row["pass_vs_twin"] = typical(b / a for a, b in zip(row["pass_seconds"], twin["pass_seconds"]))
+    for row in rows:  # ratios within each round, since the load of the machine changes
+        row["vs_twin"] = median(b / a for a, b in zip(row["step_seconds"], twin["step_seconds"]))
+        row["pass_vs_twin"] = median(b / a for a, b in zip(row["pass_seconds"], twin["pass_seconds"]))
     return rows
 
 
 def peer_rows(config: Config, shape: GPTConfig, device: torch.device, twin: dict[str, Any]) -> list[dict[str, Any]]:
-    """Time the forward and backward of another checkout's nanochat.gpt, in a process of its own. Raises UserError where it has none."""
+    """Time forward and backward of the nanochat.gpt of another checkout, in a process of its own.
+
+    twin: the row of the twin. Raises UserError where the checkout has no nanochat.gpt.
+    """
     rows = []
-    for found in peer.ask(config.peer, "pass", shape, config.device_batch_size, config.max_seq_len, steps=config.steps,
-                          warmup=config.warmup, device=device.type):
+    for found in peer.run_peer(config.peer, "pass", shape, config.device_batch_size, config.max_seq_len,
+                               steps=config.steps, warmup=config.warmup, device=device.type):
         row = {"case": f"peer {found['peer']}, {found['how']}", **found}
         if seconds := found.get("seconds"):
-            row["pass_tokens_per_second"] = config.device_batch_size * config.max_seq_len / typical(seconds)
+            row["pass_tokens_per_second"] = config.device_batch_size * config.max_seq_len / median(seconds)
             row["pass_vs_twin"] = row["pass_tokens_per_second"] / twin["pass_tokens_per_second"]
         rows.append(row)
     return rows
 
 
-def shown(rows: list[dict[str, Any]]) -> str:
-    """The table of `compare`."""
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """The table of the rows of `compare`."""
     def ratio(row: dict[str, Any], key: str) -> str:
         return f"{row[key]:.2f}×" if key in row else "-"
     headers = ["training", "step tok/s", "vs twin", "fwd+bwd tok/s", "vs twin", "MFU", "memory"]
-    lines = [[row["case"], si(row.get("tokens_per_second")), ratio(row, "vs_twin"), si(row.get("pass_tokens_per_second")),
-              ratio(row, "pass_vs_twin"), "-" if row.get("mfu") is None else f"{100 * row['mfu']:.1f}%",
+    lines = [[row["case"], si(row.get("tokens_per_second")), ratio(row, "vs_twin"),
+              si(row.get("pass_tokens_per_second")), ratio(row, "pass_vs_twin"),
+              "-" if row.get("mfu") is None else f"{100 * row['mfu']:.1f}%",
               "-" if row.get("memory") is None else si(row["memory"]) + "B"] for row in rows]
     return table(headers, lines)
 
 
 def loss_curves(config: Config, shape: GPTConfig, ranks: Ranks) -> dict[str, list[float]]:
-    """Train from the same weights on the same text in each precision; returns the loss of every step in nats, by dtype."""
+    """Train the same weights on the same text in float32 and bfloat16; return the loss of each step (nats) by dtype."""
     curves = {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -216,26 +228,29 @@ def loss_curves(config: Config, shape: GPTConfig, ranks: Ranks) -> dict[str, lis
         optimizer = MuonAdamW(parameter_groups(model), ranks)
         optimizer.dtype = dtype if ranks.device.type == "cpu" else optimizer.dtype
         text = text_batches(config.device_batch_size, config.max_seq_len, ranks.device)
-        curves[short(dtype)] = [train_step(model, optimizer, [next(text)], ranks, clip=CLIP)[0] for _ in range(config.loss_curve)]
+        curves[dtype_name(dtype)] = [train_step(model, optimizer, [next(text)], ranks, clip=CLIP)[0]
+                                     for _ in range(config.loss_curve)]
     return {name: torch.stack(losses).tolist() for name, losses in curves.items()}
 
 
 def compare_losses(curves: dict[str, list[float]]) -> tuple[str, dict[str, Any]]:
-    """A table of the two curves at some steps, and the numbers behind it."""
+    """Return a table of the two curves at ten steps, and the numbers for `write_results`."""
     full, half = curves["float32"], curves["bfloat16"]
-    apart = [abs(a - b) for a, b in zip(full, half)]
+    differences = [abs(a - b) for a, b in zip(full, half)]
     at = sorted({round(i * (len(full) - 1) / 9) for i in range(10)})
     text = table(["step", "float32", "bfloat16", "difference"],
                  [[i + 1, f"{full[i]:.4f}", f"{half[i]:.4f}", f"{half[i] - full[i]:+.4f}"] for i in at])
     quarter = max(1, len(full) // 4)
     last = sum(half[-quarter:]) / quarter - sum(full[-quarter:]) / quarter
-    text += (f"\n\nlargest difference {max(apart):.4f} nats, at step {apart.index(max(apart)) + 1}; "
+    largest = max(differences)
+    text += (f"\n\nlargest difference {largest:.4f} nats, at step {differences.index(largest) + 1}; "
              f"mean of the last {quarter} steps: bfloat16 {last:+.4f} nats against float32")
-    return text, {"curves": curves, "largest_difference": max(apart), "difference_at_the_end": last}
+    rows = [{"step": i + 1, "float32": a, "bfloat16": b} for i, (a, b) in enumerate(zip(full, half))]
+    return text, {"rows": rows, "largest_difference": largest, "difference_at_the_end": last}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compare as the flags say. Raises UserError for what the user can mend."""
+    """Compare as the flags say. Raises UserError for a mistake of the user."""
     config = parse(Config, argv, __doc__)
     if config.compile not in ("auto", "yes", "no"):
         raise UserError(f"--compile is yes, no or auto, not {config.compile!r}")
@@ -249,28 +264,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = GPTConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=config.vocab_size)
     ranks = init_ranks(config.device)
     try:
-        about = circumstances(command_line("bench.train", argv))
+        about = provenance(command_line("bench.train", argv))
         if config.loss_curve > 0:
             text, found = compare_losses(loss_curves(config, shape, ranks))
         else:
             rows = compare(config, shape, ranks)
             if config.peer:
-                rows += peer_rows(config, shape, ranks.device, next(row for row in rows if row["case"].startswith("twin")))
-            text, found = shown(rows), {"rows": rows}
+                twin = next(row for row in rows if row["case"].startswith("twin"))
+                rows += peer_rows(config, shape, ranks.device, twin)
+            text, found = format_rows(rows), {"rows": rows}
     finally:
         close_ranks()
-    print(f"{in_a_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {config.vocab_size:,}, {config.device_batch_size} rows of "
-          f"{config.max_seq_len} tokens on {ranks.device}\n\n{text}", flush=True)
-    if "rows" in found:
-        against = "the data sheet" if ranks.device.type == "cuda" else "a matrix product measured here"
-        print("\nMedians; ratios are those of each round. The twin's optimizers: Muon one matrix at a time, torch's AdamW.\n"
+    print(f"{provenance_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {config.vocab_size:,}, "
+          f"{config.device_batch_size} sequences of {config.max_seq_len} tokens, on {ranks.device}\n\n{text}",
+          flush=True)
+    if config.loss_curve <= 0:
+        peak = "the data sheet" if ranks.device.type == "cuda" else "a matrix product measured here"
+        print("\nMedians; ratios are medians of the ratios of each round.\n"
+              "The optimizers of the twin: Muon one matrix at a time, torch's AdamW.\n"
               "Memory: weights, optimizer state and, at the peak of a step, gradients and activations.\n"
-              f"MFU: causal attention counted where there is some, against {against}.")
+              f"MFU: FLOPs of causal attention count where there is attention; the peak is that of {peak}.")
         for row in found["rows"]:
             if "error" in row:
                 print(f"{row['case']}: {row['error']}")
-    if config.json:
-        write_json(config.json, {"about": about, "config": asdict(config), **found})
+    write_results(config.json, about, config, **found)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The published model in plain eager PyTorch: what speed is measured against, and a second implementation for tests.
+"""The published model in plain eager PyTorch: the baseline of the benchmarks, and a second implementation for tests.
 
-Written from the formulas, with nn.Conv1d, scaled_dot_product_attention and a full float32 cross-entropy; parameter names are the same,
-so that weights pass from one to the other.
+It is written from the formulas, with nn.Conv1d, scaled_dot_product_attention and a full float32 cross-entropy.
+Parameters have the names of ours, so that weights can be copied from one to the other.
 """
 
 import torch
@@ -18,7 +18,8 @@ class _Attention(nn.Module):
         super().__init__()
         E, self.H, self.G = config.n_embd, config.n_head, config.n_kv_head
         D = E // self.H
-        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(E, n, bias=False) for n in (E, self.G * D, self.G * D, E))
+        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(E, n, bias=False)
+                                                     for n in (E, self.G * D, self.G * D, E))
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         b, t, _ = h.shape

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file, without an installed package
     sys.path.insert(0, str(ROOT))
 
-from bench.measure import circumstances, in_a_line, table, write_json  # noqa: E402
+from bench.measure import provenance, provenance_line, table, write_json  # noqa: E402
 from dev import gpu_correctness as right  # noqa: E402
 from dev import gpu_kernels as single  # noqa: E402
 from dev import gpu_parts as parts  # noqa: E402
@@ -134,7 +134,7 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]], tiny: bool) -
         held = f"{sum(c['ok'] for c in r['checks'])} of {len(r['checks'])}" if r["checks"] else "-"
         rows.append([r["name"], r["status"], held, f"{r['seconds']:.1f}",
                      "; ".join(worst) or r.get("why", "").split("\n")[0][:200]])
-    text = ["# GPU check" + (" (small shapes: no speed below means anything)" if tiny else ""), "", in_a_line(about),
+    text = ["# GPU check" + (" (small shapes: no speed below means anything)" if tiny else ""), "", provenance_line(about),
             "",
             table(["section", "status", "checks", "seconds", "what"], rows, (0, 1, 4))]
     goals = [[g["goal"], f"{g['sign']} {show(g['wish'])}", "-" if g["measured"] is None else show(g["measured"]),
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = device.type == "cuda"
     run = Run(device, config.tiny or not on_gpu, config.compile == "yes" or config.compile == "auto" and on_gpu,
               golden if golden.is_dir() else None, began + 60 * config.minutes)
-    about, results = circumstances("python dev/gpu_check.py " + " ".join(sys.argv[1:] if argv is None else argv)), []
+    about, results = provenance("python dev/gpu_check.py " + " ".join(sys.argv[1:] if argv is None else argv)), []
     for section in SECTIONS:
         if section.name in wanted:
             results.append(do(section, run))

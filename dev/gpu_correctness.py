@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.measure import lively, off, table, text_batches
+from bench.measure import random_model, relative_error, table, text_batches
 from bench.twin import TwinGPT
 from nanochat.distributed import Ranks, compute_dtype
 from nanochat.engine import Engine
@@ -103,7 +103,7 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Return the largest `off` of any parameter; infinite where only one side has a gradient."""
     if ours.keys() != theirs.keys():
         return float("inf")
-    return largest(off(ours[name], theirs[name]) for name in theirs)
+    return largest(relative_error(ours[name], theirs[name]) for name in theirs)
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def _golden_folder(run: Run, out: Report, folder: Path) -> None:
             out.expect(f"{name} {short}: logits, largest difference", float((got - logits).abs().max()),
                        at_most=limits[0])
         else:
-            out.expect(f"{name} {short}: logits, relative error", off(got, logits), at_most=0.06)
+            out.expect(f"{name} {short}: logits, relative error", relative_error(got, logits), at_most=0.06)
         out.expect(f"{name} {short}: loss, difference", abs(loss.item() - float(expected["loss"])), at_most=limits[1])
         out.expect(f"{name} {short}: gradient norms, largest relative difference",
                    largest(abs(norms.get(key, 0.0) - norm) / max(norm, 1e-3)
@@ -181,7 +181,7 @@ def small(run: Run, seed: int = 0, **given: Any) -> GPT:
     E = 32 if run.tiny else 128
     config = GPTConfig(**{"sequence_len": 64, "vocab_size": 331, "n_layer": 4, "n_head": 2, "n_kv_head": 2, "n_embd": E,
                           **given})
-    model = lively(config, run.device, seed)
+    model = random_model(config, run.device, seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "conv1d" in name:
@@ -209,7 +209,7 @@ def twin(run: Run, out: Report) -> None:
                 ids, targets = ids_for(run, B, T), ids_for(run, B, T)
                 targets[:, T // 2 + 1:T // 2 + 3] = -1
                 with torch.no_grad():
-                    logits.append(off(model(ids), plain(ids)))
+                    logits.append(relative_error(model(ids), plain(ids)))
                 ours, theirs = model(ids, targets), plain(ids, targets)
                 ours.backward()
                 theirs.backward()
@@ -244,7 +244,8 @@ def head_loss(run: Run, out: Report) -> None:
                 loss.backward()
             short = str(dtype).removeprefix("torch.")
             out.expect(f"{short}, {rows} tokens a chunk: relative error of loss and gradients",
-                       largest([off(loss, exact), off(a.grad, exact_x.grad), off(b.grad, exact_w.grad)]), at_most=limit)
+                       largest([relative_error(loss, exact), relative_error(a.grad, exact_x.grad),
+                                relative_error(b.grad, exact_w.grad)]), at_most=limit)
 
 
 @contextmanager
@@ -269,7 +270,7 @@ def state(run: Run, out: Report) -> None:
         full = model(ids)
         for parts in ((29,), (1,) * 29, (3, 1, 1, 17, 2, 5)):
             cache = model.new_cache(2, max_len=4)
-            splits.append(off(torch.cat([model(part, cache=cache) for part in ids.split(parts, dim=1)], dim=1), full))
+            splits.append(relative_error(torch.cat([model(part, cache=cache) for part in ids.split(parts, dim=1)], dim=1), full))
         rows, joined = [ids_for(run, 1, n) for n in (5, 11, 8)], model.new_cache(1)
         for i, row in enumerate(rows):
             alone = model.new_cache(1)
@@ -278,14 +279,14 @@ def state(run: Run, out: Report) -> None:
             joined.copy_row(i, alone, 0)
         got = torch.cat([model(torch.cat([row[:, -3:-2] for row in rows]), cache=joined),
                          model(torch.cat([row[:, -2:] for row in rows]), cache=joined)], dim=1)
-        ragged.append(largest(off(mine, model(row)[0, -3:]) for mine, row in zip(got, rows)))
+        ragged.append(largest(relative_error(mine, model(row)[0, -3:]) for mine, row in zip(got, rows)))
         cache = model.new_cache(2)
         model(ids[:, :9], cache=cache)
         branch = cache.fork(2)
         more = ids_for(run, 4, 3)
         model(more, cache=branch)
         kept, last = branch.select([3, 0]), ids_for(run, 2, 2)
-        forked.append(off(model(last, cache=kept),
+        forked.append(relative_error(model(last, cache=kept),
                           model(torch.cat([ids[[1, 0], :9], more[[3, 0]], last], dim=1))[:, -2:]))
     out.expect("any split, relative error", largest(splits), at_most=1e-4)
     out.expect("rows of different lengths, relative error", largest(ragged), at_most=1e-4)
@@ -413,7 +414,7 @@ def no_waiting(run: Run, out: Report) -> None:
     if run.device.type != "cuda":
         raise Skipped("only a GPU can be waited for")
     for how in ("eager", "compiled") if run.compiled else ("eager",):
-        model = lively(GPTConfig.from_depth(4, sequence_len=256, vocab_size=2048), run.device)
+        model = random_model(GPTConfig.from_depth(4, sequence_len=256, vocab_size=2048), run.device)
         model.compute_dtype = compute_dtype(run.device)
         if how == "compiled":
             torch._dynamo.reset()

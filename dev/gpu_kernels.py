@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.kernels import columns, joined_width
-from bench.measure import lively, off
+from bench.measure import random_model, relative_error
 from bench.peer import Endless
 from dev.gpu_correctness import Report, Run, Skipped, largest, poisoned, small
 from nanochat.engine import Engine
@@ -56,7 +56,7 @@ def close(out: Report, name: str, got: list[Tensor], plain: list[Tensor], exact:
 
     Errors below `floor` count as `floor`.
     """
-    mine, theirs = ([off(a, b) for a, b in zip(values, exact, strict=True)] for values in (got, plain))
+    mine, theirs = ([relative_error(a, b) for a, b in zip(values, exact, strict=True)] for values in (got, plain))
     out.expect(f"{name}: error {largest(mine):.1e}, over that of the twin",
                largest(a / max(b, floor) for a, b in zip(mine, theirs)),
                at_most=NOISE)
@@ -207,7 +207,7 @@ def attention(run: Run, out: Report) -> None:
                 exact, got = of(attend_kernel.attend_twin, torch.float64, given), of(attend_kernel.attend, dtype, given)
                 # the twin computes in float32 and no fast path does: these limits suit products of numbers of the dtype
                 out.expect(f"{what}, {H} heads on {G}, {name_of(dtype)}: relative error of output and gradients",
-                           largest(off(a, b) for a, b in zip(got, exact)),
+                           largest(relative_error(a, b) for a, b in zip(got, exact)),
                            at_most=2e-2 if dtype == torch.bfloat16 else 2e-5)
 
 
@@ -286,11 +286,11 @@ def projections(run: Run, out: Report) -> None:
         one_by_one = partial(each, layers=layers)
         close(out, name_of(dtype), of(lambda h: project(h, *layers), dtype), of(one_by_one, dtype),
               of(one_by_one, torch.float64))
-    model = lively(GPTConfig(sequence_len=64, vocab_size=331, n_layer=3, n_head=2, n_kv_head=2, n_embd=64),
+    model = random_model(GPTConfig(sequence_len=64, vocab_size=331, n_layer=3, n_head=2, n_kv_head=2, n_embd=64),
                    run.device).eval()
     ids = torch.randint(331, (2, 21), device=run.device)
     with torch.inference_mode():
         before = model(ids)
         after = ready_to_decode(model)(ids)
-    out.expect(f"ready to decode, in {name_of(model.dtype)}: logits, relative error", off(after, before),
+    out.expect(f"ready to decode, in {name_of(model.dtype)}: logits, relative error", relative_error(after, before),
                at_most=3e-2 if model.dtype == torch.bfloat16 else 1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import eval as evaluation_bench
 from bench import kernels
-from bench.measure import off, paced, typical
+from bench.measure import interleaved_kernels, median, relative_error
 from dev.gpu_correctness import Report, Run, Skipped
 from dev.gpu_speed import clean
 from nanochat.distributed import compute_dtype
@@ -88,7 +88,7 @@ def evaluation(run: Run, out: Report) -> None:
                                             "device_batch_size": 8, "max_tokens": 64}
     parts = evaluation_bench.PARTS if _rustbpe() is not None and not run.tiny else ("bpb",)
     out.numbers["rows"] = rows = evaluation_bench.compare(evaluation_bench.Config(**given), parts, run.ranks)
-    out.tables.append(evaluation_bench.shown(rows))
+    out.tables.append(evaluation_bench.format_rows(rows))
     clean(run)
 
 
@@ -136,7 +136,7 @@ def fp8(run: Run, out: Report) -> None:
         w = (torch.randn(fan_out, fan_in, device=run.device) * fan_in ** -0.5).bfloat16()
         eight = quantised(x, E4), quantised(w, E4), quantised(dy, E5)
         exact = F.linear(x[:64].double(), w.double())
-        error = off(linear_in_8_bits(*eight)[0][:64], exact)
+        error = relative_error(linear_in_8_bits(*eight)[0][:64], exact)
 
         def plain(i: int, x=x, w=w, dy=dy) -> tuple[Tensor, ...]:
             return x @ w.T, dy @ w, dy.T @ x
@@ -146,9 +146,9 @@ def fp8(run: Run, out: Report) -> None:
         work = {"bfloat16": plain, "8 bits, products alone": lambda i, eight=eight: linear_in_8_bits(*eight),
                 "casts alone": casts,
                 "8 bits with casts": lambda i, casts=casts: linear_in_8_bits(*casts(i))}
-        seconds = {how: typical(times) for how, times in paced(work, run.device, 1 if run.tiny else 7).items()}
+        seconds = {how: median(times) for how, times in interleaved_kernels(work, run.device, 1 if run.tiny else 7).items()}
         rows.append({"matrix": name, "seconds": seconds, "error": error,
-                     "bfloat16_error": off(plain(0)[0][:64], exact)})
+                     "bfloat16_error": relative_error(plain(0)[0][:64], exact)})
         wrong = {"bfloat16": rows[-1]["bfloat16_error"], "8 bits with casts": error}
         lines += [[name, how, f"{1000 * took:.3f}", f"{seconds['bfloat16'] / took:.2f}×",
                    f"{wrong[how]:.1e}" if how in wrong else "-"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench import decode
-from bench.measure import copy_bandwidth, interleaved, lively, matmul_flops, random_batch, seconds_of, si, typical
+from bench.measure import copy_bandwidth, interleaved, matmul_flops, median, random_batch, random_model, seconds_of, si
 from bench.train import our_case
 from dev.gpu_correctness import Report, Run, Skipped, setting, syncs
 from nanochat.distributed import compute_dtype, peak_flops
@@ -107,7 +107,7 @@ def _time_training(run: Run, shape: GPTConfig, B: int, compiled: bool, rounds: i
     case = our_case("", shape, batch, run.ranks, compute_dtype(run.device), compiled)
     first = seconds_of(case.step, run.device)
     seconds = interleaved({"step": case.step, "pass": case.forward_backward}, run.device, rounds)
-    step, passing = typical(seconds["step"]), typical(seconds["pass"])
+    step, passing = median(seconds["step"]), median(seconds["pass"])
     peak = peak_flops(run.device, case.dtype)
     # gradient accumulation, then the optimizer once
     whole = max(1, STEP_TOKENS // (B * T)) * passing + max(0.0, step - passing)
@@ -214,7 +214,7 @@ def decoding(run: Run, out: Report) -> None:
         clean(run)
         pattern = "A" * depth if kind == "attention" else None
         shape = GPTConfig.from_depth(depth, sequence_len=2 * context, vocab_size=V, layer_pattern=pattern)
-        model = ready_to_decode(lively(shape, run.device))
+        model = ready_to_decode(random_model(shape, run.device))
         for B, prompt, graphs in cases:
             if rows and run.left() < 15:
                 out.numbers.setdefault("left_out", []).append(f"{kind}, {B} rows behind {prompt} tokens")
@@ -239,14 +239,14 @@ def decoding(run: Run, out: Report) -> None:
 
 
 def _decode_row(model: GPT, name: str, B: int, prompt: int, new: int, bandwidth: float, graphs: bool) -> dict[str, Any]:
-    seconds = typical(decode.decode_seconds(model, B, prompt, new, graphs))
+    seconds = median(decode.decode_seconds(model, B, prompt, new, graphs))
     rows = min(B, 8)  # nobody serves by a prefill of 64 prompts at once
-    prefill = typical(decode.prefill_seconds(model, rows, prompt))
+    prefill = median(decode.prefill_seconds(model, rows, prompt))
     return {"model": name, "batch": B, "context": prompt, "graphs": graphs, "tokens_per_second": B / seconds,
             "step_seconds": seconds,
             "of_the_bandwidth": decode.step_bytes(model, B, prompt + new // 2) / bandwidth / seconds,
             "prefill_batch": rows, "prefill_tokens_per_second": rows * prompt / prefill,
-            "state_bytes": decode.state_bytes(model, B, prompt + new)}
+            "state_bytes": decode.cache_bytes(model, B, prompt + new)}
 
 
 # --- loader -----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""Evaluate a base model: CORE, what `scripts.base_loss` does, and, if it was trained on the small world, how many of its facts it knows.
+"""Evaluate a base model: CORE, bits per byte, samples, and the facts of the small world if the model was trained on it.
 
     python -m scripts.base_eval
     python -m scripts.base_eval --eval=core --max-per-task=100
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval -- --model-tag=d20
 
-CORE's tasks lie in eval_bundle under $NANOCHAT_BASE_DIR; they are fetched once (162 MB) if they are not there. What came of it goes to
-base_eval/base_model_<step>.csv, one row a task, and every example's answer to the .jsonl beside it. The facts of the small world are asked
-in phrasings that were held out of the training text.
+The tasks of CORE are in eval_bundle under $NANOCHAT_BASE_DIR; they are downloaded once (162 MB) if they are missing.
+The scores go to base_eval/base_model_<step>.csv, one row a task, and the result of every example to the .jsonl beside
+it. The facts of the small world are asked in phrasings that were held out of the training text.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from nanochat.dataset.shards import shards_in
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.evaluation.core import CoreResult, bundle_of_ranks, evaluate_core
-from nanochat.evaluation.core_bundle import Bundle, NoBundle
+from nanochat.evaluation.core_bundle import Bundle, BundleUnavailable
 from nanochat.evaluation.loss import log_likelihoods
 from nanochat.files import atomic_write, base_dir, to_json
 from nanochat.gpt import GPT
@@ -36,17 +36,17 @@ PARTS = ("core", "bpb", "sample", "small-world")
 
 @dataclass
 class Config(base_loss.Config):
-    """Flags of base_eval: those of base_loss, and these."""
+    """Flags of base_eval, after those of base_loss."""
 
-    eval: str = flag("", f"what to do: some of {','.join(PARTS)}; unset does all that can be done here")
+    eval: str = flag("", f"parts to run, of {','.join(PARTS)}; unset runs all that are possible here")
     max_per_task: int = flag(published.base_eval.max_per_task, "examples of each CORE task; -1 = all")
-    bundle: str = flag("", "folder of CORE's tasks; unset is eval_bundle, fetched if it is not there")
+    bundle: str = flag("", "folder of the tasks of CORE; unset is eval_bundle, downloaded if it is missing")
 
 
 def small_world_recall(model, tokenizer, meta: dict[str, Any], log: RunLog) -> None:
-    """Print and record how many facts of its small world the model completes, beside an untrained model and chance.
+    """Print and record the accuracy on facts of the small world, beside that of an untrained model and of guessing.
 
-    meta: of the checkpoint; it says which small world the model was trained on. Nothing happens where it was another text.
+    meta: of the checkpoint; names the small world that the model was trained on. Does nothing for other training text.
     """
     source = meta.get("data") or {}
     if source.get("source") != "small-world":
@@ -55,36 +55,37 @@ def small_world_recall(model, tokenizer, meta: dict[str, Any], log: RunLog) -> N
     questions = facts(seed)
     torch.manual_seed(seed)
     untrained = GPT(model.config).to(model.device)
-    torch.nn.init.normal_(untrained.lm_head.weight, std=0.02)  # zero at the start: all choices would tie
+    torch.nn.init.normal_(untrained.lm_head.weight, std=0.02)  # zero when fresh: all choices would tie
     trained, blank = (grade(questions, lambda prompts, choices, m=m: log_likelihoods(m, tokenizer, prompts, choices))
                       for m in (model, untrained))
     log.say("small world, held-out phrasings      trained  untrained  chance")
     order = ["world", *(kind for kind in trained if kind != "world")]
     for kind in order:
         name = {"world": "all facts of people, places, things"}.get(kind, f"  {kind}")
-        log.say(f"{name:36s} {trained[kind].accuracy:7.1%}   {blank[kind].accuracy:7.1%}  {trained[kind].chance:6.1%}   "
-                f"({trained[kind].count} prompts)")
+        log.say(f"{name:36s} {trained[kind].accuracy:7.1%}   {blank[kind].accuracy:7.1%}  {trained[kind].chance:6.1%}"
+                f"   ({trained[kind].count} prompts)")
     recall = {kind: trained[kind].accuracy for kind in order}
     log.record("small_world", **recall, untrained=blank["world"].accuracy, chance=trained["world"].chance)
 
 
 def write_core(result: CoreResult, step: int) -> Path:
-    """Write the table (task, accuracy, centred; CORE last) and, beside it, a JSON line an example; returns the table's path."""
+    """Write the table (task, accuracy, centred; CORE last) and a JSON line an example; return the path of the table."""
     path = base_dir() / "base_eval" / f"base_model_{step:06d}.csv"
     rows = [("Task", "Accuracy", "Centered")]
     rows += [(label, f"{task.accuracy:.6f}", f"{task.centered:.6f}") for label, task in result.tasks.items()]
     rows.append(("CORE", "", f"{result.core:.6f}"))
     with atomic_write(path.with_suffix(".jsonl"), "w") as file:
         for label, task in result.tasks.items():
-            for i, verdict in enumerate(task.verdicts):
-                file.write(to_json({"task": label, "example": i, "correct": verdict.correct, "losses": verdict.losses}) + "\n")
+            for i, example in enumerate(task.examples):
+                record = {"task": label, "example": i, "correct": example.correct, "losses": example.losses}
+                file.write(to_json(record) + "\n")
     with atomic_write(path, "w") as file:
         file.writelines(f"{task:<35}, {accuracy:<10}, {centered:<10}\n" for task, accuracy, centered in rows)
     return path
 
 
 def core(model, tokenizer, bundle: Bundle, max_per_task: int, step: int, ranks: Ranks, log: RunLog) -> float:
-    """Measure CORE; print it, record it and write its files. Collective."""
+    """Evaluate CORE; print it, record it and write its files. Collective."""
     result = evaluate_core(model, tokenizer, bundle, max_per_task, ranks=ranks, say=log.say)
     if ranks.is_main:
         path = write_core(result, step)
@@ -94,36 +95,38 @@ def core(model, tokenizer, bundle: Bundle, max_per_task: int, step: int, ranks: 
 
 
 def evaluate(model, tokenizer, meta: dict[str, Any], config: Config, ranks: Ranks, log: RunLog) -> None:
-    """Do all parts, or those asked for. One that was not asked for by name is left out, with a line, where it cannot be done."""
+    """Run the parts that --eval names, or all that are possible; the others are skipped with a message. Collective."""
     asked = [part.strip() for part in config.eval.split(",") if part.strip()]
     parts = asked or list(PARTS)
     if wrong := [part for part in parts if part not in PARTS]:
-        raise UserError(f"--eval names {wrong[0]!r}: its parts are {', '.join(PARTS)}, with commas between")
+        raise UserError(f"--eval names {wrong[0]!r}; its parts are {', '.join(PARTS)}, separated by commas")
     if "core" in parts:
         own_text = (meta.get("data") or {}).get("source") == "small-world"
         try:
             bundle = bundle_of_ranks(config.bundle, ranks, fetch=bool(asked) or not own_text, say=log.say)
-        except NoBundle as error:
+        except BundleUnavailable as error:
             if asked or config.bundle:
                 raise
-            log.say(f"CORE is left out: {'the model knows the small world alone, and ' if own_text else ''}{error}")
+            reason = "the model knows only the small world, and " if own_text else ""
+            log.say(f"CORE is skipped: {reason}{error}")
         else:
             core(model, tokenizer, bundle, config.max_per_task, meta["step"], ranks, log)
-    of_text = [part for part in ("bpb", "sample") if part in parts]
-    if of_text:
+    text_parts = [part for part in ("bpb", "sample") if part in parts]
+    if text_parts:
         folder = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
         if asked or shards_in(folder):
-            base_loss.evaluate(model, tokenizer, config, ranks, log, of_text)
+            base_loss.evaluate(model, tokenizer, config, ranks, log, text_parts)
         else:
-            log.say(f"bits per byte and samples are left out: there is no text in {folder}")
+            log.say(f"bits per byte and samples are skipped: there is no text in {folder}")
     if "small-world" in parts and ranks.is_main:
         small_world_recall(model, tokenizer, meta, log)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate as the flags say. Raises UserError for what the user can mend."""
+    """Evaluate as the flags say. Raises UserError for a mistake of the user."""
     config = parse(Config, argv, __doc__)
-    base_loss.run(config, "base_eval", lambda model, tokenizer, meta, ranks, log: evaluate(model, tokenizer, meta, config, ranks, log))
+    base_loss.run(config, "base_eval",
+                  lambda model, tokenizer, meta, ranks, log: evaluate(model, tokenizer, meta, config, ranks, log))
 
 
 if __name__ == "__main__":

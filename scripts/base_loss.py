@@ -1,4 +1,4 @@
-"""Evaluate a base model: bits per byte on training and validation text, and how it continues the beginnings of documents.
+"""Evaluate a base model: bits per byte of training and validation text, and greedy continuations of documents.
 
     python -m scripts.base_loss
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss -- --model-tag=d20
@@ -26,22 +26,22 @@ class Config:
     """Flags of base_loss."""
 
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    device_batch_size: int = flag(published.base_eval.device_batch_size, "rows a device takes at a time")
-    split_tokens: int = flag(published.base_eval.split_tokens, "tokens of each split to evaluate on")
+    device_batch_size: int = flag(published.base_eval.device_batch_size, "sequences in a batch of one device")
+    split_tokens: int = flag(published.base_eval.split_tokens, "tokens of each split that are evaluated")
     model_tag: str = flag("", "which model under base_checkpoints; unset takes the only or the deepest one")
     model_step: int = flag(-1, "which of its checkpoints; -1 is the last")
     data_dir: str = flag("", "folder of shards; unset is base_data")
-    quantize: Literal["none", "int8"] = flag("none", "int8: evaluate the model as it decodes with weights of 8 bits")
+    quantize: Literal["none", "int8"] = flag("none", "int8: evaluate the model with 8-bit weights")
 
 
 def beginnings(tokenizer, folder: Path, count: int = 4, words: int = 6) -> list[str]:
-    """Return the first words of some validation documents: prompts that fit whatever text the model was trained on."""
+    """Return the first words of some validation documents: prompts of the kind of text the model was trained on."""
     texts = (" ".join(text.split()[:words]) for text in islice(iter_documents("val", folder), 10 * count))
     return [text for text in texts if text][:count]
 
 
 def samples(model, tokenizer, prompts: list[str], max_tokens: int = 48) -> list[str]:
-    """Return each prompt with the model's likeliest continuation, on one line."""
+    """Return each prompt with its greedy continuation, on one line."""
     engine = Engine(model, tokenizer, graphs=False)
     texts = []
     for prompt in prompts:
@@ -52,19 +52,20 @@ def samples(model, tokenizer, prompts: list[str], max_tokens: int = 48) -> list[
 
 
 def bits_per_byte(model, tokenizer, config: Config, folder: Path, ranks: Ranks, log: RunLog) -> dict[str, float]:
-    """Print and return the bpb of both splits. Collective."""
+    """Print and return the bits per byte of each split, "train" and "val". Collective."""
     token_bytes = tokenizer.token_bytes().to(ranks.device)
     bpb = {}
     for split in ("train", "val"):
-        rows = EvalRows(TextSource(tokenizer, split, folder), config.device_batch_size, model.config.sequence_len,
-                        config.split_tokens, ranks=ranks)
-        bpb[split] = evaluate_bpb(model, rows, token_bytes, ranks)
+        batches = EvalRows(TextSource(tokenizer, split, folder), config.device_batch_size, model.config.sequence_len,
+                           config.split_tokens, ranks=ranks)
+        bpb[split] = evaluate_bpb(model, batches, token_bytes, ranks)
         log.say(f"{split} bpb {bpb[split]:.4f}")
     return bpb
 
 
-def evaluate(model, tokenizer, config: Config, ranks: Ranks, log: RunLog, parts: Sequence[str] = ("bpb", "sample")) -> None:
-    """Print and record what `parts` names: bpb of both splits, continuations of validation documents. Collective."""
+def evaluate(model, tokenizer, config: Config, ranks: Ranks, log: RunLog, parts: Sequence[str] = ("bpb", "sample")
+             ) -> None:
+    """Print and record the bits per byte of both splits ("bpb") and continuations of documents ("sample")."""
     folder = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
     bpb = bits_per_byte(model, tokenizer, config, folder, ranks, log) if "bpb" in parts else {}
     texts = samples(model, tokenizer, beginnings(tokenizer, folder)) if "sample" in parts and ranks.is_main else []
@@ -74,19 +75,21 @@ def evaluate(model, tokenizer, config: Config, ranks: Ranks, log: RunLog, parts:
 
 
 def run(config: Config, stage: str, then: Callable[..., object]) -> None:
-    """Load the model, and call then(model, tokenizer, meta, ranks, log) on all ranks; the log is that of `stage`."""
+    """Load the model and call then(model, tokenizer, meta, ranks, log) on all ranks. stage: name of the log."""
     with joined_ranks(config.device_type) as ranks:
-        model, tokenizer, meta = load_for_decoding("base", ranks.device, model_tag=config.model_tag or None, quantize=config.quantize,
-                                                   step=None if config.model_step < 0 else config.model_step)
+        model, tokenizer, meta = load_for_decoding("base", ranks.device, model_tag=config.model_tag or None,
+                                                   step=None if config.model_step < 0 else config.model_step,
+                                                   quantize=config.quantize)
         with RunLog(stage, Path(meta["folder"]).name, asdict(config), enabled=ranks.is_main) as log:
             log.say(meta["loaded"])
             then(model, tokenizer, meta, ranks, log)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate as the flags say. Raises UserError for what the user can mend."""
+    """Evaluate as the flags say. Raises UserError for a mistake of the user."""
     config = parse(Config, argv, __doc__)
-    run(config, "base_loss", lambda model, tokenizer, meta, ranks, log: evaluate(model, tokenizer, config, ranks, log))
+    run(config, "base_loss",
+        lambda model, tokenizer, meta, ranks, log: evaluate(model, tokenizer, config, ranks, log))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Grade a chat model: multiple choice, problems with the calculator, code, spelling; ChatCORE over all of them.
+"""Evaluate a chat model: multiple choice, problems with the calculator, code, spelling; ChatCORE over all of them.
 
     python -m scripts.chat_eval -i sft
     python -m scripts.chat_eval -i mid -a 'ARC-Easy|GSM8K' -x 100
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft
 
-Files under $NANOCHAT_BASE_DIR: chat_eval/<source>_<tag>_<step>/<task>.jsonl, one line a problem, so that one can see why; and the log,
-logs/chat_eval_<source>_<tag>.jsonl.
+Files under $NANOCHAT_BASE_DIR: chat_eval/<source>_<tag>_<step>/<task>.jsonl, one line a problem with the answers of the
+model; and the log, logs/chat_eval_<source>_<tag>.jsonl.
 """
 
 import time
@@ -27,9 +27,8 @@ from nanochat.tools.sandbox import run_python
 from nanochat.training import clock
 from tasks import recipes
 
-QUIET = 5.0  # seconds between lines of progress
-
 GRADING = published.chat_eval
+PROGRESS_EVERY = 5.0  # seconds between lines of progress
 
 
 @dataclass
@@ -37,30 +36,39 @@ class Config:
     """Flags of chat_eval."""
 
     source: Literal[tuple(stage.name for stage in CHAT_STAGES)] = flag("sft", "stage of the model", short="i")
-    task_name: str = flag("", "tasks to grade, with | between; unset takes all", short="a")
-    temperature: float = flag(GRADING.temperature, "of what is written; 0 takes the likeliest", short="t")
-    max_new_tokens: int = flag(GRADING.max_new_tokens, "tokens of an answer at most", short="m")
-    num_samples: int = flag(GRADING.num_samples, "answers to a problem; it is right if one of them is", short="n")
-    top_k: int = flag(GRADING.top_k, "draw from this many likeliest tokens; 0 = all", short="k")
-    batch_size: int = flag(GRADING.batch_size, "answers written together", short="b")
+    task_name: str = flag("", "tasks, separated by |; unset takes all", short="a")
+    temperature: float = flag(GRADING.temperature, "of sampling; 0 is greedy", short="t")
+    max_new_tokens: int = flag(GRADING.max_new_tokens, "most tokens of an answer", short="m")
+    num_samples: int = flag(GRADING.num_samples, "answers to a problem; one correct answer is enough (pass@k)", short="n")
+    top_k: int = flag(GRADING.top_k, "sample from this many most likely tokens; 0 = all", short="k")
+    batch_size: int = flag(GRADING.batch_size, "sequences in one batch", short="b")
     model_tag: str = flag("", "which model; unset takes the only or the deepest one", short="g")
     step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
     max_problems: int = flag(GRADING.max_problems, "problems of each task; -1 = all", short="x")
-    data: Literal["auto", "hub", "small-world"] = flag("auto", "whose tasks: the published ones, or those of the built-in small world; "
-                                                       "auto is what goes with the model")
-    seed: int = flag(42, "of what is drawn, where the temperature is above 0")
+    data: Literal["auto", "hub", "small-world"] = flag(
+        "auto", "which tasks: the published ones, or those of the built-in small world; auto is those of its training")
+    seed: int = flag(42, "of sampling, where the temperature is above 0")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Grade as the flags say. Raises UserError for what the user can mend."""
+    """Evaluate as the flags say. Raises UserError for a mistake of the user."""
     config = parse(Config, argv, __doc__)
     with joined_ranks(config.device_type) as ranks:
         run(config, ranks)
 
 
-def chosen(names: str, data: str, seed: int) -> dict:
-    """Return the tasks of a list of names, all where it is empty. Raises UserError for one that does not exist."""
+def select_tasks(names: str, data: str, seed: int) -> dict:
+    """Return the functions that make the tasks, by name.
+
+    Args:
+        names: separated by |; empty takes all of `data`.
+        data: "hub" or "small-world".
+        seed: of the small world.
+
+    Raises:
+        UserError: for a name that does not exist.
+    """
     known = recipes.graded(data, seed)
     other = recipes.graded("hub" if data == "small-world" else "small-world", seed)
     if not names:
@@ -75,7 +83,7 @@ def chosen(names: str, data: str, seed: int) -> dict:
 
 
 def run(config: Config, ranks) -> None:
-    """Grade one model on these ranks."""
+    """Evaluate one model. Collective."""
     if config.max_problems == 0 or config.max_problems < -1:
         raise UserError(f"--max-problems is a number from 1 on, or -1 for all, not {config.max_problems}")
     if min(config.num_samples, config.batch_size, config.max_new_tokens) < 1:
@@ -84,34 +92,36 @@ def run(config: Config, ranks) -> None:
                                                step=None if config.step < 0 else config.step)
     about = meta.get("data") or {}
     data = config.data if config.data != "auto" else "small-world" if about.get("source") == "small-world" else "hub"
-    tasks = chosen(config.task_name, data, about.get("seed", 0))
-    level = run_python("").level.name.lower() if "HumanEval" in tasks else ""  # it refuses now, not after the other tasks
+    tasks = select_tasks(config.task_name, data, about.get("seed", 0))
+    level = run_python("").level.name.lower() if "HumanEval" in tasks else ""  # now, so that an error comes early
     tag = Path(meta["folder"]).name
+    folder = base_dir() / "chat_eval" / f"{config.source}_{tag}_{meta['step']:06d}"
     with RunLog(STAGES[config.source].graded_by, tag, asdict(config), enabled=ranks.is_main) as log:
         log.say(meta["loaded"])
         if level:
             log.say(f"programs of HumanEval run in a sandbox of the level {level}")
         accuracy, chance = {}, {}
         for name, make in tasks.items():
-            said = time.time()
+            last_line = time.time()
 
             def progress(done: int, count: int, correct: int, name: str = name) -> None:
-                nonlocal said
+                nonlocal last_line
                 log.progress(done, count, f"{name} {correct / done:.1%}")
-                if time.time() - said > QUIET and done < count:
-                    said = time.time()
+                if time.time() - last_line > PROGRESS_EVERY and done < count:
+                    last_line = time.time()
                     log.say(f"  {name:16s} {done}/{count}, {correct / done:.1%} so far")
 
-            result = evaluate_task(model, tokenizer, make(), ranks, batch_size=config.batch_size, max_problems=config.max_problems,
-                                   num_samples=config.num_samples, max_tokens=config.max_new_tokens, temperature=config.temperature,
+            result = evaluate_task(model, tokenizer, make(), ranks, batch_size=config.batch_size,
+                                   max_problems=config.max_problems, num_samples=config.num_samples,
+                                   max_tokens=config.max_new_tokens, temperature=config.temperature,
                                    top_k=config.top_k, seed=config.seed, progress=progress)
             accuracy[name], chance[name] = result.accuracy, result.chance
-            log.say(f"{name:18s} {result.accuracy:6.1%}  ({result.correct} of {result.count}, chance {result.chance:.1%}, "
-                    f"{clock(result.seconds)})")
-            log.record("task", name=name, accuracy=result.accuracy, correct=result.correct, count=result.count, chance=result.chance,
-                       seconds=result.seconds)
+            log.say(f"{name:18s} {result.accuracy:6.1%}  ({result.correct} of {result.count}, "
+                    f"chance {result.chance:.1%}, {clock(result.seconds)})")
+            log.record("task", name=name, accuracy=result.accuracy, correct=result.correct, count=result.count,
+                       chance=result.chance, seconds=result.seconds)
             if ranks.is_main:
-                with atomic_write(base_dir() / "chat_eval" / f"{config.source}_{tag}_{meta['step']:06d}" / f"{name}.jsonl", "w") as file:
+                with atomic_write(folder / f"{name}.jsonl", "w") as file:
                     file.writelines(to_json(row) + "\n" for row in result.rows)
         if set(tasks) == set(recipes.graded(data)):
             core = chatcore(accuracy, chance)

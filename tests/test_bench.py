@@ -1,7 +1,12 @@
 """Every benchmark, and the check for GPUs, runs at a tiny size and says what it promises. No speed is asserted."""
 
+import importlib
 import json
 import random
+import re
+import shlex
+from dataclasses import dataclass
+from datetime import datetime
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from dev import gpu_check
 from dev import gpu_correctness as right
 from dev import gpu_kernels as single
 from dev import gpu_parts as parts
+from nanochat.cli import parser_of
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
@@ -31,7 +37,18 @@ CPU = torch.device("cpu")
 def run(main, capsys, tmp_path, *flags):
     """Call a benchmark; returns what it printed and the JSON it wrote."""
     main([*flags, f"--json={tmp_path / 'out.json'}"])
-    return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    found = json.loads((tmp_path / "out.json").read_text())
+    check_provenance(found)
+    return capsys.readouterr().out, found
+
+
+def check_provenance(found):
+    """The raw numbers say what command on which code, machine and versions gave them."""
+    assert {"command", "date", "commit", "threads", "machine", "versions", "config", "rows"} <= found.keys()
+    assert found["command"].startswith("python -m bench.") and isinstance(found["rows"], list) and found["rows"]
+    assert datetime.fromisoformat(found["date"]).tzinfo is not None
+    assert {"system", "cpu", "cores", "memory", "gpus"} <= found["machine"].keys() and found["machine"]["cores"] >= 1
+    assert {"python", "torch", "numpy", "nanochat"} <= found["versions"].keys()
 
 
 def table_of(text):
@@ -41,25 +58,30 @@ def table_of(text):
 
 
 def test_training_is_tabled_beside_the_twin_all_attention_and_a_peer(capsys, tmp_path):
-    text, found = run(train.main, capsys, tmp_path, "--depth=1", "--max-seq-len=8", "--device-batch-size=2", "--vocab-size=256",
+    text, found = run(train.main, capsys, tmp_path, "--depth=1", "--max-seq-len=8", "--device-batch-size=2",
+                      "--vocab-size=256",
                       "--steps=1", "--warmup=1", "--device=cpu", f"--peer={ROOT}")
     header, *rows = table_of(text)
     assert header == ["training", "step tok/s", "vs twin", "fwd+bwd tok/s", "vs twin", "MFU", "memory"]
     cases = [row[0] for row in rows]
     assert any(case.startswith("twin, float32") for case in cases) and any("all-attention" in case for case in cases)
-    assert sum(case.startswith("peer ") for case in cases) == 2 and any(case.startswith("ours, float32") for case in cases)
-    assert "python -m bench.train --depth=1" in text and found["about"]["machine"]["cores"] >= 1
+    assert sum(case.startswith("peer ") for case in cases) == 2
+    assert any(case.startswith("ours, float32") for case in cases)
+    assert "python -m bench.train --depth=1" in text and found["machine"]["cores"] >= 1
     for row in found["rows"]:
         assert "error" not in row and row["pass_tokens_per_second"] > 0 and row["pass_vs_twin"] > 0
         if not row["case"].startswith("peer"):
-            assert {"tokens_per_second", "vs_twin", "mfu", "memory", "parameters", "step_seconds", "flops_per_token"} <= row.keys()
-            assert row["memory"] > 4 * 4 * row["parameters"]  # weights, gradients, and at least half of an AdamW's state
+            assert {"tokens_per_second", "vs_twin", "mfu", "memory", "parameters", "step_seconds",
+                    "flops_per_token"} <= row.keys()
+            # weights, gradients, and at least half of an AdamW's state
+            assert row["memory"] > 4 * 4 * row["parameters"]
 
 
 def test_the_two_loss_curves_start_together_and_are_compared(capsys, tmp_path):
-    text, found = run(train.main, capsys, tmp_path, "--depth=1", "--max-seq-len=32", "--device-batch-size=2", "--vocab-size=256",
+    text, found = run(train.main, capsys, tmp_path, "--depth=1", "--max-seq-len=32", "--device-batch-size=2",
+                      "--vocab-size=256",
                       "--loss-curve=6", "--device=cpu")
-    curves = found["curves"]
+    curves = {name: [row[name] for row in found["rows"]] for name in found["rows"][0] if name != "step"}
     assert set(curves) == {"float32", "bfloat16"} and [len(curve) for curve in curves.values()] == [6, 6]
     assert curves["float32"] != curves["bfloat16"], "one of the two was not in its precision"
     assert found["largest_difference"] == max(abs(a - b) for a, b in zip(*curves.values())) < 0.1
@@ -79,21 +101,24 @@ def test_the_plain_optimizers_of_the_twin_do_what_ours_do():
         mine.step(clip=train.CLIP)
         theirs.step()
     for (p, q), start in zip(pairs, before):
-        assert right.off(q - start, p - start) < 2e-3
+        assert right.relative_error(q - start, p - start) < 2e-3
 
 
 def test_decoding_is_tabled_beside_full_forwards(capsys, tmp_path):
-    text, found = run(decode.main, capsys, tmp_path, "--depth=1", "--vocab-size=97", "--prompt=6", "--new-tokens=4", "--batches=1,3",
+    text, found = run(decode.main, capsys, tmp_path, "--depth=1", "--vocab-size=97", "--prompt=6", "--new-tokens=4",
+                      "--batches=1,3",
                       "--naive-points=1", "--prefills=1", "--device=cpu")
     header, *lines = table_of(text)
-    assert header == ["greedy decoding", "batch", "tok/s", "vs published", "vs naive", "prefill tok/s", "state", "of the limit"]
+    assert header == ["greedy decoding", "batch", "tok/s", "vs published", "vs naive", "prefill tok/s", "cache",
+                      "of the limit"]
     cases = [line[0] for line in lines[:len(lines) // 2]]
     assert {"ours, int8", "ours, float32", "published engine, float32", "twin, float32, full forwards"} <= set(cases)
     assert found["agreed"] == found["compared"] == 4 and found["copy_bandwidth"] > 0
-    assert {row["batch"] for row in found["rows"]} == {1, 3} and all(row["tokens_per_second"] > 0 for row in found["rows"])
+    assert {row["batch"] for row in found["rows"]} == {1,
+                                                       3} and all(row["tokens_per_second"] > 0 for row in found["rows"])
     for row in found["rows"]:
         if row["case"].startswith("ours"):
-            assert row["state_bytes"] > 0 and row["prefill_tokens_per_second"] > 0 and row["of_the_limit"] > 0
+            assert row["cache_bytes"] > 0 and row["prefill_tokens_per_second"] > 0 and row["of_the_limit"] > 0
         assert row["vs_published"] > 0 and (row["vs_published"] == 1) == (row["case"] == "published engine, float32")
     read = {row["case"]: row["step_bytes"] for row in found["rows"] if row["batch"] == 1 and "step_bytes" in row}
     assert read["ours, int8"] < read["ours, float32"] / 2
@@ -123,16 +148,19 @@ def test_the_published_engine_is_right_where_attention_is_all_and_forgets_convol
 def test_the_published_engines_cache_is_of_all_layers_and_grows(monkeypatch):
     monkeypatch.setattr(published_engine, "GROWTH", 4)
     model = twin_of(small_model(vocab_size=97, n_layer=4))
-    cache = published_engine.Cache(model.config, 1, 3)
+    cache = published_engine.PublishedCache(model.config, 1, 3)
     with torch.no_grad():
-        whole = published_engine.forward(model, torch.arange(9)[None], published_engine.Cache(model.config, 1, 9))
+        whole = published_engine.forward(model, torch.arange(9)[None],
+                                         published_engine.PublishedCache(model.config, 1, 9))
         assert torch.equal(whole, model(torch.arange(9)[None]))
         for part in torch.arange(5)[None].split((2, 1, 1, 1), dim=1):
             published_engine.forward(model, part, cache)
     assert cache.all.shape[:2] == (4, 2) and cache.position == 5 and cache.all.shape[4] == 8
-    drawn = [list(published_engine.generate(model, [1, 2], num_samples=3, max_tokens=5, top_k=k, seed=1)) for k in (None, 5, 1)]
+    drawn = [list(published_engine.generate(model, [1, 2], num_samples=3, max_tokens=5, top_k=k,
+                                            seed=1)) for k in (None, 5, 1)]
     assert all(len(columns) == 5 and len(columns[0]) == 3 for columns in drawn)
-    assert drawn[2] == list(published_engine.generate(model, [1, 2], num_samples=3, max_tokens=5, temperature=0)) != drawn[1]
+    assert drawn[2] == list(published_engine.generate(model, [1, 2], num_samples=3, max_tokens=5,
+                                                      temperature=0)) != drawn[1]
 
 
 def test_decoding_takes_turns(monkeypatch):
@@ -143,7 +171,7 @@ def test_decoding_takes_turns(monkeypatch):
             order.append(name)
             yield 1.0
     monkeypatch.setattr(decode, "decoding", steps)
-    monkeypatch.setattr(decode, "TURN", 2)
+    monkeypatch.setattr(decode, "STEPS_A_TURN", 2)
     assert decode.decode_in_turns({"a": "a", "b": "b"}, 1, 4, 5) == {"a": [1.0] * 5, "b": [1.0] * 5}
     assert "".join(order) == "aabbaabbab"
 
@@ -158,12 +186,14 @@ def test_decoding_that_differs_from_full_forwards_is_called_worthless(monkeypatc
     assert decode.agreement(model, twin, 6, 5) < 5
     monkeypatch.setattr(decode, "agreement", lambda *args: 0)
     with pytest.raises(UserError, match="different tokens"):
-        decode.main(["--depth=1", "--vocab-size=97", "--prompt=4", "--new-tokens=2", "--batches=1", "--naive-points=1", "--device=cpu"])
+        decode.main(["--depth=1", "--vocab-size=97", "--prompt=4", "--new-tokens=2", "--batches=1", "--naive-points=1",
+                     "--device=cpu"])
 
 
 @pytest.mark.parametrize("main, flags, says", [
     (train.main, ["--compile=maybe"], "--compile"), (train.main, ["--vocab-size=100"], "--vocab-size"),
-    (train.main, ["--depth=1", "--max-seq-len=4", "--device-batch-size=1", "--vocab-size=256", "--steps=1", "--peer=nowhere"], "nowhere"),
+    (train.main, ["--depth=1", "--max-seq-len=4", "--device-batch-size=1", "--vocab-size=256", "--steps=1",
+                  "--peer=nowhere"], "nowhere"),
     (decode.main, ["--batches=1;2"], "--batches"), (decode.main, ["--prompt=0"], "--prompt"),
     (real_text.main, ["--text", "x", "--minutes=0"], "--minutes"), (gpu_check.main, ["--only=gold"], "golden"),
     (gpu_check.main, ["--golden=nowhere"], "nowhere")])
@@ -177,19 +207,23 @@ def test_real_text_trains_both_models_on_the_same_tokens(capfd, tmp_path):
     if tokenizer._rustbpe() is None:
         pytest.skip("rustbpe is not built; bash dev/setup.sh builds it")
     dice = random.Random(0)
-    documents = [" ".join(dice.choice("the river runs under a stone and house of light".split()) for _ in range(60)) for _ in range(200)]
+    words = "the river runs under a stone and house of light".split()
+    documents = [" ".join(dice.choice(words) for _ in range(60)) for _ in range(200)]
     (tmp_path / "text.txt").write_text("\n<|doc|>\n".join(documents))
     base = tmp_path / "own"
-    _, found = run(real_text.main, capfd, tmp_path, "--text", str(tmp_path / "text.txt"), f"--base-dir={base}", "--steps=2", "--depth=1",
-                   "--vocab-size=300", "--max-seq-len=16", "--device-batch-size=2", "--total-batch-size=64", "--eval-tokens=200",
+    _, found = run(real_text.main, capfd, tmp_path, "--text", str(tmp_path / "text.txt"), f"--base-dir={base}",
+                   "--steps=2", "--depth=1",
+                   "--vocab-size=300", "--max-seq-len=16", "--device-batch-size=2", "--total-batch-size=64",
+                   "--eval-tokens=200",
                    "--device-type=cpu")
     assert [row["model"] for row in found["rows"]] == ["hybrid", "attention"]
     assert [row["layers"] for row in found["rows"]] == ["A", "A"]  # the last layer is attention, and here the only one
     for row in found["rows"]:
-        assert row["steps"] == 2 and row["tokens"] == 128 and 0 < row["bpb"] < 20 and row["samples"] and row["tokens_per_second"] > 0
+        assert row["steps"] == 2 and row["tokens"] == 128 and 0 < row["bpb"] < 20
+        assert row["samples"] and row["tokens_per_second"] > 0
     assert (base / "base_checkpoints" / "hybrid_d1").is_dir() and read_log(base / "logs" / "base_attention_d1.jsonl")
     config = real_text.Config(steps=2)
-    text = real_text.block(config, found["about"], found["rows"])
+    text = real_text.block(config, found, found["rows"])
     assert table_of(text)[0] == ["model", "parameters", "steps", "tokens", "time", "tok/s", "train loss", "val bpb"]
     assert "hybrid goes on:" in text and "attention goes on:" in text
 
@@ -268,9 +302,9 @@ def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_chec
     wished = small_check(wishes, counts=False)
     assert wished["status"] == "measured" and gpu_check.good([wished]), "no goal is a check"
     assert [goal["held"] for goal in wished["goals"]] == [False, True, None]
-    assert [row[1:] for row in table_of(gpu_check.markdown(measure.circumstances("x"), [wished], False).split("## goals")[1])[1:4]] == [
+    assert [row[1:] for row in table_of(gpu_check.markdown(measure.provenance("x"), [wished], False).split("## goals")[1])[1:4]] == [
         ["≥ 2,000", "1,234", "no"], ["≤ 1", "0.5", "yes"], ["≤ 1", "-", "-"]]
-    page = gpu_check.markdown(measure.circumstances("x"), [failed, broken], False)
+    page = gpu_check.markdown(measure.provenance("x"), [failed, broken], False)
     assert "small: 0.5 (must be ≤ 0.1)" in page and "x broke:" in page and "division by zero" in page
 
 
@@ -309,7 +343,7 @@ def test_products_of_8_bits_are_those_of_the_numbers_up_to_their_rounding():
     y, dx, dw = parts.linear_in_8_bits(parts.quantised(x, parts.E4), parts.quantised(w, parts.E4), parts.quantised(dy, parts.E5))
     x, w, dy = x.double(), w.double(), dy.double()
     for got, exact in ((y, x @ w.T), (dx, dy @ w), (dw, dy.T @ x)):
-        assert 1e-3 < right.off(got, exact) < 0.1
+        assert 1e-3 < right.relative_error(got, exact) < 0.1
 
 
 def test_memory_that_nobody_wrote_is_seen(monkeypatch):
@@ -335,19 +369,54 @@ def test_peak_growth_counts_what_is_alive_at_once():
     assert measure.peak_growth(lambda: [torch.zeros(1000) for _ in range(5)], CPU) == 20_000
 
 
+def test_raw_numbers_are_written_with_what_gave_them_and_read_back(tmp_path):
+    @dataclass
+    class Flags:
+        depth: int = 4
+
+    rows = [{"case": "ours", "seconds": [0.1, 0.25]}, {"case": "a peer", "error": "RuntimeError: no"}]
+    source = measure.provenance(measure.command_line("bench.x", ["--depth=4", "--text", "a b"]))
+    measure.write_results(str(tmp_path / "results" / "x.json"), source, Flags(), rows, agreed=3)
+    found = json.loads((tmp_path / "results" / "x.json").read_text())
+    check_provenance(found)
+    assert found["rows"] == rows and found["agreed"] == 3 and found["config"] == {"depth": 4}
+    assert found["command"] == "python -m bench.x --depth=4 --text 'a b'"
+    assert found["versions"]["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
+    measure.write_results("", source, Flags(), rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["results"], "without --json nothing is written"
+
+
+def test_the_commands_that_regenerate_the_results_are_ones_the_benchmarks_take():
+    text = (ROOT / "bench" / "results" / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    python -m (bench\.\w+) (.*)$", text, re.MULTILINE)
+    files = [parser_of(importlib.import_module(module).Config).parse_args(shlex.split(flags)).json
+             for module, flags in commands]
+    assert len(files) == len(set(files)) >= 9 and all(name.startswith("bench/results/") for name in files)
+
+
+def test_the_results_in_the_repository_say_what_gave_them():
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        found = json.loads(path.read_text())
+        check_provenance(found)
+        assert f"--json=bench/results/{path.name}" in found["command"], f"{path.name}: the command writes another file"
+
+
 def test_cases_take_turns_and_warm_up_first():
     calls = []
-    seconds = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, rounds=3, warmup=2)
+    seconds = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, rounds=3,
+                                  warmup=2)
     assert "".join(calls) == "aabb" + "ababab" and [len(times) for times in seconds.values()] == [3, 3]
 
 
 def test_text_batches_are_text_moved_on_by_one_and_lively_models_have_no_zeros():
     (x, y), (x2, _) = (lambda stream: (next(stream), next(stream)))(measure.text_batches(2, 16, CPU))
-    assert x.shape == y.shape == (2, 16) and torch.equal(x[:, 1:], y[:, :-1]) and x.max() < 256 and not torch.equal(x, x2)
-    assert all(p.any() for p in measure.lively(GPTConfig.from_depth(2, vocab_size=300), CPU).parameters())
+    assert x.shape == y.shape == (2, 16) and torch.equal(x[:, 1:], y[:, :-1]) and x.max() < 256
+    assert not torch.equal(x, x2)
+    assert all(p.any() for p in measure.random_model(GPTConfig.from_depth(2, vocab_size=300), CPU).parameters())
 
 
-@pytest.mark.parametrize("number, text", [(None, "-"), (0.5, "0.5"), (1234, "1.23K"), (541_000, "541K"), (2.8587e9, "2.86G"),
+@pytest.mark.parametrize("number, text", [(None, "-"), (0.5, "0.5"), (1234, "1.23K"), (541_000, "541K"),
+                                          (2.8587e9, "2.86G"),
                                           (7.88e14, "788T"), (3e18, "3,000,000T")])
 def test_numbers_are_shown_for_people(number, text):
     assert measure.si(number) == text

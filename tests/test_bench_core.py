@@ -19,9 +19,11 @@ def flags(tmp_path):
     tasks = [{"label": label, "dataset_uri": f"{label}.jsonl", "num_fewshot": [1], "icl_task_type": kind}
              for label, kind in (("multiple_choice",) * 2, ("language_modeling",) * 2, ("lost", "schema"))]
     (tmp_path / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
-    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nmultiple_choice,25\nlanguage_modeling,0\nlost,50\n")
+    baselines = "multiple_choice,25\nlanguage_modeling,0\nlost,50\n"
+    (tmp_path / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\n{baselines}")
     RustBPETokenizer.train_from_iterator([" ".join(WORDS)] * 3, 300).save(tmp_path / "tokenizer")
-    return [f"--bundle={tmp_path}", f"--tokenizer={tmp_path / 'tokenizer'}", "--depth=1", "--sequence-len=64", "--device=cpu"]
+    return [f"--bundle={tmp_path}", f"--tokenizer={tmp_path / 'tokenizer'}", "--depth=1", "--sequence-len=64",
+            "--device=cpu"]
 
 
 def test_both_ways_are_tabled_with_how_many_answers_agree(capsys, tmp_path, flags):
@@ -34,7 +36,8 @@ def test_both_ways_are_tabled_with_how_many_answers_agree(capsys, tmp_path, flag
 
 
 def test_different_answers_and_wrong_flags_are_told(monkeypatch, flags):
-    for wrong, told in (("--vocab-size=9", "--vocab-size is 9"), ("--tasks=lost", "--tasks names 'lost'"), ("--rounds=0", "at least 1")):
+    for wrong, told in (("--vocab-size=9", "--vocab-size is 9"), ("--tasks=lost", "--tasks names 'lost'"),
+                        ("--rounds=0", "at least 1")):
         with pytest.raises(UserError, match=told):
             core.main([*flags, wrong])
     monkeypatch.setattr(core, "same", lambda a, b: 0)

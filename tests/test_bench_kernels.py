@@ -17,7 +17,7 @@ TINY = ["--depth=2", "--device-batch-size=2", "--max-seq-len=9", "--vocab-size=9
 def quick(monkeypatch):
     monkeypatch.setattr(kernels, "copy_bandwidth", lambda *_: 1e9)
     monkeypatch.setattr(kernels, "matmul_flops", lambda *_: 1e9)
-    monkeypatch.setattr(kernels, "paced",
+    monkeypatch.setattr(kernels, "interleaved_kernels",
                         lambda cases, device, rounds, sets: {how: [fn(0) is None or 1.0] for how, fn in cases.items()})
 
 

@@ -15,7 +15,8 @@ ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
 def make_model():
-    texts = [message["content"] for task in (WorldQuestions("train", size=60), WorldChoice("train", size=30)) for chat in task
+    texts = [message["content"] for task in (WorldQuestions("train", size=60),
+                                             WorldChoice("train", size=30)) for chat in task
              for message in chat["messages"]]
     tokenizer = RustBPETokenizer.train_from_iterator(texts, 400)
     return small_model(5, vocab_size=tokenizer.get_vocab_size(), sequence_len=128), tokenizer
@@ -46,7 +47,7 @@ def test_choices_in_batches_equal_one_prompt_at_a_time(made, batch_size):
 
 
 class Lengths(WorldQuestions):
-    """The same questions; an answer is right where its length is even, so that a model of random weights is right at times."""
+    """The same questions. An answer of even length is correct, so that a random model has some correct ones."""
 
     def evaluate(self, conversation, answer):
         return len(answer) % 2 == 0
@@ -55,7 +56,8 @@ class Lengths(WorldQuestions):
 def test_written_answers_are_those_of_one_prompt_at_a_time_and_progress_is_told(made):
     model, tokenizer = made
     task, told = Lengths("test", size=12), []
-    together = evaluate_task(model, tokenizer, task, ALONE, max_tokens=8, batch_size=32, progress=lambda *now: told.append(now))
+    together = evaluate_task(model, tokenizer, task, ALONE, max_tokens=8, batch_size=32,
+                             progress=lambda *now: told.append(now))
     alone = evaluate_task(model, tokenizer, task, ALONE, max_tokens=8, batch_size=1)
     assert together.rows == alone.rows and 0 < together.correct < 12
     assert told[-1] == (12, 12, together.correct) and [done for done, _, _ in told] == list(range(1, 13))
@@ -82,7 +84,8 @@ def test_two_ranks_give_what_one_gives(tmp_path):
 def test_chatcore_is_the_mean_above_chance():
     accuracy = {"ARC-Easy": 0.3864, "ARC-Challenge": 0.2782, "MMLU": 0.3166, "GSM8K": 0.0455, "HumanEval": 0.0549}
     chance = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25, "GSM8K": 0.0, "HumanEval": 0.0}
-    assert chatcore(accuracy, chance) == pytest.approx(0.0817, abs=1e-4)  # of the published numbers, without SpellingBee
+    # of the published numbers, without SpellingBee
+    assert chatcore(accuracy, chance) == pytest.approx(0.0817, abs=1e-4)
     assert chatcore(chance, chance) == 0
 
 

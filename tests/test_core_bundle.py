@@ -11,7 +11,7 @@ import pytest
 
 from nanochat.errors import UserError
 from nanochat.evaluation import core_bundle
-from nanochat.evaluation.core_bundle import NoBundle, bundle_dir, open_bundle, read_bundle
+from nanochat.evaluation.core_bundle import BundleUnavailable, bundle_dir, open_bundle, read_bundle
 from nanochat.files import base_dir
 
 YAML = """icl_tasks:
@@ -23,9 +23,11 @@ YAML = """icl_tasks:
 - {label: mean, dataset_uri: some/mean.jsonl, num_fewshot: [0], icl_task_type: schema}
 - {label: go on, dataset_uri: go_on.jsonl, num_fewshot: [10], icl_task_type: language_modeling, has_categories: true}
 """
-CSV = "Eval Task,#shots,Random baseline,Description\npick,3,25,\"a, b\"\nmean,0,50,x\ngo on,10,0,y\nnever asked,0,9.1,z\n"
+CSV = ("Eval Task,#shots,Random baseline,Description\n"
+       "pick,3,25,\"a, b\"\nmean,0,50,x\ngo on,10,0,y\nnever asked,0,9.1,z\n")
 ROWS = {
-    "some/pick.jsonl": [{"query": "q", "choices": ["a", "b", "c"], "gold": 2}, {"query": "é", "choices": ["a", "b"], "gold": 0}],
+    "some/pick.jsonl": [{"query": "q", "choices": ["a", "b", "c"], "gold": 2},
+                        {"query": "é", "choices": ["a", "b"], "gold": 0}],
     "some/mean.jsonl": [{"context_options": ["a", "b"], "continuation": "c", "gold": 1}],
     "go_on.jsonl": [{"context": "c", "continuation": "d", "category": "e"}],
 }
@@ -33,7 +35,8 @@ ROWS = {
 
 def files():
     texts = {"core.yaml": YAML, "eval_meta_data.csv": CSV}
-    return texts | {f"eval_data/{name}": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for name, rows in ROWS.items()}
+    return texts | {f"eval_data/{name}": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for name,
+                    rows in ROWS.items()}
 
 
 @pytest.fixture
@@ -49,7 +52,8 @@ def bundle(tmp_path):
 def test_tasks_are_those_of_the_yaml_in_its_order(bundle):
     tasks = read_bundle(bundle).tasks
     assert [(t.label, t.kind, t.shots, t.delimiter, t.baseline) for t in tasks] == [
-        ("pick", "multiple_choice", 3, "\nAnswer: ", 0.25), ("mean", "schema", 0, " ", 0.5), ("go on", "language_modeling", 10, " ", 0.0)]
+        ("pick", "multiple_choice", 3, "\nAnswer: ", 0.25), ("mean", "schema", 0, " ", 0.5),
+        ("go on", "language_modeling", 10, " ", 0.0)]
     assert [t.rows() for t in tasks] == list(ROWS.values())
 
 
@@ -63,14 +67,14 @@ def test_packed_files_do_as_well_and_missing_ones_are_named(bundle):
     path.with_name("pick.jsonl.gz").unlink()
     assert found.missing() == ["pick"] and [task.label for task in found.present().tasks] == ["mean", "go on"]
     for asked in (found.check, found.tasks[0].rows):
-        with pytest.raises(UserError, match=r"pick.*pick\.jsonl.*take the task out of core.yaml"):
+        with pytest.raises(UserError, match=r"pick.*pick\.jsonl.*remove the task from core.yaml"):
             asked()
 
 
 @pytest.mark.parametrize("name, change, told", [
     ("core.yaml", lambda text: None, "has no core.yaml"),
     ("core.yaml", lambda text: "icl_tasks: [", "core.yaml cannot be read as YAML"),
-    ("core.yaml", lambda text: "tasks: []", "holds no list icl_tasks"),
+    ("core.yaml", lambda text: "tasks: []", "has no list icl_tasks"),
     ("core.yaml", lambda text: text.replace("schema", "poem"), r"task 2 \(mean\): icl_task_type is 'poem'"),
     ("core.yaml", lambda text: text.replace("some/mean", "../mean"), r"mean\): dataset_uri is '../mean.jsonl'"),
     ("core.yaml", lambda text: text.replace("some/mean", "/etc/mean"), r"mean\): dataset_uri"),
@@ -90,17 +94,19 @@ def test_a_broken_list_of_tasks_is_told(bundle, name, change, told):
 
 
 @pytest.mark.parametrize("task, line, told", [
-    (0, "{", "line 3: this is no JSON"),
+    (0, "{", "line 3: this is not JSON"),
     (0, "[1]", "line 3: a row is a JSON object"),
     (0, '{"query": "q", "gold": 0}', "line 3: a row of multiple_choice needs 'choices' .list.; it is missing"),
-    (0, '{"query": "q", "choices": ["a", "b"], "gold": "0"}', "line 3: a row of multiple_choice needs 'gold' .int.; it is str"),
-    (0, '{"query": "q", "choices": ["a", "b"], "gold": true}', "line 3: a row of multiple_choice needs 'gold' .int.; it is bool"),
+    (0, '{"query": "q", "choices": ["a", "b"], "gold": "0"}',
+     "line 3: a row of multiple_choice needs 'gold' .int.; it is str"),
+    (0, '{"query": "q", "choices": ["a", "b"], "gold": true}',
+     "line 3: a row of multiple_choice needs 'gold' .int.; it is bool"),
     (0, '{"query": "q", "choices": ["a", "b"], "gold": 2}', "line 3: gold is 2, but there are 2"),
     (0, '{"query": "q", "choices": ["a", "b"], "gold": -1}', "line 3: gold is -1"),
     (0, '{"query": "q", "choices": ["a", 1], "gold": 0}', "line 3: the options must be two texts"),
     (1, '{"context_options": ["a"], "continuation": "x", "gold": 0}', "line 2: the options must be two texts"),
     (2, '{"context": "q"}', "line 2: a row of language_modeling needs 'continuation'"),
-    (2, b"\xff\xfe", "line 2: this is no JSON"),
+    (2, b"\xff\xfe", "line 2: this is not JSON"),
 ])
 def test_a_bad_row_is_told_with_its_file_and_line(bundle, task, line, told):
     path = bundle / "eval_data" / list(ROWS)[task]
@@ -122,15 +128,15 @@ def test_an_empty_or_torn_file_is_told(bundle):
 
 # ---- fetching
 
-class Server(ThreadingHTTPServer):
+class BundleServer(ThreadingHTTPServer):
     """Answers every GET with `data`; `faults`: what to do at the first GET, the second, ..."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", 0), BundleHandler)
         self.data, self.faults, self.count = b"", [], 0
 
 
-class Handler(BaseHTTPRequestHandler):
+class BundleHandler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
@@ -146,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    server = Server()
+    server = BundleServer()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE_URL", f"http://127.0.0.1:{server.server_port}/bundle.zip")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -183,13 +189,13 @@ def test_a_broken_connection_is_tried_again(server):
 
 
 @pytest.mark.parametrize("prepare, told", [
-    (lambda server: server.faults.extend(["cut"] * 9), "cannot be fetched from http"),
+    (lambda server: server.faults.extend(["cut"] * 9), "cannot be downloaded from http"),
     (lambda server: server.faults.append(404), "answers 404"),
-    (lambda server: setattr(server, "data", b"no zip at all"), "no zip file"),
-    (lambda server: setattr(server, "data", server.data[:-300]), "no zip file"),
-    (lambda server: setattr(server, "data", packed({"../core.yaml": YAML})), "would leave the folder"),
-    (lambda server: setattr(server, "data", packed({"x": "y"}, "/abs/")), "would leave the folder"),
-    (lambda server: setattr(server, "data", packed({"x": "y"}, "C:\\abs\\")), "would leave the folder"),
+    (lambda server: setattr(server, "data", b"no zip at all"), "not a readable zip file"),
+    (lambda server: setattr(server, "data", server.data[:-300]), "not a readable zip file"),
+    (lambda server: setattr(server, "data", packed({"../core.yaml": YAML})), "outside of the folder"),
+    (lambda server: setattr(server, "data", packed({"x": "y"}, "/abs/")), "outside of the folder"),
+    (lambda server: setattr(server, "data", packed({"x": "y"}, "C:\\abs\\")), "outside of the folder"),
     (lambda server: setattr(server, "data", packed({"x": "y"})), "no core.yaml"),
     (lambda server: setattr(server, "data", packed({"core.yaml": "[]"})), "no list icl_tasks"),
 ])
@@ -212,22 +218,22 @@ def test_a_flipped_byte_is_seen(server):
 
 
 def test_a_zip_that_swells_is_refused(server, monkeypatch):
-    monkeypatch.setattr(core_bundle, "LARGEST", 100)
-    with pytest.raises(UserError, match="swells"):
+    monkeypatch.setattr(core_bundle, "MAX_UNPACKED", 100)
+    with pytest.raises(UserError, match="would grow to"):
         open_bundle()
 
 
 def test_without_a_network_or_a_folder_it_is_said_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE_URL", "http://127.0.0.1:9/x.zip")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with pytest.raises(NoBundle, match=r"cannot be fetched from http://127.0.0.1:9/x.zip: .*--bundle"):
+    with pytest.raises(BundleUnavailable, match=r"cannot be downloaded from http://127.0.0.1:9/x.zip: .*--bundle"):
         open_bundle()
-    with pytest.raises(NoBundle, match="there is no CORE bundle at"):
+    with pytest.raises(BundleUnavailable, match="there is no CORE bundle at"):
         open_bundle(fetch=False)
-    with pytest.raises(NoBundle, match="there is no folder .*nowhere"):
+    with pytest.raises(BundleUnavailable, match="there is no folder .*nowhere"):
         open_bundle(tmp_path / "nowhere")
     monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE_URL", "bundle.zip")
-    with pytest.raises(NoBundle, match="no address"):
+    with pytest.raises(BundleUnavailable, match="is not a URL"):
         open_bundle()
     assert list(base_dir().iterdir()) == []
 

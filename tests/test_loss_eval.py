@@ -11,7 +11,7 @@ from nanochat.evaluation.loss import evaluate_bpb, log_likelihoods
 from tests.helpers import small_model
 
 
-class Letters:
+class DigraphTokenizer:
     """One token a letter, but "th" is one; 0 is bos."""
 
     def get_bos_token_id(self):
@@ -46,9 +46,10 @@ def test_bits_per_byte_is_nats_over_bytes_of_the_targets_that_count():
 
 @pytest.mark.parametrize("logits_per_batch", [1, 3000, 1 << 24])
 def test_likelihoods_are_those_of_one_choice_at_a_time(logits_per_batch):
-    model, letters = small_model(), Letters()
+    model, letters = small_model(), DigraphTokenizer()
     prompts = ["a cat", "t", "the end of it"]
-    choices = [["s", "nip", "ch", "sup"], ["h", "o", "hus"], [" all", " al", "!"]]  # "t" + "h" is one token: the choice reaches back
+    # "t" + "h" is one token: the choice reaches back
+    choices = [["s", "nip", "ch", "sup"], ["h", "o", "hus"], [" all", " al", "!"]]
     got = log_likelihoods(model, letters, prompts, choices, logits_per_batch)
     for prompt, options, row in zip(prompts, choices, got):
         head = letters.encode(prompt, 0)

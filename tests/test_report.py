@@ -1,4 +1,4 @@
-"""nanochat/report/card.py: what stands in the logs stands in the report, of the right run, whatever is missing."""
+"""nanochat/report: what is in the logs is in the report, of the right run, whatever is missing."""
 
 import json
 import math
@@ -15,9 +15,10 @@ import pytest
 from nanochat.errors import UserError
 from nanochat.files import base_dir, to_json
 from nanochat.logs import RunLog
-from nanochat.report import card as report
-from nanochat.report import plots as report_plots
-from nanochat.report.card import fenced, generate, main, reset, runs_of, shown, spoken
+from nanochat.report import generate, plots, reset
+from nanochat.report.__main__ import main
+from nanochat.report.runs import TITLES, split_runs
+from nanochat.report.sections import HEADING, fenced_block, format_duration, format_number
 
 ROOT = Path(__file__).resolve().parent.parent
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
@@ -29,7 +30,7 @@ def own_working_folder(request, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     if "plots" not in request.node.name and "matplotlib" not in request.node.name:
-        monkeypatch.setattr(report_plots, "draw", lambda runs, folder: {})
+        monkeypatch.setattr(plots, "draw", lambda runs, folder: {})
 
 
 class Log:
@@ -39,7 +40,8 @@ class Log:
         self.path = base_dir() / "logs" / f"{stage}_{tag}.jsonl"
         self.path.parent.mkdir(exist_ok=True)
         self.time = at
-        self("start", stage=stage, tag=tag, config=config, versions={"python": "3.11", "torch": "2.15"}, commit="a" * 40 + "-dirty",
+        self("start", stage=stage, tag=tag, config=config, versions={"python": "3.11", "torch": "2.15"},
+             commit="a" * 40 + "-dirty",
              machine={"system": "Linux", "cpu": "Abacus", "cores": 4, "memory": 8_000_000_000, "gpus": list(gpus)})
 
     def __call__(self, kind, after=0.0, **values):
@@ -50,14 +52,16 @@ class Log:
 
     def train(self, first, last, loss=3.0):
         for step in range(first, last + 1):
-            self("train", after=1, step=step, loss=loss / step, smooth_loss=loss / step, norm=1.0, lr_scale=1 - step / 100,
+            self("train", after=1, step=step, loss=loss / step, smooth_loss=loss / step, norm=1.0,
+                 lr_scale=1 - step / 100,
                  seconds=1.0, tokens_per_second=1000.0 + step, mfu=0.4, tokens=step * 100)
         return self
 
     def graded(self, chance=0.25, **accuracy):
         for name, value in accuracy.items():
             name = name.replace("_", "-")
-            self("task", after=1, name=name, accuracy=value, correct=int(100 * value), count=100, chance=chance, seconds=1.0)
+            self("task", after=1, name=name, accuracy=value, correct=int(100 * value), count=100, chance=chance,
+                 seconds=1.0)
         return self
 
     def end(self, code=0):
@@ -66,7 +70,8 @@ class Log:
 
 def base_run(at=NOON, **start):
     log = Log("base", at=at, depth=4, **start)
-    log("model", parameters=1_234_567, flops_per_token=100, num_iterations=20, tokens=2000, world_size=1, dtype="torch.bfloat16", start=0)
+    log("model", parameters=1_234_567, flops_per_token=100, num_iterations=20, tokens=2000, world_size=1,
+        dtype="torch.bfloat16", start=0)
     log("val", step=0, bpb=2.5)
     log.train(1, 20)
     log("val", step=20, bpb=0.8287)
@@ -99,19 +104,25 @@ def is_a_picture(path):
 def whole_run():
     base_run(gpus=["H100"] * 2)
     Log("base_eval", at=NOON + timedelta(minutes=2))("loss", train_bpb=0.8, val_bpb=0.83, samples=["x >>> y"])(
-        "core", core=0.1796, max_per_task=500, seconds=3.0, tasks={"hellaswag": {"accuracy": 0.41, "centered": 0.21}}).end()
-    mid = Log("mid", at=NOON + timedelta(minutes=3))("model", parameters=1_234_567, num_iterations=5, start=0).train(1, 5)
+        "core", core=0.1796, max_per_task=500, seconds=3.0,
+        tasks={"hellaswag": {"accuracy": 0.41, "centered": 0.21}}).end()
+    mid = Log("mid", at=NOON + timedelta(minutes=3))("model", parameters=1_234_567, num_iterations=5, start=0)
+    mid.train(1, 5)
     mid("val", step=5, bpb=0.4116)("done", step=5, seconds=5.0).end()
     Log("chat_eval_mid", at=NOON + timedelta(minutes=4)).graded(ARC_Easy=0.3, MMLU=0.31)(
         "chatcore", chatcore=0.07, tasks={}, data="hub").end()
     sft = Log("sft", at=NOON + timedelta(minutes=5))("model", num_iterations=5, start=0).train(1, 5)
     sft("val", step=5, loss=1.0657)("done", step=5, seconds=5.0).end()
-    Log("chat_eval_sft", at=NOON + timedelta(minutes=6)).graded(ARC_Challenge=0.2782, ARC_Easy=0.3864, GSM8K=0.0455, HumanEval=0.0549,
+    Log("chat_eval_sft", at=NOON + timedelta(minutes=6)).graded(ARC_Challenge=0.2782, ARC_Easy=0.3864, GSM8K=0.0455,
+                                                                HumanEval=0.0549,
                                                                 MMLU=0.3166, SpellingBee=0.99)(
         "chatcore", chatcore=0.2322, tasks={}, data="hub").end()
-    rl = Log("rl", at=NOON + timedelta(minutes=7))("model", num_iterations=2, start=0)("pass", step=0, **{"pass@1": 0.1, "pass@8": 0.2})
-    rl("rl", after=1, step=1, reward=0.5, kept_groups=3, sequence_length=90.0, loss=0.1, norm=1.0, lr_scale=1.0, seconds=1.0)
-    rl("rl", after=1, step=2, reward=0.6, kept_groups=3, sequence_length=95.0, loss=0.1, norm=1.0, lr_scale=0.5, seconds=1.0)
+    rl = Log("rl", at=NOON + timedelta(minutes=7))("model", num_iterations=2, start=0)
+    rl("pass", step=0, **{"pass@1": 0.1, "pass@8": 0.2})
+    rl("rl", after=1, step=1, reward=0.5, kept_groups=3, sequence_length=90.0, loss=0.1, norm=1.0, lr_scale=1.0,
+       seconds=1.0)
+    rl("rl", after=1, step=2, reward=0.6, kept_groups=3, sequence_length=95.0, loss=0.1, norm=1.0, lr_scale=0.5,
+       seconds=1.0)
     rl("pass", step=2, **{"pass@1": 0.15, "pass@8": 0.25})("done", step=2, seconds=2.0).end()
     Log("chat_eval_rl", at=NOON + timedelta(minutes=60)).graded(chance=0, GSM8K=0.0777).end()
 
@@ -120,7 +131,7 @@ def test_the_table_of_a_whole_run():
     whole_run()
     path = generate()
     text = path.read_text()
-    assert path == Path("report.md") and text.startswith(report.TITLE)
+    assert path == Path("report.md") and text.startswith(HEADING)
     assert text == (base_dir() / "report" / "report.md").read_text()
     summary = text[text.index("## Summary"):]
     assert cells(summary, "task") == ["BASE", "MID", "SFT", "RL", "published d20"]
@@ -138,7 +149,8 @@ def test_the_table_of_a_whole_run():
 def test_time_machine_and_cost():
     whole_run()
     text = generate(hourly_price=24).read_text()
-    assert "Abacus, 4 cores, 8.0 GB of memory; GPUs: 2 × H100" in text and "commit: aaaaaaaaaaaa-dirty" in text and "torch 2.15" in text
+    assert "Abacus, 4 cores, 8.0 GB of memory; GPUs: 2 × H100" in text
+    assert "commit: aaaaaaaaaaaa-dirty" in text and "torch 2.15" in text
     assert cells(text, "Base model")[0] == "20 s" and cells(text, "RL")[0] == "2.0 s"
     # 3601 seconds from noon to the end of the last; stages: 20 + 0 + 5 + 2 + 5 + 6 + 2 + 1
     assert "first start to the last end: **1 h 0 min**; all stages together 41 s" in text
@@ -158,8 +170,10 @@ def test_results_of_the_stages():
     text = generate().read_text()
     base = text[text.index("## Base model\n"):text.index("## Base model, evaluation")]
     assert cells(base, "parameters") == ["1,234,567"] and cells(base, "steps") == ["20 of 20"]
-    assert cells(base, "validation bits per byte at the end") == cells(base, "validation bits per byte, lowest") == ["0.8287"]
-    assert cells(base, "training loss at the end, smoothed") == ["0.1500"] and cells(base, "tokens a second, median") == ["1,010"]
+    assert cells(base, "validation bits per byte at the end") == ["0.8287"]
+    assert cells(base, "validation bits per byte, lowest") == ["0.8287"]
+    assert cells(base, "training loss at the end, smoothed") == ["0.1500"]
+    assert cells(base, "tokens a second, median") == ["1,010"]
     assert cells(base, "model FLOPs utilisation, median") == ["40.0%"] and "depth `4`" in base
     assert "~~~text\na ~~~ b\n\n<|bos|>second\n~~~" in base
     assert cells(text, "hellaswag") == ["0.4100", "0.2100"] and cells(text, "loss: val_bpb") == ["0.8300"]
@@ -194,11 +208,13 @@ def test_without_matplotlib_the_report_says_how_to_get_plots(monkeypatch):
 
 def test_a_small_world_has_a_table_of_its_own():
     base_run()
-    Log("base_eval", at=NOON + timedelta(minutes=1))("small_world", world=0.9, people=0.8, untrained=0.2, chance=0.21).end()
+    Log("base_eval", at=NOON + timedelta(minutes=1))("small_world", world=0.9, people=0.8, untrained=0.2,
+                                                     chance=0.21).end()
     for minute, stage, more in ((2, "chat_eval_mid", 0.0), (3, "chat_eval_sft", 0.1)):
         log = Log(stage, at=NOON + timedelta(minutes=minute))
         log.graded(chance=0.09, World_Questions=0.5 + more).graded(chance=0.25, World_Choice=0.4 + more)
-        log.graded(chance=0.0, World_Sums=0.7 + more, SpellingBee=0.6 + more)("chatcore", chatcore=0.33 + more, data="small-world").end()
+        log.graded(chance=0.0, World_Sums=0.7 + more, SpellingBee=0.6 + more)
+        log("chatcore", chatcore=0.33 + more, data="small-world").end()
     text = generate().read_text()
     world = text[text.index("The built-in small world"):]
     assert cells(world, "task") == ["BASE", "MID", "SFT", "RL", "chance"]
@@ -209,6 +225,21 @@ def test_a_small_world_has_a_table_of_its_own():
     assert cells(world, "SpellingBee") == ["-", "0.6000", "0.7000", "-", "0.0000"]
     assert cells(world, "mean above chance") == ["-", "0.3300", "0.4300", "-", "0"]
     assert cells(text, "ChatCORE") == ["-", "-", "-", "-", "0.2322"]  # it is another mean, over other tasks
+
+
+def test_the_numbers_of_a_whole_run_are_tabled_from_its_logs_and_written(tmp_path, capsys):
+    from bench import speedrun
+    from tests.test_bench import run, table_of
+    whole_run()
+    text, found = run(speedrun.main, capsys, tmp_path)
+    assert ["base",
+            "20 s"] in table_of(text) and "python -m bench.speedrun" in text and found["wall_clock_seconds"] == 3601
+    times = {row["stage"]: row["seconds"] for row in found["rows"] if "stage" in row}
+    scores = {(row["column"], row["task"]): (row["score"], row["chance"]) for row in found["rows"] if "task" in row}
+    assert times["base"] == 20 and times["chat_eval_sft"] == 6
+    assert all(row["finished"] for row in found["rows"] if "stage" in row)
+    assert scores["BASE", "CORE"] == (0.1796, None) and scores["SFT", "MMLU"] == (0.3166, 0.25)
+    assert scores["RL", "GSM8K"] == (0.0777, 0) and found["tag"] == "d4"
 
 
 # ---- which run counts
@@ -226,24 +257,27 @@ def test_only_the_last_finished_run_of_a_log_counts():
 def test_a_run_that_was_stopped_and_went_on_is_one_run():
     log = Log("base")("model", num_iterations=20, start=0).train(1, 12, loss=100)
     log("val", step=5, bpb=2.0)("val", step=12, bpb=9.0).end(code=130)
-    log = Log("base", at=NOON + timedelta(hours=1))("model", num_iterations=20, start=10).train(11, 15)  # killed: no end
+    # killed: no end
+    log = Log("base", at=NOON + timedelta(hours=1))("model", num_iterations=20, start=10).train(11, 15)
     log = Log("base", at=NOON + timedelta(hours=2))("model", num_iterations=20, start=15).train(16, 20)
     log("val", step=20, bpb=1.5)("done", step=20, seconds=5.0).end()
-    runs = runs_of([json.loads(line) for line in log.path.read_text().splitlines()])
-    assert len(runs) == 1 and runs[0].stopped == 2 and runs[0].finished
+    runs = split_runs([json.loads(line) for line in log.path.read_text().splitlines()])
+    assert len(runs) == 1 and runs[0].resumes == 2 and runs[0].finished
     steps, losses = runs[0].series("train", "loss")
-    assert steps == list(range(1, 21)) and losses[9:11] == [10.0, 3 / 11]  # what was trained twice counts as it was the second time
+    # what was trained twice counts as it was the second time
+    assert steps == list(range(1, 21)) and losses[9:11] == [10.0, 3 / 11]
     assert runs[0].series("val", "bpb") == ([5, 20], [2.0, 1.5])
     assert runs[0].seconds == 12 + 5 + 5
     text = generate().read_text()
-    assert "stopped and gone on 2 times" in text and "Total wall-clock time: 2 h 0 min" in text and "not finished" not in text
+    assert "stopped and resumed 2 times" in text and "Total wall-clock time: 2 h 0 min" in text
+    assert "not finished" not in text
 
 
 def test_a_fresh_run_after_an_old_one_is_another_run():
     base_run()
     log = base_run(at=NOON + timedelta(hours=1))
-    runs = runs_of([json.loads(line) for line in log.path.read_text().splitlines()])
-    assert len(runs) == 2 and all(run.finished and not run.stopped for run in runs)
+    runs = split_runs([json.loads(line) for line in log.path.read_text().splitlines()])
+    assert len(runs) == 2 and all(run.finished and not run.resumes for run in runs)
 
 
 def test_a_run_that_still_trains_is_reported_as_not_finished():
@@ -254,11 +288,13 @@ def test_a_run_that_still_trains_is_reported_as_not_finished():
 
 def test_the_newest_model_is_taken_and_another_can_be_named():
     base_run()
-    Log("base", tag="d8", at=NOON - timedelta(hours=1))("model", parameters=8, start=0).train(1, 3)("done", step=3).end()
+    other = Log("base", tag="d8", at=NOON - timedelta(hours=1))("model", parameters=8, start=0)
+    other.train(1, 3)("done", step=3).end()
     Log("tok_train", tag="tokenizer", at=NOON - timedelta(hours=2))("tokenizer", vocab_size=2048, seconds=3.5).end()
     assert "Model `d4`" in generate().read_text()
     text = generate(tag="d8").read_text()
-    assert "Model `d8`" in text and cells(text, "parameters") == ["8"] and cells(text, "tokenizer: vocab_size") == ["2,048"]
+    assert "Model `d8`" in text and cells(text, "parameters") == ["8"]
+    assert cells(text, "tokenizer: vocab_size") == ["2,048"]
     with pytest.raises(UserError, match="no log of a model named 'd9'.*d4, d8"):
         generate(tag="d9")
 
@@ -275,48 +311,56 @@ def test_no_log_at_all_is_said():
     assert not (base_dir() / "report").exists() and not Path("report.md").exists()
 
 
-@pytest.mark.parametrize("stage", report.STAGES)
+@pytest.mark.parametrize("stage", TITLES)
 def test_records_without_their_fields_do_no_harm_nor_to_plots(stage):
     path = base_dir() / "logs" / f"{stage}_d4.jsonl"
     path.parent.mkdir()
-    kinds = ("model", "train", "val", "samples", "checkpoint", "done", "loss", "core", "small_world", "task", "chatcore", "rl", "pass",
+    kinds = ("model", "train", "val", "samples", "checkpoint", "done", "loss", "core", "small_world", "task",
+             "chatcore", "rl", "pass",
              "packing", "diverged", "end")
     odd = [{"kind": kind} for kind in kinds] + [
-        {"kind": "train", "step": None, "loss": "x"}, {"kind": "val", "step": 3, "bpb": None}, {"kind": "core", "tasks": {"a": None}},
-        {"kind": "samples", "texts": "no list"}, {"kind": "task", "name": None, "accuracy": None}, {"kind": "pass", "pass@1": None},
-        {"kind": "model", "start": "x", "parameters": 0}, {"kind": 3}, {"time": "yesterday", "kind": "train"}, {"no": "kind"}]
+        {"kind": "train", "step": None, "loss": "x"}, {"kind": "val", "step": 3, "bpb": None},
+        {"kind": "core", "tasks": {"a": None}},
+        {"kind": "samples", "texts": "no list"}, {"kind": "task", "name": None, "accuracy": None},
+        {"kind": "pass", "pass@1": None},
+        {"kind": "model", "start": "x", "parameters": 0}, {"kind": 3}, {"time": "yesterday", "kind": "train"},
+        {"no": "kind"}]
     for start in ({"kind": "start", "stage": stage, "tag": "d4"},
-                  {"kind": "start", "stage": stage, "tag": "d4", "time": 5, "config": None, "machine": None, "versions": None}):
+                  {"kind": "start", "stage": stage, "tag": "d4", "time": 5, "config": None, "machine": None,
+                   "versions": None}):
         path.write_text("".join(json.dumps(row) + "\n" for row in [start, *odd]))
-        assert generate().read_text().startswith(report.TITLE)
+        assert generate().read_text().startswith(HEADING)
 
 
 def test_numbers_that_are_none_are_shown_as_none_and_do_not_stop_the_plots():
     log = Log("base")("model", num_iterations=4, start=0)
     for step, loss in enumerate((2.0, math.nan, math.inf, 1.0), start=1):
-        log("train", after=1, step=step, loss=loss, smooth_loss=math.nan, lr_scale=1.0, tokens_per_second=math.inf, mfu=None)
+        log("train", after=1, step=step, loss=loss, smooth_loss=math.nan, lr_scale=1.0, tokens_per_second=math.inf,
+            mfu=None)
     log("val", step=4, bpb=math.nan)("done", step=4, bpb=math.nan, seconds=math.nan).end()
     Log("chat_eval_sft").graded(MMLU=0.5)("task", name="GSM8K", accuracy=math.nan).end()
     text = generate().read_text()
-    assert cells(text[text.index("## Summary"):], "GSM8K")[:4] == ["-"] * 4 and "nan" not in text.lower().replace("nanochat", "")
+    assert cells(text[text.index("## Summary"):],
+                 "GSM8K")[:4] == ["-"] * 4 and "nan" not in text.lower().replace("nanochat", "")
 
 
 def test_names_with_bars_stay_in_their_cell_and_samples_in_their_fence():
     Log("chat_eval_sft", task_name="ARC-Easy|GSM8K")("task", name="a|b", accuracy=0.5).end()
     assert "| a\\|b |" in generate().read_text()
-    assert fenced(["x\n~~~~\n# no title"]).startswith("~~~~~text\n")
+    assert fenced_block(["x\n~~~~\n# no title"]).startswith("~~~~~text\n")
 
 
 @pytest.mark.parametrize("seconds, text", [(0.42, "0.4 s"), (42, "42 s"), (200, "3 min 20 s"), (3599.9, "1 h 0 min"),
                                            (11_700, "3 h 15 min")])
 def test_times_as_a_person_says_them(seconds, text):
-    assert spoken(seconds) == text
+    assert format_duration(seconds) == text
 
 
-@pytest.mark.parametrize("value, text", [(0.17964, "0.1796"), (None, "-"), (math.nan, "-"), (True, "-"), ("x", "-"), (12345.6, "12,346"),
+@pytest.mark.parametrize("value, text", [(0.17964, "0.1796"), (None, "-"), (math.nan, "-"), (True, "-"), ("x", "-"),
+                                         (12345.6, "12,346"),
                                          (7, "7"), (-0.5, "-0.5000")])
 def test_numbers_as_the_report_shows_them(value, text):
-    assert shown(value) == text
+    assert format_number(value) == text
 
 
 # ---- the command
@@ -337,7 +381,7 @@ def test_generate_reset_and_what_was_there_before(capsys):
     assert "there was no report" in capsys.readouterr().out and reset() is None
     main([])  # generate is what it does unless told otherwise
     assert (base_dir() / "report" / "report.md").exists() and not Path("report.md.old2").exists()
-    with pytest.raises(UserError, match="not to 'shred'"):
+    with pytest.raises(UserError, match="not 'shred'"):
         main(["shred"])
 
 
@@ -363,8 +407,10 @@ def test_a_real_log_is_reported_by_the_command(tmp_path):
         log.record("model", parameters=3, start=0, num_iterations=1)
         log.record("train", step=1, loss=2.5, smooth_loss=2.5)
         log.record("done", step=1, seconds=0.1)
-    done = subprocess.run([sys.executable, "-m", "nanochat.report", "generate", "--hourly-price=24"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "nanochat.report", "generate", "--hourly-price=24"],
+                          capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and "the report is in" in done.stdout, done.stderr
     text = Path("report.md").read_text()
-    assert cells(text, "training loss at the end, smoothed") == ["2.5000"] and "24.00 dollars" in text and "torch" in text
+    assert cells(text,
+                 "training loss at the end, smoothed") == ["2.5000"] and "24.00 dollars" in text and "torch" in text

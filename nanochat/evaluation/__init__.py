@@ -1,1 +1,1 @@
-"""How good a model is: bits per byte, CORE, chat tasks."""
+"""Evaluation of models: bits per byte (loss), CORE (core, core_bundle), chat tasks (chat)."""

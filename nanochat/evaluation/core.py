@@ -1,12 +1,14 @@
-"""CORE: how well a base model does on DCLM's tasks, each centred so that guessing gives 0 and all right gives 1; the mean over them.
+"""CORE: the score of a base model on the 22 tasks of DCLM, the mean over tasks of accuracy centred on chance.
 
     result = evaluate_core(model, tokenizer, open_bundle(), max_per_task=500, ranks=ranks, say=print)
     result.core, result.tasks["arc_easy"].accuracy, result.tasks["arc_easy"].centered
 
-Three kinds of task. Multiple choice and schema: of several texts, the one whose last part has the lowest mean loss a token is the answer.
-Language modelling: right where every token of the continuation is the likeliest one. `judge_plain` is the definition, one prompt at a time;
-`judge` gives the same answers: what prompts begin with in common goes through the model once, prompts go in batches, and only positions
-that are judged go through the head.
+Centred accuracy is (accuracy − chance) / (1 − chance): 0 for guessing, 1 for all examples right. There are three kinds
+of task. Multiple choice and schema: among several texts, the model chooses the one whose scored part has the lowest
+mean loss a token. Language modelling: an example is right if every token of the continuation is the greedy one.
+
+`score_plain` is the definition, one prompt at a time. `score_questions` gives the same results faster: a prefix that
+several prompts share goes through the model once, prompts are batched, and only scored positions go through the head.
 """
 
 import math
@@ -28,18 +30,23 @@ from nanochat.errors import UserError
 from nanochat.evaluation.core_bundle import Bundle, CoreTask, open_bundle
 from nanochat.gpt import padded
 
-ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-POSITIONS = 10  # prompts may be this many times as long as sequence_len, as in the published code, which then fails; ours cuts on the left
-TOKENS_AT_ONCE = {"cuda": 1 << 15, "cpu": 1 << 11}  # through the model, padding included; what falls out of its caches is slow on a CPU
-LOGITS_AT_ONCE = 1 << 26  # 256 MB of float32
-IDS_AT_ONCE = 1 << 22  # ids of prompts held in memory and searched for common beginnings
-WORTH_SHARING = 32  # tokens saved, below which going through the model in two steps costs more
-NEAR = 1e-3  # nats, or logits: what is closer than this in float32 is judged anew one prompt at a time; batches differ by some 1e-5
+ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+MAX_LENGTH_FACTOR = 10  # longest prompt in units of sequence_len, as published; longer ones failed there, ours are cut
+BATCH_TOKENS = {"cuda": 1 << 15, "cpu": 1 << 11}  # in one forward, padding included; a CPU is slow beyond its caches
+MAX_LOGITS = 1 << 26  # in memory at once: 256 MB of float32
+MAX_PROMPT_IDS = 1 << 22  # of the prompts that are in memory, and searched for shared prefixes, at once
+MIN_TOKENS_SAVED = 32  # by a shared prefix; below that, the second forward costs more than it saves
+TIE_MARGIN = 1e-3  # nats or logits; closer results are scored again one by one, since batches differ by about 1e-5
 
 
 @dataclass(frozen=True)
 class Question:
-    """Prompts as ids, bos first, each judged on its tokens from `starts` on. gold: the right one; None for language modelling."""
+    """An example as token ids.
+
+    prompts: ids of each choice with its context, BOS first; one prompt for language modelling.
+    starts: index of the first scored id of each prompt; all ids from there on are scored.
+    gold: index of the right prompt; None for language modelling.
+    """
 
     prompts: list[list[int]]
     starts: list[int]
@@ -47,292 +54,340 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What came of a question. losses: mean nats a judged token of each prompt (NaN where nothing is judged)."""
+class ExampleResult:
+    """Result of a question. losses: mean nats a scored token of each prompt; NaN where no token is scored."""
 
     correct: bool
     losses: list[float]
 
 
 @dataclass
-class TaskResult:
-    """accuracy, and the same centred: 0 for guessing, 1 for all right; verdicts in the order of the examples."""
+class CoreTaskResult:
+    """Result of a task. centered: accuracy centred on chance. examples: in the order of the task's examples."""
 
     accuracy: float
     centered: float
     seconds: float
-    verdicts: list[Verdict] = field(repr=False)
+    examples: list[ExampleResult] = field(repr=False)
 
 
 @dataclass
 class CoreResult:
-    """core: the mean of `centered` over tasks, by label."""
+    """core: the mean of the centred accuracies. tasks: result of each task, by label."""
 
     core: float
-    tasks: dict[str, TaskResult]
+    tasks: dict[str, CoreTaskResult]
     seconds: float
     max_per_task: int
 
     def record(self) -> dict[str, Any]:
-        """What a log keeps of it."""
+        """The values that go into a log."""
         return {"core": self.core, "max_per_task": self.max_per_task, "seconds": self.seconds,
-                "tasks": {label: {"accuracy": task.accuracy, "centered": task.centered} for label, task in self.tasks.items()}}
+                "tasks": {label: {"accuracy": task.accuracy, "centered": task.centered}
+                          for label, task in self.tasks.items()}}
 
 
-def bundle_of_ranks(folder: str | Path | None, ranks: Ranks, *, fetch: bool = True, say: Callable[[str], None] = print) -> Bundle:
-    """`open_bundle` for all ranks: rank 0 looks for it, and fetches it where it may; what goes wrong is raised on all. Collective."""
+def bundle_of_ranks(folder: str | Path | None, ranks: Ranks, *, fetch: bool = True, say: Callable[[str], None] = print
+                    ) -> Bundle:
+    """Call `open_bundle` on rank 0, which may download the bundle, and return its result on all ranks. Collective.
+
+    An error is raised on all ranks.
+    """
     return _on_main(lambda: open_bundle(folder, fetch=fetch, say=say), ranks)
 
 
-def check_bundle(bundle: Bundle, max_per_task: int, ranks: Ranks = ALONE) -> None:
-    """Read everything that will be asked, so that what is wrong with the last task is told before the first one. Collective.
+def check_bundle(bundle: Bundle, max_per_task: int, ranks: Ranks = ONE_RANK) -> None:
+    """Read all examples, so that an error in the last task is reported before the first task is evaluated. Collective.
 
-    Raises UserError, on all ranks alike.
+    Raises UserError, the same on all ranks.
     """
     def read() -> None:
         bundle.check()
         for task in bundle.tasks:
-            examples_of(task, max_per_task)
+            load_examples(task, max_per_task)
     _on_main(read, ranks)
 
 
 def _on_main(fn: Callable[[], Any], ranks: Ranks) -> Any:
-    """What fn returns on rank 0, on all ranks; a UserError it raises is raised on all."""
-    found = None
+    """Call fn on rank 0; return its result, or raise its UserError, on all ranks."""
+    result = None
     if ranks.is_main:
         try:
-            found = fn()
+            result = fn()
         except UserError as error:
-            found = error
-    found = broadcast_object(found, ranks)
-    if isinstance(found, UserError):
-        raise found
-    return found
+            result = error
+    result = broadcast_object(result, ranks)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 # ---- prompts
 
-def examples_of(task: CoreTask, max_per_task: int = -1) -> list[dict[str, Any]]:
-    """The rows of a task in the order they are asked, cut to max_per_task (-1: all). Raises UserError if too few are left."""
-    rows = task.rows()
-    random.Random(1337).shuffle(rows)
+def load_examples(task: CoreTask, max_per_task: int = -1) -> list[dict[str, Any]]:
+    """Return the examples of a task in the published random order, the first max_per_task of them (-1: all).
+
+    Raises UserError where too few are left for the few-shot prompts.
+    """
+    examples = task.rows()
+    random.Random(1337).shuffle(examples)
     if max_per_task > 0:
-        rows = rows[:max_per_task]
-    if len(rows) <= task.shots:
-        raise UserError(f"the CORE task {task.label} puts {task.shots} other examples before each question, but has only {len(rows)} rows: "
-                        f"use --max-per-task={task.shots + 1} or more")
-    return rows
+        examples = examples[:max_per_task]
+    if len(examples) <= task.shots:
+        raise UserError(f"the CORE task {task.label} puts {task.shots} other examples before each question, but has "
+                        f"only {len(examples)} rows: use --max-per-task={task.shots + 1} or more")
+    return examples
 
 
-def texts_of(task: CoreTask, rows: list[dict[str, Any]], i: int) -> list[str]:
-    """The prompts of example i as texts: one for each choice; for language modelling, without and with the continuation."""
-    others = [j + (j >= i) for j in random.Random(1234 + i).sample(range(len(rows) - 1), task.shots)]
-    between, row = task.delimiter, rows[i]
+def prompt_texts(task: CoreTask, examples: list[dict[str, Any]], i: int) -> list[str]:
+    """Return the few-shot prompts of example i.
+
+    Multiple choice and schema: one text for each choice. Language modelling: two, without and with the continuation.
+    """
+    drawn = random.Random(1234 + i).sample(range(len(examples) - 1), task.shots)
+    shots = [examples[j + (j >= i)] for j in drawn]  # any example but i
+    delimiter, asked = task.delimiter, examples[i]
     if task.kind == "multiple_choice":
-        before = [f"{r['query']}{between}{r['choices'][r['gold']]}" for r in map(rows.__getitem__, others)]
-        asked = [f"{row['query']}{between}{choice}" for choice in row["choices"]]
+        before = [f"{row['query']}{delimiter}{row['choices'][row['gold']]}" for row in shots]
+        last = [f"{asked['query']}{delimiter}{choice}" for choice in asked["choices"]]
     elif task.kind == "schema":
-        before = [f"{r['context_options'][r['gold']]}{between}{r['continuation']}" for r in map(rows.__getitem__, others)]
-        asked = [f"{context}{between}{row['continuation']}" for context in row["context_options"]]
+        before = [f"{row['context_options'][row['gold']]}{delimiter}{row['continuation']}"
+                  for row in shots]
+        last = [f"{context}{delimiter}{asked['continuation']}" for context in asked["context_options"]]
     else:
-        before = [f"{r['context'].strip()}{between}{r['continuation']}" for r in map(rows.__getitem__, others)]
-        context = f"{row['context'].strip()}{between}"
-        asked = [context, context + row["continuation"]]
-    texts = ["\n\n".join([*before, last]) for last in asked]
+        before = [f"{row['context'].strip()}{delimiter}{row['continuation']}" for row in shots]
+        context = f"{asked['context'].strip()}{delimiter}"
+        last = [context, context + asked["continuation"]]
+    texts = ["\n\n".join([*before, text]) for text in last]
     if task.kind == "language_modeling":
-        texts[0] = texts[0].rstrip()  # a space there would be a token of its own, which the continuation's first one takes in
+        texts[0] = texts[0].rstrip()  # in the whole text, the first token of the continuation begins with that space
     return texts
 
 
-def question_of(tokenizer, task: CoreTask, rows: list[dict[str, Any]], i: int) -> Question:
-    """Example i of a task as ids. Raises UserError where the continuation's tokens do not stand behind the context's."""
-    return _question(task, rows, i, tokenizer.encode(texts_of(task, rows, i), prepend=tokenizer.get_bos_token_id()))
+def make_question(tokenizer, task: CoreTask, examples: list[dict[str, Any]], i: int) -> Question:
+    """Return example i of a task as token ids.
+
+    Raises UserError where the ids of the context are not a prefix of the ids of context and continuation.
+    """
+    texts = prompt_texts(task, examples, i)
+    return _question(task, examples, i, tokenizer.encode(texts, prepend=tokenizer.get_bos_token_id()))
 
 
-def _question(task: CoreTask, rows: list[dict[str, Any]], i: int, prompts: list[list[int]]) -> Question:
-    if task.kind == "multiple_choice":
-        return Question(prompts, [common(prompts)] * len(prompts), rows[i]["gold"])
-    if task.kind == "schema":
-        shared = common([prompt[::-1] for prompt in prompts])
-        return Question(prompts, [len(prompt) - shared for prompt in prompts], rows[i]["gold"])
+def _question(task: CoreTask, examples: list[dict[str, Any]], i: int, prompts: list[list[int]]) -> Question:
+    """`make_question` from the encoded texts."""
+    if task.kind == "multiple_choice":  # a common context: the choices are scored
+        return Question(prompts, [common_prefix(prompts)] * len(prompts), examples[i]["gold"])
+    if task.kind == "schema":  # a common continuation, which is scored
+        shared = common_prefix([prompt[::-1] for prompt in prompts])
+        return Question(prompts, [len(prompt) - shared for prompt in prompts], examples[i]["gold"])
     context, whole = prompts
     if len(whole) <= len(context) or whole[:len(context)] != context:
-        raise UserError(f"the CORE task {task.label}, example {i} after the shuffle: with this tokenizer the ids of the context are not a "
-                        f"beginning of those of context and continuation, so there is nothing to judge ({rows[i]['continuation']!r})")
+        raise UserError(f"the CORE task {task.label}, example {i} after the shuffle: with this tokenizer, the ids of "
+                        "the context are not a prefix of the ids of context and continuation, so that there is nothing "
+                        f"to score ({examples[i]['continuation']!r})")
     return Question([whole], [len(context)], None)
 
 
-def common(rows: list[list[int]]) -> int:
-    """How many ids all rows begin with in common."""
-    low, high = min(rows), max(rows)  # in the order of lists, all others lie between these two
+def common_prefix(sequences: list[list[int]]) -> int:
+    """Return the length of the longest prefix that all sequences share."""
+    low, high = min(sequences), max(sequences)  # in lexicographic order, all others lie between these two
     shorter = min(len(low), len(high))
-    # bisection over slices: comparing them runs in C, a loop over ids does not
+    # bisection over slices: they are compared in C, faster than a loop over ids
     return bisect_left(range(1, shorter + 1), True, key=lambda n: low[:n] != high[:n])
 
 
-def cut(question: Question, longest: int) -> Question:
-    """The question with its prompts cut to their last `longest` ids; what is judged moves along."""
+def cut_left(question: Question, longest: int) -> Question:
+    """Return the question with each prompt cut to its last `longest` ids; one id stays before the scored ones."""
     if max(map(len, question.prompts)) <= longest:
         return question
-    off = [max(0, len(prompt) - longest) for prompt in question.prompts]
-    return Question([prompt[n:] for prompt, n in zip(question.prompts, off)],
-                    [max(1, start - n) for start, n in zip(question.starts, off)], question.gold)
+    removed = [max(0, len(prompt) - longest) for prompt in question.prompts]
+    return Question([prompt[n:] for prompt, n in zip(question.prompts, removed)],
+                    [max(1, start - n) for start, n in zip(question.starts, removed)], question.gold)
 
 
-# ---- one at a time: the definition
+# ---- scoring one prompt at a time: the definition
 
 @torch.no_grad()
-def judge_plain(model, question: Question) -> Verdict:
-    """Judge with a full forward of each prompt by itself."""
-    losses, hits = [], []
+def score_plain(model, question: Question) -> ExampleResult:
+    """Score a question with one full forward for each prompt."""
+    losses, greedy = [], []
     for prompt, start in zip(question.prompts, question.starts):
         ids = torch.tensor([prompt], device=model.device)
         logits = model(ids)[0, start - 1:-1]
         targets = ids[0, start:]
         losses.append(float(F.cross_entropy(logits, targets)) if len(targets) else math.nan)
-        hits.append(bool((logits.argmax(-1) == targets).all()))
-    return decide(question, losses, hits[0])
+        greedy.append(bool((logits.argmax(-1) == targets).all()))
+    return _result(question, losses, greedy[0])
 
 
-def decide(question: Question, losses: list[float], hit: bool) -> Verdict:
-    """The prompt with the lowest loss is chosen, the first of equal ones; for language modelling, `hit` says it all.
+def _result(question: Question, losses: list[float], greedy: bool) -> ExampleResult:
+    """Choose the prompt with the lowest loss, the first in a tie; language modelling: `greedy` is the result.
 
-    A choice that is a beginning of another one has nothing to judge and NaN as its loss: chosen only if it stands first, as published.
+    A choice that is a prefix of another choice has no scored token and the loss NaN. min() takes it only where it comes
+    first, as the published evaluation does.
     """
-    return Verdict(hit if question.gold is None else losses.index(min(losses)) == question.gold, losses)
+    correct = greedy if question.gold is None else losses.index(min(losses)) == question.gold
+    return ExampleResult(correct, losses)
 
 
-# ---- many at a time
+# ---- scoring in batches with shared prefixes
 
 @dataclass
-class _Row:
-    """ids (without the last one of the prompt, which is only predicted), and the prompts that have just these: (question, prompt)."""
+class _Sequence:
+    """Input ids of one or several prompts: all but their last id, which is only a target.
+
+    start: the lowest first scored index of these prompts. prompts: (index of the question, index of the prompt in it).
+    """
 
     ids: list[int]
-    start: int  # the first judged id of any of them
-    asked: list[tuple[int, int]]
+    start: int
+    prompts: list[tuple[int, int]]
 
 
 @torch.no_grad()
-def judge(model, questions: list[Question], tokens_at_once: int | None = None) -> list[Verdict]:
-    """Judge all questions as `judge_plain` judges each. tokens_at_once: through the model, padding included; None goes by the device.
+def score_questions(model, questions: list[Question], batch_tokens: int | None = None) -> list[ExampleResult]:
+    """Score all questions in batches, with the results of `score_plain`.
 
-    In float32 what comes out too close to call is judged anew by `judge_plain`, so that answers do not depend on what is in a batch.
+    In float32, a question whose result is nearly a tie is scored again by `score_plain`, so that no result depends on
+    what else is in its batch.
+
+    Args:
+        model: a GPT.
+        questions: what to score.
+        batch_tokens: tokens in one forward, padding included; None takes the default of the device.
     """
-    budget = tokens_at_once or TOKENS_AT_ONCE.get(model.device.type, 1 << 13)
+    budget = batch_tokens or BATCH_TOKENS.get(model.device.type, 1 << 13)
     losses = [[math.nan] * len(question.prompts) for question in questions]
     margins = [[math.inf] * len(question.prompts) for question in questions]
-    for rows, hidden, offsets in _passes(model, _groups(_rows(questions), 4 * budget), budget):
-        _score(model, questions, rows, hidden, offsets, losses, margins)
-    verdicts = []
+    for sequences, hidden, offsets in _forward(model, _prefix_groups(_sequences(questions), 4 * budget), budget):
+        _score(model, questions, sequences, hidden, offsets, losses, margins)
+    results = []
     for question, loss, margin in zip(questions, losses, margins):
-        if model.dtype == torch.float32 and _close(question, loss, margin):
-            verdicts.append(judge_plain(model, question))
+        if model.dtype == torch.float32 and _nearly_tied(question, loss, margin):
+            results.append(score_plain(model, question))
         else:
-            verdicts.append(decide(question, loss, margin[0] > 0))
-    return verdicts
+            results.append(_result(question, loss, margin[0] > 0))
+    return results
 
 
-def _close(question: Question, losses: list[float], margins: list[float]) -> bool:
+def _nearly_tied(question: Question, losses: list[float], margins: list[float]) -> bool:
     if question.gold is None:
-        return abs(margins[0]) < NEAR
+        return abs(margins[0]) < TIE_MARGIN
     first, second, *_ = [*sorted(loss for loss in losses if not math.isnan(loss)), math.inf, math.inf]
-    return second - first < NEAR
+    return second - first < TIE_MARGIN
 
 
-def _rows(questions: list[Question]) -> list[_Row]:
-    """All different rows of the questions, in the order of lists: what begins alike stands together."""
-    found: dict[tuple[int, ...], _Row] = {}
+def _sequences(questions: list[Question]) -> list[_Sequence]:
+    """Return the distinct input sequences of all questions, sorted: sequences with a common prefix are neighbours."""
+    found: dict[tuple[int, ...], _Sequence] = {}
     for q, question in enumerate(questions):
         for p, (prompt, start) in enumerate(zip(question.prompts, question.starts)):
             if start < len(prompt):
-                row = found.setdefault(tuple(prompt[:-1]), _Row(prompt[:-1], start, []))
-                row.start = min(row.start, start)
-                row.asked.append((q, p))
-    return sorted(found.values(), key=lambda row: row.ids)
+                sequence = found.setdefault(tuple(prompt[:-1]), _Sequence(prompt[:-1], start, []))
+                sequence.start = min(sequence.start, start)
+                sequence.prompts.append((q, p))
+    return sorted(found.values(), key=lambda sequence: sequence.ids)
 
 
-def _groups(rows: list[_Row], limit: int) -> Iterator[tuple[int, list[_Row]]]:
-    """Put rows that begin alike together: (ids in common that go through the model once, rows). limit: ids in the state of a group.
+def _prefix_groups(sequences: list[_Sequence], limit: int) -> Iterator[tuple[int, list[_Sequence]]]:
+    """Group neighbours that share a prefix; yield (length of the prefix, sequences). It is 0 for a single sequence.
 
-    A row joins where that saves something: n rows share `old` ids; n + 1 rows that share `new` save n·new instead of (n − 1)·old.
+    A sequence joins a group where that saves tokens: n sequences that share `shared` ids save (n − 1)·shared, and with
+    another one, which shortens the prefix to `new` ids, n·new. limit: positions in the cache of a group.
     """
-    group: list[_Row] = []
+    group: list[_Sequence] = []
     shared = longest = 0
-    for row in rows:
+    for sequence in sequences:
         if group:
-            new, n = min(shared, row.start - 1, common([group[-1].ids, row.ids])), len(group)
-            if n * new - (n - 1) * shared >= WORTH_SHARING and (n + 1) * max(longest, len(row.ids)) <= limit:
-                group.append(row)
-                shared, longest = new, max(longest, len(row.ids))
+            new = min(shared, sequence.start - 1, common_prefix([group[-1].ids, sequence.ids]))
+            n = len(group)
+            saved = n * new - (n - 1) * shared
+            if saved >= MIN_TOKENS_SAVED and (n + 1) * max(longest, len(sequence.ids)) <= limit:
+                group.append(sequence)
+                shared, longest = new, max(longest, len(sequence.ids))
                 continue
             yield (shared if n > 1 else 0), group
-        group, shared, longest = [row], row.start - 1, len(row.ids)
+        group, shared, longest = [sequence], sequence.start - 1, len(sequence.ids)
     if group:
         yield (shared if len(group) > 1 else 0), group
 
 
-def _passes(model, groups: Iterator[tuple[int, list[_Row]]], budget: int) -> Iterator[tuple[list[_Row], Tensor, list[int]]]:
-    """Run all groups through the model; yield rows, their hidden states (B, T, E), and which of its ids each of them begins with."""
-    alone, together = [], []
+def _forward(model, groups: Iterator[tuple[int, list[_Sequence]]], budget: int
+             ) -> Iterator[tuple[list[_Sequence], Tensor, list[int]]]:
+    """Run all groups through the model in batches.
+
+    Yields (sequences, hidden states (B, T, E), offsets). Id t of a sequence is at position t − offset: the first
+    `offset` ids are the prefix of its group, which is prefilled once. The cache is then copied for each sequence.
+    """
+    single, grouped = [], []
     for shared, group in groups:
-        (together if shared else alone).append((shared, group))
-    alone.sort(key=lambda entry: -len(entry[1][0].ids))
-    for part in _batches(alone, lambda part: len(part) * len(part[0][1][0].ids) <= budget):
-        rows = [row for _, (row,) in part]
-        ids, counts = padded([row.ids for row in rows], model.device)
-        yield rows, model.hidden(ids, counts=counts), [0] * len(rows)
-    together.sort(key=lambda entry: -entry[0])
-    for part in _batches(together, lambda part: _fits(part, budget)):
-        begun = [group[0].ids[:shared] for shared, group in part]
-        cache = model.new_cache(len(part), max_len=max(len(row.ids) for _, group in part for row in group))
-        ids, counts = padded(begun, model.device)
+        (grouped if shared else single).append((shared, group))
+    single.sort(key=lambda entry: -len(entry[1][0].ids))
+    for batch in _batches(single, lambda batch: len(batch) * len(batch[0][1][0].ids) <= budget):
+        sequences = [sequence for _, (sequence,) in batch]
+        ids, counts = padded([sequence.ids for sequence in sequences], model.device)
+        yield sequences, model.hidden(ids, counts=counts), [0] * len(sequences)
+    grouped.sort(key=lambda entry: -entry[0])
+    for batch in _batches(grouped, lambda batch: _fits(batch, budget)):
+        prefixes = [group[0].ids[:shared] for shared, group in batch]
+        longest = max(len(sequence.ids) for _, group in batch for sequence in group)
+        cache = model.new_cache(len(batch), max_len=longest)
+        ids, counts = padded(prefixes, model.device)
         model.hidden(ids, cache, counts)
-        cache = cache.select([i for i, (_, group) in enumerate(part) for _ in group])
-        rows = [row for _, group in part for row in group]
-        offsets = [shared for shared, group in part for _ in group]
-        ids, counts = padded([row.ids[offset:] for row, offset in zip(rows, offsets)], model.device)
-        yield rows, model.hidden(ids, cache, counts), offsets
+        cache = cache.select([i for i, (_, group) in enumerate(batch) for _ in group])
+        sequences = [sequence for _, group in batch for sequence in group]
+        offsets = [shared for shared, group in batch for _ in group]
+        ids, counts = padded([sequence.ids[offset:] for sequence, offset in zip(sequences, offsets)], model.device)
+        yield sequences, model.hidden(ids, cache, counts), offsets
 
 
-def _fits(part: list[tuple[int, list[_Row]]], budget: int) -> bool:
-    """Do these groups stay within the budget: in the first step, in the second, and (fourfold) in what the state holds?"""
-    count = sum(len(group) for _, group in part)
-    rest = max(len(row.ids) - shared for shared, group in part for row in group)
-    longest = max(len(row.ids) for _, group in part for row in group)
-    return len(part) * part[0][0] <= budget and count * rest <= budget and count * longest <= 4 * budget
+def _fits(batch: list[tuple[int, list[_Sequence]]], budget: int) -> bool:
+    """Does each of the two forwards of these groups fit the budget of tokens, and their cache four times the budget?"""
+    count = sum(len(group) for _, group in batch)
+    rest = max(len(sequence.ids) - shared for shared, group in batch for sequence in group)
+    longest = max(len(sequence.ids) for _, group in batch for sequence in group)
+    return len(batch) * batch[0][0] <= budget and count * rest <= budget and count * longest <= 4 * budget
 
 
 def _batches(entries: list, fits: Callable[[list], bool]) -> Iterator[list]:
-    """Cut entries, in their order, into parts that fit; a part has one entry at least."""
-    part: list = []
+    """Split entries, in their order, into batches that fit; a batch has at least one entry."""
+    batch: list = []
     for entry in entries:
-        if part and not fits([*part, entry]):
-            yield part
-            part = []
-        part.append(entry)
-    if part:
-        yield part
+        if batch and not fits([*batch, entry]):
+            yield batch
+            batch = []
+        batch.append(entry)
+    if batch:
+        yield batch
 
 
-def _score(model, questions: list[Question], rows: list[_Row], hidden: Tensor, offsets: list[int], losses: list[list[float]],
-           margins: list[list[float]]) -> None:
-    """Enter the mean loss of each prompt of these rows, and by how much its judged ids are the likeliest (the least of them)."""
-    where, targets, spans = [], [], []
-    for b, (row, offset) in enumerate(zip(rows, offsets)):
-        for q, p in row.asked:
+def _score(model, questions: list[Question], sequences: list[_Sequence], hidden: Tensor, offsets: list[int],
+           losses: list[list[float]], margins: list[list[float]]) -> None:
+    """Compute the losses and margins of the prompts of one batch.
+
+    Args:
+        model: a GPT.
+        questions: all questions.
+        sequences, hidden, offsets: a batch, from `_forward`.
+        losses: mean nats a scored token, by question and prompt; written in place.
+        margins: logit of the target minus the best other logit, the least over the scored tokens, by question and
+            prompt; written in place. All targets are greedy where it is above 0.
+    """
+    positions, targets, spans = [], [], []
+    for b, (sequence, offset) in enumerate(zip(sequences, offsets)):
+        for q, p in sequence.prompts:
             prompt, start = questions[q].prompts[p], questions[q].starts[p]
             spans.append((q, p, len(targets), len(targets) + len(prompt) - start))
-            where.extend(b * hidden.shape[1] + t - offset for t in range(start - 1, len(prompt) - 1))
+            positions.extend(b * hidden.shape[1] + t - offset for t in range(start - 1, len(prompt) - 1))
             targets.extend(prompt[start:])
-    x = hidden.flatten(0, 1)[torch.tensor(where, device=hidden.device)]
+    x = hidden.flatten(0, 1)[torch.tensor(positions, device=hidden.device)]
     target = torch.tensor(targets, device=hidden.device)
     loss, margin = [], []
-    for part in torch.arange(len(targets), device=hidden.device).split(max(1, LOGITS_AT_ONCE // model.config.vocab_size)):
+    for part in torch.arange(len(targets), device=hidden.device).split(max(1, MAX_LOGITS // model.config.vocab_size)):
         logits = model.head(x[part])
         loss.append(F.cross_entropy(logits, target[part], reduction="none"))
-        (best, second), top = logits.topk(2).values.T, logits.gather(1, target[part, None])[:, 0]
-        margin.append(top - torch.where(top == best, second, best))  # 0 in a tie: too close to call
+        (best, second), own = logits.topk(2).values.T, logits.gather(1, target[part, None])[:, 0]
+        margin.append(own - torch.where(own == best, second, best))  # 0 in a tie, which is then scored again
     loss_of, margin_of = torch.cat(loss).cpu(), torch.cat(margin).cpu()
     for q, p, begin, end in spans:
         losses[q][p], margins[q][p] = float(loss_of[begin:end].mean()), float(margin_of[begin:end].min())
@@ -340,56 +395,78 @@ def _score(model, questions: list[Question], rows: list[_Row], hidden: Tensor, o
 
 # ---- tasks
 
-def evaluate_task(model, tokenizer, task: CoreTask, rows: list[dict[str, Any]], ranks: Ranks = ALONE,
-                  judge: Callable[..., list[Verdict]] = judge) -> TaskResult:
-    """Judge all rows of a task, rank r those from r on in steps of world_size; every rank gets all verdicts. Collective.
+def evaluate_core_task(model, tokenizer, task: CoreTask, examples: list[dict[str, Any]], ranks: Ranks = ONE_RANK,
+                       score: Callable[..., list[ExampleResult]] = score_questions) -> CoreTaskResult:
+    """Evaluate a task on all its examples. Collective.
 
-    Raises UserError, on all ranks alike, where a row cannot be asked with this tokenizer.
+    Args:
+        model: a GPT.
+        tokenizer: its tokenizer.
+        task: of a bundle.
+        examples: from `load_examples`.
+        ranks: rank r scores examples r, r + world_size, ...; every rank gets all results.
+        score: function of model and questions; `score_plain` for each question gives the same results.
+
+    Raises:
+        UserError: on all ranks, where an example does not work with this tokenizer.
     """
     began = time.perf_counter()
-    found: dict[int, Verdict] = {}
+    found: dict[int, ExampleResult] = {}
     error = ""
     try:
-        for indices, questions in _questions(model, tokenizer, task, rows, range(ranks.rank, len(rows), ranks.world_size)):
-            found.update(zip(indices, judge(model, questions)))
+        for indices, questions in _questions(model, tokenizer, task, examples,
+                                             range(ranks.rank, len(examples), ranks.world_size)):
+            found.update(zip(indices, score(model, questions)))
     except UserError as problem:
         error = str(problem)
     parts = gather_objects((found, error), ranks)
-    if problems := [error for _, error in parts if error]:
-        raise UserError(problems[0])
-    together = {i: verdict for part, _ in parts for i, verdict in part.items()}
-    verdicts = [together[i] for i in range(len(rows))]
-    accuracy = sum(verdict.correct for verdict in verdicts) / len(verdicts)
-    return TaskResult(accuracy, (accuracy - task.baseline) / (1 - task.baseline), time.perf_counter() - began, verdicts)
+    if errors := [error for _, error in parts if error]:
+        raise UserError(errors[0])
+    by_index = {i: result for part, _ in parts for i, result in part.items()}
+    results = [by_index[i] for i in range(len(examples))]
+    accuracy = sum(result.correct for result in results) / len(results)
+    centered = (accuracy - task.baseline) / (1 - task.baseline)
+    return CoreTaskResult(accuracy, centered, time.perf_counter() - began, results)
 
 
-def _questions(model, tokenizer, task: CoreTask, rows: list[dict[str, Any]], indices: range) -> Iterator[tuple[list[int], list[Question]]]:
-    """Questions in portions of some IDS_AT_ONCE ids, with the numbers of their examples."""
-    bos, longest = tokenizer.get_bos_token_id(), POSITIONS * model.config.sequence_len
+def _questions(model, tokenizer, task: CoreTask, examples: list[dict[str, Any]], indices: range
+               ) -> Iterator[tuple[list[int], list[Question]]]:
+    """Yield (indices of the examples, their questions), about MAX_PROMPT_IDS ids at a time."""
+    bos, longest = tokenizer.get_bos_token_id(), MAX_LENGTH_FACTOR * model.config.sequence_len
     numbers: list[int] = []
     questions: list[Question] = []
     size = 0
-    for start in range(0, len(indices), 32):  # texts are encoded in parallel
-        texts = [(i, texts_of(task, rows, i)) for i in indices[start:start + 32]]
-        encoded = iter(tokenizer.encode([text for _, some in texts for text in some], prepend=bos))
-        for i, some in texts:
-            question = cut(_question(task, rows, i, [next(encoded) for _ in some]), longest)
+    for start in range(0, len(indices), 32):  # the tokenizer encodes a list of texts in parallel
+        texts = [(i, prompt_texts(task, examples, i)) for i in indices[start:start + 32]]
+        encoded = iter(tokenizer.encode([text for _, prompts in texts for text in prompts], prepend=bos))
+        for i, prompts in texts:
+            question = cut_left(_question(task, examples, i, [next(encoded) for _ in prompts]), longest)
             numbers.append(i)
             questions.append(question)
             size += sum(map(len, question.prompts))
-        if size >= IDS_AT_ONCE:
+        if size >= MAX_PROMPT_IDS:
             yield numbers, questions
             numbers, questions, size = [], [], 0
     if questions:
         yield numbers, questions
 
 
-def evaluate_core(model, tokenizer, bundle: Bundle, max_per_task: int = -1, *, ranks: Ranks = ALONE,
+def evaluate_core(model, tokenizer, bundle: Bundle, max_per_task: int = -1, *, ranks: Ranks = ONE_RANK,
                   say: Callable[[str], None] = lambda text: None) -> CoreResult:
-    """Return CORE and what it is made of. max_per_task: examples of each task; -1 takes all. Collective.
+    """Evaluate all tasks of a bundle and return CORE. Collective.
 
-    On a CPU the model computes in float32 whatever it trains in: near ties then fall as they did in publication. Raises UserError for a
-    bundle with files missing or broken.
+    On a CPU the model computes in float32, unless NANOCHAT_DTYPE is set: near ties then have the published results.
+
+    Args:
+        model: a GPT.
+        tokenizer: its tokenizer.
+        bundle: the tasks.
+        max_per_task: examples of each task; -1 takes all.
+        ranks: share the examples of each task.
+        say: gets one line of progress for each task.
+
+    Raises:
+        UserError: where files of the bundle are missing or broken.
     """
     check_bundle(bundle, max_per_task, ranks)
     began, dtype = time.perf_counter(), model.compute_dtype
@@ -398,9 +475,10 @@ def evaluate_core(model, tokenizer, bundle: Bundle, max_per_task: int = -1, *, r
     tasks = {}
     try:
         for number, task in enumerate(bundle.tasks, 1):
-            result = tasks[task.label] = evaluate_task(model, tokenizer, task, examples_of(task, max_per_task), ranks)
-            say(f"CORE {number:2d}/{len(bundle.tasks)} {task.label:32s} accuracy {result.accuracy:.4f}  centered {result.centered:7.4f}  "
-                f"{len(result.verdicts):6,d} examples  {result.seconds:6.1f} s")
+            result = evaluate_core_task(model, tokenizer, task, load_examples(task, max_per_task), ranks)
+            tasks[task.label] = result
+            say(f"CORE {number:2d}/{len(bundle.tasks)} {task.label:32s} accuracy {result.accuracy:.4f}  "
+                f"centered {result.centered:7.4f}  {len(result.examples):6,d} examples  {result.seconds:6.1f} s")
     finally:
         model.compute_dtype = dtype
     core = sum(result.centered for result in tasks.values()) / len(tasks)

@@ -1,5 +1,5 @@
-"""The report card of a run, from its logs. `python -m nanochat.report generate` writes it."""
+"""The report of a run, from its logs. `python -m nanochat.report generate` writes it."""
 
-from nanochat.report.card import generate, main, reset
+from nanochat.report.writing import generate, reset
 
-__all__ = ["generate", "main", "reset"]
+__all__ = ["generate", "reset"]

@@ -1,83 +1,97 @@
-"""The pictures of the report. Importing this needs nothing; drawing needs matplotlib, and works without a screen."""
+"""The plots of the report. Only drawing imports matplotlib, and it needs no display."""
 
 from pathlib import Path
 from typing import Any
 
-from nanochat.report.card import COLUMNS, PUBLISHED, STAGES, TRAINING, WORLD, Run, accuracies, chances
+from nanochat.report.runs import (
+    COLUMNS,
+    PUBLISHED,
+    SMALL_WORLD_TASKS,
+    TITLES,
+    StageLog,
+    chance_by_task,
+    scores_by_column,
+)
 
-INK, FAINT, GOOD = "#1f5fa8", "#b8cfe8", "#c8642d"
+BLUE, LIGHT_BLUE, ORANGE = "#1f5fa8", "#b8cfe8", "#c8642d"
+COLUMN_COLOURS = dict(zip(COLUMNS, ("#9fb8d1", "#5f93c6", BLUE, "#12365f")))
+
+Line = tuple[str, list[float], list[float]]  # label, steps, values
 
 
-def draw(runs: dict[str, Run], folder: Path) -> dict[str, list[str]]:
-    """Draw what there is to draw into `folder`. Returns the names of the files by stage, those of the whole under "summary".
+def draw(logs: dict[str, StageLog], folder: Path) -> dict[str, list[str]]:
+    """Draw the curves of each stage that trains, and the scores of all stages, as PNG files in `folder`.
 
-    Raises ModuleNotFoundError without matplotlib.
+    Returns the file names by stage; those of the scores under "summary". Raises ModuleNotFoundError without matplotlib.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     def save(figure: Any, name: str) -> str:
-        FigureCanvasAgg(figure)  # not pyplot: no state of the whole process, no screen
+        FigureCanvasAgg(figure)  # not pyplot, which keeps global state and may look for a display
         figure.savefig(folder / name, dpi=110, format="png")
         return name
 
     drawn: dict[str, list[str]] = {}
-    for stage in TRAINING:
-        if stage in runs and (panels := panels_of(runs[stage])):
-            figure = Figure(figsize=(9.5, 2.9 * ((len(panels) + 1) // 2)), layout="constrained")
-            figure.suptitle(STAGES[stage])
-            for place, (title, lines) in enumerate(panels.items()):
-                axes = figure.add_subplot((len(panels) + 1) // 2, 2, place + 1)
-                curve(axes, title, lines)
+    for stage, log in logs.items():
+        if log.trains and (panels := panels_of(log)):
+            rows = (len(panels) + 1) // 2
+            figure = Figure(figsize=(9.5, 2.9 * rows), layout="constrained")
+            figure.suptitle(TITLES[stage])
+            for number, (title, lines) in enumerate(panels.items(), start=1):
+                draw_curves(figure.add_subplot(rows, 2, number), title, lines)
             drawn[stage] = [save(figure, f"{len(drawn):02d}-{stage}.png")]
     pictures = []
-    values, chance = accuracies(runs), chances(runs)
-    for name, tasks, beside, label in (("tasks", list(PUBLISHED), PUBLISHED, "published d20"),
-                                       ("world", ["World-Facts", *WORLD], chance, "chance")):
-        present = [task for task in tasks if any(task in values[column] for column in COLUMNS)]
-        if set(present) - {"SpellingBee"}:  # that one alone stands in both
+    scores, chance = scores_by_column(logs), chance_by_task(logs)
+    for name, tasks, reference, label in (("tasks", list(PUBLISHED), PUBLISHED, "published d20"),
+                                          ("world", ["World-Facts", *SMALL_WORLD_TASKS], chance, "chance")):
+        present = [task for task in tasks if any(task in scores[column] for column in COLUMNS)]
+        if set(present) - {"SpellingBee"}:  # this task is in both lists
             figure = Figure(figsize=(9.5, 3.6), layout="constrained")
-            bars(figure.add_subplot(), present, {column: values[column] for column in COLUMNS}, beside, label)
+            draw_bars(figure.add_subplot(), present, scores, reference, label)
             pictures.append(save(figure, f"90-{name}.png"))
     if pictures:
         drawn["summary"] = pictures
     return drawn
 
 
-def panels_of(run: Run) -> dict[str, list[tuple[str, list[float], list[float]]]]:
-    """What to plot of a stage: title → lines of (label, steps, values); only what has values."""
-    kind = "rl" if run.stage == "rl" else "train"
+def panels_of(log: StageLog) -> dict[str, list[Line]]:
+    """The panels of a stage: title → lines. Only lines with values, and panels with lines, are in it."""
+    kind = "rl" if log.stage == "rl" else "train"
+    learning_rate = [("", kind, "lr_scale")]
     if kind == "rl":
-        rates = sorted({name for row in run.all("pass") for name in row if name.startswith("pass@")}, key=lambda name: (len(name), name))
-        wanted = {"reward": [("", kind, "reward")], "problems solved": [(name, "pass", name) for name in rates],
+        pass_rates = sorted({name for record in log.all("pass") for name in record if name.startswith("pass@")},
+                            key=lambda name: (len(name), name))
+        wanted = {"reward": [("", kind, "reward")], "problems solved": [(name, "pass", name) for name in pass_rates],
                   "tokens of an answer": [("", kind, "sequence_length")],
-                  "learning rate, as a part of the full one": [("", kind, "lr_scale")]}
+                  "learning rate, as a part of the full one": learning_rate}
     else:
         wanted = {"training loss": [("each step", kind, "loss"), ("smoothed", kind, "smooth_loss")],
                   "validation bits per byte": [("", "val", "bpb")], "validation loss": [("", "val", "loss")],
-                  "learning rate, as a part of the full one": [("", kind, "lr_scale")],
+                  "learning rate, as a part of the full one": learning_rate,
                   "tokens a second": [("", kind, "tokens_per_second")], "CORE": [("", "core", "core")]}
     panels = {}
     for title, lines in wanted.items():
-        found = [(label, *run.series(kind, name)) for label, kind, name in lines]
+        found = [(label, *log.series(kind, name)) for label, kind, name in lines]
         if found := [line for line in found if line[1]]:
             panels[title] = found
-    if len(panels.get("CORE", [("", [], [])])[0][1]) < 2:
-        panels.pop("CORE", None)
+    if "CORE" in panels and len(panels["CORE"][0][1]) < 2:
+        del panels["CORE"]  # one point is no curve
     return panels
 
 
-def curve(axes: Any, title: str, lines: list[tuple[str, list[float], list[float]]]) -> None:
-    """Lines over steps. The first of two is the faint one behind the other."""
-    for place, (label, steps, values) in enumerate(lines):
-        faint = len(lines) == 2 and place == 0
-        colour = FAINT if faint else INK if len(lines) <= 2 else None
-        axes.plot(steps, values, color=colour, linewidth=0.8 if faint else 1.4, label=label or None,
+def draw_curves(axes: Any, title: str, lines: list[Line]) -> None:
+    """Draw lines over steps. The first of two lines is drawn lighter: it is the noisy one."""
+    for number, (label, steps, values) in enumerate(lines):
+        light = len(lines) == 2 and number == 0
+        colour = LIGHT_BLUE if light else BLUE if len(lines) <= 2 else None
+        axes.plot(steps, values, color=colour, linewidth=0.8 if light else 1.4, label=label or None,
                   marker="o" if len(steps) < 30 else None, markersize=2.5)
-    if title == "training loss":  # what happens later is what one wants to see, not the fall of the first steps
-        late = sorted(value for _, steps, values in lines for value in values[len(values) // 20:])
+    if title == "training loss":  # scale to what follows the first 5 %, which would hide all later changes
+        late = sorted(value for _, _, values in lines for value in values[len(values) // 20:])
         if late and late[-1] > late[0]:
-            axes.set_ylim(late[0] - 0.05 * (late[-1] - late[0]), late[-1] + 0.05 * (late[-1] - late[0]))
+            margin = 0.05 * (late[-1] - late[0])
+            axes.set_ylim(late[0] - margin, late[-1] + margin)
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
@@ -86,18 +100,28 @@ def curve(axes: Any, title: str, lines: list[tuple[str, list[float], list[float]
         axes.legend(fontsize=7)
 
 
-def bars(axes: Any, tasks: list[str], values: dict[str, dict[str, float]], beside: dict[str, float | None], label: str) -> None:
-    """A group of bars for each task, one for each column that exists, and a mark at what `beside` says."""
-    columns = [column for column in values if any(task in values[column] for task in tasks)]
+def draw_bars(axes: Any, tasks: list[str], scores: dict[str, dict[str, float]], reference: dict[str, float | None],
+              label: str) -> None:
+    """Draw a group of bars for each task, one bar for each column with scores, and a mark at the reference value.
+
+    Args:
+        axes: where to draw.
+        tasks: names of the groups, from left to right.
+        scores: score of each task, by column.
+        reference: value of each mark, by task; None or absent for no mark.
+        label: name of the marks in the legend.
+    """
+    columns = [column for column in scores if any(task in scores[column] for task in tasks)]
     width = 0.8 / max(1, len(columns))
-    shades = dict(zip(COLUMNS, ("#9fb8d1", "#5f93c6", INK, "#12365f")))
-    for place, column in enumerate(columns):
-        at = [i + width * (place - (len(columns) - 1) / 2) for i, task in enumerate(tasks) if task in values[column]]
-        axes.bar(at, [values[column][task] for task in tasks if task in values[column]], width, color=shades.get(column), label=column)
-    marked = [(i, beside[task]) for i, task in enumerate(tasks) if beside.get(task) is not None]
-    if marked:
-        axes.hlines([y for _, y in marked], [i - 0.45 for i, _ in marked], [i + 0.45 for i, _ in marked], color=GOOD, linewidth=2,
-                    label=label)
+    for number, column in enumerate(columns):
+        offset = width * (number - (len(columns) - 1) / 2)
+        present = [(i + offset, scores[column][task]) for i, task in enumerate(tasks) if task in scores[column]]
+        axes.bar([x for x, _ in present], [y for _, y in present], width, label=column,
+                 color=COLUMN_COLOURS.get(column))
+    marks = [(i, reference[task]) for i, task in enumerate(tasks) if reference.get(task) is not None]
+    if marks:
+        axes.hlines([y for _, y in marks], [i - 0.45 for i, _ in marks], [i + 0.45 for i, _ in marks], color=ORANGE,
+                    linewidth=2, label=label)
     axes.set_xticks(range(len(tasks)), tasks, fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(axis="y", alpha=0.25)
