@@ -15,8 +15,9 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
+from nanochat.tokenizer.stream import TerminalText
 from scripts import chat_cli
-from scripts.chat_cli import HELP, Chat, Config, Shown, command, converse, fit, whole
+from scripts.chat_cli import HELP, Config, Conversation, command, converse, turns_to_drop, without_unfinished_call
 from tests.conftest import ROOT
 from tests.helpers import small_model
 
@@ -59,9 +60,9 @@ class Scripted:
 def test_characters_come_whole_and_broken_ones_are_marked(tokenizer):
     of_byte = {tokenizer.decode_bytes([token]): token for token in range(256)}
     tokens = [of_byte[bytes([byte])] for byte in "né 日本 🙂!".encode()]
-    shown = Shown(tokenizer)
+    shown = TerminalText(tokenizer)
     assert [piece for piece in map(shown.feed, tokens) if piece] == list("né 日本 🙂!") and shown.finish() == ""
-    shown = Shown(tokenizer)
+    shown = TerminalText(tokenizer)
     assert "".join(map(shown.feed, tokens[:5])) == "né " and shown.finish() == "\ufffd"
 
 
@@ -77,7 +78,7 @@ def test_characters_come_whole_and_broken_ones_are_marked(tokenizer):
     (["a\x1b[2Jb\tc\nd\x7f"], "a\u241b[2Jb\tc\nd\u2421"),
 ])
 def test_tool_calls_stand_in_brackets_and_no_control_character_gets_through(tokenizer, parts, told):
-    shown = Shown(tokenizer)
+    shown = TerminalText(tokenizer)
     assert "".join(map(shown.feed, ids(tokenizer, *parts))) + shown.finish() == told
 
 
@@ -85,23 +86,23 @@ def test_tool_calls_stand_in_brackets_and_no_control_character_gets_through(toke
 
 def test_the_oldest_turns_go_when_the_conversation_is_too_long():
     turns = [[1] * 10, [2] * 20, [3] * 30]
-    assert [fit(turns, [0] * 9, room) for room in (70, 69, 60, 59, 40, 39, 10)] == [0, 1, 1, 2, 2, 3, 3]
-    with pytest.raises(UserError, match="that is 10 tokens, and the model can take in 9 .*say it shorter"):
-        fit(turns, [0] * 10, 10)
+    assert [turns_to_drop(turns, [0] * 9, room) for room in (70, 69, 60, 59, 40, 39, 10)] == [0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(UserError, match="that is 10 tokens; the model can read 9 .*say it shorter"):
+        turns_to_drop(turns, [0] * 10, 10)
 
 
 def test_half_a_tool_call_is_not_remembered(tokenizer):
     for parts, left in ((["a", "<|python_start|>", "2"], 1), (["a", "<|python_start|>", "2", "<|python_end|>"], 4), (["a"], 1),
                         (["a", "<|python_start|>", "2", "<|python_end|>", "<|output_start|>"], 4)):
         tokens = ids(tokenizer, *parts)
-        assert whole(tokens, tokenizer) == tokens[:left]
+        assert without_unfinished_call(tokens, tokenizer) == tokens[:left]
 
 
 def test_the_model_sees_the_whole_conversation_as_it_was_trained_on(model, tokenizer):
     call = ["<|python_start|>", "2", "<|python_end|>", "<|output_start|>", "2", "<|output_end|>"]
     engine = Scripted(model, tokenizer, ids(tokenizer, "so ", *call, "<|assistant_end|>"), ids(tokenizer, "on", "<|assistant_end|>"),
                       ids(tokenizer, "a", "<|bos|>"))
-    chat = Chat(engine, Config())
+    chat = Conversation(engine, Config())
     assert "".join(chat.ask("the cat")) == "so [2 = 2]" and "".join(chat.ask("and")) == "on" and "".join(chat.ask("?")) == "a"
     messages = [{"role": "user", "content": "the cat"},
                 {"role": "assistant", "content": [{"type": "text", "text": "so "}, {"type": "python", "text": "2"},
@@ -114,7 +115,7 @@ def test_the_model_sees_the_whole_conversation_as_it_was_trained_on(model, token
 def test_it_is_said_when_turns_are_forgotten_and_why_an_answer_ends(model, tokenizer):
     endless = ids(tokenizer, "<|user_start|>") * 200  # one token each
     engine = Scripted(model, tokenizer, *[endless] * 5)
-    chat = Chat(engine, Config(max_tokens=40))
+    chat = Conversation(engine, Config(max_tokens=40))
     assert "[the answer ends after 40 tokens: --max-tokens sets how many]" in "".join(chat.ask("the"))
     said = "".join(chat.ask("cat"))
     assert "forgotten" not in said and len(chat.turns) == 2
@@ -130,7 +131,7 @@ def test_it_is_said_when_turns_are_forgotten_and_why_an_answer_ends(model, token
 
 def test_a_stopped_answer_counts_as_said(model, tokenizer):
     engine = Scripted(model, tokenizer, ids(tokenizer, "a", "b", "c"))
-    chat = Chat(engine, Config())
+    chat = Conversation(engine, Config())
     with closing(chat.ask("the")) as pieces:
         assert next(pieces) == "a" and next(pieces) == "b"
     assert chat.turns == [ids(tokenizer, "<|user_start|>", "the", "<|user_end|>", "<|assistant_start|>", "a", "b", "<|assistant_end|>")]
@@ -139,7 +140,7 @@ def test_a_stopped_answer_counts_as_said(model, tokenizer):
 # ---- the session
 
 def test_commands():
-    chat = Chat(None, Config(), [[1]])
+    chat = Conversation(None, Config(), [[1]])
     assert command("/quit", chat) is None and command("/help", chat) == HELP
     assert command("/clear", chat) == "[a new conversation]" and chat.turns == []
     assert command("/temperature 0.25", chat) == "[temperature 0.25]" and chat.config.temperature == 0.25
@@ -159,10 +160,10 @@ def test_ctrl_c_at_the_prompt_leaves_the_second_time_and_ctrl_d_at_once(monkeypa
             return key
         raise key
     monkeypatch.setattr("builtins.input", read)
-    converse(Chat(Scripted(model, tokenizer, ids(tokenizer, "on", "<|assistant_end|>")), Config()))
+    converse(Conversation(Scripted(model, tokenizer, ids(tokenizer, "on", "<|assistant_end|>")), Config()))
     assert keys == ["never read"] and "Model: on\n" in capsys.readouterr().out
     keys[:] = ["", EOFError, "never read"]
-    converse(Chat(None, Config()))
+    converse(Conversation(None, Config()))
     assert keys == ["never read"]
 
 

@@ -184,7 +184,7 @@ def test_getting_ready_changes_nothing_that_counts(one, tokenizer):
 def test_log_probabilities_are_told_and_forced_tokens_taken_as_ever(one, tokenizer):
     """Of rows side by side, one that wants log-probabilities and one whose model calls the tool all the time."""
     special = tokenizer.encode_special
-    expression = tokenizer.encode("1+1")
+    call = [special("<|python_start|>"), *tokenizer.encode("1+1"), special("<|python_end|>")]
     for numbers in (None, 2):
         rows = []
         for engine in both(one, tokenizer):
@@ -194,9 +194,9 @@ def test_log_probabilities_are_told_and_forced_tokens_taken_as_ever(one, tokeniz
             for step in range(20):
                 batch.step()
                 if step in (3, 9):  # as if the row had written a call
-                    mine[1]._call = list(expression)
-                    engine.take(mine[1], special("<|python_end|>"))
-                    mine[1].tokens.pop(), mine[1].mask.pop()
+                    for token in call:
+                        engine.take(mine[1], token)
+                    del mine[1].tokens[-len(call):], mine[1].mask[-len(call):]
             rows.append(mine)
         for plain, fixed in zip(*rows):
             assert plain.tokens == fixed.tokens and plain.mask == fixed.mask

@@ -9,7 +9,7 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.llm import load_for_decoding
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.tokenizer.stream import Shown
+from nanochat.tokenizer.stream import TerminalText
 from tests.conftest import ROOT
 from tests.helpers import small_model
 
@@ -53,7 +53,7 @@ def test_texts_go_on_as_the_engine_says(llm):
     assert answers[1] == llm.generate("five", **OPTIONS)
     ids = llm.tokenizer.encode("one two", prepend="<|bos|>")
     rows, _ = Engine(llm.model, llm.tokenizer).generate_batch(ids, **OPTIONS)
-    shown = Shown(llm.tokenizer)
+    shown = TerminalText(llm.tokenizer)
     assert answers[0] == "".join([*map(shown.feed, rows[0][len(ids):]), shown.finish()])
 
 
@@ -63,9 +63,9 @@ def test_tool_calls_are_shown_in_brackets_or_left_out(llm):
     for part in ("It is ", "<|python_start|>", "2+2", "<|python_end|>", "<|output_start|>", "4", "<|output_end|>", "four ü"):
         ids += [tokenizer.encode_special(part)] if part.startswith("<|") else tokenizer.encode(part)
     for tools, wanted in ((True, "It is [2+2 = 4]four ü"), (False, "It is four ü")):
-        shown = Shown(tokenizer, tools)
+        shown = TerminalText(tokenizer, tools)
         assert "".join([*map(shown.feed, ids), shown.finish()]) == wanted
-        cut = Shown(tokenizer, tools)
+        cut = TerminalText(tokenizer, tools)
         text = "".join([*map(cut.feed, ids[:ids.index(tokenizer.encode_special("<|python_end|>"))]), cut.finish()])
         assert text == ("It is [2+2]" if tools else "It is ")
 
