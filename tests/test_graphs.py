@@ -18,7 +18,8 @@ from nanochat.engine.cuda_graphs import Steps, bucket
 from nanochat.engine.quantize import quantize
 from nanochat.llm import ready_to_decode
 from nanochat.sampling import Settings
-from nanochat.server.scheduler import Request, Scheduler
+from nanochat.server.messages import RowRequest
+from nanochat.server.scheduler import Scheduler
 from nanochat.tokenizer import RustBPETokenizer
 from tests.helpers import small_model
 
@@ -254,7 +255,7 @@ def test_a_server_on_such_steps_says_what_one_without_says(one, tokenizer):
     chance = random.Random(2)
 
     def requests():
-        return [Request(f"r{i}", prompt, 12, Settings(1.2, 40, 0.95, 1.1, seed=i), logprobs=2 if i == 3 else None)
+        return [RowRequest(f"r{i}", prompt, 12, Settings(1.2, 40, 0.95, 1.1, seed=i), logprobs=2 if i == 3 else None)
                 for i, prompt in enumerate(prompts_of(3, 9, longest=40))]
 
     def run(engine, rows, waits):

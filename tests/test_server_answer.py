@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.server.answer import Answer, StopStrings, Text, Tool
+from nanochat.server.answer import Answer, StopStrings, TextPiece, ToolPiece
 from nanochat.tokenizer import RustBPETokenizer
 
 
@@ -55,7 +55,7 @@ def test_characters_come_whole_and_broken_ones_are_marked(tokenizer):
     assert [piece.text for token in tokens for piece in answer.feed(token)] == list("né 日本 🙂!") and answer.finish() == []
     answer = Answer(tokenizer)
     assert "".join(piece.text for piece in told(answer, tokens[:5])) == "né \ufffd" == answer.text
-    assert [entry.start for entry in answer.entries] == [0, 1, 1, 2, 3]
+    assert [entry.start for entry in answer.scored_tokens] == [0, 1, 1, 2, 3]
 
 
 def test_tool_calls_are_parts_of_their_own_and_not_in_the_text(tokenizer):
@@ -63,10 +63,10 @@ def test_tool_calls_are_parts_of_their_own_and_not_in_the_text(tokenizer):
     tokens = tokens_of(tokenizer, "so ", *call, " it is")
     answer = Answer(tokenizer)
     pieces = told(answer, tokens)
-    assert answer.text == "so  it is" == "".join(piece.text for piece in pieces if isinstance(piece, Text)) and answer.tokens == len(tokens)
+    assert answer.text == "so  it is" == "".join(piece.text for piece in pieces if isinstance(piece, TextPiece)) and answer.tokens == len(tokens)
     assert answer.parts == [{"type": "text", "text": "so "}, {"type": "python", "text": "2+2"}, {"type": "python_output", "text": "4"},
                             {"type": "text", "text": " it is"}]
-    tools = [piece for piece in pieces if isinstance(piece, Tool)]
+    tools = [piece for piece in pieces if isinstance(piece, ToolPiece)]
     for kind, text in (("python", "2+2"), ("python_output", "4")):
         grown = [tool.text for tool in tools if tool.type == kind]
         assert grown[-1] == text and all(text.startswith(part) for part in grown)  # from the part's start on, whole at its end
@@ -98,5 +98,5 @@ def test_a_stop_string_does_not_reach_over_a_tool_call_nor_into_one(tokenizer):
 def test_only_tokens_that_begin_before_a_stop_string_are_told(tokenizer):
     answer = Answer(tokenizer, ["at"])
     pieces = told(answer, tokens_of(tokenizer, b"the cat sat"))
-    assert answer.text == "the c" and [entry.start for entry in answer.entries] == [0, 1, 2, 3, 4]
-    assert [entry for piece in pieces for entry in piece.entries] == answer.entries
+    assert answer.text == "the c" and [entry.start for entry in answer.scored_tokens] == [0, 1, 2, 3, 4]
+    assert [entry for piece in pieces for entry in piece.tokens] == answer.scored_tokens

@@ -1,7 +1,6 @@
 """nanochat/server/scheduler.py: whoever is served beside it, a request gets what it would get alone, to the last bit."""
 
 import random
-import time
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from hypothesis import strategies as st
 
 from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.sampling import Settings
-from nanochat.server.scheduler import QueueFull, Request, Scheduler
+from nanochat.request import Settings
+from nanochat.server.messages import RowRequest
+from nanochat.server.scheduler import QueueFull, Scheduler
 from nanochat.tokenizer import RustBPETokenizer
 from tests.helpers import small_model
 
@@ -47,7 +47,7 @@ def run(scheduler, requests):
 
 def request(number, prompt, **options):
     options = {"max_tokens": 12, "logprobs": 2, **options}
-    return Request(f"r{number}", prompt, settings=Settings(1.2, 40, 0.95, 1.1, seed=number), **options)
+    return RowRequest(f"r{number}", prompt, settings=Settings(1.2, 40, 0.95, 1.1, seed=number), **options)
 
 
 def tokens_of(events):
@@ -96,7 +96,7 @@ def test_what_is_said_is_what_the_engine_says(engine):
     if engine.model.dtype == torch.bfloat16:
         pytest.skip("in bfloat16 other shapes of batches round otherwise")
     for number, prompt in enumerate(([1, 2, 3], list(range(40)), [7] * 33)):
-        [events] = run(scheduler(engine), [Request("a", prompt, 20, Settings(0.9, 30, seed=number))]).values()
+        [events] = run(scheduler(engine), [RowRequest("a", prompt, 20, Settings(0.9, 30, seed=number))]).values()
         [[row]] = engine.generate_many([prompt], max_tokens=20, temperature=0.9, top_k=30, seed=number)
         assert tokens_of(events) == row.tokens[:len(row.tokens) - (row.ended == "stop")]
         assert events[0].kind == "started" and events[-1].finish == row.ended
@@ -190,8 +190,8 @@ def test_cancelled_requests_free_their_row_at_once_and_the_others_go_on(engine):
 
 def test_a_request_past_its_time_ends(engine):
     served = scheduler(engine)
-    served.submit(request(1, [1], max_tokens=50, stops=(), deadline=time.monotonic() + 1e9))
-    served.submit(request(2, [1], max_tokens=50, stops=(), deadline=time.monotonic()))
+    served.submit(request(1, [1], max_tokens=50, stops=(), timeout=1e9))
+    served.submit(request(2, [1], max_tokens=50, stops=(), timeout=0))
     assert [(e.id, e.finish) for e in served.step() if e.kind == "ended"] == [("r2", "timeout")]
     assert served.stats()["running"] == 1
 
@@ -216,7 +216,7 @@ def test_tools_answer_unless_told_not_to(engine, tokenizer):
     served = scheduler(engine)
     for tools in (True, False):
         served.submit(request(int(tools), prompt, max_tokens=40, stops=(), tools=tools))
-    rows = {job.request.tools: job.row for job in served._jobs.values()}
+    rows = {row.tools: row for row in served._rows.values()}
     for tools, row in rows.items():
         for token in [special("<|python_start|>"), *tokenizer.encode("1+1"), special("<|python_end|>")]:
             engine.take(row, token)
