@@ -3,9 +3,10 @@
     python -m bench.serve                                    # d4 of random weights, 64 clients for 60 seconds, on loopback
     python -m bench.serve --seconds=10 --clients=16 --json=serve.json
 
-Real servers are started (scripts.chat_web, in processes of their own) and end with the benchmark. First some requests are sent one at a
-time; then many clients send the same ones in any order, each its next as soon as the last is answered, and every answer is compared with
-the one given alone. Then the time to a first token while other rows are busy; then a chat of some turns, with prefix reuse and without.
+Real servers are started (scripts.chat_web, in processes of their own) and end with the benchmark. First some requests
+are sent one at a time; then many clients send the same ones in any order, each its next as soon as the last is
+answered, and every answer is compared with the one given alone. Then the time to a first token while other rows are
+busy; then a chat of some turns, with prefix reuse and without.
 """
 
 import asyncio
@@ -58,8 +59,8 @@ class Server:
     def __init__(self, folder: Path, *flags: str):
         self.log = open(folder / "server.log", "ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "scripts.chat_web", "--source=base", "--port=0", *flags], cwd=ROOT, stdout=subprocess.PIPE,
-            stderr=self.log, text=True, env={**os.environ, "NANOCHAT_BASE_DIR": str(folder)})
+            [sys.executable, "-m", "scripts.chat_web", "--source=base", "--port=0", *flags], cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=self.log, text=True, env={**os.environ, "NANOCHAT_BASE_DIR": str(folder)})
         for line in self.process.stdout:
             if line.startswith("serving at "):
                 self.url = line.split()[2]
@@ -90,7 +91,8 @@ def make_model(config: Config, folder: Path) -> str:
     tokenizer = RustBPETokenizer.train_from_iterator(texts, config.vocab_size)
     tokenizer.save(folder / "tokenizer")
     shape = GPTConfig.from_depth(config.depth, sequence_len=2048, vocab_size=tokenizer.get_vocab_size())
-    save_checkpoint(folder / "base_checkpoints" / f"d{config.depth}", 1, lively(shape, "cpu").state_dict(), {"model_config": shape})
+    save_checkpoint(folder / "base_checkpoints" / f"d{config.depth}", 1, lively(shape, "cpu").state_dict(),
+                    {"model_config": shape})
     return " ".join(texts)
 
 
@@ -156,7 +158,8 @@ async def load(config: Config, server: Server, bodies: list[dict[str, Any]]) -> 
         seconds = time.perf_counter() - began
         memory.append(server.memory())
         speed_alone = sum(tokens for _, _, tokens in alone) / alone_seconds
-        return {**count, "seconds": seconds, "tokens_per_second": count["tokens"] / seconds, "alone_tokens_per_second": speed_alone,
+        return {**count, "seconds": seconds, "tokens_per_second": count["tokens"] / seconds,
+                "alone_tokens_per_second": speed_alone,
                 "ratio": count["tokens"] / seconds / speed_alone, "memory": memory}
 
 
@@ -201,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         bodies = []
         for seed in range(config.requests):
             begin, length = chance.randrange(len(words) - 200), chance.randint(5, 60)
-            bodies.append({"prompt": " ".join(words[begin:begin + length]), "max_tokens": config.max_tokens, "seed": seed,
-                           "temperature": 1.0, "top_k": 50})
+            bodies.append({"prompt": " ".join(words[begin:begin + length]), "max_tokens": config.max_tokens,
+                           "seed": seed, "temperature": 1.0, "top_k": 50})
         flags = [f"--max-rows={config.max_rows}", f"--quantize={config.quantize}"]
         with Server(Path(name), *flags, "--prefix-mb=0") as server:
             loaded = asyncio.run(load(config, server, bodies))
@@ -213,15 +216,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     turns = [(typical(column), typical(kept)) for column, kept in zip(zip(*cold), zip(*warm))]
     memory = [f"{n / 1e6:,.0f}" for n in loaded["memory"]]
     lines = [["one request at a time", f"{loaded['alone_tokens_per_second']:,.0f} tokens/s"],
-             [f"{config.clients} clients at once", f"{loaded['tokens_per_second']:,.0f} tokens/s = {loaded['ratio']:.1f}×"],
+             [f"{config.clients} clients at once",
+              f"{loaded['tokens_per_second']:,.0f} tokens/s = {loaded['ratio']:.1f}×"],
              ["answers", f"{loaded['answers']:,} in {loaded['seconds']:.0f} s"],
              ["of them other than alone", loaded["different"]],
              ["refused (429); errors", f"{loaded['refused']}; {loaded['errors']}"],
              ["memory of the server, MB, begin to end", ", ".join([*memory[:2], "…", *memory[-2:]])],
-             [f"first token with {config.busy} rows busy, median and largest", f"{typical(waited):.2f} s, {max(waited):.2f} s"]]
+             [f"first token with {config.busy} rows busy, median and largest",
+              f"{typical(waited):.2f} s, {max(waited):.2f} s"]]
     about = circumstances(command_line("bench.serve", argv))
-    print(f"{in_a_line(about)}\nd{config.depth}, V {config.vocab_size:,}, quantize {config.quantize}, answers of {config.max_tokens} "
-          f"tokens, at most {config.max_rows} rows\n\n" + table(["the server under load", ""], lines) + "\n\n"
+    print(f"{in_a_line(about)}\nd{config.depth}, V {config.vocab_size:,}, quantize {config.quantize}, "
+          f"answers of {config.max_tokens} tokens, at most {config.max_rows} rows\n\n"
+          + table(["the server under load", ""], lines) + "\n\n"
           + table(["first token of a chat's turn", *(str(i + 1) for i in range(len(turns)))],
                   [["everything computed, ms", *(f"{1e3 * plain:.0f}" for plain, _ in turns)],
                    ["with prefix reuse, ms", *(f"{1e3 * kept:.0f}" for _, kept in turns)],

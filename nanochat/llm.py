@@ -1,10 +1,10 @@
 """A trained model in three lines.
 
     from nanochat import LLM
-    llm = LLM("sft")                              # a stage, a folder in the published format, or a repository of the Hugging Face hub
+    llm = LLM("sft")                        # a stage, a folder in the published format, or a Hugging Face repository
     print(llm.chat("Why is the sky blue?"))
 
-    llm.chat([{"role": "user", "content": "Hello"}], temperature=0)       # a whole conversation; a list of them is decoded in one batch
+    llm.chat([{"role": "user", "content": "Hello"}], temperature=0)       # a conversation; a list of them is one batch
     llm.generate(["Once upon a time", "The capital of"], max_tokens=32)   # continuations of texts
     for piece in llm.stream("Tell me a story"): print(piece, end="")      # whole characters, as they are decoded
 """
@@ -53,12 +53,12 @@ def ready_to_decode(model: GPT, quantize: str = "none") -> GPT:
 class LLM:
     """A model with its tokenizer.
 
-    All calls take the options of Engine.complete: max_tokens, temperature, top_k, top_p, repetition_penalty, seed. Their defaults are
-    ENGINE of nanochat/request.py.
+    All calls take the options of Engine.complete: max_tokens, temperature, top_k, top_p, repetition_penalty, seed.
+    Their defaults are ENGINE in nanochat/request.py.
     """
 
-    def __init__(self, source: str | Path = "sft", *, device: str = "", model_tag: str | None = None, step: int | None = None,
-                 revision: str | None = None, quantize: str = "none"):
+    def __init__(self, source: str | Path = "sft", *, device: str = "", model_tag: str | None = None,
+                 step: int | None = None, revision: str | None = None, quantize: str = "none"):
         """Load a model.
 
         Args:
@@ -80,7 +80,10 @@ class LLM:
         self.engine = Engine(self.model, self.tokenizer)
 
     def chat(self, chats: Question | Sequence[Sequence[dict[str, Any]]], **options: Any) -> str | list[str]:
-        """Return the answer to a question or a conversation, or the answers to a list of conversations, without tool calls."""
+        """Return the answer to a question or a conversation, or the answers to a list of conversations.
+
+        Tool calls are left out.
+        """
         many = not isinstance(chats, str) and len(chats) > 0 and not isinstance(chats[0], dict)
         prompts = [self._prompt(chat) for chat in (chats if many else [chats])]
         answers = [self._text(rows[0], tools=False) for rows in self.engine.generate_many(prompts, **options)]
@@ -94,7 +97,10 @@ class LLM:
         return answers[0] if isinstance(prompts, str) else answers
 
     def stream(self, chat: Question, tools: bool = False, **options: Any) -> Iterator[str]:
-        """Yield the answer to a question or a conversation in whole characters, as they are decoded. tools: show calls as [2+2 = 4]."""
+        """Yield the answer to a question or a conversation in whole characters, as they are decoded.
+
+        tools: show tool calls and their results, as [2+2 = 4].
+        """
         text = TerminalText(self.tokenizer, tools)
         for (token,), _ in self.engine.generate(self._prompt(chat), **options):
             if token not in self.engine.stops and (piece := text.feed(token)):
@@ -110,7 +116,8 @@ class LLM:
 
     def _text(self, row: Row, tools: bool) -> str:
         text = TerminalText(self.tokenizer, tools)
-        return "".join([*map(text.feed, (token for token in row.tokens if token not in self.engine.stops)), text.finish()])
+        tokens = (token for token in row.tokens if token not in self.engine.stops)
+        return "".join([*map(text.feed, tokens), text.finish()])
 
 
 def from_hub(name: str, revision: str | None) -> Path:

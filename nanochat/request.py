@@ -1,7 +1,7 @@
 """What a request for an answer may say, and what holds where it says nothing: sampling settings, defaults, limits.
 
-Everything that takes requests reads this file: Engine and LLM, scripts/chat_cli.py, scripts/complete.py and the server. It does not import
-PyTorch, because the server's HTTP process does without it.
+Everything that takes requests reads this file: Engine and LLM, scripts/chat_cli.py, scripts/complete.py and the server.
+It does not import PyTorch, because the server's HTTP process does without it.
 """
 
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ SERVER_COMPLETION = SERVER_CHAT._replace(max_tokens=16)
 
 
 def answer_reserve(max_tokens: int, context: int) -> int:
-    """Return how many tokens of the context an answer needs to have free before old turns of a conversation are dropped for it."""
+    """Return how many tokens of the context to keep free for an answer by dropping old turns of a conversation."""
     return min(max_tokens, context // 4)
 
 
@@ -88,7 +88,7 @@ def answer_reserve(max_tokens: int, context: int) -> int:
 
 MAX_INTEGER = 2 ** 63           # of every integer field; a seed may be any unsigned one of 64 bits
 MAX_TEMPERATURE = 100.0
-MIN_TOP_P = 1e-5                # smaller values are raised to it: a worker may flush a denormal number to 0, which is not valid
+MIN_TOP_P = 1e-5                # smaller values are raised to it: a worker may flush a denormal number to 0
 MAX_TOP_K = 2 ** 31             # larger values are lowered to it, which is more than any vocabulary
 REPETITION_PENALTIES = (0.01, 100.0)
 MAX_STOPS = 4                   # stop strings, as in OpenAI's API

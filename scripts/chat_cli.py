@@ -37,7 +37,8 @@ class Config:
     model_tag: str = flag("", "which of its models; unset takes the only or the deepest one", short="g")
     step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
     prompt: str = flag("", "one question to answer; unset starts a conversation", short="p")
-    temperature: float = flag(DEFAULTS.temperature, "0 takes the likeliest token each time; higher is more varied", short="t")
+    temperature: float = flag(DEFAULTS.temperature, "0 takes the likeliest token each time; higher is more varied",
+                              short="t")
     top_k: int = flag(DEFAULTS.top_k, "draw from this many of the likeliest tokens; 0 = all", short="k")
     top_p: float = flag(1.0, "draw from the likeliest tokens that together have this much of the probability")
     repetition_penalty: float = flag(DEFAULTS.repetition_penalty, "above 1 makes tokens seen before less likely")
@@ -48,13 +49,14 @@ class Config:
 
 
 def turns_to_drop(turns: list[list[int]], question: list[int], room: int) -> int:
-    """Return how many of the oldest turns to drop, so that the others, <|bos|> and the question take at most `room` tokens.
+    """Return how many of the oldest turns to drop so that the rest, <|bos|> and the question fit into `room` tokens.
 
     Raises UserError if the question alone is too long.
     """
     left = room - 1 - len(question)
     if left < 0:
-        raise UserError(f"that is {len(question):,} tokens; the model can read {max(room - 1, 0):,} and still answer: say it shorter")
+        raise UserError(f"that is {len(question):,} tokens; the model can read {max(room - 1, 0):,} and still answer: "
+                        "say it shorter")
     keep = 0
     for turn in reversed(turns):
         left -= len(turn)
@@ -65,7 +67,7 @@ def turns_to_drop(turns: list[list[int]], question: list[int], room: int) -> int
 
 
 def without_unfinished_call(answer: list[int], tokenizer) -> list[int]:
-    """Return an answer without a tool call or result that was cut short: the model should not continue from half of one."""
+    """Return an answer without a tool call or result that was cut short: the model should not continue from it."""
     for name in ("output", "python"):
         start, end = (tokenizer.encode_special(f"<|{name}_{place}|>") for place in ("start", "end"))
         places = [i for i, token in enumerate(answer) if token == start]
@@ -85,11 +87,13 @@ class Conversation:
     def ask(self, text: str) -> Generator[str, None, None]:
         """Yield the answer piece by piece, with remarks in brackets on lines of their own.
 
-        What was yielded is kept in `turns`, also if the caller stops early. Raises UserError for a question that is too long.
+        What was yielded is kept in `turns`, also if the caller stops early. Raises UserError for a question that is too
+        long.
         """
         tokenizer, config, context = self.engine.tokenizer, self.config, self.engine.model.config.sequence_len
         special = tokenizer.encode_special
-        question = [special("<|user_start|>"), *tokenizer.encode(text), special("<|user_end|>"), special("<|assistant_start|>")]
+        question = [special("<|user_start|>"), *tokenizer.encode(text), special("<|user_end|>"),
+                    special("<|assistant_start|>")]
         dropped = turns_to_drop(self.turns, question, context - answer_reserve(config.max_tokens, context))
         if dropped:
             del self.turns[:dropped]
@@ -101,7 +105,8 @@ class Conversation:
         decoded, ended = TerminalText(tokenizer), False
         try:
             for (token,), _ in self.engine.generate(
-                    prompt, max_tokens=room, temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p,
+                    prompt, max_tokens=room, temperature=config.temperature, top_k=config.top_k or None,
+                    top_p=config.top_p,
                     repetition_penalty=config.repetition_penalty, seed=None if config.seed < 0 else config.seed):
                 if token in self.engine.stops:
                     ended = True

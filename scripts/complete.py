@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write to stdout as the tokens come, whole characters only. Raises UserError for what the user can mend."""
     config = parse(Config, argv, __doc__)
     device = init_ranks(config.device_type).device
-    model, tokenizer, _ = load_for_decoding(config.source, device, model_tag=config.model_tag or None, quantize=config.quantize)
+    model, tokenizer, _ = load_for_decoding(config.source, device, model_tag=config.model_tag or None,
+                                            quantize=config.quantize)
     ids = tokenizer.encode(config.prompt, prepend=tokenizer.get_bos_token_id())
     engine = Engine(model, tokenizer)
     options = dict(max_tokens=config.max_tokens, temperature=config.temperature, top_k=config.top_k or None,

@@ -28,8 +28,8 @@ class Row:
         stops: the tokens that end it; None for the engine's.
         tools: whether the calculator answers its calls.
         logprobs: None, or how many of the likeliest tokens to keep in `scores` beside each token.
-        scores: one a token: its log-probability, and the likeliest ids with theirs; of the model's own distribution, before temperature
-            and penalties.
+        scores: one a token: its log-probability, and the likeliest ids with theirs; of the model's own distribution,
+            before temperature and penalties.
         random: the row's own random numbers.
     """
 
@@ -56,9 +56,9 @@ class Row:
 
 
 def scored(logits: torch.Tensor, token: int, n: int) -> tuple[float, list[tuple[int, float]]]:
-    """Return the log-probability of a token, and the n likeliest tokens as (id, log-probability), likeliest first; logits (V,).
+    """Return a token's log-probability, and the n likeliest tokens as (id, log-probability), likeliest first.
 
-    Of tokens that are equally likely, those with the smaller ids come first; topk alone does not say which of them it takes.
+    logits: (V,). Equally likely tokens come in the order of their ids, which topk alone does not promise.
     """
     logp = logits.log_softmax(dim=-1)
     if not n:

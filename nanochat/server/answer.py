@@ -1,4 +1,4 @@
-"""The tokens of one answer as text for clients, as they come: whole characters, stop strings, tool calls apart, log-probabilities.
+"""The tokens of one answer as text for clients, as they come: whole characters, stop strings, tool calls, scores.
 
     answer = Answer(tokenizer, stops=["\\n\\n"], tools=True)
     for piece in answer.feed(token): ...        # TextPiece(text, tokens) or ToolPiece(type, text)
@@ -48,8 +48,8 @@ Piece = TextPiece | ToolPiece
 class StopStrings:
     """Find the first stop string in text that comes in pieces, cut anywhere.
 
-    The first is the one that is complete first; of two that are complete at the same character, the longer one. Text is held back only
-    while it may be the beginning of a stop string.
+    The first is the one that is complete first; of two that are complete at the same character, the longer one. Text is
+    held back only while it may be the beginning of a stop string.
     """
 
     def __init__(self, stops: list[str]):

@@ -1,6 +1,6 @@
-"""The HTTP application: its routes and its errors in OpenAI's shape; and `serve`, which runs it from the first worker to the shutdown.
+"""The HTTP application: its routes, its errors in OpenAI's shape, and `serve`, which runs it until the shutdown.
 
-    asyncio.run(serve(WorkerConfig(source="sft"), ["cpu"], ServerConfig(port=8000)))        # what scripts/chat_web.py does
+    asyncio.run(serve(WorkerConfig(source="sft"), ["cpu"], ServerConfig(port=8000)))    # what scripts/chat_web.py does
 """
 
 import asyncio
@@ -56,20 +56,22 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _ok(*types: str) -> dict[int | str, dict[str, Any]]:
-    return {200: {"description": "as in OpenAI's API" if len(types) > 1 else "fine", "content": {kind: {} for kind in types}}}
+    return {200: {"description": "as in OpenAI's API" if len(types) > 1 else "fine",
+                  "content": {kind: {} for kind in types}}}
 
 
 def make_app(serving: Serving) -> FastAPI:
     """Return the application of a server whose workers run."""
     app = FastAPI(title="Liquid-Time nanochat", version="1", docs_url=None, redoc_url=None, openapi_url=None,
-                  description="An OpenAI-like API to a small language model. Errors are {\"error\": {message, type, param, code}}; "
-                              "in a stream, such an object is the last event.")
+                  description="An OpenAI-like API to a small language model. Errors are "
+                              "{\"error\": {message, type, param, code}}; in a stream, such an object is the last "
+                              "event.")
     responses = {**_ok("application/json", "text/event-stream"), **_errors(*STATUSES)}
 
     @app.post("/v1/chat/completions", summary="Answer a conversation", responses=responses)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """The assistant's answer to a conversation; with stream, as server-sent events. The model may call a calculator; these calls are
-        not part of the content."""
+        """The assistant's answer to a conversation; with stream, as server-sent events. The model may call a
+        calculator; these calls are not part of the content."""
         return await _respond(request, *await chat(serving, body))
 
     @app.post("/v1/completions", summary="Continue a text", responses=responses)
@@ -93,7 +95,8 @@ def make_app(serving: Serving) -> FastAPI:
         "description": "no worker is ready, or the server shuts down", "content": {"application/json": {}}}})
     async def health() -> JsonResponse:
         """status: ok, degraded (some workers are down), down, or stopping. queue: rows that wait."""
-        workers = [{"device": worker.device, "state": worker.state, "rows": len(worker.rows), "restarts": worker.restarts}
+        workers = [{"device": worker.device, "state": worker.state, "rows": len(worker.rows),
+                    "restarts": worker.restarts}
                    for worker in serving.pool.workers]
         ready = sum(worker["state"] == "ready" for worker in workers)
         status = "stopping" if serving.draining else "ok" if ready == len(workers) else "degraded" if ready else "down"
@@ -218,8 +221,8 @@ async def serve(worker: WorkerConfig, devices: list[str], config: ServerConfig,
                 started: Callable[[str], None] = print) -> None:
     """Run a server until a signal ends it.
 
-    After SIGTERM or SIGINT, new requests get 503 and running ones have shutdown_seconds to finish. Then those that still run are cancelled
-    with an error, and the workers end. A second signal ends all at once.
+    After SIGTERM or SIGINT, new requests get 503 and running ones have shutdown_seconds to finish. Then those that
+    still run are cancelled with an error, and the workers end. A second signal ends all at once.
 
     Args:
         worker: what each worker serves.
@@ -236,8 +239,8 @@ async def serve(worker: WorkerConfig, devices: list[str], config: ServerConfig,
     try:
         serving = Serving(pool, config)
         await serving.model(None)
-        settings = uvicorn.Config(make_app(serving), log_level="warning", access_log=False, lifespan="off", server_header=False,
-                                  timeout_keep_alive=20, timeout_graceful_shutdown=2)
+        settings = uvicorn.Config(make_app(serving), log_level="warning", access_log=False, lifespan="off",
+                                  server_header=False, timeout_keep_alive=20, timeout_graceful_shutdown=2)
         server = DrainingServer(settings, serving)
         running = asyncio.ensure_future(server.serve([listener]))
         while not server.started and not running.done():
@@ -257,5 +260,6 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise UserError(f"cannot listen on {host} port {port}: {str(error).rstrip('.')}. --port takes another.") from None
+        reason = str(error).rstrip(".")
+        raise UserError(f"cannot listen on {host} port {port}: {reason}. --port takes another.") from None
     return listener

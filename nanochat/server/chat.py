@@ -15,10 +15,12 @@ from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tokenizer.stream import special_names
 
 
-def without_oldest_turns(messages: list[dict[str, Any]], tokenizer: RustBPETokenizer, context: int, reserve: int) -> tuple[list[int], int]:
+def without_oldest_turns(messages: list[dict[str, Any]], tokenizer: RustBPETokenizer, context: int,
+                         reserve: int) -> tuple[list[int], int]:
     """Drop the oldest turns of a conversation until the prompt leaves `reserve` tokens of the context free.
 
-    A turn is a question with its answer. A system message stays, and so does the last question, even if that is not enough.
+    A turn is a question with its answer. A system message stays, and so does the last question, even if that is not
+    enough.
 
     Args:
         messages: the conversation.
@@ -64,7 +66,8 @@ class ChatCompletion:
                     for content in (message["content"] for message in messages))
         serving.check_length(chars, "messages")
         if messages[-1]["role"] != "user":
-            raise ApiError("messages: the last message must be the user's: there is nothing to answer", param="messages")
+            raise ApiError("messages: the last message must be the user's: there is nothing to answer",
+                           param="messages")
         prompt = await serving.tokenize(chars, lambda: tokenizer.render_for_completion({"messages": messages}))
         reserve = answer_reserve(wanted, info.context_length)
         if body.drop_oldest and len(prompt) > info.context_length - reserve:
@@ -72,8 +75,8 @@ class ChatCompletion:
                 chars, lambda: without_oldest_turns(messages, tokenizer, info.context_length, reserve))
         limit = min(wanted, serving.room(len(prompt), info, "messages"))
         serving.check_answers(body.n or 1)
-        requests = body.row_requests(self.id, info, [prompt], [limit], defaults, timeout=serving.config.timeout, tools=True,
-                                     logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+        requests = body.row_requests(self.id, info, [prompt], [limit], defaults, timeout=serving.config.timeout,
+                                     tools=True, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
         first_question = next(message["content"] for message in messages if message["role"] == "user")
         self.generation = Generation(serving, tokenizer, requests, n=body.n or 1, stops=body.stops,
                                      affinity=f"{info.id} {hash(str(first_question))}")
@@ -84,14 +87,17 @@ class ChatCompletion:
         async for _ in generation.pieces():
             pass
         self._log()
-        return {**self._head("chat.completion"), "choices": [self._choice(i, answer) for i, answer in enumerate(generation.answers)],
-                "usage": generation.usage, "nanochat": {"dropped_turns": self.dropped_turns, "timings": generation.timings}}
+        return {**self._head("chat.completion"),
+                "choices": [self._choice(i, answer) for i, answer in enumerate(generation.answers)],
+                "usage": generation.usage,
+                "nanochat": {"dropped_turns": self.dropped_turns, "timings": generation.timings}}
 
     def _choice(self, i: int, answer: Answer) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         used_tools = any(part["type"] != "text" for part in answer.parts)
         return {"index": i, "message": message, "logprobs": self._logprobs(answer.scored_tokens),
-                "finish_reason": self.generation.finishes[i], **({"nanochat": {"parts": answer.parts}} if used_tools else {})}
+                "finish_reason": self.generation.finishes[i],
+                **({"nanochat": {"parts": answer.parts}} if used_tools else {})}
 
     async def stream(self) -> AsyncIterator[Any]:
         """Yield OpenAI's chat.completion.chunks as the tokens come."""
@@ -112,7 +118,8 @@ class ChatCompletion:
             elif isinstance(piece, ToolPiece) and body.tools_shown:
                 yield chunk(i, {}, extra={"tool": piece._asdict()})
             elif isinstance(piece, RowFinished):
-                yield chunk(i, {}, piece.reason, extra={"timings": generation.timings} if all(generation.finishes) else None)
+                yield chunk(i, {}, piece.reason,
+                            extra={"timings": generation.timings} if all(generation.finishes) else None)
         self._log()
         if body.include_usage:
             yield {**head, "choices": [], "usage": generation.usage}
@@ -130,13 +137,15 @@ class ChatCompletion:
             data = token_bytes(self.tokenizer, token, self.names)
             return {"token": data.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(data)}
 
-        return {"content": [{**one(scored.token, scored.logprob), "top_logprobs": [one(*pair) for pair in scored.top or []]}
+        return {"content": [{**one(scored.token, scored.logprob),
+                             "top_logprobs": [one(*pair) for pair in scored.top or []]}
                             for scored in tokens], "refusal": None}
 
     def _log(self) -> None:
-        self.serving.log({"route": "chat", "model": self.info.id, "messages": self.messages, "dropped_turns": self.dropped_turns,
-                          "answers": [answer.parts for answer in self.generation.answers], "finish": self.generation.finishes,
-                          "usage": self.generation.usage})
+        self.serving.log({"route": "chat", "model": self.info.id, "messages": self.messages,
+                          "dropped_turns": self.dropped_turns,
+                          "answers": [answer.parts for answer in self.generation.answers],
+                          "finish": self.generation.finishes, "usage": self.generation.usage})
 
 
 async def chat(serving: Serving, body: ChatRequest) -> tuple[ChatCompletion, EventStream | None]:

@@ -1,4 +1,7 @@
-"""POST /v1/completions: the continuation of a text or of token ids, as one JSON object or as a stream. Tools are off here."""
+"""POST /v1/completions: the continuation of a text or of token ids, as one JSON object or as a stream.
+
+Tools are off here.
+"""
 
 import secrets
 from collections.abc import AsyncIterator
@@ -29,8 +32,8 @@ class TextCompletion:
         self.prompts = prompts = self._prompts()
         answers = len(prompts) * self.n
         if answers > serving.max_answers:
-            raise ApiError(f"prompt: {len(prompts)} prompts and n of {self.n} are {answers} answers; the limit of a request is "
-                           f"{serving.max_answers} (--max-n)", param="prompt" if len(prompts) > 1 else "n")
+            raise ApiError(f"prompt: {len(prompts)} prompts and n of {self.n} are {answers} answers; the limit of a "
+                           f"request is {serving.max_answers} (--max-n)", param="prompt" if len(prompts) > 1 else "n")
         chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         serving.check_length(chars, "prompt")
         ids = await serving.tokenize(chars, lambda: [self._ids(prompt) for prompt in prompts])
@@ -66,7 +69,10 @@ class TextCompletion:
         return prompt
 
     def _echo(self, i: int, scores: list[Scores]) -> Answer:
-        """Make the echo of row i's prompt, one score a token. It does not show the <|bos|> that was put before a text."""
+        """Make the echo of row i's prompt, one score a token.
+
+        It does not show the <|bos|> that was put before a text.
+        """
         skip = int(isinstance(self.prompts[i // self.n], str))
         echo = self.echoes[i] = Answer(self.tokenizer, tools=False)
         for token, (logprob, top) in list(zip(self.generation.requests[i].prompt, scores))[skip:]:
@@ -86,7 +92,8 @@ class TextCompletion:
 
     def _choice(self, i: int, answer: Answer) -> dict[str, Any]:
         echo = self.echoes[i]
-        return {"index": i, "text": (echo.text if echo else "") + answer.text, "finish_reason": self.generation.finishes[i],
+        return {"index": i, "text": (echo.text if echo else "") + answer.text,
+                "finish_reason": self.generation.finishes[i],
                 "logprobs": self._logprobs(i, (echo.scored_tokens if echo else []), answer.scored_tokens)}
 
     async def stream(self) -> AsyncIterator[Any]:
@@ -94,7 +101,8 @@ class TextCompletion:
         generation, body = self.generation, self.body
         head = {**self._head(), **({"usage": None} if body.include_usage else {})}
 
-        def chunk(i: int, text: str, logprobs: dict | None, finish: str | None = None, extra: dict | None = None) -> dict:
+        def chunk(i: int, text: str, logprobs: dict | None, finish: str | None = None,
+                  extra: dict | None = None) -> dict:
             choice = {"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}
             return {**head, "choices": [choice], **({"nanochat": extra} if extra else {})}
 
@@ -108,15 +116,16 @@ class TextCompletion:
             elif isinstance(piece, TextPiece):
                 yield chunk(i, piece.text, self._logprobs(i, [], piece.tokens))
             elif isinstance(piece, RowFinished):
-                yield chunk(i, "", None, piece.reason, {"timings": generation.timings} if all(generation.finishes) else None)
+                yield chunk(i, "", None, piece.reason,
+                            {"timings": generation.timings} if all(generation.finishes) else None)
         self._log()
         if body.include_usage:
             yield {**head, "choices": [], "usage": generation.usage}
         yield b"[DONE]"
 
     def _head(self) -> dict[str, Any]:
-        return {"id": f"cmpl-{self.id}", "object": "text_completion", "created": self.generation.created, "model": self.info.id,
-                "system_fingerprint": f"{self.info.id}-{self.info.step}"}
+        return {"id": f"cmpl-{self.id}", "object": "text_completion", "created": self.generation.created,
+                "model": self.info.id, "system_fingerprint": f"{self.info.id}-{self.info.step}"}
 
     def _logprobs(self, i: int, echoed: list[ScoredToken], tokens: list[ScoredToken]) -> dict[str, Any] | None:
         """Return the field `logprobs` for tokens of the echo and of the answer after it."""
@@ -128,7 +137,8 @@ class TextCompletion:
         def top(token: ScoredToken) -> dict[str, float] | None:
             if token.logprob is None:
                 return None
-            return {self._name(id): finite(logprob) for id, logprob in [*(token.top or []), (token.token, token.logprob)]}
+            likeliest = [*(token.top or []), (token.token, token.logprob)]
+            return {self._name(id): finite(logprob) for id, logprob in likeliest}
 
         return {"tokens": [self._name(token.token) for token in scored],
                 "token_logprobs": [finite(token.logprob) for token in scored],
@@ -143,8 +153,10 @@ class TextCompletion:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _log(self) -> None:
-        self.serving.log({"route": "completions", "model": self.info.id, "prompt": self.prompts, "finish": self.generation.finishes,
-                          "answers": [answer.text for answer in self.generation.answers], "usage": self.generation.usage})
+        self.serving.log({"route": "completions", "model": self.info.id, "prompt": self.prompts,
+                          "finish": self.generation.finishes,
+                          "answers": [answer.text for answer in self.generation.answers],
+                          "usage": self.generation.usage})
 
 
 async def completion(serving: Serving, body: CompletionRequest) -> tuple[TextCompletion, EventStream | None]:

@@ -9,7 +9,8 @@ STYLE = """
 :root { color-scheme: light dark; }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
 h2 { margin-top: 3rem; } code { font-family: ui-monospace, monospace; font-size: .92em; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; }
+table { border-collapse: collapse; width: 100%; }
+td, th { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; }
 tr + tr { border-top: 1px solid #8884; }
 """
 HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
@@ -33,7 +34,8 @@ def page(description: dict[str, Any]) -> str:
     for name in ("Message", "Part"):
         about = escape(schemas[name].get("description", ""))
         parts.append(f"<h2><code>{name}</code></h2><p>{about}</p>{_fields(schemas[name])}")
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
             f"<title>{escape(info['title'])}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>")
 
 
@@ -55,6 +57,6 @@ def _type(schema: dict[str, Any]) -> str:
         return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
     if schema.get("type") == "array":
         return f"[{_type(schema['items'])}]"
-    bounds = [f"{sign} {schema[name]:g}" for name, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"))
-              if name in schema and abs(schema[name]) < 1e9]
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤"}
+    bounds = [f"{sign} {schema[name]:g}" for name, sign in signs.items() if name in schema and abs(schema[name]) < 1e9]
     return f"{schema.get('type', 'any')} {' '.join(bounds)}".strip()

@@ -1,4 +1,4 @@
-"""The outermost middleware: checks the host, API key, origin and size of each request; adds security headers; counts responses.
+"""The outermost middleware: check host, API key, origin and size of each request; add security headers; count.
 
 Plain ASGI. Only request bodies are buffered, up to their limit; streams pass through.
 """
@@ -14,16 +14,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanochat.server.protocol import ApiError, to_bytes
 from nanochat.server.serving import Serving
 
-PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
-               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-               "trusted-types nanochat dompurify")
+PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+               "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+               "require-trusted-types-for 'script'; trusted-types nanochat dompurify")
 DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PUBLIC = ("/", "/health", "/v1/models", "/favicon.ico")
-ROUTES = (*PUBLIC, "/metrics", "/openapi.json", "/docs", "/v1/chat/completions", "/v1/completions")  # paths that metrics name; all others count as one
+# paths that metrics name; all others count as one
+ROUTES = (*PUBLIC, "/metrics", "/openapi.json", "/docs", "/v1/chat/completions", "/v1/completions")
 BODY_SECONDS = 30.0  # a body must arrive within them
-DISCARD_TIMES = 16   # of a body that is too large, so many times the limit is read and discarded: a client that is cut off while it
-                     # sends does not read the error
+# of a body that is too large, so many times the limit is read and discarded, because a client that is cut off while it
+# sends does not read the error
+DISCARD_TIMES = 16
 
 
 class Gate:
@@ -35,7 +37,8 @@ class Gate:
         self.origins = {origin.strip().rstrip("/") for origin in config.cors.split(",") if origin.strip()}
         self.key = hashlib.sha256(config.api_key.encode()).digest() if config.api_key else None
         self.hosts = None
-        if config.host in LOOPBACK and self.key is None:  # against DNS rebinding: any page could let its name resolve to 127.0.0.1
+        # against DNS rebinding: any page could let its name resolve to 127.0.0.1
+        if config.host in LOOPBACK and self.key is None:
             names = (name.strip().lower() for name in config.allow_host.split(",") if name.strip())
             self.hosts = {*LOOPBACK, config.host, *names}
 
@@ -104,8 +107,8 @@ class Gate:
     def _check(self, scope: Scope, path: str, headers: Headers) -> None:
         """Raise ApiError for a request from a wrong host or without the API key."""
         if self.hosts is not None and self._host(headers) not in self.hosts:
-            raise ApiError("this server is reached under another name; start it with --allow-host to give it this one", 403,
-                           code="host_not_allowed")
+            raise ApiError("this server is reached under another name; start it with --allow-host to give it this one",
+                           403, code="host_not_allowed")
         if self.key is None or path in PUBLIC or path.startswith("/static/"):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -128,8 +131,8 @@ class Gate:
         Raises ApiError if the body is too large or too slow.
         """
         limit = self.config.max_body_bytes
-        too_large = ApiError(f"the body is too large; the limit is {limit:,} bytes (--max-body-bytes)", code="body_too_large",
-                             headers={"Connection": "close"})
+        too_large = ApiError(f"the body is too large; the limit is {limit:,} bytes (--max-body-bytes)",
+                             code="body_too_large", headers={"Connection": "close"})
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > DISCARD_TIMES * limit:
             raise too_large
@@ -152,7 +155,8 @@ class Gate:
         try:
             await asyncio.wait_for(read(), BODY_SECONDS)
         except (TimeoutError, asyncio.TimeoutError):
-            raise ApiError(f"the body did not come within {BODY_SECONDS:g} seconds", headers={"Connection": "close"}) from None
+            raise ApiError(f"the body did not come within {BODY_SECONDS:g} seconds",
+                           headers={"Connection": "close"}) from None
         body: bytes | None = b"".join(parts)
 
         async def again() -> Message:

@@ -1,4 +1,4 @@
-"""The rows of one HTTP request, from submission to the last token: what both endpoints do between a parsed body and a response."""
+"""The rows of one HTTP request, from submission to the last token. Both endpoints use it."""
 
 import asyncio
 import time
@@ -29,8 +29,8 @@ class PromptScores(NamedTuple):
 class Generation:
     """The rows of one request: n answers to each prompt. Row i is answer i % n to prompt i // n."""
 
-    def __init__(self, serving: Serving, tokenizer: RustBPETokenizer, requests: list[RowRequest], *, n: int, stops: list[str],
-                 affinity: str, prompt_only: bool = False):
+    def __init__(self, serving: Serving, tokenizer: RustBPETokenizer, requests: list[RowRequest], *, n: int,
+                 stops: list[str], affinity: str, prompt_only: bool = False):
         """Submit the rows.
 
         Args:
@@ -125,9 +125,11 @@ class Generation:
     def timings(self) -> dict[str, Any]:
         """The field `timings` of a response: how fast it was, and how full the context is."""
         usage, seconds = self.usage, (self.last or 0) - (self.first or 0)
-        return {"prompt_tokens": usage["prompt_tokens"], "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+        return {"prompt_tokens": usage["prompt_tokens"],
+                "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
                 "completion_tokens": usage["completion_tokens"],
                 "first_token_seconds": None if self.first is None else round(self.first - self.began, 4),
                 "tokens_per_second": round((usage["completion_tokens"] - 1) / seconds, 2) if seconds > 0 else None,
-                "context_used": max(len(request.prompt) + answer.tokens for request, answer in zip(self.requests, self.answers)),
+                "context_used": max(len(request.prompt) + answer.tokens
+                                    for request, answer in zip(self.requests, self.answers)),
                 "context_length": self.requests[0].model.context_length}

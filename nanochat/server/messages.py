@@ -1,7 +1,9 @@
 """The messages between the server's HTTP process and its worker processes.
 
-HTTP process to worker: ("submit", RowRequest), ("cancel", id), ("models",).
-Worker to HTTP process: ("ready", [ModelInfo], device), ("failed", why), ("models", [ModelInfo]), ("events", [Event], stats or None).
+    to a worker:  ("submit", RowRequest), ("cancel", id), ("models",)
+    from it:      ("ready", [ModelInfo], device), ("failed", why), ("models", [ModelInfo]), ("events", [Event], stats)
+
+The stats of an "events" message may be None.
 
 This file does not import PyTorch, because the HTTP process does without it.
 """
@@ -11,7 +13,8 @@ from typing import Literal, NamedTuple
 
 from nanochat.request import Settings
 
-ModelKey = tuple[str, int]  # folder and step of a checkpoint: what a model's id refers to may change while the server runs
+# folder and step of a checkpoint: what a model's id refers to may change while the server runs
+ModelKey = tuple[str, int]
 Scores = tuple[float | None, list[tuple[int, float]]]  # a token's log-probability; the likeliest tokens and theirs
 
 
@@ -20,8 +23,8 @@ class WorkerConfig:
     """What a worker serves and how much at a time.
 
     Args:
-        source: the model loaded at the start: a stage, a folder, or owner/name on the hub. The models of the other stages are loaded when a
-            request asks for them.
+        source: the model loaded at the start: a stage, a folder, or owner/name on the hub. The models of the other
+            stages are loaded when a request asks for them.
         model_tag: which of a stage's models; "" for the only or the deepest one.
         step: which of its checkpoints; -1 for the last.
         device: cpu, mps, cuda or cuda:1; "" for the best there is.
@@ -89,7 +92,8 @@ class RowRequest:
         logprobs: None, or how many of the likeliest tokens to tell beside each token's own log-probability.
         prompt_logprobs: whether to tell these of the prompt's tokens too.
         timeout: seconds it may take from its arrival at the worker, waiting included; None for no limit.
-        model: which model decodes it. The worker chooses the scheduler by it; the scheduler, which has one model, does not read it.
+        model: which model decodes it. The worker chooses the scheduler by it; the scheduler, which has one model, does
+            not read it.
     """
 
     id: str
@@ -109,8 +113,10 @@ class Event(NamedTuple):
 
     started: its prefill begins; `cached` of its prompt's tokens came from the prefix cache.
     prompt: `prompt_logprobs`, one entry for each token of the prompt; the first token has no log-probability.
-    token: the next token, with `logprob` and `top` if the request asked for them; `forced` if a tool wrote it. No event tells a stop token.
-    ended: `finish` is the reason, `message` explains an error. "refused": the queue is full; "shutdown": the server ends.
+    token: the next token, with `logprob` and `top` if the request asked for them; `forced` if a tool wrote it. There is
+        no event for a stop token.
+    ended: `finish` is the reason, `message` explains an error. "refused": the queue is full. "shutdown": the server
+        ends.
     """
 
     id: str

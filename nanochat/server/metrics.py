@@ -14,10 +14,11 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 COUNTS = {"prompt_tokens": "tokens of prompts", "cached_tokens": "of these, tokens found in the prefix cache",
           "generated_tokens": "tokens generated", "prefix_lookups": "prompts looked up in the prefix cache",
           "prefix_hits": "of these, prompts with a cached prefix", "cancelled": "rows that were cancelled",
-          "errors": "rows that ended in an error", "steps": "steps of the schedulers", "restarts": "workers started again"}
+          "errors": "rows that ended in an error", "steps": "steps of the schedulers",
+          "restarts": "workers started again"}
 GAUGES = {"running": "rows being decoded", "waiting": "rows in the queue or in prefill",
-          "rows_max": "rows decoded together at most", "prefix_bytes": "memory of the prefix cache", "models": "models loaded",
-          "rows": "rows given to workers that have not ended"}
+          "rows_max": "rows decoded together at most", "prefix_bytes": "memory of the prefix cache",
+          "models": "models loaded", "rows": "rows given to workers that have not ended"}
 
 
 class Metrics:
@@ -25,9 +26,10 @@ class Metrics:
 
     def __init__(self, pool: Pool):
         self.registry = CollectorRegistry()
-        self.requests = Counter("nanochat_http_requests", "answers to HTTP requests", ["route", "status"], registry=self.registry)
-        self.first_token = Histogram("nanochat_first_token_seconds", "from a request to its first token", buckets=SECONDS,
-                                     registry=self.registry)
+        self.requests = Counter("nanochat_http_requests", "answers to HTTP requests", ["route", "status"],
+                                registry=self.registry)
+        self.first_token = Histogram("nanochat_first_token_seconds", "from a request to its first token",
+                                     buckets=SECONDS, registry=self.registry)
         self.per_token = Histogram("nanochat_token_seconds", "from one token to the next, mean of an answer",
                                    buckets=TOKEN_SECONDS, registry=self.registry)
         self.registry.register(_WorkerCollector(pool))

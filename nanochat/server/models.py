@@ -1,7 +1,8 @@
-"""Find the models that clients can ask for: the stages that were trained, and the folder or hub repository the server was started with.
+"""Find the models that clients can ask for: the trained stages, and the model the server was started with.
 
-It runs in a worker, because it imports PyTorch. A model's id is its stage ("sft"), its stage and tag if there are several ("sft/d12"), the
-name of a folder, or "owner/name" of the hub. Clients can ask only for these ids, never for a path.
+It runs in a worker, because it imports PyTorch. A model's id is its stage ("sft"), its stage and tag if there are
+several ("sft/d12"), the name of a folder, or "owner/name" of the hub. Clients can ask only for these ids, never for a
+path.
 """
 
 import json
@@ -46,7 +47,7 @@ def _default(config: WorkerConfig) -> ModelInfo:
 
 
 def _of_stage(stage: str, tag: str) -> Iterator[tuple[str, Path]]:
-    """Yield (id, folder) of a stage's models: first the one that commands take with this tag, then those of the other tags."""
+    """Yield (id, folder) of a stage's models: first the one that commands take with this tag, then the others."""
     try:
         chosen = checkpoint_dir(stage, tag or None)
     except UserError:

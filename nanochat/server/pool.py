@@ -1,10 +1,10 @@
-"""The HTTP process's side of the workers: start them, give them rows, pass their events on, and start them again when they die.
+"""The HTTP process's side of the workers: start and restart them, give them rows, and pass their events on.
 
     pool = Pool(config, devices=["cuda:0", "cuda:1"])
     await pool.start()
-    group = pool.submit([RowRequest(...), ...], affinity="conversation")    # all on one worker; raises PoolFull or NoWorker
-    async for event in group: ...                                          # until each row has ended
-    group.close()                                                          # cancels those that have not
+    group = pool.submit([RowRequest(...), ...], affinity="conversation")   # all on one worker, or PoolFull or NoWorker
+    async for event in group: ...                                         # until each row has ended
+    group.close()                                                         # cancels those that have not
 
 All of it runs in one event loop. Each worker has two threads here, which move messages between its pipe and the loop.
 """
@@ -65,7 +65,10 @@ class RequestGroup:
         return event
 
     def cancel(self, id: str) -> None:
-        """Cancel a row. No more of its events are passed on; it takes a place in the worker until the worker reports its end."""
+        """Cancel a row.
+
+        No more of its events are passed on; it takes a place in the worker until the worker reports its end.
+        """
         if id in self.open:
             self.open.discard(id)
             self.worker.send(("cancel", id))
@@ -101,8 +104,8 @@ class Worker:
         """Start a process. Its message "ready" comes later."""
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        self.process = context.Process(target=run_worker, args=(there, self.config), name=f"nanochat-worker-{self.number}",
-                                       daemon=True)
+        self.process = context.Process(target=run_worker, args=(there, self.config),
+                                       name=f"nanochat-worker-{self.number}", daemon=True)
         self.process.start()
         there.close()
         self.since, self._outbox = time.monotonic(), queue.SimpleQueue()
@@ -173,7 +176,8 @@ class Worker:
         self._outbox.put(None)
         rows, self.rows = self.rows, {}
         for id, group in rows.items():
-            group.put(Event(id, "ended", finish="error", message="the process that computed this answer ended; try again"))
+            group.put(Event(id, "ended", finish="error",
+                            message="the process that computed this answer ended; try again"))
         if self.state == "starting":  # the first start: Pool.start waits for it and reports the failure
             self.state, self.message = "failed", "a worker ended before it was ready; what it printed says why"
         elif self.state != "failed" or self.restarts:
@@ -203,7 +207,10 @@ class Pool:
         self._looked = time.monotonic()
 
     async def start(self) -> None:
-        """Start all workers and wait until each has loaded its model. Raises UserError if one cannot; then all are stopped."""
+        """Start all workers and wait until each has loaded its model.
+
+        Raises UserError if one cannot; then all are stopped.
+        """
         atexit.register(self._kill)  # runs before multiprocessing's own handler, which would wait for the processes
         for worker in self.workers:
             worker.start()
@@ -236,7 +243,10 @@ class Pool:
         return sum(len(worker.rows) for worker in self.workers)
 
     def set_models(self, infos: list[ModelInfo]) -> None:
-        """Set the list of models to those a worker found. A used one keeps its checkpoint as long as its id is found."""
+        """Set the list of models to those a worker found.
+
+        A used one keeps its checkpoint as long as its id is found.
+        """
         self.models = {info.id: self.used_models.get(info.id, info) for info in infos}
 
     def look_for_models(self) -> None:
@@ -251,8 +261,8 @@ class Pool:
 
         Args:
             requests: the rows of one HTTP request.
-            affinity: names the conversation. Of several workers with the fewest rows, the one that served it last gets it, because its
-                prefix cache holds the earlier turns.
+            affinity: names the conversation. Of several workers with the fewest rows, the one that served it last gets
+                it, because its prefix cache holds the earlier turns.
 
         Raises:
             PoolFull: the rows do not all fit beside what waits.

@@ -1,8 +1,9 @@
-"""The prefix cache: it keeps the decoding state of earlier prompts, so that prefill of a prompt with the same beginning can start there.
+"""The prefix cache: the decoding state of earlier prompts, where prefill of a prompt with the same beginning starts.
 
-A prompt is divided into blocks of `block` tokens. For each block, the cache keeps the KV cache of the attention layers over its tokens, and
-the last K-1 gated inputs of the SLC2 layers at its end: for d20, 35,840 bytes a token and 66,560 a block. A block is found by a hash of all
-tokens up to its end. Memory is bounded; the least recently used blocks are evicted first.
+A prompt is divided into blocks of `block` tokens. For each block, the cache keeps the KV cache of the attention layers
+over its tokens, and the last K-1 gated inputs of the SLC2 layers at its end: for d20, 35,840 bytes a token and 66,560 a
+block. A block is found by a hash of all tokens up to its end. Memory is bounded; the least recently used blocks are
+evicted first.
 """
 
 import hashlib
@@ -23,14 +24,15 @@ class PrefixCache:
 
     def __init__(self, block: int, max_bytes: int):
         self.block, self.max_bytes, self.nbytes = block, max_bytes, 0
-        # the least recently used first; a block is never older than a block that follows it, so that the one evicted has no successor
+        # the least recently used first; a block is never older than a block that follows it, so that the one evicted
+        # has no successor
         self._blocks: OrderedDict[bytes, list[Tensor]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def restore(self, tokens: Sequence[int], state: State) -> int:
-        """Set row 0 of `state` to the longest cached prefix of `tokens`, and return the prefix's length; at least one token is left."""
+        """Set row 0 of `state` to the longest cached prefix of `tokens` that leaves a token over; return its length."""
         found = []
         for key in self._keys(tokens, (len(tokens) - 1) // self.block):
             if key not in self._blocks:
@@ -55,7 +57,10 @@ class PrefixCache:
         return length
 
     def keep(self, tokens: Sequence[int], state: State) -> None:
-        """Cache the last block of `tokens`, whole blocks, which row 0 of `state` holds. Evict blocks beyond max_bytes."""
+        """Cache the last block of `tokens`, whole blocks, which row 0 of `state` holds.
+
+        Evict blocks beyond max_bytes.
+        """
         keys = list(self._keys(tokens, len(tokens) // self.block))
         if keys[-1] not in self._blocks:
             here = slice(len(tokens) - self.block, len(tokens))

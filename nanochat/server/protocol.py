@@ -1,7 +1,7 @@
 """OpenAI's request and error shapes: parse and check request bodies, and turn them into messages for the workers.
 
-Fields of OpenAI's that change nothing here (user, metadata, store, ...) are ignored. Fields that would change the answer, and that this
-server does not support, are refused by name.
+Fields of OpenAI's that change nothing here (user, metadata, store, ...) are ignored. Fields that would change the
+answer, and that this server does not support, are refused by name.
 """
 
 import json
@@ -47,8 +47,10 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The JSON body."""
-        kind = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "invalid_request_error",
-                405: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}.get(self.status, "server_error")
+        kind = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+                404: "invalid_request_error",
+                405: "invalid_request_error", 429: "rate_limit_error",
+                503: "service_unavailable_error"}.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -61,11 +63,15 @@ def to_bytes(value: Any) -> bytes:
 # Request bodies
 
 def _valid(text: str) -> str:
-    """Return text that can be encoded. Raises UserError for half of a surrogate pair, which broken JSON escapes leave."""
+    """Return text that can be encoded.
+
+    Raises UserError for half of a surrogate pair, which broken JSON escapes leave.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError("the text holds half of a surrogate pair (\\ud800 to \\udfff): it is not valid Unicode") from None
+        raise UserError("the text holds half of a surrogate pair (\\ud800 to \\udfff): "
+                        "it is not valid Unicode") from None
     return text
 
 
@@ -87,13 +93,16 @@ class StreamOptions(StrictModel):
 class RequestBody(StrictModel):
     """The fields that both endpoints take."""
 
-    model: ValidText | None = Field(None, description="one of /v1/models; the server's default if left out", max_length=300)
-    max_tokens: int | None = Field(None, ge=0, le=MAX_INTEGER, description="new tokens at most, cut to what fits the context")
+    model: ValidText | None = Field(None, description="one of /v1/models; the server's default if left out",
+                                    max_length=300)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INTEGER,
+                                   description="new tokens at most, cut to what fits the context")
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE,
                                       description="0 takes the likeliest token; higher is more varied")
-    top_p: float | None = Field(None, gt=0, le=1,
-                                description="sample from the likeliest tokens that together have this much of the probability")
-    top_k: int | None = Field(None, ge=0, le=MAX_INTEGER, description="sample from this many of the likeliest tokens; 0 = all")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="sample from the likeliest tokens that together have this probability")
+    top_k: int | None = Field(None, ge=0, le=MAX_INTEGER,
+                              description="sample from this many of the likeliest tokens; 0 = all")
     repetition_penalty: float | None = Field(None, ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1],
                                              description="above 1 makes tokens seen before less likely")
     seed: int | None = Field(None, ge=-MAX_INTEGER, lt=2 * MAX_INTEGER,
@@ -118,8 +127,10 @@ class RequestBody(StrictModel):
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def row_requests(self, id: str, model: ModelInfo, prompts: list[list[int]], max_tokens: list[int], defaults: Defaults, *,
-                     timeout: float, tools: bool, logprobs: int | None, prompt_logprobs: bool = False) -> list[RowRequest]:
+    def row_requests(self, id: str, model: ModelInfo, prompts: list[list[int]], max_tokens: list[int],
+                     defaults: Defaults, *,
+                     timeout: float, tools: bool, logprobs: int | None,
+                     prompt_logprobs: bool = False) -> list[RowRequest]:
         """Return the messages to the worker: n rows for each prompt, those of the first prompt first.
 
         Args:
@@ -140,7 +151,8 @@ class RequestBody(StrictModel):
                     top_k=min(defaults.top_k if self.top_k is None else self.top_k, MAX_TOP_K),
                     top_p=defaults.top_p if self.top_p is None else max(self.top_p, MIN_TOP_P),
                     repetition_penalty=self.repetition_penalty or defaults.repetition_penalty, seed=seed, sample=sample)
-                rows.append(RowRequest(f"{id}-{len(rows)}", prompt, max(limit, 1), settings, tools=tools, logprobs=logprobs,
+                rows.append(RowRequest(f"{id}-{len(rows)}", prompt, max(limit, 1), settings, tools=tools,
+                                       logprobs=logprobs,
                                        prompt_logprobs=prompt_logprobs, timeout=timeout, model=model))
         return rows
 
@@ -162,7 +174,8 @@ class RequestBody(StrictModel):
 
 
 class Part(StrictModel):
-    """A part of a message: text; or, of the assistant, a call of the calculator (python) or its result (python_output)."""
+    """A part of a message: text; or, of the assistant, a call of the calculator (python) or its result
+    (python_output)."""
 
     type: Literal["text", "python", "python_output"]
     text: ValidText
@@ -178,16 +191,20 @@ class Message(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> "Message":
         if self.tool_calls:
-            raise UserError("tool_calls: this server does not support them; send the parts of the answer back as its content")
-        if self.role != "assistant" and isinstance(self.content, list) and any(part.type != "text" for part in self.content):
+            raise UserError("tool_calls: this server does not support them; "
+                            "send the parts of the answer back as its content")
+        if self.role != "assistant" and isinstance(self.content,
+                                                   list) and any(part.type != "text" for part in self.content):
             raise UserError(f"a {self.role} message holds text alone")
         return self
 
     def plain(self) -> dict[str, Any]:
         """Return it in the form of nanochat/tokenizer/conversation.py."""
         role, content = "system" if self.role == "developer" else self.role, self.content
-        if isinstance(content, list):
-            content = [part.model_dump() for part in content] if role == "assistant" else "".join(part.text for part in content)
+        if isinstance(content, list) and role == "assistant":
+            content = [part.model_dump() for part in content]
+        elif isinstance(content, list):
+            content = "".join(part.text for part in content)
         return {"role": role, "content": content}
 
 
@@ -201,8 +218,10 @@ class ChatRequest(RequestBody):
     logprobs: bool | None = Field(None, description="tell the log-probability of each token")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_CHAT_LOGPROBS,
                                      description="and of this many of the likeliest, with logprobs")
-    tools_shown: bool | None = Field(None, description="show the calls of the calculator and their results in the stream")
-    drop_oldest: bool | None = Field(None, description="drop the oldest turns if the conversation does not fit the context")
+    tools_shown: bool | None = Field(None,
+                                     description="show the calls of the calculator and their results in the stream")
+    drop_oldest: bool | None = Field(None,
+                                     description="drop the oldest turns if the conversation does not fit the context")
     tools: list[Any] | None = Field(None, description="only empty")
     tool_choice: Any = Field(None, description='only "none" or "auto"')
     functions: list[Any] | None = Field(None, description="only empty")
@@ -219,7 +238,8 @@ class ChatRequest(RequestBody):
         return self
 
     def _unsupported(self) -> dict[str, Any]:
-        choice = {name: "none" if getattr(self, name) == "none" else "auto" for name in ("tool_choice", "function_call")}
+        choices = ("tool_choice", "function_call")
+        choice = {name: "none" if getattr(self, name) == "none" else "auto" for name in choices}
         return {**super()._unsupported(), **choice, "tools": [], "functions": [], "response_format": {"type": "text"},
                 "modalities": ["text"], "audio": None, "prediction": None}
 
@@ -228,7 +248,8 @@ class CompletionRequest(RequestBody):
     """The body of POST /v1/completions."""
 
     prompt: ValidText | list[int] | list[ValidText] | list[list[int]] | None = Field(
-        None, description="text, token ids, or a list of either; <|bos|> is put before text, token ids are taken as they are")
+        None, description="text, token ids, or a list of either; <|bos|> is put before text, "
+                          "token ids are taken as they are")
     logprobs: int | None = Field(None, ge=0, le=MAX_COMPLETION_LOGPROBS,
                                  description="tell the log-probability of each token and of this many of the likeliest")
     echo: bool | None = Field(None, description="put the prompt before the answer")
@@ -243,11 +264,12 @@ class CompletionRequest(RequestBody):
 # Errors of a body
 
 KINDS = {"prompt": "text, a list of texts, token ids, or a list of such lists", "stop": "text, or a list of texts",
-         "content": "text, or a list of parts: {type, text}, where type is text, or for the assistant also python or python_output"}
+         "content": "text, or a list of parts: {type, text}, where type is text, or for the assistant also python or "
+                    "python_output"}
 
 
 def from_validation(errors: list[dict[str, Any]]) -> ApiError:
-    """Return the error of an invalid body from pydantic's list of errors: one line about the first field that is wrong."""
+    """Return the error of an invalid body from pydantic's list of errors: one line about the first wrong field."""
     first = errors[0] if errors else {}
     if first.get("type") == "json_invalid":
         return ApiError(f"the body is not valid JSON: {_short(first.get('ctx', {}).get('error', ''))}")

@@ -6,12 +6,13 @@
         for event in scheduler.step():
             ...
 
-A step is a bounded amount of work: prefill of some prompt tokens, in chunks, then one decode step of the running batch. So a long prompt
-does not stall the rows that are being decoded. One thread owns a scheduler, and nothing in it blocks.
+A step is a bounded amount of work: prefill of some prompt tokens, in chunks, then one decode step of the running batch.
+So a long prompt does not stall the rows that are being decoded. One thread owns a scheduler, and nothing in it blocks.
 
-Decoding is batch-invariant: what a row gets does not depend on the rows beside it. Each prompt is prefilled alone, in chunks that begin at
-multiples of `chunk`, whether the tokens before a chunk were computed or came from the prefix cache (prefix_cache.py), and rows are decoded
-by an exact Batch. On a CPU the result is the one the row would have alone, to the last bit; on a GPU up to rounding.
+Decoding is batch-invariant: what a row gets does not depend on the rows beside it. Each prompt is prefilled alone, in
+chunks that begin at multiples of `chunk`, whether the tokens before a chunk were computed or came from the prefix cache
+(prefix_cache.py), and rows are decoded by an exact Batch. On a CPU the result is the one the row would have alone, to
+the last bit; on a GPU up to rounding.
 """
 
 import time
@@ -86,8 +87,8 @@ class Scheduler:
         self._events: list[Event] = []
         self._buffer = None  # the state of one row, for prefill
         self._owner = None   # the ScheduledRow, or the tokens of a replay, whose state the buffer holds
-        self._count = dict.fromkeys(("requests", "steps", "prompt_tokens", "cached_tokens", "generated_tokens", "prefix_lookups",
-                                     "prefix_hits", "cancelled", "errors"), 0)
+        self._count = dict.fromkeys(("requests", "steps", "prompt_tokens", "cached_tokens", "generated_tokens",
+                                     "prefix_lookups", "prefix_hits", "cancelled", "errors"), 0)
 
     # ---- called by the worker
 
@@ -107,8 +108,8 @@ class Scheduler:
         if request.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, not {request.max_tokens}")
         if len(request.prompt) + request.max_tokens > self.context:
-            raise UserError(f"a prompt of {len(request.prompt):,} tokens and {request.max_tokens:,} new ones do not fit the model's "
-                            f"{self.context:,}")
+            raise UserError(f"a prompt of {len(request.prompt):,} tokens and {request.max_tokens:,} new ones do not "
+                            f"fit the model's {self.context:,}")
         if wrong := [token for token in request.prompt if not 0 <= token < self.model.config.vocab_size]:
             raise UserError(f"token {wrong[0]} is not in the vocabulary of {self.model.config.vocab_size:,}")
         if len(self._waiting) >= self.max_waiting and len(self._rows) >= self.max_rows:
@@ -116,9 +117,10 @@ class Scheduler:
         deadline = None
         if request.timeout is not None:
             deadline = (time.monotonic() if arrived is None else arrived) + request.timeout
-        row = ScheduledRow(request.prompt, request.max_tokens, request.settings, stops=request.stops, tools=request.tools,
-                           logprobs=request.logprobs, id=request.id, number=self._count["requests"], deadline=deadline,
-                           prompt_logprobs=request.prompt_logprobs, prefill=list(request.prompt))
+        row = ScheduledRow(
+            request.prompt, request.max_tokens, request.settings, stops=request.stops, tools=request.tools,
+            logprobs=request.logprobs, id=request.id, number=self._count["requests"], deadline=deadline,
+            prompt_logprobs=request.prompt_logprobs, prefill=list(request.prompt))
         self._rows[row.id] = row
         self._waiting.append(row)
         self._count["requests"] += 1
@@ -135,10 +137,10 @@ class Scheduler:
         return bool(self._rows or self._events or self._replays)
 
     def step(self) -> list[Event]:
-        """Do a bounded amount of work and return what happened: prefill some prompt tokens, then decode one token for each running row.
+        """Prefill some prompt tokens, then decode one token for each running row; return what happened.
 
-        With rows running, one chunk is prefilled, with none eight. If there is no row at all, a finished answer is put into the prefix
-        cache.
+        With rows running, one chunk is prefilled, with none eight. If there is no row at all, a finished answer is put
+        into the prefix cache.
         """
         now = time.monotonic()
         for row in [row for row in self._rows.values() if row.deadline is not None and now > row.deadline]:
@@ -224,7 +226,7 @@ class Scheduler:
         return end - begin
 
     def _replay(self) -> None:
-        """Prefill a chunk of a prompt with its answer, so that the next turn of the conversation finds both in the prefix cache.
+        """Prefill a chunk of a prompt with its answer: the next turn then finds both in the prefix cache.
 
         The state that decoding left is not kept, because it differs in the last bits from what prefill in chunks gives.
         """
@@ -281,7 +283,7 @@ class Scheduler:
     # ---- out of memory
 
     def _out_of_memory_in_prefill(self, row: ScheduledRow) -> None:
-        """Free memory so that a prompt can be tried again: first the prefix cache, then half of the slots; or else end its row."""
+        """Free memory for another try: first the prefix cache, then half of the slots. Without either, end the row."""
         cached, self._prefilling = len(self.prefix), None
         self._waiting.appendleft(row)
         self._free_memory()

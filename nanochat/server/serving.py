@@ -1,4 +1,4 @@
-"""What all requests share: the server's configuration, its models and their tokenizers, the limits, the log of chats."""
+"""What all requests share: the server's configuration, models, tokenizers, limits, and log of chats."""
 
 import asyncio
 import json
@@ -75,13 +75,16 @@ class Serving:
         models = self.pool.models
         info = models.get(name) if name is not None else next((info for info in models.values() if info.default), None)
         if info is None:
-            message = f"there is no model {name!r}; there are {', '.join(models)}" if name is not None else "there is no model"
+            message = "there is no model"
+            if name is not None:
+                message += f" {name!r}; there are {', '.join(models)}"
             raise ApiError(message, 404, param="model", code="model_not_found")
         if info.tokenizer not in self._tokenizers:
             try:
-                self._tokenizers[info.tokenizer] = await asyncio.to_thread(RustBPETokenizer.from_directory, info.tokenizer)
+                tokenizer = await asyncio.to_thread(RustBPETokenizer.from_directory, info.tokenizer)
             except UserError as error:
                 raise ApiError(f"the tokenizer of {info.id} cannot be loaded", 500) from error
+            self._tokenizers[info.tokenizer] = tokenizer
         return info, self._tokenizers[info.tokenizer]
 
     # ---- lengths
@@ -89,8 +92,8 @@ class Serving:
     def check_length(self, chars: int, param: str) -> None:
         """Raise ApiError for text that is too long to be tokenized."""
         if chars > self.config.max_chars:
-            raise ApiError(f"{param}: {chars:,} characters; the limit is {self.config.max_chars:,} (--max-chars)", param=param,
-                           code="context_length_exceeded")
+            raise ApiError(f"{param}: {chars:,} characters; the limit is {self.config.max_chars:,} (--max-chars)",
+                           param=param, code="context_length_exceeded")
 
     async def tokenize(self, chars: int, work: Callable[[], R]) -> R:
         """Return work(), which tokenizes so many characters; in a thread if it would hold up other requests.
@@ -113,8 +116,9 @@ class Serving:
         """Return how many tokens fit the context after a prompt of `length` tokens. Raises ApiError if none does."""
         if length >= info.context_length:
             what = "conversation" if param == "messages" else "prompt"
-            raise ApiError(f"this {what} is {length:,} tokens long; the context of {info.id} is {info.context_length:,} tokens, and at "
-                           "least one must be left for the answer", param=param, code="context_length_exceeded")
+            raise ApiError(
+                f"this {what} is {length:,} tokens long; the context of {info.id} is {info.context_length:,} tokens, "
+                "and at least one must be left for the answer", param=param, code="context_length_exceeded")
         return info.context_length - length
 
     @property
@@ -125,7 +129,8 @@ class Serving:
     def check_answers(self, n: int) -> None:
         """Raise ApiError for more answers to one prompt than the limit."""
         if n > self.max_answers:
-            raise ApiError(f"n: {n} answers are asked for; the limit of a request is {self.max_answers} (--max-n)", param="n")
+            raise ApiError(f"n: {n} answers are asked for; the limit of a request is {self.max_answers} (--max-n)",
+                           param="n")
 
     # ---- requests
 
@@ -138,12 +143,16 @@ class Serving:
         except PoolFull:
             raise self.too_many_requests() from None
         except NoWorker:
-            raise ApiError("no worker is running at the moment; try again soon", 503, headers={"Retry-After": "2"}) from None
+            raise ApiError("no worker is running at the moment; try again soon", 503,
+                           headers={"Retry-After": "2"}) from None
         self.groups.add(group)
         return group
 
     def too_many_requests(self) -> ApiError:
-        """Return the error of a request that finds the queue full. Retry-After is half the time that a full queue takes."""
+        """Return the error of a request that finds the queue full.
+
+        Retry-After is half the time that a full queue takes.
+        """
         batches = self.pool.config.max_waiting / self.pool.config.max_rows + 1
         seconds = min(max(math.ceil(self._mean_seconds * batches / 2), 1), 30)
         return ApiError(f"{self.pool.rows} requests are being served or wait already; try again in {seconds} s", 429,
@@ -162,12 +171,16 @@ class Serving:
     # ---- the log of chats
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write a line to the file of chats, if there is one. A full disk is reported in the terminal and fails no request."""
+        """Write a line to the file of chats, if there is one.
+
+        A full disk is reported in the terminal and fails no request.
+        """
         if self.config.log_chats:
             try:
                 self._append({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **record})
             except OSError as error:
-                print(f"{self.config.log_chats} cannot be written to, a chat is missing there: {error}", file=sys.stderr, flush=True)
+                print(f"{self.config.log_chats} cannot be written to, a chat is missing there: {error}",
+                      file=sys.stderr, flush=True)
 
     def _append(self, record: dict[str, Any] | None) -> None:
         handle = os.open(self.config.log_chats, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

@@ -10,7 +10,8 @@ from starlette.types import Receive, Scope, Send
 
 from nanochat.server.protocol import ApiError, to_bytes
 
-PING_SECONDS = 10.0  # of silence, after which a stream sends a comment, so that nothing on the way closes the connection
+# of silence, after which a stream sends a comment, so that nothing on the way closes the connection
+PING_SECONDS = 10.0
 
 R = TypeVar("R")
 
@@ -42,7 +43,8 @@ class EventStream(Response):
     """A response of server-sent events.
 
     Args:
-        lines: the data of each event: a JSON value, or bytes that are sent as they are. An ApiError that it raises becomes the last event.
+        lines: the data of each event: a JSON value, or bytes that are sent as they are. An ApiError that it raises
+            becomes the last event.
         close: called at the end, also if the client disconnects.
     """
 

@@ -1,9 +1,11 @@
 """A worker process: it owns a device, loads models on it, and runs a scheduler for each.
 
-The HTTP process starts it (pool.py) and talks to it over a pipe, in the messages of messages.py. It ends when the pipe closes, also when the
-HTTP process was killed. A model is loaded in a thread when a request first asks for it; the other models go on meanwhile.
+The HTTP process starts it (pool.py) and talks to it over a pipe, in the messages of messages.py. It ends when the pipe
+closes, also when the HTTP process was killed. A model is loaded in a thread when a request first asks for it; the other
+models go on meanwhile.
 
-PyTorch is imported inside the functions here: the HTTP process imports this file too, for `run_worker`, and does without PyTorch.
+PyTorch is imported inside the functions here: the HTTP process imports this file too, for `run_worker`, and does
+without PyTorch.
 """
 
 import os
@@ -29,7 +31,8 @@ STATS_EVERY = 0.25  # seconds
 
 def run_worker(pipe: Connection, config: WorkerConfig) -> None:
     """Run a worker process until its pipe closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches the whole process group; the HTTP process handles it
+    # Ctrl-C reaches the whole process group; the HTTP process handles it
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_read, args=(pipe, inbox), daemon=True).start()
@@ -89,7 +92,7 @@ class ModelHost:
     """The models of a worker, each with a scheduler. One thread owns it; only loading runs in threads of its own."""
 
     def __init__(self, config: WorkerConfig, inbox: queue.SimpleQueue):
-        """Choose the device. Raises UserError if it does not exist. inbox: where loading threads put ("loaded", ...)."""
+        """Choose the device. Raises UserError if it is missing. inbox: where loading threads put ("loaded", ...)."""
         from nanochat.distributed import init_ranks
 
         self.config, self.inbox = config, inbox
@@ -97,13 +100,15 @@ class ModelHost:
         if number:  # one GPU of several: init_ranks would take the first
             import torch
             if kind != "cuda" or not int(number) < torch.cuda.device_count():
-                raise UserError(f"there is no {config.device}: this machine shows {torch.cuda.device_count()} GPUs; see --num-gpus")
+                raise UserError(f"there is no {config.device}: this machine shows {torch.cuda.device_count()} GPUs; "
+                                "see --num-gpus")
             self.device = torch.device(config.device)
             torch.cuda.set_device(self.device)
         else:
             self.device = init_ranks(kind).device
         self.schedulers: dict[ModelKey, Scheduler] = {}     # the least recently used first
-        self._loading: dict[ModelKey, list[Arrived]] = {}   # models that are being loaded, and the requests that wait for each
+        # models that are being loaded, and the requests that wait for each
+        self._loading: dict[ModelKey, list[Arrived]] = {}
         self._rows: dict[str, ModelKey] = {}                # the model of each row that has not ended
         self._past: dict[str, float] = {}                   # counts of schedulers that were unloaded
 
@@ -125,8 +130,10 @@ class ModelHost:
         from nanochat.server.scheduler import Scheduler
 
         model, tokenizer, _ = load_for_decoding(info.folder, self.device, step=info.step, quantize=self.config.quantize)
-        rows, waiting = self.config.max_rows, self.config.max_rows + self.config.max_waiting  # the pool enforces the limit
-        return Scheduler(Engine(model, tokenizer), max_rows=rows, max_waiting=waiting, prefix_bytes=self.config.prefix_bytes)
+        rows = self.config.max_rows
+        waiting = rows + self.config.max_waiting  # the pool enforces the limit
+        return Scheduler(Engine(model, tokenizer), max_rows=rows, max_waiting=waiting,
+                         prefix_bytes=self.config.prefix_bytes)
 
     def _load_in_thread(self, info: ModelInfo) -> None:
         """Load a model and put it, or the exception, into the inbox."""
@@ -191,7 +198,7 @@ class ModelHost:
         return []
 
     def _guarded(self, key: ModelKey, work: Callable[[], list[Event]]) -> list[Event]:
-        """Return work(). After an unexpected exception, unload the model and end its rows only; the next request loads it again."""
+        """Return work(). After an unexpected exception, unload the model and end its rows, but no others."""
         try:
             return work()
         except Exception:

@@ -4,8 +4,9 @@
     decoder = StreamDecoder(tokenizer)         # the same, with the text of each part in whole characters
     text = TerminalText(tokenizer)             # text for a terminal: tool calls in brackets
 
-An answer is text with tool calls in it: <|python_start|> ... <|python_end|> is a call ("python"), <|output_start|> ... <|output_end|> a
-result ("python_output"). A model may write these special tokens anywhere, so each of them can also stand where it has no meaning.
+An answer is text with tool calls in it: <|python_start|> ... <|python_end|> is a call ("python"), <|output_start|> ...
+<|output_end|> a result ("python_output"). A model may write these special tokens anywhere, so each of them can also
+stand where it has no meaning.
 """
 
 import codecs
@@ -13,13 +14,15 @@ from typing import Literal, NamedTuple
 
 PartType = Literal["text", "python", "python_output"]
 Boundary = Literal["", "start", "end"]
+ToolTokens = dict[int, tuple[PartType, Boundary]]
 
 TOOL_TOKENS: dict[str, tuple[PartType, Boundary]] = {
     "<|python_start|>": ("python", "start"), "<|python_end|>": ("python", "end"),
     "<|output_start|>": ("python_output", "start"), "<|output_end|>": ("python_output", "end")}
 
 # control characters that a model may write, as symbols, so that a terminal does not obey them; newline and tab stay
-VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421} | {code: 0xFFFD for code in range(128, 160)}
+VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
+VISIBLE |= {127: 0x2421} | {code: 0xFFFD for code in range(128, 160)}
 
 
 def special_names(tokenizer) -> dict[int, str]:
@@ -27,29 +30,33 @@ def special_names(tokenizer) -> dict[int, str]:
     return {tokenizer.encode_special(name): name for name in tokenizer.get_special_tokens()}
 
 
-def tool_tokens(tokenizer, types: tuple[PartType, ...] = ("python", "python_output")) -> dict[int, tuple[PartType, Boundary]]:
-    """Return the tokens that begin and end parts of these types, by their ids; for PartParser."""
-    return {tokenizer.encode_special(name): (part, boundary) for name, (part, boundary) in TOOL_TOKENS.items() if part in types}
+def tool_tokens(tokenizer, types: tuple[PartType, ...] = ("python", "python_output")) -> ToolTokens:
+    """Return what PartParser needs to find parts of these types: what the special tokens begin or end, by their ids."""
+    return {tokenizer.encode_special(name): (part, boundary)
+            for name, (part, boundary) in TOOL_TOKENS.items() if part in types}
 
 
 class PartParser:
     """Find the tool calls and their results in the tokens of one answer.
 
-    A start token always begins a part, and so ends the one before it. An end token ends a part of its own type; elsewhere it belongs to the
-    part in which it stands.
+    A start token always begins a part, and so ends the one before it. An end token ends a part of its own type;
+    elsewhere it belongs to the part in which it stands.
 
     Attributes:
         part: the type of the part that the next token belongs to.
         tokens: of the tool part that is being written or was written last, without its start and end.
     """
 
-    def __init__(self, tool_tokens: dict[int, tuple[PartType, Boundary]]):
+    def __init__(self, tool_tokens: ToolTokens):
         self.tool_tokens = tool_tokens
         self.part: PartType = "text"
         self.tokens: list[int] = []
 
     def feed(self, token: int) -> Boundary:
-        """Take the next token. Return "start" or "end" if it begins or ends a tool part, "" if it belongs to the part it stands in."""
+        """Take the next token.
+
+        Return "start" or "end" if it begins or ends a tool part, "" if it belongs to the part it stands in.
+        """
         part, boundary = self.tool_tokens.get(token, ("", ""))
         if boundary == "start":
             self.part, self.tokens = part, []
@@ -102,8 +109,9 @@ class StreamDecoder:
         boundary = self.parser.feed(token)
         name = self.names.get(token)
         if name is None:
-            return Decoded(boundary, before, "", self._utf8.decode(self.tokenizer.decode_bytes([token])), "")
-        return Decoded(boundary, before, self.finish(), "", "") if boundary else Decoded("", before, self.finish(), name, name)
+            return Decoded("", before, "", self._utf8.decode(self.tokenizer.decode_bytes([token])), "")
+        special = "" if boundary else name
+        return Decoded(boundary, before, self.finish(), special, special)
 
     def finish(self) -> str:
         """Return the rest of the current part, U+FFFD for a character that was cut short."""
@@ -119,8 +127,8 @@ class StreamDecoder:
 class TerminalText:
     """Turn the tokens of one answer into text for people, as they come.
 
-    Characters come whole, control characters are made visible. With tools, a call and its result stand in brackets, [2+2 = 4]; without,
-    they are left out.
+    Characters come whole, control characters are made visible. With tools, a call and its result stand in brackets,
+    [2+2 = 4]; without, they are left out.
     """
 
     def __init__(self, tokenizer, tools: bool = True):
