@@ -42,7 +42,7 @@ class Config:
     quantize: Literal["none", "int8"] = flag("none", "int8 decodes with weights of 8 bits")
     api_key: str = flag("", "key that requests must send; NANOCHAT_API_KEY does the same and shows in no process list")
     cors: str = flag("", "origins whose pages may use the API, with commas between; * is all")
-    allow_host: str = flag("", "more names that a server on 127.0.0.1 answers to, beside localhost, with commas between")
+    allow_host: str = flag("", "names that a server on 127.0.0.1 answers to beside localhost, with commas between")
     log_chats: str = flag("", "file to write every conversation to, a JSON line each; unset writes none")
     max_rows: int = flag(16, "answers decoded together, a worker")
     max_waiting: int = flag(64, "answers that may wait in the queue, a worker; more get 429")
