@@ -39,7 +39,8 @@ def model(tokenizer):
 
 def ids(tokenizer, *parts):
     """Texts, and specials by their names, as tokens."""
-    return [token for part in parts for token in ([tokenizer.encode_special(part)] if part.startswith("<|") else tokenizer.encode(part))]
+    encoded = ([tokenizer.encode_special(part)] if part.startswith("<|") else tokenizer.encode(part) for part in parts)
+    return [token for tokens in encoded for token in tokens]
 
 
 class Scripted:
@@ -67,7 +68,8 @@ def test_characters_come_whole_and_broken_ones_are_marked(tokenizer):
 
 
 @pytest.mark.parametrize("parts, told", [
-    (["so ", "<|python_start|>", "2+2", "<|python_end|>", "<|output_start|>", "4", "<|output_end|>", " it is"], "so [2+2 = 4] it is"),
+    (["so ", "<|python_start|>", "2+2", "<|python_end|>", "<|output_start|>", "4", "<|output_end|>", " it is"],
+     "so [2+2 = 4] it is"),
     (["<|python_start|>", "2+", "<|python_end|>", " on"], "[2+] on"),
     (["<|python_start|>", "2+", "<|python_end|>"], "[2+]"),
     (["<|python_start|>", "2+"], "[2+]"),
@@ -92,22 +94,24 @@ def test_the_oldest_turns_go_when_the_conversation_is_too_long():
 
 
 def test_half_a_tool_call_is_not_remembered(tokenizer):
-    for parts, left in ((["a", "<|python_start|>", "2"], 1), (["a", "<|python_start|>", "2", "<|python_end|>"], 4), (["a"], 1),
-                        (["a", "<|python_start|>", "2", "<|python_end|>", "<|output_start|>"], 4)):
+    for parts, left in ((["a", "<|python_start|>", "2"], 1), (["a", "<|python_start|>", "2", "<|python_end|>"], 4),
+                        (["a"], 1), (["a", "<|python_start|>", "2", "<|python_end|>", "<|output_start|>"], 4)):
         tokens = ids(tokenizer, *parts)
         assert without_unfinished_call(tokens, tokenizer) == tokens[:left]
 
 
 def test_the_model_sees_the_whole_conversation_as_it_was_trained_on(model, tokenizer):
     call = ["<|python_start|>", "2", "<|python_end|>", "<|output_start|>", "2", "<|output_end|>"]
-    engine = Scripted(model, tokenizer, ids(tokenizer, "so ", *call, "<|assistant_end|>"), ids(tokenizer, "on", "<|assistant_end|>"),
-                      ids(tokenizer, "a", "<|bos|>"))
+    engine = Scripted(model, tokenizer, ids(tokenizer, "so ", *call, "<|assistant_end|>"),
+                      ids(tokenizer, "on", "<|assistant_end|>"), ids(tokenizer, "a", "<|bos|>"))
     chat = Conversation(engine, Config())
-    assert "".join(chat.ask("the cat")) == "so [2 = 2]" and "".join(chat.ask("and")) == "on" and "".join(chat.ask("?")) == "a"
+    assert "".join(chat.ask("the cat")) == "so [2 = 2]" and "".join(chat.ask("and")) == "on"
+    assert "".join(chat.ask("?")) == "a"
     messages = [{"role": "user", "content": "the cat"},
                 {"role": "assistant", "content": [{"type": "text", "text": "so "}, {"type": "python", "text": "2"},
                                                   {"type": "python_output", "text": "2"}]},
-                {"role": "user", "content": "and"}, {"role": "assistant", "content": "on"}, {"role": "user", "content": "?"}]
+                {"role": "user", "content": "and"}, {"role": "assistant", "content": "on"},
+                {"role": "user", "content": "?"}]
     for asked, upto in zip(engine.prompts, (1, 3, 5)):
         assert asked == tokenizer.render_for_completion({"messages": messages[:upto]})
 
@@ -134,7 +138,8 @@ def test_a_stopped_answer_counts_as_said(model, tokenizer):
     chat = Conversation(engine, Config())
     with closing(chat.ask("the")) as pieces:
         assert next(pieces) == "a" and next(pieces) == "b"
-    assert chat.turns == [ids(tokenizer, "<|user_start|>", "the", "<|user_end|>", "<|assistant_start|>", "a", "b", "<|assistant_end|>")]
+    assert chat.turns == [ids(tokenizer, "<|user_start|>", "the", "<|user_end|>", "<|assistant_start|>", "a", "b",
+                              "<|assistant_end|>")]
 
 
 # ---- the session
@@ -172,7 +177,8 @@ def saved(model, tokenizer):
     """The model as a fine-tuned one in base_dir(), with room for a long answer."""
     tokenizer.save(base_dir() / "tokenizer")
     save_checkpoint(base_dir() / "chatsft_checkpoints" / "d1", 7, model.state_dict(),
-                    {"model_config": model.config.to_dict() | {"sequence_len": 100_000}, "tokenizer": tokenizer.fingerprint()})
+                    {"model_config": model.config.to_dict() | {"sequence_len": 100_000},
+                     "tokenizer": tokenizer.fingerprint()})
     return {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir()), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
@@ -182,8 +188,8 @@ def test_one_question_gives_one_answer_and_nothing_else(saved, capsys):
     first = capsys.readouterr().out
     answer = first.split("\n[the answer ends after 9 tokens")[0]
     assert answer and "You:" not in first
-    done = subprocess.run([sys.executable, "-m", "scripts.chat_cli", "-i", "sft", "-g", "d1", "-s", "7", *flags], cwd=ROOT, env=saved,
-                          capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "scripts.chat_cli", "-i", "sft", "-g", "d1", "-s", "7", *flags],
+                          cwd=ROOT, env=saved, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stdout) == (0, first), done.stderr
     for wrong, told in ((["-s", "8"], "8"), (["-i", "rl"], "chatrl|rl"), (["--max-tokens=0"], "--max-tokens must be")):
         with pytest.raises(UserError, match=told):
@@ -193,8 +199,8 @@ def test_one_question_gives_one_answer_and_nothing_else(saved, capsys):
 @pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
 def test_ctrl_c_stops_the_answer_and_the_session_goes_on(saved):
     flags = ["-k", "5", "--max-tokens=90000", "--device-type=cpu"]
-    chat = subprocess.Popen([sys.executable, "-u", "-m", "scripts.chat_cli", *flags], cwd=ROOT, env=saved, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    chat = subprocess.Popen([sys.executable, "-u", "-m", "scripts.chat_cli", *flags], cwd=ROOT, env=saved,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         os.set_blocking(chat.stdout.fileno(), False)
 

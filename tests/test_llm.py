@@ -60,7 +60,8 @@ def test_texts_go_on_as_the_engine_says(llm):
 def test_tool_calls_are_shown_in_brackets_or_left_out(llm):
     tokenizer = llm.tokenizer
     ids = []
-    for part in ("It is ", "<|python_start|>", "2+2", "<|python_end|>", "<|output_start|>", "4", "<|output_end|>", "four ü"):
+    for part in ("It is ", "<|python_start|>", "2+2", "<|python_end|>", "<|output_start|>", "4", "<|output_end|>",
+                 "four ü"):
         ids += [tokenizer.encode_special(part)] if part.startswith("<|") else tokenizer.encode(part)
     for tools, wanted in ((True, "It is [2+2 = 4]four ü"), (False, "It is four ü")):
         shown = TerminalText(tokenizer, tools)
@@ -81,7 +82,8 @@ def test_weights_of_8_bits_answer_too(folder, llm):
 
 def test_loading_for_decoding_says_what_was_loaded(folder):
     model, tokenizer, meta = load_for_decoding(folder, "cpu", step=3)
-    assert meta["loaded"].startswith("step 3 of") and model.config.vocab_size == tokenizer.get_vocab_size() and not model.training
+    assert meta["loaded"].startswith("step 3 of") and model.config.vocab_size == tokenizer.get_vocab_size()
+    assert not model.training
 
 
 def test_what_cannot_be_had_is_said_in_words(llm, monkeypatch):
@@ -103,5 +105,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_nothing_that_takes_seconds_is_imported_before_it_is_needed():
-    code = "import sys, nanochat.llm, nanochat.training; print([m for m in ('torch._dynamo', 'triton', 'datasets') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = ("import sys, nanochat.llm, nanochat.training; "
+            "print([m for m in ('torch._dynamo', 'triton', 'datasets') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout.strip() == "[]"

@@ -30,7 +30,7 @@ def test_every_door_has_the_defaults_it_was_published_with():
 
 def test_a_flag_of_the_server_is_the_default_of_both_endpoints_but_for_the_length_of_completions():
     config = ServerConfig(temperature=0.3, top_k=7, max_tokens=99)
-    assert (config.chat_defaults.temperature, config.chat_defaults.top_k, config.chat_defaults.max_tokens) == (0.3, 7, 99)
+    assert config.chat_defaults[:3] == (99, 0.3, 7)
     assert config.completion_defaults == config.chat_defaults._replace(max_tokens=16)
 
 

@@ -42,7 +42,8 @@ def rows(*ids):
 
 
 def tell(worker, *events):
-    worker._received(worker.process, ("events", [Event(id, kind, finish="stop" if kind == "ended" else "") for id, kind in events], None))
+    events = [Event(id, kind, finish="stop" if kind == "ended" else "") for id, kind in events]
+    worker._received(worker.process, ("events", events, None))
 
 
 def test_rows_go_to_the_worker_with_the_least_to_do_and_else_where_they_were():
@@ -102,7 +103,8 @@ def test_a_stage_and_the_tags_beside_it_have_ids_of_their_own(base):
     assert [(model.id, model.chat) for model in by_path] == [("d2", False), ("sft", True)]
 
 
-@pytest.mark.parametrize("wrong", [{"source": "rl"}, {"source": "sft", "step": 7}, {"source": "nowhere"}, {"model_tag": "d9"}])
+@pytest.mark.parametrize("wrong", [{"source": "rl"}, {"source": "sft", "step": 7}, {"source": "nowhere"},
+                                   {"model_tag": "d9"}])
 def test_a_model_that_is_not_there_is_told_at_once(base, wrong):
     with pytest.raises(UserError):
         find_models(WorkerConfig(**wrong))
@@ -144,7 +146,8 @@ def test_a_row_can_be_cancelled_or_be_late_while_its_model_loads(host):
     sft = host.infos["sft"]
     events = run(host, row("a", sft), row("b", sft), ("cancel", "a"), ("cancel", "nobody"),
                  row("c", sft, timeout=-1))
-    assert {event.id: event.finish for event in events if event.kind == "ended"} == {"a": "cancelled", "b": "length", "c": "timeout"}
+    ends = {event.id: event.finish for event in events if event.kind == "ended"}
+    assert ends == {"a": "cancelled", "b": "length", "c": "timeout"}
 
 
 def test_a_model_that_cannot_be_loaded_ends_only_its_own_requests(host, capsys):
@@ -167,7 +170,8 @@ def test_a_model_that_fails_ends_its_requests_and_is_loaded_anew(host, where, mo
     host.handle(row("b", sft, 30))
     monkeypatch.setattr(host.schedulers[sft.key], where, fail)
     events = run(host, *{"step": [], "cancel": [("cancel", "b")], "submit": [row("c", sft)]}[where])
-    assert {event.finish for event in events if event.kind == "ended"} == {"error"} and "nobody foresaw this" in capsys.readouterr().err
+    assert {event.finish for event in events if event.kind == "ended"} == {"error"}
+    assert "nobody foresaw this" in capsys.readouterr().err
     assert host._rows == {} and not host.schedulers
     assert run(host, row("d", sft))[-1].finish == "length"
 

@@ -1,4 +1,4 @@
-"""nanochat/server/scheduler.py: whoever is served beside it, a request gets what it would get alone, to the last bit."""
+"""nanochat/server/scheduler.py: each request gets what it would get alone, to the last bit; slots, queue, memory."""
 
 import random
 
@@ -20,7 +20,8 @@ CONTEXT, CHUNK = 96, 16
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return RustBPETokenizer.train_from_iterator(["what is 12+30? it is 42", "a,b,c 'word'.count('o') 0123456789 + - * /"] * 3, 280)
+    return RustBPETokenizer.train_from_iterator(["what is 12+30? it is 42",
+                                                 "a,b,c 'word'.count('o') 0123456789 + - * /"] * 3, 280)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -55,7 +56,7 @@ def tokens_of(events):
 
 
 def told(events):
-    """What a client sees: all but how much of the prompt had been kept."""
+    """What a client sees: all but how much of the prompt was cached."""
     return [(e.kind, e.token, e.forced, e.logprob, e.top, e.finish) for e in events if e.kind != "started"]
 
 
@@ -83,7 +84,8 @@ def test_where_exactness_is_not_to_be_had_rows_come_and_go_as_well(engine):
     if engine.model.dtype == torch.bfloat16:
         pytest.skip("the same up to rounding")
     chance = random.Random(1)
-    requests = [request(i, [chance.randrange(256) for _ in range(chance.randint(1, 60))], max_tokens=chance.randint(1, 20), logprobs=None)
+    requests = [request(i, [chance.randrange(256) for _ in range(chance.randint(1, 60))],
+                        max_tokens=chance.randint(1, 20), logprobs=None)
                 for i in range(12)]
     alone = {r.id: tokens_of(run(scheduler(engine), [r])[r.id]) for r in requests}
     crowd = scheduler(engine, max_rows=5, max_waiting=99)
@@ -126,7 +128,8 @@ def test_a_prompt_that_begins_like_another_goes_on_from_there_with_the_same_answ
         assert told(warm) == told(plain)
         assert warm[0].cached == (0 if number == 0 else 3 * CHUNK) and plain[0].cached == 0
     stats = served.stats()
-    assert stats["prefix_hits_total"] == 3 and stats["prefix_lookups_total"] == 4 and stats["cached_tokens_total"] == 9 * CHUNK
+    assert stats["prefix_hits_total"] == 3 and stats["prefix_lookups_total"] == 4
+    assert stats["cached_tokens_total"] == 9 * CHUNK
 
 
 def test_the_next_turn_of_a_conversation_computes_only_what_is_new(engine):
@@ -202,8 +205,8 @@ def test_the_queue_is_bounded_and_impossible_requests_are_refused(engine):
         served.submit(request(i, [1]))
     with pytest.raises(QueueFull, match="waiting"):
         served.submit(request(3, [1]))
-    for wrong, message in ((request(0, [1]), "already"), (request(8, [1] * 90), "do not fit"), (request(8, [5000]), "vocabulary"),
-                           (request(8, [1], max_tokens=0), "max_tokens")):
+    for wrong, message in ((request(0, [1]), "already"), (request(8, [1] * 90), "do not fit"),
+                           (request(8, [5000]), "vocabulary"), (request(8, [1], max_tokens=0), "max_tokens")):
         with pytest.raises(UserError, match=message):
             (served if message == "already" else scheduler(engine)).submit(wrong)
     with pytest.raises(UserError, match="empty"):
@@ -224,7 +227,7 @@ def test_tools_answer_unless_told_not_to(engine, tokenizer):
 
 
 class Scarce:
-    """Lets the model run out of memory at some of its calls, after it has changed the state."""
+    """Makes the model run out of memory at some of its calls, after it has changed the cache."""
 
     def __init__(self, monkeypatch, model, fails):
         self.calls, self.fails = 0, fails

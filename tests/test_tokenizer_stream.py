@@ -1,5 +1,7 @@
-"""nanochat/tokenizer/stream.py: all readers of an answer find the same tool calls. What they make of them is tested at each:
-tests/test_chat_cli.py (text for a terminal), tests/test_server_answer.py (parts for clients), tests/test_engine.py."""
+"""nanochat/tokenizer/stream.py: all readers of an answer find the same tool calls.
+
+What each makes of them is tested in test_chat_cli.py (text for a terminal), test_server_answer.py and test_engine.py.
+"""
 
 import pytest
 from hypothesis import given
