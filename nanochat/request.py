@@ -69,9 +69,9 @@ class Defaults(NamedTuple):
 # Engine and LLM: the model's own distribution, and reproducible, because programs and evaluations call them
 ENGINE = Defaults(max_tokens=None, temperature=1.0, seed=42)
 # a conversation in the terminal, as in the published nanochat
-CHAT_CLI = Defaults(max_tokens=512, temperature=0.6, top_k=50)
+CHAT_CLI = Defaults(max_tokens=512, temperature=0.6, top_k=50, top_p=1.0)
 # a base model continues a text with its likeliest tokens, so that checkpoints can be compared
-COMPLETE_CLI = Defaults(max_tokens=128, temperature=0.0, top_k=50, seed=42)
+COMPLETE_CLI = Defaults(max_tokens=128, temperature=0.0, top_k=50, top_p=1.0, seed=42)
 # the chat endpoint and the page, as in the published nanochat; chat_web has a flag for each of the three
 SERVER_CHAT = Defaults(max_tokens=512, temperature=0.8, top_k=50)
 # the completions endpoint: the same, but with OpenAI's length

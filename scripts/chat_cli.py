@@ -23,7 +23,7 @@ from nanochat.tokenizer.stream import TerminalText
 
 HELP = """/clear          forget the conversation
 /temperature X  0 takes the likeliest token each time, higher is more varied
-/topk N         draw from the N likeliest tokens; 0 = all
+/topk N         sample from the N likeliest tokens; 0 = all
 /help           this
 /quit           leave; so do Ctrl-D, and Ctrl-C twice
 Ctrl-C stops an answer."""
@@ -39,11 +39,11 @@ class Config:
     prompt: str = flag("", "one question to answer; unset starts a conversation", short="p")
     temperature: float = flag(DEFAULTS.temperature, "0 takes the likeliest token each time; higher is more varied",
                               short="t")
-    top_k: int = flag(DEFAULTS.top_k, "draw from this many of the likeliest tokens; 0 = all", short="k")
-    top_p: float = flag(1.0, "draw from the likeliest tokens that together have this much of the probability")
+    top_k: int = flag(DEFAULTS.top_k, "sample from this many of the likeliest tokens; 0 = all", short="k")
+    top_p: float = flag(DEFAULTS.top_p, "sample from the likeliest tokens that together have this probability")
     repetition_penalty: float = flag(DEFAULTS.repetition_penalty, "above 1 makes tokens seen before less likely")
     max_tokens: int = flag(DEFAULTS.max_tokens, "tokens of an answer at most")
-    seed: int = flag(-1, "of the draws; -1 draws anew each time")
+    seed: int = flag(-1, "of the random numbers; -1 takes new ones each time")
     quantize: Literal["none", "int8"] = flag("none", "int8: weights of 8 bits, faster on a CPU, a little less exact")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
 
@@ -192,7 +192,7 @@ def converse(chat: Conversation) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Answer once, or until the user leaves. Raises UserError for what the user can mend."""
+    """Answer once, or until the user leaves. Raises UserError for what the user can correct."""
     config = parse(Config, argv, __doc__)
     if config.max_tokens < 1:
         raise UserError(f"--max-tokens must be at least 1, not {config.max_tokens}")

@@ -30,7 +30,7 @@ class Config:
     temperature: float = flag(SERVER_CHAT.temperature,
                               "default of requests: 0 takes the likeliest token each time; higher is more varied",
                               short="t")
-    top_k: int = flag(SERVER_CHAT.top_k, "default of requests: draw from this many of the likeliest tokens; 0 = all",
+    top_k: int = flag(SERVER_CHAT.top_k, "default of requests: sample from this many of the likeliest tokens; 0 = all",
                       short="k")
     max_tokens: int = flag(SERVER_CHAT.max_tokens, "default of chat requests: tokens of an answer at most", short="m")
     port: int = flag(8000, "to listen on; 0 takes one that is free", short="p")

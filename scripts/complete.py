@@ -25,10 +25,10 @@ class Config:
     max_tokens: int = flag(DEFAULTS.max_tokens, "tokens to write at most")
     num_samples: int = flag(1, "how many continuations")
     temperature: float = flag(DEFAULTS.temperature, "0 takes the likeliest token each time; higher is more varied")
-    top_k: int = flag(DEFAULTS.top_k, "draw from this many of the likeliest tokens; 0 = all")
-    top_p: float = flag(1.0, "draw from the likeliest tokens that together have this much of the probability")
+    top_k: int = flag(DEFAULTS.top_k, "sample from this many of the likeliest tokens; 0 = all")
+    top_p: float = flag(DEFAULTS.top_p, "sample from the likeliest tokens that together have this probability")
     repetition_penalty: float = flag(DEFAULTS.repetition_penalty, "above 1 makes tokens seen before less likely")
-    seed: int = flag(DEFAULTS.seed, "of the draws")
+    seed: int = flag(DEFAULTS.seed, "of the random numbers")
     source: str = flag("base", "which model: base, mid, sft, rl, or a folder")
     model_tag: str = flag("", "which of its models; unset takes the only or the deepest one")
     quantize: Literal["none", "int8"] = flag("none", "int8: weights of 8 bits, faster on a CPU, a little less exact")
@@ -36,7 +36,7 @@ class Config:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write to stdout as the tokens come, whole characters only. Raises UserError for what the user can mend."""
+    """Write to stdout as the tokens come, whole characters only. Raises UserError for what the user can correct."""
     config = parse(Config, argv, __doc__)
     device = init_ranks(config.device_type).device
     model, tokenizer, _ = load_for_decoding(config.source, device, model_tag=config.model_tag or None,

@@ -176,7 +176,8 @@ def test_prompts_can_be_texts_or_token_ids_one_or_many(client, loaded):
 def test_other_settings_reach_the_sampler(client):
     def text(**more):
         extra = {name: more.pop(name) for name in ("top_k", "repetition_penalty") if name in more}
-        answer = client.chat.completions.create(model="sft", messages=ask(), max_tokens=30, seed=1, extra_body=extra, **more)
+        answer = client.chat.completions.create(model="sft", messages=ask(), max_tokens=30, seed=1, extra_body=extra,
+                                                **more)
         return answer.choices[0].message.content
     greedy = text(temperature=0)
     assert text(top_k=1) == greedy and text(temperature=0, repetition_penalty=50.0) != greedy
