@@ -1,11 +1,12 @@
-"""How the server bears many people at once: throughput, waiting, memory, and whether each gets what he would get alone.
+"""The server under load: throughput, time to the first token, memory, and whether answers are the same as alone.
 
-    python -m bench.serve                                    # d4 of random weights, 64 clients for 60 seconds, on loopback
+    python -m bench.serve                                    # a d4 with random weights, 64 clients for 60 seconds
     python -m bench.serve --seconds=10 --clients=16 --json=serve.json
 
-Real servers are started (scripts.chat_web, in processes of their own) and end with the benchmark. First some requests are sent one at a
-time; then many clients send the same ones in any order, each its next as soon as the last is answered, and every answer is compared with
-the one given alone. Then the time to a first token while other rows are busy; then a chat of some turns, with prefix reuse and without.
+It starts real servers (scripts.chat_web) and measures four things. Some requests are sent one at a time. Then many
+clients send the same requests in random order, each the next one when the last is answered; every answer is compared
+with the one given alone. Then the time to the first token is measured while other rows are decoded. Last comes a chat
+of several turns, with and without the prefix cache.
 """
 
 import asyncio
@@ -41,25 +42,25 @@ class Config:
     depth: int = flag(4, "layers of the model")
     vocab_size: int = flag(2048, "tokens it knows")
     clients: int = flag(64, "clients at once")
-    seconds: float = flag(60.0, "seconds that they go on")
+    seconds: float = flag(60.0, "seconds that they send requests")
     requests: int = flag(48, "different requests")
     max_tokens: int = flag(64, "tokens of an answer")
     max_rows: int = flag(64, "answers decoded together (the server's flag)")
-    busy: int = flag(16, "rows that are busy while first tokens are timed")
+    busy: int = flag(16, "rows decoded while first tokens are timed")
     turns: int = flag(10, "turns of the chat")
     words: int = flag(110, "words of a turn's question")
-    quantize: str = flag("none", "int8 serves with weights of 8 bits")
+    quantize: str = flag("none", "int8 serves with 8-bit weights")
     json: str = json_flag()
 
 
-class Server:
-    """A server of its own, on a port that is free."""
+class ServerProcess:
+    """A server in a process of its own, on a free port."""
 
     def __init__(self, folder: Path, *flags: str):
         self.log = open(folder / "server.log", "ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "scripts.chat_web", "--source=base", "--port=0", *flags], cwd=ROOT, stdout=subprocess.PIPE,
-            stderr=self.log, text=True, env={**os.environ, "NANOCHAT_BASE_DIR": str(folder)})
+            [sys.executable, "-m", "scripts.chat_web", "--source=base", "--port=0", *flags], cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=self.log, text=True, env={**os.environ, "NANOCHAT_BASE_DIR": str(folder)})
         for line in self.process.stdout:
             if line.startswith("serving at "):
                 self.url = line.split()[2]
@@ -67,12 +68,12 @@ class Server:
         raise UserError(f"the server did not start:\n{(folder / 'server.log').read_text()[-2000:]}")
 
     def memory(self) -> int:
-        """Bytes that its processes hold of their own."""
+        """Return the resident memory of its processes, in bytes."""
         import psutil
         me = psutil.Process(self.process.pid)
         return sum(process.memory_info().rss for process in (me, *me.children(recursive=True)))
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> "ServerProcess":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -85,26 +86,27 @@ class Server:
 
 
 def make_model(config: Config, folder: Path) -> str:
-    """A model of random weights with a tokenizer in a base directory; returns text to ask with."""
+    """Save a model with random weights and its tokenizer in a base directory. Return text to make prompts of."""
     texts = list(islice(documents(), 2000))
     tokenizer = RustBPETokenizer.train_from_iterator(texts, config.vocab_size)
     tokenizer.save(folder / "tokenizer")
     shape = GPTConfig.from_depth(config.depth, sequence_len=2048, vocab_size=tokenizer.get_vocab_size())
-    save_checkpoint(folder / "base_checkpoints" / f"d{config.depth}", 1, random_model(shape, "cpu").state_dict(), {"model_config": shape})
+    save_checkpoint(folder / "base_checkpoints" / f"d{config.depth}", 1, random_model(shape, "cpu").state_dict(),
+                    {"model_config": shape})
     return " ".join(texts)
 
 
 async def ask(client: Any, body: dict[str, Any]) -> tuple[int, str, int]:
-    """(status, answer, tokens of it) of one request."""
+    """Send a request. Return (status, answer, its number of tokens)."""
     response = await client.post("/v1/completions", json=body)
     if response.status_code != 200:
         return response.status_code, response.text, 0
-    said = response.json()
-    return 200, said["choices"][0]["text"], said["usage"]["completion_tokens"]
+    answer = response.json()
+    return 200, answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
 
 async def first_token(client: Any, path: str, body: dict[str, Any]) -> tuple[float, str]:
-    """(seconds to the first piece of text, the whole text) of a streamed answer."""
+    """Send a streamed request. Return (seconds to the first piece of text, the whole text)."""
     began, first, text = time.perf_counter(), None, ""
     async with client.stream("POST", path, json={**body, "stream": True}) as response:
         if response.status_code != 200:
@@ -119,8 +121,8 @@ async def first_token(client: Any, path: str, body: dict[str, Any]) -> tuple[flo
     return first if first is not None else time.perf_counter() - began, text
 
 
-async def load(config: Config, server: Server, bodies: list[dict[str, Any]]) -> dict[str, Any]:
-    """One at a time, then all clients at once."""
+async def load(config: Config, server: ServerProcess, bodies: list[dict[str, Any]]) -> dict[str, Any]:
+    """Send requests one at a time, then from all clients at once. Return the counts and speeds of both."""
     import httpx
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=httpx.Limits(max_connections=None)) as client:
         await ask(client, bodies[0])
@@ -156,12 +158,13 @@ async def load(config: Config, server: Server, bodies: list[dict[str, Any]]) -> 
         seconds = time.perf_counter() - began
         memory.append(server.memory())
         speed_alone = sum(tokens for _, _, tokens in alone) / alone_seconds
-        return {**count, "seconds": seconds, "tokens_per_second": count["tokens"] / seconds, "alone_tokens_per_second": speed_alone,
+        return {**count, "seconds": seconds, "tokens_per_second": count["tokens"] / seconds,
+                "alone_tokens_per_second": speed_alone,
                 "ratio": count["tokens"] / seconds / speed_alone, "memory": memory}
 
 
-async def while_busy(config: Config, server: Server, bodies: list[dict[str, Any]]) -> list[float]:
-    """Seconds to the first token of a new request while other rows go on."""
+async def while_busy(config: Config, server: ServerProcess, bodies: list[dict[str, Any]]) -> list[float]:
+    """Return the seconds to the first token of new requests while other rows are decoded."""
     import httpx
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=httpx.Limits(max_connections=None)) as client:
         async def busy(body: dict[str, Any]) -> None:
@@ -177,8 +180,8 @@ async def while_busy(config: Config, server: Server, bodies: list[dict[str, Any]
         return seconds
 
 
-async def chat(config: Config, server: Server, words: list[str]) -> list[float]:
-    """Seconds to the first token at each turn of a chat."""
+async def chat(config: Config, server: ServerProcess, words: list[str]) -> list[float]:
+    """Return the seconds to the first token at each turn of a chat."""
     import httpx
     messages, seconds = [], []
     async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
@@ -188,12 +191,12 @@ async def chat(config: Config, server: Server, words: list[str]) -> list[float]:
                 "messages": messages, "max_tokens": 32, "temperature": 0.8, "seed": turn, "top_k": 50})
             seconds.append(took)
             messages.append({"role": "assistant", "content": text})
-            await asyncio.sleep(1.0)  # somebody reads
+            await asyncio.sleep(1.0)  # the user reads; the server fills its prefix cache
     return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure as the flags say. Raises UserError for what the user can mend."""
+    """Measure as the flags say. Raises UserError for what the user can correct."""
     config = parse(Config, argv, __doc__)
     chance = random.Random(0)
     with tempfile.TemporaryDirectory() as name:
@@ -201,30 +204,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         bodies = []
         for seed in range(config.requests):
             begin, length = chance.randrange(len(words) - 200), chance.randint(5, 60)
-            bodies.append({"prompt": " ".join(words[begin:begin + length]), "max_tokens": config.max_tokens, "seed": seed,
-                           "temperature": 1.0, "top_k": 50})
+            bodies.append({"prompt": " ".join(words[begin:begin + length]), "max_tokens": config.max_tokens,
+                           "seed": seed, "temperature": 1.0, "top_k": 50})
         flags = [f"--max-rows={config.max_rows}", f"--quantize={config.quantize}"]
-        with Server(Path(name), *flags, "--prefix-mb=0") as server:
+        with ServerProcess(Path(name), *flags, "--prefix-mb=0") as server:
             loaded = asyncio.run(load(config, server, bodies))
             waited = asyncio.run(while_busy(config, server, bodies))
             cold = [asyncio.run(chat(config, server, words[1000 * i:])) for i in range(3)]
-        with Server(Path(name), *flags) as server:
+        with ServerProcess(Path(name), *flags) as server:
             warm = [asyncio.run(chat(config, server, words[1000 * i:])) for i in range(3)]
     turns = [(median(column), median(kept)) for column, kept in zip(zip(*cold), zip(*warm))]
     memory = [f"{n / 1e6:,.0f}" for n in loaded["memory"]]
     lines = [["one request at a time", f"{loaded['alone_tokens_per_second']:,.0f} tokens/s"],
-             [f"{config.clients} clients at once", f"{loaded['tokens_per_second']:,.0f} tokens/s = {loaded['ratio']:.1f}×"],
+             [f"{config.clients} clients at once",
+              f"{loaded['tokens_per_second']:,.0f} tokens/s = {loaded['ratio']:.1f}×"],
              ["answers", f"{loaded['answers']:,} in {loaded['seconds']:.0f} s"],
-             ["of them other than alone", loaded["different"]],
+             ["of them different from alone", loaded["different"]],
              ["refused (429); errors", f"{loaded['refused']}; {loaded['errors']}"],
-             ["memory of the server, MB, begin to end", ", ".join([*memory[:2], "…", *memory[-2:]])],
-             [f"first token with {config.busy} rows busy, median and largest", f"{median(waited):.2f} s, {max(waited):.2f} s"]]
+             ["memory of the server, MB, from start to end", ", ".join([*memory[:2], "…", *memory[-2:]])],
+             [f"first token with {config.busy} rows decoded, median and largest",
+              f"{median(waited):.2f} s, {max(waited):.2f} s"]]
     about = provenance(command_line("bench.serve", argv))
-    print(f"{provenance_line(about)}\nd{config.depth}, V {config.vocab_size:,}, quantize {config.quantize}, answers of {config.max_tokens} "
-          f"tokens, at most {config.max_rows} rows\n\n" + table(["the server under load", ""], lines) + "\n\n"
+    print(f"{provenance_line(about)}\nd{config.depth}, V {config.vocab_size:,}, quantize {config.quantize}, "
+          f"answers of {config.max_tokens} tokens, at most {config.max_rows} rows\n\n"
+          + table(["the server under load", ""], lines) + "\n\n"
           + table(["first token of a chat's turn", *(str(i + 1) for i in range(len(turns)))],
                   [["everything computed, ms", *(f"{1e3 * plain:.0f}" for plain, _ in turns)],
-                   ["with prefix reuse, ms", *(f"{1e3 * kept:.0f}" for _, kept in turns)],
+                   ["with the prefix cache, ms", *(f"{1e3 * kept:.0f}" for _, kept in turns)],
                    ["ratio", *(f"{plain / kept:.1f}×" for plain, kept in turns)]]), flush=True)
     rows = [{"turn": i + 1, "computed": plain, "kept": kept} for i, (plain, kept) in enumerate(turns)]
     write_results(config.json, about, config, rows, load=loaded, first_token_busy=waited)

@@ -5,49 +5,16 @@ it.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.errors import UserError
+from nanochat.request import Settings
 
 BLOCK = 256  # tokens whose probabilities are summed together
 COLD = 1e-5  # temperatures below are taken as 0, which they may be in float32
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one row draws its tokens.
-
-    temperature 0 takes the likeliest; top_k None or 0, and top_p None or 1, leave all tokens in; repetition_penalty 1
-    changes nothing. seed None draws anew each time. sample: which of several rows with that seed this is.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    sample: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 0:
-            raise UserError(f"top_k must be 0 (all) or more, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not self.repetition_penalty > 0:
-            raise UserError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        if self.seed is not None and self.seed < 0:
-            raise UserError(f"seed must be 0 or more, not {self.seed}")
-
-    def random(self) -> np.random.Generator:
-        """The row's own stream of random numbers."""
-        return np.random.default_rng(None if self.seed is None else [self.seed, self.sample])
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Chat with a model in the terminal.
 
-    python -m scripts.chat_cli                                     # a conversation; /help tells what else there is
+    python -m scripts.chat_cli                                     # a conversation; /help lists the commands
     python -m scripts.chat_cli -i mid -p "Why is the sky blue?"    # one answer, to stdout
 
-Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice, leaves. What the calculator was asked and said shows as [2+2 = 4].
+Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice, leaves. A call of the calculator and its result show as [2+2 = 4].
 """
 
 import sys
@@ -17,11 +17,13 @@ from nanochat.distributed import init_ranks
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.loading import load_for_decoding
-from nanochat.tokenizer.stream import Shown
+from nanochat.request import CHAT_CLI as DEFAULTS
+from nanochat.request import answer_reserve
+from nanochat.tokenizer.stream import TerminalText
 
 HELP = """/clear          forget the conversation
 /temperature X  0 takes the likeliest token each time, higher is more varied
-/topk N         draw from the N likeliest tokens; 0 = all
+/topk N         sample from the N likeliest tokens; 0 = all
 /help           this
 /quit           leave; so do Ctrl-D, and Ctrl-C twice
 Ctrl-C stops an answer."""
@@ -35,24 +37,26 @@ class Config:
     model_tag: str = flag("", "which of its models; unset takes the only or the deepest one", short="g")
     step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
     prompt: str = flag("", "one question to answer; unset starts a conversation", short="p")
-    temperature: float = flag(0.6, "0 takes the likeliest token each time; higher is more varied", short="t")
-    top_k: int = flag(50, "draw from this many of the likeliest tokens; 0 = all", short="k")
-    top_p: float = flag(1.0, "draw from the likeliest tokens that together have this much of the probability")
-    repetition_penalty: float = flag(1.0, "above 1 makes tokens seen before less likely")
-    max_tokens: int = flag(512, "tokens of an answer at most")
-    seed: int = flag(-1, "of the draws; -1 draws anew each time")
+    temperature: float = flag(DEFAULTS.temperature, "0 takes the likeliest token each time; higher is more varied",
+                              short="t")
+    top_k: int = flag(DEFAULTS.top_k, "sample from this many of the likeliest tokens; 0 = all", short="k")
+    top_p: float = flag(DEFAULTS.top_p, "sample from the likeliest tokens that together have this probability")
+    repetition_penalty: float = flag(DEFAULTS.repetition_penalty, "above 1 makes tokens seen before less likely")
+    max_tokens: int = flag(DEFAULTS.max_tokens, "tokens of an answer at most")
+    seed: int = flag(-1, "of the random numbers; -1 takes new ones each time")
     quantize: Literal["none", "int8"] = flag("none", "int8: weights of 8 bits, faster on a CPU, a little less exact")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
 
 
-def fit(turns: list[list[int]], question: list[int], room: int) -> int:
-    """How many of the oldest turns must go so that the others, with <|bos|> and the question, take at most `room` tokens.
+def turns_to_drop(turns: list[list[int]], question: list[int], room: int) -> int:
+    """Return how many of the oldest turns to drop so that the rest, <|bos|> and the question fit into `room` tokens.
 
-    Raises UserError where the question alone is too long.
+    Raises UserError if the question alone is too long.
     """
     left = room - 1 - len(question)
     if left < 0:
-        raise UserError(f"that is {len(question):,} tokens, and the model can take in {max(room - 1, 0):,} and answer: say it shorter")
+        raise UserError(f"that is {len(question):,} tokens; the model can read {max(room - 1, 0):,} and still answer: "
+                        "say it shorter")
     keep = 0
     for turn in reversed(turns):
         left -= len(turn)
@@ -62,8 +66,8 @@ def fit(turns: list[list[int]], question: list[int], room: int) -> int:
     return len(turns) - keep
 
 
-def whole(answer: list[int], tokenizer) -> list[int]:
-    """An answer without a tool call, or a result, that was cut short: the model should not go on from half of one."""
+def without_unfinished_call(answer: list[int], tokenizer) -> list[int]:
+    """Return an answer without a tool call or result that was cut short: the model should not continue from it."""
     for name in ("output", "python"):
         start, end = (tokenizer.encode_special(f"<|{name}_{place}|>") for place in ("start", "end"))
         places = [i for i, token in enumerate(answer) if token == start]
@@ -73,44 +77,50 @@ def whole(answer: list[int], tokenizer) -> list[int]:
 
 
 @dataclass
-class Chat:
-    """A conversation with a model. turns: of what was said, one entry for a question and its answer, as tokens."""
+class Conversation:
+    """A conversation with a model. turns: its tokens, one list for each question with its answer."""
 
     engine: Engine
     config: Config
     turns: list[list[int]] = field(default_factory=list)
 
     def ask(self, text: str) -> Generator[str, None, None]:
-        """Yield the answer, piece by piece, and remarks in brackets on lines of their own. What was said until here is remembered,
-        also where the caller stops listening. Raises UserError for a question that is too long."""
+        """Yield the answer piece by piece, with remarks in brackets on lines of their own.
+
+        What was yielded is kept in `turns`, also if the caller stops early. Raises UserError for a question that is too
+        long.
+        """
         tokenizer, config, context = self.engine.tokenizer, self.config, self.engine.model.config.sequence_len
         special = tokenizer.encode_special
-        question = [special("<|user_start|>"), *tokenizer.encode(text), special("<|user_end|>"), special("<|assistant_start|>")]
-        gone = fit(self.turns, question, context - min(config.max_tokens, context // 4))
-        if gone:
-            del self.turns[:gone]
-            yield (f"[the conversation no longer fits the model's {context:,} tokens: its oldest {gone} "
-                   f"turn{'s are' if gone > 1 else ' is'} forgotten]\n")
+        question = [special("<|user_start|>"), *tokenizer.encode(text), special("<|user_end|>"),
+                    special("<|assistant_start|>")]
+        dropped = turns_to_drop(self.turns, question, context - answer_reserve(config.max_tokens, context))
+        if dropped:
+            del self.turns[:dropped]
+            yield (f"[the conversation no longer fits the model's {context:,} tokens: its oldest {dropped} "
+                   f"turn{'s are' if dropped > 1 else ' is'} forgotten]\n")
         prompt = [tokenizer.get_bos_token_id(), *(token for turn in self.turns for token in turn), *question]
         room = min(config.max_tokens, context - len(prompt))
         answer: list[int] = []
-        shown, ended = Shown(tokenizer), False
+        decoded, ended = TerminalText(tokenizer), False
         try:
             for (token,), _ in self.engine.generate(
-                    prompt, max_tokens=room, temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p,
+                    prompt, max_tokens=room, temperature=config.temperature, top_k=config.top_k or None,
+                    top_p=config.top_p,
                     repetition_penalty=config.repetition_penalty, seed=None if config.seed < 0 else config.seed):
                 if token in self.engine.stops:
                     ended = True
                     break
                 answer.append(token)
-                if piece := shown.feed(token):
+                if piece := decoded.feed(token):
                     yield piece
-            if piece := shown.finish():
+            if piece := decoded.finish():
                 yield piece
-        finally:  # a stopped answer counts as said
-            self.turns.append([*question, *whole(answer, tokenizer), special("<|assistant_end|>")])
+        finally:  # an answer that was stopped stays in the conversation
+            self.turns.append([*question, *without_unfinished_call(answer, tokenizer), special("<|assistant_end|>")])
         if not ended:
-            why = "--max-tokens sets how many" if room == config.max_tokens else f"the model's {context:,} are full; /clear begins anew"
+            why = ("--max-tokens sets how many" if room == config.max_tokens
+                   else f"the model's {context:,} are full; /clear begins anew")
             yield f"\n[the answer ends after {room:,} tokens: {why}]"
 
 
@@ -125,8 +135,8 @@ def show(pieces: Generator[str, None, None]) -> None:
         print(flush=True)
 
 
-def command(line: str, chat: Chat) -> str | None:
-    """Do what a line that begins with / says; returns what to print, None to leave."""
+def command(line: str, chat: Conversation) -> str | None:
+    """Run a command, a line that begins with /. Return what to print, None to leave."""
     name, _, value = line.partition(" ")
     config, value = chat.config, value.strip()
     if name in ("/quit", "/exit"):
@@ -151,9 +161,9 @@ def command(line: str, chat: Chat) -> str | None:
     return HELP if name == "/help" else f"[there is no {name}]\n{HELP}"
 
 
-def converse(chat: Chat) -> None:
+def converse(chat: Conversation) -> None:
     """Read lines and answer them until the user leaves."""
-    pressed = False  # was Ctrl-C the last thing that came?
+    pressed = False  # whether the last key was Ctrl-C
     while True:
         try:
             line = input("\nYou: ").strip()
@@ -182,7 +192,7 @@ def converse(chat: Chat) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Answer once, or until the user leaves. Raises UserError for what the user can mend."""
+    """Answer once, or until the user leaves. Raises UserError for what the user can correct."""
     config = parse(Config, argv, __doc__)
     if config.max_tokens < 1:
         raise UserError(f"--max-tokens must be at least 1, not {config.max_tokens}")
@@ -192,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = init_ranks(config.device_type).device
     model, tokenizer, meta = load_for_decoding(config.source, device, model_tag=config.model_tag or None,
                                                step=None if config.step < 0 else config.step, quantize=config.quantize)
-    chat = Chat(Engine(model, tokenizer), config)
+    chat = Conversation(Engine(model, tokenizer), config)
     if config.prompt:
         show(chat.ask(config.prompt))
         return
@@ -200,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import readline  # noqa: F401 - arrows and history for input()
     print(f"{meta['loaded']}\n/help for help, Ctrl-C stops an answer, Ctrl-D leaves")
     if config.source == "base":
-        print("[a base model goes on with text; it has not learnt to chat]")
+        print("[a base model continues text; it has not learnt to chat]")
     converse(chat)
 
 

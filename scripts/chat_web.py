@@ -3,8 +3,9 @@
     python -m scripts.chat_web                                    # the fine-tuned model at http://127.0.0.1:8000
     python -m scripts.chat_web --num-gpus 8 --host 0.0.0.0 --api-key KEY
 
-The page lets one chat with any model that was trained; programs use /v1/chat/completions and /v1/completions (/docs says what they take).
-Only this machine is served unless --host says more. Ctrl-C ends it: what is being answered may go on for --shutdown-seconds.
+The page chats with any model that was trained; programs use /v1/chat/completions and /v1/completions (/docs lists their
+fields). Only this machine is served unless --host says otherwise. Ctrl-C ends it: running requests have
+--shutdown-seconds to finish.
 """
 
 import asyncio
@@ -15,55 +16,64 @@ from typing import Literal
 
 from nanochat.cli import flag, parse, run_main
 from nanochat.errors import UserError
+from nanochat.request import MAX_ANSWERS, MAX_BODY_BYTES, MAX_CHARS, SERVER_CHAT, TIMEOUT_SECONDS
 
 
 @dataclass
 class Config:
     """Flags of chat_web."""
 
-    source: str = flag("sft", "which model is the default: sft, mid, rl, base, a folder, or owner/name on the hub", short="i")
+    source: str = flag("sft", "which model is the default: sft, mid, rl, base, a folder, or owner/name on the hub",
+                       short="i")
     model_tag: str = flag("", "which of its models; unset takes the only or the deepest one", short="g")
     step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
-    temperature: float = flag(0.8, "where a request does not say: 0 takes the likeliest token each time; higher is more varied", short="t")
-    top_k: int = flag(50, "where a request does not say: draw from this many of the likeliest tokens; 0 = all", short="k")
-    max_tokens: int = flag(512, "where a chat request does not say: tokens of an answer at most", short="m")
+    temperature: float = flag(SERVER_CHAT.temperature,
+                              "default of requests: 0 takes the likeliest token each time; higher is more varied",
+                              short="t")
+    top_k: int = flag(SERVER_CHAT.top_k, "default of requests: sample from this many of the likeliest tokens; 0 = all",
+                      short="k")
+    max_tokens: int = flag(SERVER_CHAT.max_tokens, "default of chat requests: tokens of an answer at most", short="m")
     port: int = flag(8000, "to listen on; 0 takes one that is free", short="p")
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 serves the whole network")
     num_gpus: int = flag(1, "GPUs to use, a worker on each", short="n")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    dtype: Literal["", "float32", "bfloat16"] = flag("", "precision to compute in; unset takes the device's best", short="d")
+    dtype: Literal["", "float32", "bfloat16"] = flag("", "precision to compute in; unset takes the device's best",
+                                                     short="d")
     quantize: Literal["none", "int8"] = flag("none", "int8 decodes with weights of 8 bits")
-    api_key: str = flag("", "key that requests must bring; NANOCHAT_API_KEY does the same and shows in no list of processes")
+    api_key: str = flag("", "key that requests must send; NANOCHAT_API_KEY does the same and shows in no process list")
     cors: str = flag("", "origins whose pages may use the API, with commas between; * is all")
-    allow_host: str = flag("", "names, beside localhost, by which a server on 127.0.0.1 may be reached, with commas between")
+    allow_host: str = flag("", "names that a server on 127.0.0.1 answers to beside localhost, with commas between")
     log_chats: str = flag("", "file to write every conversation to, a JSON line each; unset writes none")
     max_rows: int = flag(16, "answers decoded together, a worker")
-    max_waiting: int = flag(64, "answers that may wait beside them, a worker; more get 429")
-    max_n: int = flag(32, "answers of one request at most")
-    max_chars: int = flag(200_000, "characters of a prompt or conversation at most")
-    max_body_bytes: int = flag(1 << 20, "bytes of a request at most")
+    max_waiting: int = flag(64, "answers that may wait in the queue, a worker; more get 429")
+    max_n: int = flag(MAX_ANSWERS, "answers of one request at most")
+    max_chars: int = flag(MAX_CHARS, "characters of a prompt or conversation at most")
+    max_body_bytes: int = flag(MAX_BODY_BYTES, "bytes of a request at most")
     max_models: int = flag(4, "models that stay loaded, a worker")
-    prefix_mb: int = flag(256, "memory for states of prompts that are kept for reuse, a model, in MiB; 0 keeps none")
-    timeout: float = flag(300.0, "seconds that a request may take")
-    shutdown_seconds: float = flag(10.0, "seconds that what runs may go on when the server is told to end")
+    prefix_mb: int = flag(256, "memory of the prefix cache, a model, in MiB; 0 keeps nothing")
+    timeout: float = flag(TIMEOUT_SECONDS, "seconds that a request may take")
+    shutdown_seconds: float = flag(10.0, "seconds that running requests have to finish at the shutdown")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until told to end. Raises UserError for what the user can mend."""
+    """Serve until a signal ends it. Raises UserError for what the user can correct."""
     config = parse(Config, argv, __doc__)
-    for name, least in (("num_gpus", 1), ("max_tokens", 1), ("max_rows", 1), ("max_waiting", 0), ("max_n", 1), ("max_chars", 1),
-                        ("max_body_bytes", 1), ("max_models", 1), ("prefix_mb", 0), ("top_k", 0), ("temperature", 0), ("timeout", 0.001),
-                        ("shutdown_seconds", 0), ("port", 0)):
+    for name, least in (("num_gpus", 1), ("max_tokens", 1), ("max_rows", 1), ("max_waiting", 0), ("max_n", 1),
+                        ("max_chars", 1),
+                        ("max_body_bytes", 1), ("max_models", 1), ("prefix_mb", 0), ("top_k", 0), ("temperature", 0),
+                        ("timeout", 0.001), ("shutdown_seconds", 0), ("port", 0)):
         if not getattr(config, name) >= least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}")
     if config.num_gpus > 1 and config.device_type not in ("", "cuda"):
-        raise UserError(f"--num-gpus {config.num_gpus} needs GPUs; with --device-type {config.device_type} there is one worker")
+        raise UserError(f"--num-gpus {config.num_gpus} needs GPUs; "
+                        f"with --device-type {config.device_type} there is one worker")
     try:
         from nanochat.server.app import serve
+        from nanochat.server.messages import WorkerConfig
         from nanochat.server.serving import ServerConfig
-        from nanochat.server.worker import WorkerConfig
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed; the server needs: pip install fastapi uvicorn prometheus-client") from error
+        raise UserError(f"{error.name} is not installed; the server needs: "
+                        "pip install fastapi uvicorn prometheus-client") from error
 
     if config.dtype:
         os.environ["NANOCHAT_DTYPE"] = config.dtype  # workers inherit it
@@ -72,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                           max_models=config.max_models)
     server = ServerConfig(host=config.host, port=config.port, temperature=config.temperature, top_k=config.top_k,
                           max_tokens=config.max_tokens, max_n=config.max_n, max_chars=config.max_chars,
-                          max_body_bytes=config.max_body_bytes, timeout=config.timeout, shutdown_seconds=config.shutdown_seconds,
+                          max_body_bytes=config.max_body_bytes, timeout=config.timeout,
+                          shutdown_seconds=config.shutdown_seconds,
                           api_key=config.api_key or os.environ.get("NANOCHAT_API_KEY", ""), cors=config.cors,
                           allow_host=config.allow_host, log_chats=config.log_chats)
     devices = [f"cuda:{i}" for i in range(config.num_gpus)] if config.num_gpus > 1 else [config.device_type]

@@ -1,9 +1,10 @@
-"""A small scripted server that stands in for the real one: the page's files under the same headers, and answers that tests write.
+"""A scripted server in place of the real one: the page's files with the same headers, and answers that tests write.
 
-    server.script["hello"] = [["Good ", "day"]]          # the pieces of the answer to hello; more lists: the next times it is asked
+    server.script["hello"] = [["Good ", "day"]]     # the pieces of the answer to hello; further lists: to it again
 
-A piece is text, bytes (sent as they are), or one of Tool, GATE (wait until the test opens it), FOREVER (go on until stopped), DIE (the
-connection breaks), Finish, Extra, Fails, and as the first one Refused. What is not scripted is echoed.
+A piece is text, bytes (sent as they are), or one of Tool, GATE (wait until the test opens it), FOREVER (go on until
+stopped), DIE (the connection breaks), Finish, Extra, Fails, and as the first one Refused. What is not scripted is
+echoed.
 """
 
 import json
@@ -18,8 +19,9 @@ from pathlib import Path
 import nanochat
 
 STATIC = Path(nanochat.__file__).parent / "server" / "static"
-CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; font-src 'self'; "
-       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types nanochat dompurify")
+CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+       "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+       "require-trusted-types-for 'script'; trusted-types nanochat dompurify")
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 MODELS = [
     {"id": "sft", "object": "model", "created": 1, "owned_by": "nanochat", "context_length": 2048, "step": 700,
@@ -77,9 +79,11 @@ CODE = """def mix(x, taps):
     return gate(y)"""
 RICH = [
     "Three things about **short convolutions**, and one about *attention*:\n\n",
-    "1. They remember only their last inputs.\n2. They are cheap: `K − 1` vectors a layer.\n3. They sit in 13 of 20 layers.\n\n",
+    "1. They remember only their last inputs.\n2. They are cheap: `K − 1` vectors a layer.\n"
+        "3. They sit in 13 of 20 layers.\n\n",
     f"## In code\n\n```python\n{CODE}\n```\n\n",
-    "| layer | remembers |\n| --- | ---: |\n| SLC2 | 2 inputs |\n| attention | all keys and values |\n\nSeventeen of them make ",
+    "| layer | remembers |\n| --- | ---: |\n| SLC2 | 2 inputs |\n| attention | all keys and values |\n\n"
+        "Seventeen of them make ",
     Tool("python", ["17*23"]), Tool("python_output", ["391"]),
     ". See the [notes](https://example.org/notes).\n\n> Small, and often wrong.",
 ]
@@ -94,7 +98,7 @@ class Gone(Exception):
 
 
 class Server:
-    """Runs in a thread from its making until close(). requests: (path, body, headers) of every POST; ended: how each answer ended."""
+    """Runs in a thread until close(). requests: (path, body, headers) of each POST; ended: how each answer ended."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -140,7 +144,8 @@ class Handler(BaseHTTPRequestHandler):
         file = STATIC / (path.removeprefix("/static/") if path != "/" else "index.html")
         if not file.is_file() or STATIC not in file.resolve().parents:
             return self._json(404, error_body("not found"))
-        self._send(200, file.read_bytes(), {"Content-Type": TYPES.get(file.suffix, "text/plain"), "Content-Security-Policy": CSP,
+        self._send(200, file.read_bytes(),
+                   {"Content-Type": TYPES.get(file.suffix, "text/plain"), "Content-Security-Policy": CSP,
                                             "X-Content-Type-Options": "nosniff", "Cache-Control": "max-age=600"})
 
     def do_POST(self):
@@ -163,7 +168,8 @@ class Handler(BaseHTTPRequestHandler):
     def _stream(self, pieces, body):
         self.chat = "messages" in body
         self.send_response(200)
-        for name, value in {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked", "Cache-Control": "no-store"}.items():
+        for name, value in {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked",
+                            "Cache-Control": "no-store"}.items():
             self.send_header(name, value)
         self.end_headers()
         finish, words = "stop", 0
@@ -199,15 +205,17 @@ class Handler(BaseHTTPRequestHandler):
                    "tokens_per_second": 61.4, "context_used": 410 + words, "context_length": 2048}
         self._chunk({}, finish=finish, nanochat={"timings": timings})
         usage = {"prompt_tokens": 12, "completion_tokens": words, "total_tokens": 12 + words}
-        self._write(f"data: {json.dumps({'id': 'a', 'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode(), True)
+        self._write(f"data: {json.dumps({'id': 'a', 'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode(),
+                    True)
 
     def _text(self, text):
         self._chunk({"content": text})
 
     def _chunk(self, delta, finish=None, nanochat=None):
-        choice = {"index": 0, "finish_reason": finish, **({"delta": delta} if self.chat else {"text": delta.get("content", "")})}
-        chunk = {"id": "a", "object": "chat.completion.chunk" if self.chat else "text_completion", "created": 1, "model": "sft",
-                 "choices": [choice], **({"nanochat": nanochat} if nanochat else {})}
+        choice = {"index": 0, "finish_reason": finish,
+                  **({"delta": delta} if self.chat else {"text": delta.get("content", "")})}
+        chunk = {"id": "a", "object": "chat.completion.chunk" if self.chat else "text_completion", "created": 1,
+                 "model": "sft", "choices": [choice], **({"nanochat": nanochat} if nanochat else {})}
         self._write(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode())
 
     def _write(self, data: bytes, last=False):

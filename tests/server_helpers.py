@@ -1,4 +1,4 @@
-"""A real server for tests: python -m scripts.chat_web in a process of its own, with two tiny models."""
+"""A real server for tests: python -m scripts.chat_web in its own process, with two tiny models."""
 
 import os
 import queue
@@ -25,7 +25,10 @@ PATIENCE = 90  # seconds until a test gives up
 
 
 def make_models(folder: Path, context: dict[str, int] = CONTEXT) -> None:
-    """A base directory with a tokenizer and the models sft and base, of these contexts. None ends an answer by itself at a small top_k."""
+    """A base directory with a tokenizer and the models sft and base, of these contexts.
+
+    None ends an answer by itself at a small top_k.
+    """
     tokenizer = RustBPETokenizer.train_from_iterator([TEXT], 290)
     tokenizer.save(folder / "tokenizer")
     for stage, name in (("sft", "chatsft_checkpoints"), ("base", "base_checkpoints")):
@@ -38,19 +41,20 @@ def make_models(folder: Path, context: dict[str, int] = CONTEXT) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base directory with models; a file of tests takes it in by its name."""
+    """A base directory with models; test files import it under this name."""
     folder = tmp_path_factory.mktemp("server")
     make_models(folder)
     return folder
 
 
 class Running:
-    """A server that runs."""
+    """A running server."""
 
     def __init__(self, folder: Path, *flags: str, **environment: str):
         command = [sys.executable, "-m", "scripts.chat_web", "--device-type=cpu", "--port=0", "--top-k=5", *flags]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                        env={**os.environ, "NANOCHAT_BASE_DIR": str(folder), "OMP_NUM_THREADS": "1", **environment})
+                                        env={**os.environ, "NANOCHAT_BASE_DIR": str(folder), "OMP_NUM_THREADS": "1",
+                                             **environment})
         self.lines: list[str] = []
         self._found: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -66,12 +70,13 @@ class Running:
         self._found.put("")
 
     def metrics(self, **headers: str) -> dict[str, float]:
-        """Its counters."""
+        """Return its counters."""
         lines = httpx.get(self.url + "/metrics", headers=headers).raise_for_status().text.splitlines()
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+        values = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in values}
 
     def wait(self, what: str, true) -> None:
-        """Wait until true() is."""
+        """Wait until true() returns true. what: for the message of a failure."""
         end = time.monotonic() + PATIENCE
         while not true():
             assert time.monotonic() < end, f"waited in vain for: {what}"
@@ -82,15 +87,16 @@ class Running:
         self.wait(f"{name} {value}", lambda: self.metrics(**headers)[name] == value)
 
     def workers(self) -> list[psutil.Process]:
-        """Its worker processes now."""
-        return [child for child in psutil.Process(self.process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        """Return its worker processes."""
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
     def all_gone(self) -> bool:
-        """Has every process that it ever had at the start ended?"""
+        """Return whether all processes it started with have ended."""
         return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self.processes)
 
     def stop(self) -> None:
-        """End it, if it runs."""
+        """End it if it still runs."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:

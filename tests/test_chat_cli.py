@@ -15,8 +15,9 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
+from nanochat.tokenizer.stream import TerminalText
 from scripts import chat_cli
-from scripts.chat_cli import HELP, Chat, Config, Shown, command, converse, fit, whole
+from scripts.chat_cli import HELP, Config, Conversation, command, converse, turns_to_drop, without_unfinished_call
 from tests.conftest import ROOT
 from tests.helpers import small_model
 
@@ -38,7 +39,8 @@ def model(tokenizer):
 
 def ids(tokenizer, *parts):
     """Texts, and specials by their names, as tokens."""
-    return [token for part in parts for token in ([tokenizer.encode_special(part)] if part.startswith("<|") else tokenizer.encode(part))]
+    encoded = ([tokenizer.encode_special(part)] if part.startswith("<|") else tokenizer.encode(part) for part in parts)
+    return [token for tokens in encoded for token in tokens]
 
 
 class Scripted:
@@ -59,14 +61,15 @@ class Scripted:
 def test_characters_come_whole_and_broken_ones_are_marked(tokenizer):
     of_byte = {tokenizer.decode_bytes([token]): token for token in range(256)}
     tokens = [of_byte[bytes([byte])] for byte in "né 日本 🙂!".encode()]
-    shown = Shown(tokenizer)
+    shown = TerminalText(tokenizer)
     assert [piece for piece in map(shown.feed, tokens) if piece] == list("né 日本 🙂!") and shown.finish() == ""
-    shown = Shown(tokenizer)
+    shown = TerminalText(tokenizer)
     assert "".join(map(shown.feed, tokens[:5])) == "né " and shown.finish() == "\ufffd"
 
 
 @pytest.mark.parametrize("parts, told", [
-    (["so ", "<|python_start|>", "2+2", "<|python_end|>", "<|output_start|>", "4", "<|output_end|>", " it is"], "so [2+2 = 4] it is"),
+    (["so ", "<|python_start|>", "2+2", "<|python_end|>", "<|output_start|>", "4", "<|output_end|>", " it is"],
+     "so [2+2 = 4] it is"),
     (["<|python_start|>", "2+", "<|python_end|>", " on"], "[2+] on"),
     (["<|python_start|>", "2+", "<|python_end|>"], "[2+]"),
     (["<|python_start|>", "2+"], "[2+]"),
@@ -77,7 +80,7 @@ def test_characters_come_whole_and_broken_ones_are_marked(tokenizer):
     (["a\x1b[2Jb\tc\nd\x7f"], "a\u241b[2Jb\tc\nd\u2421"),
 ])
 def test_tool_calls_stand_in_brackets_and_no_control_character_gets_through(tokenizer, parts, told):
-    shown = Shown(tokenizer)
+    shown = TerminalText(tokenizer)
     assert "".join(map(shown.feed, ids(tokenizer, *parts))) + shown.finish() == told
 
 
@@ -85,28 +88,30 @@ def test_tool_calls_stand_in_brackets_and_no_control_character_gets_through(toke
 
 def test_the_oldest_turns_go_when_the_conversation_is_too_long():
     turns = [[1] * 10, [2] * 20, [3] * 30]
-    assert [fit(turns, [0] * 9, room) for room in (70, 69, 60, 59, 40, 39, 10)] == [0, 1, 1, 2, 2, 3, 3]
-    with pytest.raises(UserError, match="that is 10 tokens, and the model can take in 9 .*say it shorter"):
-        fit(turns, [0] * 10, 10)
+    assert [turns_to_drop(turns, [0] * 9, room) for room in (70, 69, 60, 59, 40, 39, 10)] == [0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(UserError, match="that is 10 tokens; the model can read 9 .*say it shorter"):
+        turns_to_drop(turns, [0] * 10, 10)
 
 
 def test_half_a_tool_call_is_not_remembered(tokenizer):
-    for parts, left in ((["a", "<|python_start|>", "2"], 1), (["a", "<|python_start|>", "2", "<|python_end|>"], 4), (["a"], 1),
-                        (["a", "<|python_start|>", "2", "<|python_end|>", "<|output_start|>"], 4)):
+    for parts, left in ((["a", "<|python_start|>", "2"], 1), (["a", "<|python_start|>", "2", "<|python_end|>"], 4),
+                        (["a"], 1), (["a", "<|python_start|>", "2", "<|python_end|>", "<|output_start|>"], 4)):
         tokens = ids(tokenizer, *parts)
-        assert whole(tokens, tokenizer) == tokens[:left]
+        assert without_unfinished_call(tokens, tokenizer) == tokens[:left]
 
 
 def test_the_model_sees_the_whole_conversation_as_it_was_trained_on(model, tokenizer):
     call = ["<|python_start|>", "2", "<|python_end|>", "<|output_start|>", "2", "<|output_end|>"]
-    engine = Scripted(model, tokenizer, ids(tokenizer, "so ", *call, "<|assistant_end|>"), ids(tokenizer, "on", "<|assistant_end|>"),
-                      ids(tokenizer, "a", "<|bos|>"))
-    chat = Chat(engine, Config())
-    assert "".join(chat.ask("the cat")) == "so [2 = 2]" and "".join(chat.ask("and")) == "on" and "".join(chat.ask("?")) == "a"
+    engine = Scripted(model, tokenizer, ids(tokenizer, "so ", *call, "<|assistant_end|>"),
+                      ids(tokenizer, "on", "<|assistant_end|>"), ids(tokenizer, "a", "<|bos|>"))
+    chat = Conversation(engine, Config())
+    assert "".join(chat.ask("the cat")) == "so [2 = 2]" and "".join(chat.ask("and")) == "on"
+    assert "".join(chat.ask("?")) == "a"
     messages = [{"role": "user", "content": "the cat"},
                 {"role": "assistant", "content": [{"type": "text", "text": "so "}, {"type": "python", "text": "2"},
                                                   {"type": "python_output", "text": "2"}]},
-                {"role": "user", "content": "and"}, {"role": "assistant", "content": "on"}, {"role": "user", "content": "?"}]
+                {"role": "user", "content": "and"}, {"role": "assistant", "content": "on"},
+                {"role": "user", "content": "?"}]
     for asked, upto in zip(engine.prompts, (1, 3, 5)):
         assert asked == tokenizer.render_for_completion({"messages": messages[:upto]})
 
@@ -114,7 +119,7 @@ def test_the_model_sees_the_whole_conversation_as_it_was_trained_on(model, token
 def test_it_is_said_when_turns_are_forgotten_and_why_an_answer_ends(model, tokenizer):
     endless = ids(tokenizer, "<|user_start|>") * 200  # one token each
     engine = Scripted(model, tokenizer, *[endless] * 5)
-    chat = Chat(engine, Config(max_tokens=40))
+    chat = Conversation(engine, Config(max_tokens=40))
     assert "[the answer ends after 40 tokens: --max-tokens sets how many]" in "".join(chat.ask("the"))
     said = "".join(chat.ask("cat"))
     assert "forgotten" not in said and len(chat.turns) == 2
@@ -130,16 +135,17 @@ def test_it_is_said_when_turns_are_forgotten_and_why_an_answer_ends(model, token
 
 def test_a_stopped_answer_counts_as_said(model, tokenizer):
     engine = Scripted(model, tokenizer, ids(tokenizer, "a", "b", "c"))
-    chat = Chat(engine, Config())
+    chat = Conversation(engine, Config())
     with closing(chat.ask("the")) as pieces:
         assert next(pieces) == "a" and next(pieces) == "b"
-    assert chat.turns == [ids(tokenizer, "<|user_start|>", "the", "<|user_end|>", "<|assistant_start|>", "a", "b", "<|assistant_end|>")]
+    assert chat.turns == [ids(tokenizer, "<|user_start|>", "the", "<|user_end|>", "<|assistant_start|>", "a", "b",
+                              "<|assistant_end|>")]
 
 
 # ---- the session
 
 def test_commands():
-    chat = Chat(None, Config(), [[1]])
+    chat = Conversation(None, Config(), [[1]])
     assert command("/quit", chat) is None and command("/help", chat) == HELP
     assert command("/clear", chat) == "[a new conversation]" and chat.turns == []
     assert command("/temperature 0.25", chat) == "[temperature 0.25]" and chat.config.temperature == 0.25
@@ -159,10 +165,10 @@ def test_ctrl_c_at_the_prompt_leaves_the_second_time_and_ctrl_d_at_once(monkeypa
             return key
         raise key
     monkeypatch.setattr("builtins.input", read)
-    converse(Chat(Scripted(model, tokenizer, ids(tokenizer, "on", "<|assistant_end|>")), Config()))
+    converse(Conversation(Scripted(model, tokenizer, ids(tokenizer, "on", "<|assistant_end|>")), Config()))
     assert keys == ["never read"] and "Model: on\n" in capsys.readouterr().out
     keys[:] = ["", EOFError, "never read"]
-    converse(Chat(None, Config()))
+    converse(Conversation(None, Config()))
     assert keys == ["never read"]
 
 
@@ -171,7 +177,8 @@ def saved(model, tokenizer):
     """The model as a fine-tuned one in base_dir(), with room for a long answer."""
     tokenizer.save(base_dir() / "tokenizer")
     save_checkpoint(base_dir() / "chatsft_checkpoints" / "d1", 7, model.state_dict(),
-                    {"model_config": model.config.to_dict() | {"sequence_len": 100_000}, "tokenizer": tokenizer.fingerprint()})
+                    {"model_config": model.config.to_dict() | {"sequence_len": 100_000},
+                     "tokenizer": tokenizer.fingerprint()})
     return {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir()), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
@@ -181,8 +188,8 @@ def test_one_question_gives_one_answer_and_nothing_else(saved, capsys):
     first = capsys.readouterr().out
     answer = first.split("\n[the answer ends after 9 tokens")[0]
     assert answer and "You:" not in first
-    done = subprocess.run([sys.executable, "-m", "scripts.chat_cli", "-i", "sft", "-g", "d1", "-s", "7", *flags], cwd=ROOT, env=saved,
-                          capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "scripts.chat_cli", "-i", "sft", "-g", "d1", "-s", "7", *flags],
+                          cwd=ROOT, env=saved, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stdout) == (0, first), done.stderr
     for wrong, told in ((["-s", "8"], "8"), (["-i", "rl"], "chatrl|rl"), (["--max-tokens=0"], "--max-tokens must be")):
         with pytest.raises(UserError, match=told):
@@ -192,8 +199,8 @@ def test_one_question_gives_one_answer_and_nothing_else(saved, capsys):
 @pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
 def test_ctrl_c_stops_the_answer_and_the_session_goes_on(saved):
     flags = ["-k", "5", "--max-tokens=90000", "--device-type=cpu"]
-    chat = subprocess.Popen([sys.executable, "-u", "-m", "scripts.chat_cli", *flags], cwd=ROOT, env=saved, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    chat = subprocess.Popen([sys.executable, "-u", "-m", "scripts.chat_cli", *flags], cwd=ROOT, env=saved,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         os.set_blocking(chat.stdout.fileno(), False)
 

@@ -18,7 +18,8 @@ from nanochat.engine.quantize import quantize
 from nanochat.gpt import Block
 from nanochat.loading import ready_to_decode
 from nanochat.sampling import Settings
-from nanochat.server.scheduler import Request, Scheduler
+from nanochat.server.messages import RowRequest
+from nanochat.server.scheduler import Scheduler
 from nanochat.tokenizer import RustBPETokenizer
 from tests.helpers import small_model
 
@@ -184,7 +185,7 @@ def test_getting_ready_changes_nothing_that_counts(one, tokenizer):
 def test_log_probabilities_are_told_and_forced_tokens_taken_as_ever(one, tokenizer):
     """Of rows side by side, one that wants log-probabilities and one whose model calls the tool all the time."""
     special = tokenizer.encode_special
-    expression = tokenizer.encode("1+1")
+    call = [special("<|python_start|>"), *tokenizer.encode("1+1"), special("<|python_end|>")]
     for numbers in (None, 2):
         rows = []
         for engine in both(one, tokenizer):
@@ -194,9 +195,9 @@ def test_log_probabilities_are_told_and_forced_tokens_taken_as_ever(one, tokeniz
             for step in range(20):
                 batch.step()
                 if step in (3, 9):  # as if the row had written a call
-                    mine[1]._call = list(expression)
-                    engine.take(mine[1], special("<|python_end|>"))
-                    mine[1].tokens.pop(), mine[1].mask.pop()
+                    for token in call:
+                        engine.take(mine[1], token)
+                    del mine[1].tokens[-len(call):], mine[1].mask[-len(call):]
             rows.append(mine)
         for plain, fixed in zip(*rows):
             assert plain.tokens == fixed.tokens and plain.mask == fixed.mask
@@ -254,7 +255,7 @@ def test_a_server_on_such_steps_says_what_one_without_says(one, tokenizer):
     chance = random.Random(2)
 
     def requests():
-        return [Request(f"r{i}", prompt, 12, Settings(1.2, 40, 0.95, 1.1, seed=i), logprobs=2 if i == 3 else None)
+        return [RowRequest(f"r{i}", prompt, 12, Settings(1.2, 40, 0.95, 1.1, seed=i), logprobs=2 if i == 3 else None)
                 for i, prompt in enumerate(prompts_of(3, 9, longest=40))]
 
     def run(engine, rows, waits):

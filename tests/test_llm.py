@@ -9,7 +9,7 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.loading import load_for_decoding
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.tokenizer.stream import Shown
+from nanochat.tokenizer.stream import TerminalText
 from tests.conftest import ROOT
 from tests.helpers import small_model
 
@@ -53,19 +53,20 @@ def test_texts_go_on_as_the_engine_says(llm):
     assert answers[1] == llm.generate("five", **OPTIONS)
     ids = llm.tokenizer.encode("one two", prepend="<|bos|>")
     rows, _ = Engine(llm.model, llm.tokenizer).generate_batch(ids, **OPTIONS)
-    shown = Shown(llm.tokenizer)
+    shown = TerminalText(llm.tokenizer)
     assert answers[0] == "".join([*map(shown.feed, rows[0][len(ids):]), shown.finish()])
 
 
 def test_tool_calls_are_shown_in_brackets_or_left_out(llm):
     tokenizer = llm.tokenizer
     ids = []
-    for part in ("It is ", "<|python_start|>", "2+2", "<|python_end|>", "<|output_start|>", "4", "<|output_end|>", "four ü"):
+    for part in ("It is ", "<|python_start|>", "2+2", "<|python_end|>", "<|output_start|>", "4", "<|output_end|>",
+                 "four ü"):
         ids += [tokenizer.encode_special(part)] if part.startswith("<|") else tokenizer.encode(part)
     for tools, wanted in ((True, "It is [2+2 = 4]four ü"), (False, "It is four ü")):
-        shown = Shown(tokenizer, tools)
+        shown = TerminalText(tokenizer, tools)
         assert "".join([*map(shown.feed, ids), shown.finish()]) == wanted
-        cut = Shown(tokenizer, tools)
+        cut = TerminalText(tokenizer, tools)
         text = "".join([*map(cut.feed, ids[:ids.index(tokenizer.encode_special("<|python_end|>"))]), cut.finish()])
         assert text == ("It is [2+2]" if tools else "It is ")
 
@@ -81,7 +82,8 @@ def test_weights_of_8_bits_answer_too(folder, llm):
 
 def test_loading_for_decoding_says_what_was_loaded(folder):
     model, tokenizer, meta = load_for_decoding(folder, "cpu", step=3)
-    assert meta["loaded"].startswith("step 3 of") and model.config.vocab_size == tokenizer.get_vocab_size() and not model.training
+    assert meta["loaded"].startswith("step 3 of") and model.config.vocab_size == tokenizer.get_vocab_size()
+    assert not model.training
 
 
 def test_what_cannot_be_had_is_said_in_words(llm, monkeypatch):
@@ -103,5 +105,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_nothing_that_takes_seconds_is_imported_before_it_is_needed():
-    code = "import sys, nanochat.llm, nanochat.training; print([m for m in ('torch._dynamo', 'triton', 'datasets') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = ("import sys, nanochat.llm, nanochat.training; "
+            "print([m for m in ('torch._dynamo', 'triton', 'datasets') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout.strip() == "[]"

@@ -1,10 +1,11 @@
-"""The chat page in a real browser, against a scripted server: asking, answering, branches, markdown, and what goes wrong.
+"""The chat page in a real browser, against a scripted server: asking, answering, branches, markdown, failures.
 
     python -m pytest tests/test_page.py tests/test_page_frame.py
 
 Screenshots of the main states go to $NANOCHAT_SCREENSHOTS, .cache/screenshots if unset.
 
-Needs playwright, and a Chromium or Chrome of the system ($NANOCHAT_CHROMIUM, or on the PATH); skipped with the reason without them.
+Needs playwright, and a Chromium or Chrome of the system ($NANOCHAT_CHROMIUM, or on the PATH); skipped with the reason
+without them.
 """
 
 import json
@@ -59,12 +60,15 @@ def test_the_whole_conversation_goes_to_the_server_with_the_tool_calls_as_parts(
     ask(page, "thanks")
     said = [("text", "It is "), ("python", "2+2"), ("python_output", "4"), ("text", "4.")]
     parts = [{"type": type_, "text": text} for type_, text in said]
-    assert server.requests[1][1]["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"},
-                                                 {"role": "assistant", "content": parts}, {"role": "user", "content": "thanks"}]
+    assert server.requests[1][1]["messages"] == [{"role": "system", "content": "Be brief."},
+                                                 {"role": "user", "content": "2+2?"},
+                                                 {"role": "assistant", "content": parts},
+                                                 {"role": "user", "content": "thanks"}]
 
 
 def test_the_calculator_shows_as_it_is_used(page, server):
-    server.script["sum"] = [["The sum ", Tool("python", ["17*", "23"]), GATE, Tool("python_output", ["391"]), " it is."]]
+    server.script["sum"] = [["The sum ", Tool("python", ["17*", "23"]), GATE, Tool("python_output", ["391"]),
+                             " it is."]]
     ask(page, "sum", wait=False)
     expect(answer(page).locator(".chip .pending")).to_have_text("= …")
     server.gate.set()
@@ -75,7 +79,8 @@ def test_the_calculator_shows_as_it_is_used(page, server):
 def test_events_and_characters_cut_anywhere_arrive_whole(page, server):
     text = "né 日本 🙂"
     data = ("data: " + json.dumps({"choices": [{"delta": {"content": text}}]}, ensure_ascii=False)).encode()
-    server.script["bytes"] = [[*[bytes([byte]) for byte in data], b"\r", b"\n\r\n", b": a comment\n\n", b"data:" + data[6:] + b"\n\n"]]
+    server.script["bytes"] = [[*[bytes([byte]) for byte in data], b"\r", b"\n\r\n", b": a comment\n\n",
+                               b"data:" + data[6:] + b"\n\n"]]
     ask(page, "bytes")
     assert shown(page)[-1] == text + text
 
@@ -206,7 +211,8 @@ def test_markdown_from_a_model_can_do_nothing(page, server):
     assert prose.locator("a").all_inner_texts() == ["picture", "fine", "https://example.org/auto"]
     prose.get_by_text("click data").click()
     prose.get_by_role("columnheader").click()
-    assert prose.locator("script, img, iframe, form, input, style, [style], [onclick], [onload], [onmouseover]").count() == 0
+    active = "script, img, iframe, form, input, style, [style], [onclick], [onload], [onmouseover]"
+    assert prose.locator(active).count() == 0
     assert "<script>window.hit = 1</script>" in prose.inner_text()  # seen for what it is
     assert page.evaluate("window.hit") is None and elsewhere == []
     page.reload()  # from the browser's store, too
@@ -238,7 +244,8 @@ def test_code_is_coloured_named_and_copied(window, server):
 
 
 def test_deep_nesting_and_broken_markdown_still_show(page, server):
-    server.script["deep"] = [[">" * 4000 + " deep"], ["```python\nno end **of it"], ["[a][b]\n\n", "text\n\n", "[b]: https://example.org/late"]]
+    server.script["deep"] = [[">" * 4000 + " deep"], ["```python\nno end **of it"],
+                             ["[a][b]\n\n", "text\n\n", "[b]: https://example.org/late"]]
     ask(page, "deep")
     assert "deep" in shown(page)[-1]
     ask(page, "deep")
@@ -285,7 +292,8 @@ def test_a_busy_server_counts_down_to_retry(page, server):
     expect(retry).to_be_enabled()
     retry.click()
     finished(page)
-    assert shown(page) == ["go", "At last"] and page.locator(".alternatives").count() == 0  # nothing had come: no alternative
+    # nothing had come: no alternative
+    assert shown(page) == ["go", "At last"] and page.locator(".alternatives").count() == 0
 
 
 def test_a_key_is_asked_for_kept_and_sent(page, server):
@@ -310,7 +318,8 @@ def test_a_key_is_asked_for_kept_and_sent(page, server):
 
 def test_a_full_context_asks_before_the_oldest_turns_go(page, server):
     too_long = "The conversation is 2,100 tokens long, and the model reads 2,048."
-    server.script["go"] = [[Refused(400, too_long, "context_length_exceeded")], [Extra({"dropped_turns": 3}), "Still here"]]
+    server.script["go"] = [[Refused(400, too_long, "context_length_exceeded")],
+                           [Extra({"dropped_turns": 3}), "Still here"]]
     ask(page, "before")
     ask(page, "go")
     expect(answer(page).locator(".problem")).to_contain_text("This conversation no longer fits. " + too_long)
@@ -320,7 +329,8 @@ def test_a_full_context_asks_before_the_oldest_turns_go(page, server):
     finished(page)
     assert server.requests[-1][1]["drop_oldest"] is True
     assert shown(page)[-1] == "Still here"
-    expect(answer(page).locator(".note")).to_have_text("To make room, the oldest 3 turns were left out of what the model read.")
+    expect(answer(page).locator(".note")).to_have_text(
+        "To make room, the oldest 3 turns were left out of what the model read.")
 
 
 def test_an_answer_cut_at_its_longest_says_so(page, server):

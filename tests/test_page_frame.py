@@ -24,7 +24,8 @@ def test_a_base_model_continues_the_raw_text(page, server):
     server.script["Once upon a time "] = [["there **was**"]]
     ask(page, "Once upon a time ")
     path, body, _ = server.requests[-1]
-    assert path == "/v1/completions" and body["prompt"] == "Once upon a time " and body["model"] == "base" and "messages" not in body
+    assert path == "/v1/completions" and body["prompt"] == "Once upon a time " and body["model"] == "base"
+    assert "messages" not in body
     assert answer(page).locator(".prose").inner_text() == "there **was**"  # no markdown in it
     ask(page, " a king")
     assert server.requests[-1][1]["prompt"] == "Once upon a time there **was** a king"
@@ -190,8 +191,10 @@ def test_what_is_exported_comes_in_again_the_same(page, window, server, tmp_path
 @pytest.mark.parametrize("text, said", [
     ("not json", "it is not JSON"), ("[]", "no conversations"),
     ('{"messages": [{"role": "robot", "content": "x"}]}', "message 1 has no role"),
-    ('{"conversations": [{"nodes": {"a": {"role": "user", "parent": "a", "parts": []}}, "chosen": {"": "a"}}]}', "circle"),
-    ('{"conversations": [{"nodes": {"a": {"role": "user", "parent": "", "parts": [{"type": "text", "text": 5}]}}}]}', "is not text"),
+    ('{"conversations": [{"nodes": {"a": {"role": "user", "parent": "a", "parts": []}}, "chosen": {"": "a"}}]}',
+     "circle"),
+    ('{"conversations": [{"nodes": {"a": {"role": "user", "parent": "", "parts": [{"type": "text", "text": 5}]}}}]}',
+     "is not text"),
 ])
 def test_a_file_that_is_no_conversation_is_refused_with_the_reason(page, text, said):
     page.locator("#file").set_input_files({"name": "odd.json", "mimeType": "application/json", "buffer": text.encode()})
@@ -202,12 +205,14 @@ def test_a_file_that_is_no_conversation_is_refused_with_the_reason(page, text, s
 def test_plain_messages_can_be_imported(page, server):
     said = [("system", "S"), ("user", "Hi"), ("assistant", "Hello")]
     text = json.dumps({"messages": [{"role": role, "content": content} for role, content in said]})
-    page.locator("#file").set_input_files({"name": "plain.jsonl", "mimeType": "application/json", "buffer": f"{text}\n{text}\n".encode()})
+    page.locator("#file").set_input_files({"name": "plain.jsonl", "mimeType": "application/json",
+                                           "buffer": f"{text}\n{text}\n".encode()})
     expect(page.locator(".conversation")).to_have_count(2)
     page.locator(".conversation").first.click()
     assert shown(page) == ["Hi", "Hello"]
     ask(page, "go on")
-    assert [message["role"] for message in server.requests[-1][1]["messages"]] == ["system", "user", "assistant", "user"]
+    roles = [message["role"] for message in server.requests[-1][1]["messages"]]
+    assert roles == ["system", "user", "assistant", "user"]
 
 
 def test_another_tab_sees_what_this_one_says(page, server):
@@ -234,7 +239,8 @@ CONTRAST = """() => {
   const poor = [];
   for (const element of document.querySelectorAll("body *")) {
     const field = element.matches("input, textarea, select");
-    if (!field && ![...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim())) continue;
+    const words = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
+    if (!field && !words) continue;
     if (element.closest(".unseen, .skip, noscript, [inert], :disabled")) continue;
     if (!element.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
     let back = element;
@@ -242,7 +248,8 @@ CONTRAST = """() => {
     const colours = [getComputedStyle(element).color, getComputedStyle(back).backgroundColor];
     const [dark, bright] = colours.map((colour) => light(rgba(colour))).sort((a, b) => a - b);
     const ratio = (bright + .05) / (dark + .05);
-    if (ratio < 4.5) poor.push(`${element.tagName}.${element.className} "${element.textContent.slice(0, 30)}" ${ratio.toFixed(2)}`);
+    const where = `${element.tagName}.${element.className} "${element.textContent.slice(0, 30)}"`;
+    if (ratio < 4.5) poor.push(`${where} ${ratio.toFixed(2)}`);
   }
   return poor;
 }"""
@@ -286,7 +293,8 @@ def test_dark_and_light_follow_the_system_until_chosen(window):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_has_no_sideways_scroll_and_a_drawer(window, server, scheme):
     page = window(viewport=PHONE, color_scheme=scheme, has_touch=True)
-    wide = "[document.documentElement, document.getElementById('scroller')].some((place) => place.scrollWidth > place.clientWidth)"
+    wide = ("[document.documentElement, document.getElementById('scroller')]"
+            ".some((place) => place.scrollWidth > place.clientWidth)")
     assert page.evaluate(wide) is False
     picture(page, f"phone-empty-{scheme}")
     server.script["x" * 120] = [[*RICH, "\n\n" + "y" * 300 + "\n\n```\n" + "z" * 300 + "\n```"]]
@@ -388,7 +396,8 @@ def test_the_answer_is_announced_once_not_by_token(page, server):
 def test_the_page_takes_nothing_from_elsewhere_and_sets_no_html():
     for file in [*STATIC.glob("*.js"), *STATIC.glob("*.css"), *STATIC.glob("*.html")]:
         text = file.read_text(encoding="utf-8")
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), file.name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function",
+                             text), file.name
         assert set(re.findall(r"https?://[^\"'\s)]+", text)) <= {"http://www.w3.org/2000/svg"}, file.name
         if file.suffix == ".html":
             assert not re.search(r"<script(?![^>]*\ssrc=)|\sstyle=|\son\w+=", text)
@@ -397,7 +406,8 @@ def test_the_page_takes_nothing_from_elsewhere_and_sets_no_html():
 def test_the_vendored_files_are_the_ones_their_readme_names():
     vendor = STATIC / "vendor"
     named = dict(re.findall(r"^\| (\S+\.js) \| `([0-9a-f]{64})` \|$", (vendor / "README.md").read_text(), re.MULTILINE))
-    there = {file.relative_to(vendor).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in vendor.rglob("*.js")}
+    there = {file.relative_to(vendor).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+             for file in vendor.rglob("*.js")}
     assert named == there
 
 
@@ -407,7 +417,9 @@ def test_every_script_is_fetched_at_once():
 
 
 def test_an_installed_package_holds_every_file_of_the_page():
-    patterns = re.search(r'^"nanochat.server" = \[(.*)\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    patterns = re.search(r'^"nanochat.server" = \[(.*)\]$', (ROOT / "pyproject.toml").read_text(),
+                         re.MULTILINE).group(1)
     packed = {file for pattern in re.findall(r'"([^"]+)"', patterns) for file in STATIC.parent.glob(pattern)}
-    there = {file for file in STATIC.rglob("*") if file.is_file() and file.suffix != ".txt"}  # texts go in from everywhere
+    # texts go in from everywhere
+    there = {file for file in STATIC.rglob("*") if file.is_file() and file.suffix != ".txt"}
     assert there <= packed

@@ -28,7 +28,8 @@ def real(tmp_path_factory):
 def running_rows(url):
     """How many rows the server is decoding."""
     with urllib.request.urlopen(url + "metrics", timeout=10) as response:
-        return sum(float(value) for value in re.findall(r"^\S*running\S* ([\d.e+]+)$", response.read().decode(), re.MULTILINE))
+        return sum(float(value) for value in re.findall(r"^\S*running\S* ([\d.e+]+)$", response.read().decode(),
+                                                        re.MULTILINE))
 
 
 def test_the_page_and_the_real_server_understand_each_other(window, real):
@@ -64,7 +65,8 @@ def test_the_page_and_the_real_server_understand_each_other(window, real):
     page.get_by_label("Seed").fill("5")
     page.keyboard.press("Escape")
     ask(page, "on the mat")
-    expect(answer(page).locator(".stats")).to_contain_text(re.compile(r"cut at the longest answer · 8 tokens · [\d.]+ tokens/s"))
+    stats = re.compile(r"cut at the longest answer · 8 tokens · [\d.]+ tokens/s")
+    expect(answer(page).locator(".stats")).to_contain_text(stats)
     expect(page.locator("#meter-text")).to_contain_text(f"of {CONTEXT:,} tokens")
     first = shown(page)[-1]
     button(answer(page), "Another answer").click()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.server.answer import Answer, StopStrings, Text, Tool
+from nanochat.server.answer import Answer, StopStrings, TextPiece, ToolPiece
 from nanochat.tokenizer import RustBPETokenizer
 
 
@@ -29,14 +29,15 @@ def told(answer, tokens):
 
 
 def first_stop(text, stops):
-    """The definition: characters come one by one, and the first that completes a stop string ends it; of two, the longer one counts."""
+    """The definition: characters come one by one; the first to complete a stop string ends it, the longer of two."""
     for end in range(len(text) + 1):
         if done := [stop for stop in stops if text[:end].endswith(stop)]:
             return text[:end - len(max(done, key=len))], True
     return text, False
 
 
-@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=4), st.lists(st.integers(1, 5), max_size=40))
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=4),
+       st.lists(st.integers(1, 5), max_size=40))
 def test_a_stop_string_is_found_wherever_the_text_is_cut(text, stops, lengths):
     search, out, stopped, at = StopStrings(stops), "", False, 0
     for length in [*lengths, len(text)]:
@@ -52,10 +53,11 @@ def test_a_stop_string_is_found_wherever_the_text_is_cut(text, stops, lengths):
 def test_characters_come_whole_and_broken_ones_are_marked(tokenizer):
     answer = Answer(tokenizer)
     tokens = tokens_of(tokenizer, "né 日本 🙂!".encode())
-    assert [piece.text for token in tokens for piece in answer.feed(token)] == list("né 日本 🙂!") and answer.finish() == []
+    assert [piece.text for token in tokens for piece in answer.feed(token)] == list("né 日本 🙂!")
+    assert answer.finish() == []
     answer = Answer(tokenizer)
     assert "".join(piece.text for piece in told(answer, tokens[:5])) == "né \ufffd" == answer.text
-    assert [entry.start for entry in answer.entries] == [0, 1, 1, 2, 3]
+    assert [entry.start for entry in answer.scored_tokens] == [0, 1, 1, 2, 3]
 
 
 def test_tool_calls_are_parts_of_their_own_and_not_in_the_text(tokenizer):
@@ -63,20 +65,23 @@ def test_tool_calls_are_parts_of_their_own_and_not_in_the_text(tokenizer):
     tokens = tokens_of(tokenizer, "so ", *call, " it is")
     answer = Answer(tokenizer)
     pieces = told(answer, tokens)
-    assert answer.text == "so  it is" == "".join(piece.text for piece in pieces if isinstance(piece, Text)) and answer.tokens == len(tokens)
-    assert answer.parts == [{"type": "text", "text": "so "}, {"type": "python", "text": "2+2"}, {"type": "python_output", "text": "4"},
-                            {"type": "text", "text": " it is"}]
-    tools = [piece for piece in pieces if isinstance(piece, Tool)]
+    text = "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
+    assert answer.text == "so  it is" == text and answer.tokens == len(tokens)
+    assert answer.parts == [{"type": "text", "text": "so "}, {"type": "python", "text": "2+2"},
+                            {"type": "python_output", "text": "4"}, {"type": "text", "text": " it is"}]
+    tools = [piece for piece in pieces if isinstance(piece, ToolPiece)]
     for kind, text in (("python", "2+2"), ("python_output", "4")):
         grown = [tool.text for tool in tools if tool.type == kind]
-        assert grown[-1] == text and all(text.startswith(part) for part in grown)  # from the part's start on, whole at its end
+        # from the part's start on, whole at its end
+        assert grown[-1] == text and all(text.startswith(part) for part in grown)
     conversation = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer.parts}]}
     assert tokenizer.render_conversation(conversation)[0][-1 - len(tokens):-1] == tokens  # sent back, it is what it was
 
 
 @pytest.mark.parametrize("parts, text", [
     (["a", "<|python_end|>", "b"], "a<|python_end|>b"), (["a", "<|user_start|>", "b"], "a<|user_start|>b"),
-    (["a", "<|python_start|>", "2"], "a"), (["a", "<|python_start|>", "2", "<|python_start|>", "3", "<|python_end|>", "b"], "ab"),
+    (["a", "<|python_start|>", "2"], "a"),
+    (["a", "<|python_start|>", "2", "<|python_start|>", "3", "<|python_end|>", "b"], "ab"),
     (["<|python_start|>", "2", "<|output_end|>", "3", "<|python_end|>", "b"], "b"),
 ])
 def test_tool_tokens_out_of_place_lose_no_text(tokenizer, parts, text):
@@ -98,5 +103,5 @@ def test_a_stop_string_does_not_reach_over_a_tool_call_nor_into_one(tokenizer):
 def test_only_tokens_that_begin_before_a_stop_string_are_told(tokenizer):
     answer = Answer(tokenizer, ["at"])
     pieces = told(answer, tokens_of(tokenizer, b"the cat sat"))
-    assert answer.text == "the c" and [entry.start for entry in answer.entries] == [0, 1, 2, 3, 4]
-    assert [entry for piece in pieces for entry in piece.entries] == answer.entries
+    assert answer.text == "the c" and [entry.start for entry in answer.scored_tokens] == [0, 1, 2, 3, 4]
+    assert [entry for piece in pieces for entry in piece.tokens] == answer.scored_tokens

@@ -39,28 +39,31 @@ def test_no_request_made_from_the_description_makes_it_fail(server):
             assert answer.status_code < 500, answer.text
 
         none_fails()
-    assert asked >= {("POST", "/v1/completions", True), ("POST", "/v1/chat/completions", True), ("GET", "/v1/models", True)}
+    assert asked >= {("POST", "/v1/completions", True), ("POST", "/v1/chat/completions", True),
+                     ("GET", "/v1/models", True)}
 
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
 FIELDS = (
-    "model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "n", "stop", "seed",
-    "logprobs", "top_logprobs", "echo", "stream", "stream_options", "drop_oldest", "tools", "response_format",
+    "model", "messages", "prompt", "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "n", "stop",
+    "seed", "logprobs", "top_logprobs", "echo", "stream", "stream_options", "drop_oldest", "tools", "response_format",
     "max_completion_tokens", "user",
 )
 
 
 @settings(max_examples=60, **QUIET)
-@given(st.sampled_from(["/v1/chat/completions", "/v1/completions"]), st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=4))
+@given(st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
+       st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=4))
 def test_no_value_of_a_known_field_makes_it_fail(server, path, fields):
     body = {"messages": [{"role": "user", "content": "a"}], "prompt": "a", "max_tokens": 2, **fields}
     if path == "/v1/completions":
         body.pop("messages", None)
     if isinstance(body["max_tokens"], int):
         body["max_tokens"] = min(body["max_tokens"], 8)
-    answer = httpx.post(server.url + path, content=json.dumps(body), headers={"Content-Type": "application/json"}, timeout=60)
+    answer = httpx.post(server.url + path, content=json.dumps(body), headers={"Content-Type": "application/json"},
+                        timeout=60)
     assert answer.status_code < 500, answer.text
     if answer.status_code != 200:
         assert answer.json()["error"]["message"]

@@ -90,8 +90,10 @@ def test_other_sites_may_not_use_it_unless_named(small):
 def test_a_body_that_is_too_large_is_refused_however_it_comes(small):
     body = json.dumps({"prompt": "a", "max_tokens": 1, "user": "x" * 30_000}).encode()
     pieces = (body[i:i + 1000] for i in range(0, len(body), 1000))
-    for content in (body, pieces, b"x" * 1_000_000):  # of a known length, of an unknown one, and so large that it is not read
-        said = httpx.post(small.url + "/v1/completions", content=content, headers={"Content-Type": "application/json"}, timeout=60)
+    # of a known length, of an unknown one, and so large that it is not read
+    for content in (body, pieces, b"x" * 1_000_000):
+        said = httpx.post(small.url + "/v1/completions", content=content, headers={"Content-Type": "application/json"},
+                          timeout=60)
         assert said.status_code == 400 and "the limit is 20,000 bytes" in said.json()["error"]["message"]
     assert ask(small, {"prompt": "a", "max_tokens": 1, "user": "x" * 10_000}).status_code == 200
 
@@ -112,7 +114,8 @@ def test_a_worker_that_is_killed_ends_its_requests_with_an_error_and_comes_again
 
 def test_a_key_is_needed_where_one_was_set_and_a_request_has_its_time(folder):
     with Running(folder, "--api-key=secret", "--timeout=1") as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Bearer sécret"}):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"},
+                        {"Authorization": "Bearer sécret"}):
             raw = {name: value.encode() for name, value in headers.items()}
             said = ask(server, {"prompt": "a", "max_tokens": 1}, headers=raw)
             assert said.status_code == 401 and "key" in said.json()["error"]["message"]
@@ -124,7 +127,8 @@ def test_a_key_is_needed_where_one_was_set_and_a_request_has_its_time(folder):
         late = ask(server, LONG, headers=key)
         assert late.status_code == 503 and "time limit of 1 seconds" in late.json()["error"]["message"]
         *_, error = [line for line in ask(server, {**LONG, "stream": True}, headers=key).text.split("\n\n") if line]
-        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"  # in mid-stream; no [DONE] behind it
+        # in mid-stream; no [DONE] behind it
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGKILL]],

@@ -2,16 +2,16 @@
 
 import asyncio
 import queue
-import time
 
 import pytest
 
 from nanochat.errors import UserError
-from nanochat.server.messages import Event
+from nanochat.request import Settings
+from nanochat.server.messages import Event, ModelInfo, RowRequest, WorkerConfig
 from nanochat.server.models import find_models
-from nanochat.server.pool import Busy, Down, Pool
+from nanochat.server.pool import NoWorker, Pool, PoolFull
 from nanochat.server.serving import ServerConfig, Serving
-from nanochat.server.worker import Ask, Host, ModelInfo, WorkerConfig
+from nanochat.server.worker import ModelHost
 from tests import server_helpers
 
 INFO = ModelInfo("sft", "folder", 5, 128, "tokenizer", True, 0, "")
@@ -37,46 +37,47 @@ def a_pool(workers=2):
     return pool, sent
 
 
-def asks(*ids):
-    return [Ask(id, INFO, [1], 5) for id in ids]
+def rows(*ids):
+    return [RowRequest(id, [1], 5, model=INFO) for id in ids]
 
 
 def tell(worker, *events):
-    worker._heard(worker.process, ("events", [Event(id, kind, finish="stop" if kind == "ended" else "") for id, kind in events], None))
+    events = [Event(id, kind, finish="stop" if kind == "ended" else "") for id, kind in events]
+    worker._received(worker.process, ("events", events, None))
 
 
 def test_rows_go_to_the_worker_with_the_least_to_do_and_else_where_they_were():
     pool, sent = a_pool(3)
-    assert [pool.submit(asks(id), about=id).worker.number for id in "abc"] == [0, 1, 2]
+    assert [pool.submit(rows(id), affinity=id).worker.number for id in "abc"] == [0, 1, 2]
     for worker, id in zip(pool.workers, "abc"):
         tell(worker, (id, "ended"))
-    assert pool.rows == 0 and [pool.submit(asks(id + "2"), about=id).worker.number for id in "cba"] == [2, 1, 0]
+    assert pool.rows == 0 and [pool.submit(rows(id + "2"), affinity=id).worker.number for id in "cba"] == [2, 1, 0]
     tell(pool.workers[1], ("b2", "ended"))
-    assert pool.submit(asks("c3"), about="c").worker.number == 1  # less to do counts more
+    assert pool.submit(rows("c3"), affinity="c").worker.number == 1  # less to do counts more
     assert [message[0] for message in sent[1]] == ["submit"] * 3
 
 
 def test_no_more_rows_than_fit_and_a_cancelled_one_counts_until_it_has_ended():
     pool, sent = a_pool(1)
-    with pytest.raises(Busy):
-        pool.submit(asks("a", "b", "c", "d"))
-    group = pool.submit(asks("a", "b", "c"))
+    with pytest.raises(PoolFull):
+        pool.submit(rows("a", "b", "c", "d"))
+    group = pool.submit(rows("a", "b", "c"))
     group.cancel("a")
     group.cancel("a")
-    with pytest.raises(Busy):
-        pool.submit(asks("d"))
+    with pytest.raises(PoolFull):
+        pool.submit(rows("d"))
     assert sent[0][3:] == [("cancel", "a")]
     tell(pool.workers[0], ("a", "ended"))
-    pool.submit(asks("d"))
+    pool.submit(rows("d"))
     pool.workers[0].state = "restarting"
-    with pytest.raises(Down):
-        pool.submit(asks("e"))
+    with pytest.raises(NoWorker):
+        pool.submit(rows("e"))
 
 
 def test_a_group_ends_when_each_row_has_ended_or_was_given_up():
     async def seen():
         pool, sent = a_pool(1)
-        group = pool.submit(asks("a", "b", "c"))
+        group = pool.submit(rows("a", "b", "c"))
         tell(pool.workers[0], ("a", "token"), ("b", "ended"), ("a", "ended"))
         group.end("shutdown", "")
         tell(pool.workers[0], ("c", "token"), ("c", "ended"))
@@ -102,7 +103,8 @@ def test_a_stage_and_the_tags_beside_it_have_ids_of_their_own(base):
     assert [(model.id, model.chat) for model in by_path] == [("d2", False), ("sft", True)]
 
 
-@pytest.mark.parametrize("wrong", [{"source": "rl"}, {"source": "sft", "step": 7}, {"source": "nowhere"}, {"model_tag": "d9"}])
+@pytest.mark.parametrize("wrong", [{"source": "rl"}, {"source": "sft", "step": 7}, {"source": "nowhere"},
+                                   {"model_tag": "d9"}])
 def test_a_model_that_is_not_there_is_told_at_once(base, wrong):
     with pytest.raises(UserError):
         find_models(WorkerConfig(**wrong))
@@ -112,22 +114,22 @@ def test_a_model_that_is_not_there_is_told_at_once(base, wrong):
 
 @pytest.fixture
 def host(base):
-    host = Host(WorkerConfig(device="cpu", max_models=1), queue.SimpleQueue())
+    host = ModelHost(WorkerConfig(device="cpu", max_models=1), queue.SimpleQueue())
     host.infos = {info.id: info for info in host.models()}
     return host
 
 
 def row(id, model, max_tokens=3, **more):
     """A message with a row that does not end by itself."""
-    return "submit", Ask(id, model, [1, 2], max_tokens, {"temperature": 0}, **more)
+    return "submit", RowRequest(id, [1, 2], max_tokens, Settings(temperature=0), model=model, **more)
 
 
 def run(host, *messages):
     """All events until nothing is to be done."""
-    events = [event for message in messages for event in host.take(message)]
+    events = [event for message in messages for event in host.handle(message)]
     while host.busy or host._loading:
         if host._loading:
-            events += host.take(host.inbox.get(timeout=60))
+            events += host.handle(host.inbox.get(timeout=60))
         events += host.step()
     return events
 
@@ -143,8 +145,9 @@ def test_a_model_is_loaded_when_it_is_asked_for_and_the_one_used_longest_ago_goe
 def test_a_row_can_be_cancelled_or_be_late_while_its_model_loads(host):
     sft = host.infos["sft"]
     events = run(host, row("a", sft), row("b", sft), ("cancel", "a"), ("cancel", "nobody"),
-                 row("c", sft, seconds=-time.monotonic()))
-    assert {event.id: event.finish for event in events if event.kind == "ended"} == {"a": "cancelled", "b": "length", "c": "timeout"}
+                 row("c", sft, timeout=-1))
+    ends = {event.id: event.finish for event in events if event.kind == "ended"}
+    assert ends == {"a": "cancelled", "b": "length", "c": "timeout"}
 
 
 def test_a_model_that_cannot_be_loaded_ends_only_its_own_requests(host, capsys):
@@ -164,10 +167,11 @@ def test_a_model_that_fails_ends_its_requests_and_is_loaded_anew(host, where, mo
     def fail(*_):
         raise RuntimeError("nobody foresaw this")
 
-    host.take(row("b", sft, 30))
+    host.handle(row("b", sft, 30))
     monkeypatch.setattr(host.schedulers[sft.key], where, fail)
     events = run(host, *{"step": [], "cancel": [("cancel", "b")], "submit": [row("c", sft)]}[where])
-    assert {event.finish for event in events if event.kind == "ended"} == {"error"} and "nobody foresaw this" in capsys.readouterr().err
+    assert {event.finish for event in events if event.kind == "ended"} == {"error"}
+    assert "nobody foresaw this" in capsys.readouterr().err
     assert host._rows == {} and not host.schedulers
     assert run(host, row("d", sft))[-1].finish == "length"
 

@@ -1,7 +1,6 @@
-"""nanochat/server/scheduler.py: whoever is served beside it, a request gets what it would get alone, to the last bit."""
+"""nanochat/server/scheduler.py: each request gets what it would get alone, to the last bit; slots, queue, memory."""
 
 import random
-import time
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from hypothesis import strategies as st
 
 from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.sampling import Settings
-from nanochat.server.scheduler import QueueFull, Request, Scheduler
+from nanochat.request import Settings
+from nanochat.server.messages import RowRequest
+from nanochat.server.scheduler import QueueFull, Scheduler
 from nanochat.tokenizer import RustBPETokenizer
 from tests.helpers import small_model
 
@@ -20,7 +20,8 @@ CONTEXT, CHUNK = 96, 16
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return RustBPETokenizer.train_from_iterator(["what is 12+30? it is 42", "a,b,c 'word'.count('o') 0123456789 + - * /"] * 3, 280)
+    return RustBPETokenizer.train_from_iterator(["what is 12+30? it is 42",
+                                                 "a,b,c 'word'.count('o') 0123456789 + - * /"] * 3, 280)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -47,7 +48,7 @@ def run(scheduler, requests):
 
 def request(number, prompt, **options):
     options = {"max_tokens": 12, "logprobs": 2, **options}
-    return Request(f"r{number}", prompt, settings=Settings(1.2, 40, 0.95, 1.1, seed=number), **options)
+    return RowRequest(f"r{number}", prompt, settings=Settings(1.2, 40, 0.95, 1.1, seed=number), **options)
 
 
 def tokens_of(events):
@@ -55,7 +56,7 @@ def tokens_of(events):
 
 
 def told(events):
-    """What a client sees: all but how much of the prompt had been kept."""
+    """What a client sees: all but how much of the prompt was cached."""
     return [(e.kind, e.token, e.forced, e.logprob, e.top, e.finish) for e in events if e.kind != "started"]
 
 
@@ -83,7 +84,8 @@ def test_where_exactness_is_not_to_be_had_rows_come_and_go_as_well(engine):
     if engine.model.dtype == torch.bfloat16:
         pytest.skip("the same up to rounding")
     chance = random.Random(1)
-    requests = [request(i, [chance.randrange(256) for _ in range(chance.randint(1, 60))], max_tokens=chance.randint(1, 20), logprobs=None)
+    requests = [request(i, [chance.randrange(256) for _ in range(chance.randint(1, 60))],
+                        max_tokens=chance.randint(1, 20), logprobs=None)
                 for i in range(12)]
     alone = {r.id: tokens_of(run(scheduler(engine), [r])[r.id]) for r in requests}
     crowd = scheduler(engine, max_rows=5, max_waiting=99)
@@ -96,7 +98,7 @@ def test_what_is_said_is_what_the_engine_says(engine):
     if engine.model.dtype == torch.bfloat16:
         pytest.skip("in bfloat16 other shapes of batches round otherwise")
     for number, prompt in enumerate(([1, 2, 3], list(range(40)), [7] * 33)):
-        [events] = run(scheduler(engine), [Request("a", prompt, 20, Settings(0.9, 30, seed=number))]).values()
+        [events] = run(scheduler(engine), [RowRequest("a", prompt, 20, Settings(0.9, 30, seed=number))]).values()
         [[row]] = engine.generate_many([prompt], max_tokens=20, temperature=0.9, top_k=30, seed=number)
         assert tokens_of(events) == row.tokens[:len(row.tokens) - (row.ended == "stop")]
         assert events[0].kind == "started" and events[-1].finish == row.ended
@@ -126,7 +128,8 @@ def test_a_prompt_that_begins_like_another_goes_on_from_there_with_the_same_answ
         assert told(warm) == told(plain)
         assert warm[0].cached == (0 if number == 0 else 3 * CHUNK) and plain[0].cached == 0
     stats = served.stats()
-    assert stats["prefix_hits_total"] == 3 and stats["prefix_lookups_total"] == 4 and stats["cached_tokens_total"] == 9 * CHUNK
+    assert stats["prefix_hits_total"] == 3 and stats["prefix_lookups_total"] == 4
+    assert stats["cached_tokens_total"] == 9 * CHUNK
 
 
 def test_the_next_turn_of_a_conversation_computes_only_what_is_new(engine):
@@ -190,8 +193,8 @@ def test_cancelled_requests_free_their_row_at_once_and_the_others_go_on(engine):
 
 def test_a_request_past_its_time_ends(engine):
     served = scheduler(engine)
-    served.submit(request(1, [1], max_tokens=50, stops=(), deadline=time.monotonic() + 1e9))
-    served.submit(request(2, [1], max_tokens=50, stops=(), deadline=time.monotonic()))
+    served.submit(request(1, [1], max_tokens=50, stops=(), timeout=1e9))
+    served.submit(request(2, [1], max_tokens=50, stops=(), timeout=0))
     assert [(e.id, e.finish) for e in served.step() if e.kind == "ended"] == [("r2", "timeout")]
     assert served.stats()["running"] == 1
 
@@ -202,8 +205,8 @@ def test_the_queue_is_bounded_and_impossible_requests_are_refused(engine):
         served.submit(request(i, [1]))
     with pytest.raises(QueueFull, match="waiting"):
         served.submit(request(3, [1]))
-    for wrong, message in ((request(0, [1]), "already"), (request(8, [1] * 90), "do not fit"), (request(8, [5000]), "vocabulary"),
-                           (request(8, [1], max_tokens=0), "max_tokens")):
+    for wrong, message in ((request(0, [1]), "already"), (request(8, [1] * 90), "do not fit"),
+                           (request(8, [5000]), "vocabulary"), (request(8, [1], max_tokens=0), "max_tokens")):
         with pytest.raises(UserError, match=message):
             (served if message == "already" else scheduler(engine)).submit(wrong)
     with pytest.raises(UserError, match="empty"):
@@ -216,7 +219,7 @@ def test_tools_answer_unless_told_not_to(engine, tokenizer):
     served = scheduler(engine)
     for tools in (True, False):
         served.submit(request(int(tools), prompt, max_tokens=40, stops=(), tools=tools))
-    rows = {job.request.tools: job.row for job in served._jobs.values()}
+    rows = {row.tools: row for row in served._rows.values()}
     for tools, row in rows.items():
         for token in [special("<|python_start|>"), *tokenizer.encode("1+1"), special("<|python_end|>")]:
             engine.take(row, token)
@@ -224,7 +227,7 @@ def test_tools_answer_unless_told_not_to(engine, tokenizer):
 
 
 class Scarce:
-    """Lets the model run out of memory at some of its calls, after it has changed the state."""
+    """Makes the model run out of memory at some of its calls, after it has changed the cache."""
 
     def __init__(self, monkeypatch, model, fails):
         self.calls, self.fails = 0, fails

@@ -21,7 +21,8 @@ from nanochat.engine.batch import Batch
 from nanochat.engine.cuda_graphs import StaticDecoder
 from nanochat.engine.row import Row
 from nanochat.errors import UserError
-from nanochat.sampling import Settings
+from nanochat.request import ENGINE, Settings
+from nanochat.tokenizer.stream import PartParser, tool_tokens
 from nanochat.tools.calculator import calculate
 
 
@@ -43,9 +44,9 @@ class Engine:
             graphs = model.device.type == "cuda" and os.environ.get("NANOCHAT_GRAPHS") != "0"
         self.static = StaticDecoder(model) if graphs else None
         self.stops = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
-        self._python_start, self._python_end, self._output_start, self._output_end = (
-            tokenizer.encode_special(f"<|{name}|>")
-            for name in ("python_start", "python_end", "output_start", "output_end"))
+        self._call_tokens = tool_tokens(tokenizer, ("python",))
+        self._python_start, self._output_start, self._output_end = (
+            tokenizer.encode_special(f"<|{name}|>") for name in ("python_start", "output_start", "output_end"))
 
     def take(self, row: Row, sampled: int) -> None:
         """Append the next token to a row, the forced one if there is one, else `sampled`; end the row or run a tool
@@ -58,22 +59,19 @@ class Engine:
             row.ended = "stop"
         elif len(row.tokens) >= row.max_tokens:
             row.ended = "length"
-        if not row.tools:
-            return
-        if token == self._python_start:
-            row._call = []
-        elif token == self._python_end:
-            if row._call:
-                result = self.calculate(self.tokenizer.decode(row._call))
-                if result is not None:
-                    row._forced.extend([self._output_start, *self.tokenizer.encode(result), self._output_end])
-            row._call = None
-        elif row._call is not None:
-            row._call.append(token)
+        if row._parser is None:
+            if not row.tools or token != self._python_start:
+                return
+            row._parser = PartParser(self._call_tokens)
+        if row._parser.feed(token) == "end" and (call := row._parser.tokens):
+            result = self.calculate(self.tokenizer.decode(call))
+            if result is not None:
+                row._forced.extend([self._output_start, *self.tokenizer.encode(result), self._output_end])
 
-    def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
-                 top_k: int | None = None, seed: int | None = 42, top_p: float | None = None,
-                 repetition_penalty: float = 1.0) -> Iterator[tuple[list[int], list[int]]]:
+    def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = ENGINE.max_tokens,
+                 temperature: float = ENGINE.temperature, top_k: int | None = ENGINE.top_k, seed: int | None = ENGINE.seed,
+                 top_p: float | None = ENGINE.top_p, repetition_penalty: float = ENGINE.repetition_penalty
+                 ) -> Iterator[tuple[list[int], list[int]]]:
         """Yield the new tokens of all rows, step by step.
 
         Args:
@@ -118,9 +116,11 @@ class Engine:
             answers[number] = rows
         return answers
 
-    def complete(self, prompts: Sequence[Sequence[int]], num_samples: int = 1, max_tokens: int | None = None,
-                 temperature: float = 1.0, top_k: int | None = None, seed: int | Sequence[int] | None = 42,
-                 top_p: float | None = None, repetition_penalty: float = 1.0, batch_size: int = 64) -> Iterator[tuple[int, list[Row]]]:
+    def complete(self, prompts: Sequence[Sequence[int]], num_samples: int = 1, max_tokens: int | None = ENGINE.max_tokens,
+                 temperature: float = ENGINE.temperature, top_k: int | None = ENGINE.top_k,
+                 seed: int | Sequence[int] | None = ENGINE.seed, top_p: float | None = ENGINE.top_p,
+                 repetition_penalty: float = ENGINE.repetition_penalty, batch_size: int = 64
+                 ) -> Iterator[tuple[int, list[Row]]]:
         """Yield (index of the prompt, its finished rows) as they finish, in any order.
 
         Args:

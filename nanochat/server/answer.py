@@ -1,21 +1,26 @@
-"""Tokens of an answer as text for clients, while they come: whole characters, stop strings, tool calls apart, log-probabilities.
+"""The tokens of one answer as text for clients, as they come: whole characters, stop strings, tool calls, scores.
 
     answer = Answer(tokenizer, stops=["\\n\\n"], tools=True)
-    for piece in answer.feed(token): ...        # Text(text, entries) or Tool(type, text)
-    answer.stopped                              # a stop string came: what is behind it is left out
-    for piece in answer.finish(): ...           # what was held back
+    for piece in answer.feed(token): ...        # TextPiece(text, tokens) or ToolPiece(type, text)
+    answer.stopped                              # a stop string was found: it and all after it are left out
+    for piece in answer.finish(): ...           # the text that was held back
 """
 
-import codecs
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-TOOL_STARTS = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
-TOOL_ENDS = {"<|python_end|>": "python", "<|output_end|>": "python_output"}
+from nanochat.tokenizer.stream import PartType, StreamDecoder
 
 
-class Entry(NamedTuple):
-    """A token and its log-probability; `start` is where its text begins in the answer, in characters."""
+class ScoredToken(NamedTuple):
+    """A token of an answer.
+
+    Attributes:
+        token: its id.
+        start: where its text begins in the answer, in characters.
+        logprob: its log-probability, if the request asked for it.
+        top: the likeliest tokens in its place, as (id, log-probability).
+    """
 
     token: int
     start: int
@@ -23,114 +28,138 @@ class Entry(NamedTuple):
     top: list[tuple[int, float]] | None = None
 
 
-class Text(NamedTuple):
+class TextPiece(NamedTuple):
     """More text, and the tokens that begin in it."""
 
     text: str
-    entries: list[Entry]
+    tokens: list[ScoredToken]
 
 
-class Tool(NamedTuple):
-    """What a tool was asked ("python") or said ("python_output"): the part's text from its start on, as far as it has come."""
+class ToolPiece(NamedTuple):
+    """The text of a tool call ("python") or its result ("python_output") so far, from its beginning."""
 
-    type: str
+    type: PartType
     text: str
 
 
-Piece = Text | Tool
+Piece = TextPiece | ToolPiece
 
 
 class StopStrings:
-    """Finds the first stop string in text that comes in pieces, wherever the pieces are cut: the one that is complete first, of two that
-    are complete at the same character the longer one. Holds text back only as long as it may be the beginning of one."""
+    """Find the first stop string in text that comes in pieces, cut anywhere.
+
+    The first is the one that is complete first; of two that are complete at the same character, the longer one. Text is
+    held back only while it may be the beginning of a stop string.
+    """
 
     def __init__(self, stops: list[str]):
         self.stops = stops
         self.held = ""
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """Return (text that can go out, was that the last)."""
+        """Take more text. Return (the text that can be sent, whether a stop string follows it)."""
         text = self.held + text
         found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.held = ""
             return text[:min(found)[1]], True
         longest = max(map(len, self.stops), default=0)
-        hold = next((n for n in range(min(longest - 1, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in self.stops)), 0)
+        hold = next((n for n in range(min(longest - 1, len(text)), 0, -1)
+                     if any(stop.startswith(text[-n:]) for stop in self.stops)), 0)
         self.held = text[len(text) - hold:]
         return text[:len(text) - hold], False
 
     def flush(self) -> str:
-        """What is held back."""
+        """Return the text that is held back, and hold it no longer."""
         text, self.held = self.held, ""
         return text
 
 
 @dataclass
 class Answer:
-    """The text of one row. tools: tool calls are parts of their own, otherwise their tokens stand in the text by name."""
+    """The answer of one row.
+
+    Args:
+        tokenizer: of the model.
+        stops: stop strings.
+        tools: whether tool calls are parts of their own; otherwise their tokens stand in the text by name.
+        text: the text that was sent, without tool calls.
+        parts: the same with tool calls, as the content of a message.
+        scored_tokens: the tokens of `text`.
+        stopped: whether a stop string was found.
+        tokens: how many tokens were taken.
+    """
 
     tokenizer: Any
     stops: list[str] = field(default_factory=list)
     tools: bool = True
-    text: str = ""                                    # what went out
-    parts: list[dict[str, str]] = field(default_factory=list)     # and the tool calls between, as in a message
-    entries: list[Entry] = field(default_factory=list)
+    text: str = ""
+    parts: list[dict[str, str]] = field(default_factory=list)
+    scored_tokens: list[ScoredToken] = field(default_factory=list)
     stopped: bool = False
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        self._names = {self.tokenizer.encode_special(name): name for name in self.tokenizer.get_special_tokens()}
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder = StreamDecoder(self.tokenizer) if self.tools else StreamDecoder(self.tokenizer, types=())
         self._search = StopStrings(self.stops)
-        self._length = 0                              # characters of text decoded, held back ones included
-        self._pending: list[Entry] = []               # tokens whose text has not gone out
-        self._tool = ""                               # the type of the tool part that is being written
+        self._length = 0                            # characters of text decoded, with those held back
+        self._pending: list[ScoredToken] = []       # tokens whose text was not sent
 
     def feed(self, token: int, logprob: float | None = None, top: list[tuple[int, float]] | None = None) -> list[Piece]:
-        """Take one more token; return what can be shown."""
+        """Take the next token and return the pieces that can be sent."""
         if self.stopped:
             return []
         self.tokens += 1
-        name = self._names.get(token)
-        if self.tools and (name in TOOL_STARTS or (name in TOOL_ENDS and self._tool == TOOL_ENDS[name])):
-            pieces = self.finish()
-            self._tool = TOOL_STARTS.get(name, "")
-            if self._tool and not self.stopped:
-                self.parts.append({"type": self._tool, "text": ""})
+        new = self._decoder.feed(token)
+        if new.boundary:
+            pieces = self._end_part(new.before, new.rest)
+            if new.boundary == "start" and not self.stopped:
+                self.parts.append({"type": self._decoder.part, "text": ""})
             return pieces
-        data = name.encode() if name is not None else self.tokenizer.decode_bytes([token])
-        if self._tool:
-            if text := self._decoder.decode(data):
-                self.parts[-1]["text"] += text
-                return [Tool(self._tool, self.parts[-1]["text"])]
-            return []
-        self._pending.append(Entry(token, self._length, logprob, top))
-        return self._out(self._decoder.decode(data))
+        text = new.rest + new.text
+        if new.before != "text":
+            return self._more_of_tool(text) if text else []
+        self._pending.append(ScoredToken(token, self._length, logprob, top))
+        return self._more_text(text)
 
     def finish(self) -> list[Piece]:
-        """No more tokens come, or none of this part: return what was held back."""
-        if self.stopped:
-            return []
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        if self._tool:
-            self.parts[-1]["text"] += rest
-            return [Tool(self._tool, self.parts[-1]["text"])]
-        return self._out(rest, last=True)
+        """Return the pieces that were held back, after the last token."""
+        return [] if self.stopped else self._end_part(self._decoder.part, self._decoder.finish())
 
-    def _out(self, text: str, last: bool = False) -> list[Piece]:
+    def _end_part(self, part: PartType, rest: str) -> list[Piece]:
+        return self._more_text(rest, last=True) if part == "text" else self._more_of_tool(rest)
+
+    def _more_of_tool(self, text: str) -> list[Piece]:
+        part = self.parts[-1]
+        part["text"] += text
+        return [ToolPiece(part["type"], part["text"])]
+
+    def _more_text(self, text: str, last: bool = False) -> list[Piece]:
+        """Return the text that can be sent, with its tokens. last: nothing is held back, because the part ends."""
         self._length += len(text)
         text, self.stopped = self._search.feed(text)
         if last and not self.stopped:
             text += self._search.flush()
         end = len(self.text) + len(text)
-        going = [entry for entry in self._pending if entry.start < end or (last and not self.stopped)]
-        self._pending = self._pending[len(going):]
+        tokens = [token for token in self._pending if token.start < end or (last and not self.stopped)]
+        self._pending = self._pending[len(tokens):]
         self.text += text
-        self.entries += going
+        self.scored_tokens += tokens
         if text:
             if not self.parts or self.parts[-1]["type"] != "text":
                 self.parts.append({"type": "text", "text": ""})
             self.parts[-1]["text"] += text
-        return [Text(text, going)] if text or going else []
+        return [TextPiece(text, tokens)] if text or tokens else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+def token_bytes(tokenizer: Any, token: int, names: dict[int, str]) -> bytes:
+    """Return the bytes of a token, of a special one its name. names: the special tokens."""
+    return names[token].encode() if token in names else tokenizer.decode_bytes([token])
+
+
+def finite(logprob: float | None) -> float | None:
+    """Return a log-probability that JSON can hold, because JSON has no infinity."""
+    return logprob if logprob is None else max(logprob, -9999.0)

@@ -1,4 +1,4 @@
-"""GET /docs: the OpenAPI description as a plain page, with no script and nothing from other hosts."""
+"""GET /docs: the OpenAPI description as a plain page, without scripts and without files from other hosts."""
 
 import base64
 import hashlib
@@ -9,7 +9,8 @@ STYLE = """
 :root { color-scheme: light dark; }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.6 system-ui, sans-serif; }
 h2 { margin-top: 3rem; } code { font-family: ui-monospace, monospace; font-size: .92em; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; }
+table { border-collapse: collapse; width: 100%; }
+td, th { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; }
 tr + tr { border-top: 1px solid #8884; }
 """
 HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
@@ -17,29 +18,31 @@ POLICY = f"default-src 'none'; style-src 'sha256-{HASH}'; frame-ancestors 'none'
 
 
 def page(description: dict[str, Any]) -> str:
-    """Return the page of an OpenAPI description."""
+    """Return the HTML page of an OpenAPI description."""
     info, schemas = description["info"], description["components"]["schemas"]
     parts = [f"<h1>{escape(info['title'])}</h1><p>{escape(info.get('description', ''))}</p>"]
     for path, methods in description["paths"].items():
-        for method, about in methods.items():
-            said = about.get("description", about["summary"])
-            parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(said)}</p>")
-            body = about.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+        for method, operation in methods.items():
+            text = operation.get("description", operation["summary"])
+            parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(text)}</p>")
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
             if body:
                 parts.append(_fields(schemas[body["$ref"].split("/")[-1]]))
-            answers = "".join(f"<tr><td><code>{status}</code></td><td>{escape(answer['description'])}</td></tr>"
-                              for status, answer in about["responses"].items())
-            parts.append(f"<table>{answers}</table>")
+            responses = "".join(f"<tr><td><code>{status}</code></td><td>{escape(response['description'])}</td></tr>"
+                                for status, response in operation["responses"].items())
+            parts.append(f"<table>{responses}</table>")
     for name in ("Message", "Part"):
-        parts.append(f"<h2><code>{name}</code></h2><p>{escape(schemas[name].get('description', ''))}</p>{_fields(schemas[name])}")
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        about = escape(schemas[name].get("description", ""))
+        parts.append(f"<h2><code>{name}</code></h2><p>{about}</p>{_fields(schemas[name])}")
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
             f"<title>{escape(info['title'])}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>")
 
 
 def _fields(schema: dict[str, Any]) -> str:
     rows = []
     for name, field in schema["properties"].items():
-        needed = " (must be given)" if name in schema.get("required", ()) else ""
+        needed = " (required)" if name in schema.get("required", ()) else ""
         rows.append(f"<tr><td><code>{escape(name)}</code></td><td><code>{escape(_type(field))}</code></td>"
                     f"<td>{escape(field.get('description', ''))}{needed}</td></tr>")
     return f"<table>{''.join(rows)}</table>"
@@ -54,6 +57,6 @@ def _type(schema: dict[str, Any]) -> str:
         return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
     if schema.get("type") == "array":
         return f"[{_type(schema['items'])}]"
-    bounds = [f"{sign} {schema[name]:g}" for name, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"))
-              if name in schema and abs(schema[name]) < 1e9]
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤"}
+    bounds = [f"{sign} {schema[name]:g}" for name, sign in signs.items() if name in schema and abs(schema[name]) < 1e9]
     return f"{schema.get('type', 'any')} {' '.join(bounds)}".strip()

@@ -1,7 +1,8 @@
-"""Which models a server can be asked for: the stages that were trained, and the folder or hub repository it was started with.
+"""Find the models that clients can ask for: the trained stages, and the model the server was started with.
 
-Runs in a worker, where PyTorch is. A model's id is its stage ("sft"), a stage and tag where there are several ("sft/d12"), the name of a
-folder, or "owner/name" of the hub. Clients can ask for these alone, never for a path.
+It runs in a worker, because it imports PyTorch. A model's id is its stage ("sft"), its stage and tag if there are
+several ("sft/d12"), the name of a folder, or "owner/name" of the hub. Clients can ask only for these ids, never for a
+path.
 """
 
 import json
@@ -13,12 +14,12 @@ from nanochat.checkpoint import latest_step
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.loading import checkpoint_dir, from_hub
-from nanochat.server.worker import ModelInfo, WorkerConfig
+from nanochat.server.messages import ModelInfo, WorkerConfig
 from nanochat.stages import STAGES, Stage, stage_of_folder
 
 
 def find_models(config: WorkerConfig) -> list[ModelInfo]:
-    """The models there are, the one the server was started with first. Raises UserError where that one is not there."""
+    """Return all models, the one the server was started with first. Raises UserError if that one does not exist."""
     found = [_default(config)]
     for stage in STAGES.values():
         for id, folder in _of_stage(stage.name, config.model_tag):
@@ -30,7 +31,7 @@ def find_models(config: WorkerConfig) -> list[ModelInfo]:
 
 
 def _default(config: WorkerConfig) -> ModelInfo:
-    """The model that the server was started with."""
+    """Return the model that the server was started with. Raises UserError."""
     id = source = config.source
     if source not in STAGES:
         if Path(source).expanduser().is_dir():
@@ -43,7 +44,7 @@ def _default(config: WorkerConfig) -> ModelInfo:
 
 
 def _of_stage(stage: str, tag: str) -> Iterator[tuple[str, Path]]:
-    """(id, folder) of the models of a stage: that of the tag, or else the one a command would take, and the other tags."""
+    """Yield (id, folder) of a stage's models: first the one that commands take with this tag, then the others."""
     try:
         chosen = checkpoint_dir(stage, tag or None)
     except UserError:
@@ -55,7 +56,7 @@ def _of_stage(stage: str, tag: str) -> Iterator[tuple[str, Path]]:
 
 
 def _info(id: str, folder: Path, step: int | None, stage: Stage | None, default: bool = False) -> ModelInfo:
-    """What there is to know of a model without reading its weights. Raises UserError."""
+    """Describe a model without reading its weights. Raises UserError if it has no usable checkpoint."""
     step = latest_step(folder) if step is None else step
     path = folder / f"meta_{step or 0:06d}.json"
     if step is None or not path.is_file():
@@ -63,5 +64,6 @@ def _info(id: str, folder: Path, step: int | None, stage: Stage | None, default:
     meta = json.loads(path.read_text(encoding="utf-8"))
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.pkl"))
     description = f"{folder.name}, step {step}" + (f": {stage.page}" if stage else "")
-    return ModelInfo(id, str(folder), step, int(meta["model_config"]["sequence_len"]), str(folder if own else base_dir() / "tokenizer"),
-                     stage != STAGES["base"], int(path.stat().st_mtime), description, default)
+    return ModelInfo(id, str(folder), step, context_length=int(meta["model_config"]["sequence_len"]),
+                     tokenizer=str(folder if own else base_dir() / "tokenizer"), chat=stage != STAGES["base"],
+                     created=int(path.stat().st_mtime), description=description, default=default)

@@ -1,9 +1,8 @@
-"""Prefix reuse: the states of prompts taken in before are kept, so that a prompt that begins like one of them begins
-there.
+"""The prefix cache: the decoding cache of earlier prompts, where prefill of a prompt with the same beginning starts.
 
-A prompt is cut into blocks of `block` tokens. For each block, the keys and values of the attention layers over it, and
-the last K−1 gated inputs of the SLC2 layers at its end, are kept: for d20, 35,840 bytes a token and 66,560 a block. A
-block is found by a hash of all tokens up to its end. Memory is bounded; the blocks that were used longest ago go first.
+A prompt is divided into blocks of `block` tokens. For each block, the prefix cache keeps what the layers hold for its
+tokens, and their per-row tensors at its end: for d20, 35,840 bytes a token and 66,560 a block. A block is found by a hash
+of all tokens up to its end. Memory is bounded; the least recently used blocks are evicted first.
 """
 
 import hashlib
@@ -15,23 +14,22 @@ from nanochat.cache import Cache, LayerCache, nbytes
 
 
 class PrefixCache:
-    """Blocks of one model's states, of max_bytes together at most; 0 keeps none."""
+    """The prefix cache of one model.
+
+    block: tokens of a block. max_bytes: memory of all blocks together; 0 keeps none.
+    """
 
     def __init__(self, block: int, max_bytes: int):
         self.block, self.max_bytes, self.nbytes = block, max_bytes, 0
-        # oldest use first; a block is always as recent as the blocks that begin with it, so what goes has nothing
-        # behind it
+        # the least recently used first; a block is never older than a block that follows it, so that the one evicted
+        # has no successor
         self._blocks: OrderedDict[bytes, list[LayerCache]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def restore(self, tokens: Sequence[int], cache: Cache) -> int:
-        """Make row 0 of `cache`, its only one, stand after the longest kept prefix of `tokens`, at most all but one
-        token.
-
-        Returns the length of that prefix.
-        """
+        """Set row 0 of `cache` to the longest kept prefix of `tokens` that leaves a token over; return its length."""
         found = []
         for key in self._keys(tokens, (len(tokens) - 1) // self.block):
             if key not in self._blocks:
@@ -46,8 +44,10 @@ class PrefixCache:
         return cache.lengths[0]
 
     def keep(self, tokens: Sequence[int], cache: Cache) -> None:
-        """Keep the last block of `tokens`, after which row 0 of `cache` stands. Their number is a multiple of the
-        block."""
+        """Cache the last block of `tokens`, whole blocks, which row 0 of `cache` holds.
+
+        Evict blocks beyond max_bytes.
+        """
         keys = list(self._keys(tokens, len(tokens) // self.block))
         if keys[-1] not in self._blocks:
             layers = cache.save_block(0, len(tokens) - self.block)
@@ -61,17 +61,17 @@ class PrefixCache:
             self.nbytes -= nbytes(self._blocks.popitem(last=False)[1])
 
     def holds(self, tokens: Sequence[int]) -> bool:
-        """Is the last whole block of `tokens` kept?"""
+        """Return whether the last whole block of `tokens` is cached."""
         *_, key = [b"", *self._keys(tokens, len(tokens) // self.block)]
         return not key or key in self._blocks
 
     def clear(self) -> None:
-        """Let everything go."""
+        """Evict all blocks."""
         self._blocks.clear()
         self.nbytes = 0
 
     def _keys(self, tokens: Sequence[int], blocks: int) -> Iterator[bytes]:
-        """The keys of the first blocks: each a hash of everything up to its end."""
+        """Yield the keys of the first `blocks` blocks, each a hash of all tokens up to its end."""
         digest = hashlib.blake2b(digest_size=16)
         for n in range(blocks):
             digest.update(array("q", tokens[n * self.block:(n + 1) * self.block]).tobytes())
