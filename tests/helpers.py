@@ -18,6 +18,12 @@ def small_model(seed: int = 0, **given) -> GPT:
     return model.eval()
 
 
+def small_text_and_tokenizer() -> None:
+    """Write 600 documents of the small world and train a tokenizer of 400 tokens on them, in $NANOCHAT_BASE_DIR."""
+    module_of("nanochat.dataset").main(["small-world", "--docs=600"])
+    module_of("scripts.tok_train").main(["--vocab-size=400"])
+
+
 def module_of(command: str):
     """Return the module that `python -m command` runs."""
     module = importlib.import_module(command)
