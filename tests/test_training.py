@@ -24,33 +24,6 @@ TINY = ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch
         "--eval-tokens=2000", "--save-every=5", "--sample-every=-1", "--device-type=cpu"]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A base folder with a little text and a tokenizer for it."""
-    from nanochat.dataset import documents as dataset
-    from scripts import tok_train
-    folder = tmp_path_factory.mktemp("tiny")
-    before = os.environ.get("NANOCHAT_BASE_DIR")
-    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
-    try:
-        dataset.main(["small-world", "--docs=600"])
-        tok_train.main(["--vocab-size=400"])
-    finally:
-        os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
-    return folder
-
-
-@pytest.fixture
-def tiny_base(tiny, tmp_path, monkeypatch):
-    """A base folder of the test's own, with the text and tokenizer of `tiny`."""
-    base = tmp_path / "base"
-    base.mkdir()
-    for name in ("base_data", "tokenizer"):
-        (base / name).symlink_to(tiny / name)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    return base
-
-
 def base_train(*flags, ranks=1, wait=True):
     """Run scripts.base_train in processes of its own, under torchrun where there is more than one rank."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", "")}

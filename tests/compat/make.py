@@ -1,11 +1,11 @@
-"""Write the files of this folder: text, tokenizer, checkpoint, logs and report of a tiny run, as an older commit writes them.
+"""Write the files of this folder: text, tokenizer, checkpoint, logs and report of a tiny run of an older commit.
 
     git worktree add ../older d5aee75
     PYTHONPATH=../older python tests/compat/make.py
 
-It runs the real scripts of the code on PYTHONPATH, in this process, on one thread. The model is a hybrid of two layers, 32 wide, so that
-the files stay small. Paths and the machine are taken out of the logs. tests/test_compat.py reads the files with the code of today: code
-that cannot read them any more is wrong, and the files are not written again for it.
+It runs the real scripts of the code on PYTHONPATH, in this process, on one thread. The model is a hybrid of two layers,
+32 wide, so that the files stay small. Paths and the machine are taken out of the logs. tests/test_compat.py reads the
+files with the code of today: code that cannot read them any more is wrong, and the files are not written again for it.
 """
 
 import json
@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 SHAPE = {"n_embd": 32, "n_head": 2, "n_kv_head": 2}  # instead of what depth 2 gives
 BASE = ["--depth=2", "--max-seq-len=128", "--device-batch-size=2", "--total-batch-size=512", "--num-iterations=6",
         "--save-every=3", "--eval-every=3", "--eval-tokens=1000", "--sample-every=-1", "--device-type=cpu"]
-MID = ["--device-type=cpu", "--max-seq-len=128", "--device-batch-size=2", "--total-batch-size=512", "--num-iterations=2",
-       "--eval-tokens=500"]
+MID = ["--device-type=cpu", "--max-seq-len=128", "--device-batch-size=2", "--total-batch-size=512",
+       "--num-iterations=2", "--eval-tokens=500"]
 SFT = ["--device-type=cpu", "--device-batch-size=4", "--target-examples-per-step=4", "--num-iterations=2",
        "--eval-steps=1", "--eval-metrics-every=-1"]
 RL = ["--device-type=cpu", "--num-iterations=2", "--examples-per-step=2", "--num-samples=2", "--max-new-tokens=4",
@@ -56,7 +56,8 @@ def main() -> None:
         tok_eval.main([])
         base_train.main(BASE)
         base_loss.main(["--split-tokens=1000", "--device-batch-size=2", "--device-type=cpu"])
-        base_eval.main(["--split-tokens=1000", "--device-batch-size=2", "--device-type=cpu", "--eval=bpb,sample,small-world"])
+        base_eval.main(["--split-tokens=1000", "--device-batch-size=2", "--device-type=cpu",
+                        "--eval=bpb,sample,small-world"])
         mid_train.main(MID)
         chat_eval.main(["-i", "mid", *EVAL])
         chat_sft.main(SFT)
