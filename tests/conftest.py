@@ -1,7 +1,7 @@
-"""Options and marks, and what several files of tests share: golden data, a text with its tokenizer, an interpreter process.
+"""Options and marks, and what several files share: golden data, a text with its tokenizer, an interpreter process.
 
-pytest-xdist runs the suite in several processes (`test.sh`). What takes seconds to make is made once for all of them: see
-`make_once`. A test marked `alone` waits until no other test runs.
+pytest-xdist runs the suite in several processes (`test.sh`). What takes seconds to make is made once for all of them:
+see `make_once`. A test marked `alone` waits until no other test runs.
 """
 
 import fcntl
@@ -65,7 +65,7 @@ def session_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_once(session_folder) -> Callable[[str, Callable[[Path], None]], Path]:
-    """A function (name, make) → the folder of that name, which make(folder) fills in the first process that asks for it.
+    """A function (name, make) → the folder of that name, filled by make(folder) in the first process that asks for it.
 
     The folder is shared by all processes, so tests only read it. make runs with the folder as $NANOCHAT_BASE_DIR.
     """
