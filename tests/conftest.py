@@ -137,7 +137,7 @@ def triton_interprets():
 
 @pytest.fixture(scope="session")
 def interpreter(triton_interprets):
-    """A process whose Triton interprets: that is settled when Triton is first imported, which in this one may have happened already."""
+    """A process whose Triton interprets. The first import of Triton decides it, and in this process that may be past."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

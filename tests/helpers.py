@@ -10,7 +10,8 @@ from nanochat.gpt import GPT, GPTConfig
 def small_model(seed: int = 0, **given) -> GPT:
     """A GPT of a few thousand weights, all random and strong; fields of its config as given."""
     torch.manual_seed(seed)
-    config = GPTConfig(**{"sequence_len": 32, "vocab_size": 97, "n_layer": 4, "n_head": 2, "n_kv_head": 2, "n_embd": 32, **given})
+    small = {"sequence_len": 32, "vocab_size": 97, "n_layer": 4, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
+    config = GPTConfig(**{**small, **given})
     model = GPT(config)
     with torch.no_grad():
         for name, p in model.named_parameters():

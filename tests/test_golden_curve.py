@@ -1,4 +1,4 @@
-"""Training gives the losses that it gave before, step by step: tests/golden/train_d2.txt, made by `python -m tests.golden.make`."""
+"""Training gives the golden losses of tests/golden/train_d2.txt, which `python -m tests.golden.make` wrote."""
 
 import pytest
 

@@ -1,5 +1,4 @@
-"""The rules of the code's layout, checked by reading it: tests by name, imports one way, small files, no name used twice.
-"""
+"""The rules of the code's layout, checked by reading it: imports point one way, files are small, names have one meaning."""
 
 import ast
 import os
@@ -74,7 +73,7 @@ COVERED_BY = {
     "nanochat.tools.sandbox_launcher": "test_sandbox",
 }
 
-# From the lowest floor to the highest: a module imports nothing of a floor above its own. Others (files, logs) serve all.
+# From the lowest floor to the highest: a module imports nothing of a higher floor than its own. Others serve all floors.
 FLOORS = [
     ["kernels"],
     ["layers", "slc2", "attention", "cache", "sampling"],
@@ -194,7 +193,7 @@ def test_no_two_classes_share_a_name():
 
 @being_rebuilt
 def test_nothing_asks_what_kind_a_layer_is():
-    """The letters of the pattern stand in gpt.py alone, and no class of a mixer or of its cache is asked for anywhere."""
+    """The letters of the pattern stand in gpt.py alone, and nothing asks for the class of a mixer or of its cache."""
     asked = Counter()
     for name, tree in TREES.items():
         for node in ast.walk(tree):
