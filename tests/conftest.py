@@ -57,10 +57,10 @@ def locked(path: Path, how: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def session_folder(tmp_path_factory) -> Path:
+def session_folder(request, tmp_path_factory) -> Path:
     """A folder of this run of pytest, the same one in all its processes."""
     base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return base.parent if hasattr(request.config, "workerinput") else base
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +104,7 @@ def tiny_base(tiny, tmp_path, monkeypatch) -> Path:
 @pytest.fixture(autouse=True)
 def _takes_turns(request, session_folder) -> Iterator[None]:
     """Let a test marked `alone` run while no other process runs one."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if not hasattr(request.config, "workerinput"):  # the only process
         yield
         return
     alone = "alone" in request.keywords

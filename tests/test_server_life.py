@@ -110,6 +110,7 @@ def test_a_worker_that_is_killed_ends_its_requests_with_an_error_and_comes_again
     assert [new.pid for new in small.workers()] != [worker.pid] and small.metrics()["nanochat_restarts_total"] == 1
 
 
+@pytest.mark.long
 def test_a_key_is_needed_where_one_was_set_and_a_request_has_its_time(folder):
     with Running(folder, "--api-key=secret", "--timeout=1") as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Bearer sécret"}):
@@ -127,6 +128,7 @@ def test_a_key_is_needed_where_one_was_set_and_a_request_has_its_time(folder):
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"  # in mid-stream; no [DONE] behind it
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGKILL]],
                          ids=["told", "told_twice", "killed"])
 def test_however_it_ends_no_process_is_left(folder, signals):
@@ -156,6 +158,7 @@ def stopping(server):
         return True
 
 
+@pytest.mark.long
 def test_what_runs_may_end_before_the_server_does_but_nothing_new_begins(folder):
     with Running(folder, "--shutdown-seconds=600") as server:
         answers = []

@@ -90,6 +90,7 @@ def test_an_unreachable_hub_is_seen(monkeypatch):
     assert not speedrun.hub_reachable()
 
 
+@pytest.mark.long
 def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path):
     few = ("--num-iterations=2", "--eval-every=-1")
     tiny = speedrun.Profile("small", 2, 300, 128, 512, steps=3, docs=600, flags=("--eval-tokens=1000", "--sample-every=-1"), rl=True, chat={

@@ -220,6 +220,7 @@ def test_a_tokenizer_of_another_model_is_refused(base):
         chat_sft.main([*SFT, "--num-iterations=8"])
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_the_same_command_goes_on(base):
     flags = [flag for flag in MID if "iterations" not in flag] + ["--num-iterations=400", "--fresh", "--save-every=-1"]
     command = [sys.executable, "-m", "scripts.mid_train", *flags]

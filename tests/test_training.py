@@ -138,6 +138,7 @@ def test_clock_reads_well():
     assert [clock(s) for s in (0.4, 59, 61, 3599, 7620)] == ["0s", "59s", "1m01s", "59m59s", "2h07m"]
 
 
+@pytest.mark.long
 def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(tiny_base, tiny, tmp_path, monkeypatch, base_train_here):
     base_train_here()
     whole, whole_losses = weights(tiny_base), losses(tiny_base)
@@ -163,6 +164,7 @@ def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(tiny_base, ti
     assert "Nothing to do" in base_train_here()
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_base, base_train_here):
     process = base_train(wait=False)
     for line in process.stdout:
@@ -173,6 +175,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_base, base_train_her
     assert "going on from step 5" in base_train_here()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_train_as_one_process_does(tiny_base, base_train_here, ranks):
     """Each rank reads its own documents, so the rows differ; the step over the same rows is held equal in test_optim and below."""
