@@ -276,7 +276,7 @@ def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_chec
 
 @pytest.mark.parametrize("section, where, broken", [
     (right.twin, "nanochat.slc2.slc2_mix", lambda z, taps, past=None, *, n_head, head_width: z[..., :n_head * head_width] * taps.sum()),
-    (right.state, "nanochat.state.Taps.append", lambda self, u: None),
+    (right.state, "nanochat.cache.Taps.append", lambda self, u: None),
     (right.optimizer, "nanochat.optim.newton_schulz",
      lambda x, dtype, steps=5, whole=newton_schulz: whole(x, dtype, 4 if dtype == torch.bfloat16 else 5)),
     (right.learning, "nanochat.optim._Bucket.direction", lambda self, gradient, *rest: torch.zeros_like(gradient)),
@@ -289,7 +289,7 @@ def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_chec
         *given, **more)),
     (single.one_token, "nanochat.kernels.one_query.next_query", lambda *given, whole=one_query.next_query: whole(*given[:7])),
     (single.projections, "dev.gpu_kernels.project", lambda h, *layers: tuple(layer(h.detach()) for layer in layers)),
-    (single.graphs, "nanochat.state.Fixed.positions", lambda self, T: torch.zeros_like(self.at.unsqueeze(1))),
+    (single.graphs, "nanochat.cache.Fixed.positions", lambda self, T: torch.zeros_like(self.at.unsqueeze(1))),
 ])
 def test_a_section_sees_what_it_is_there_to_see(monkeypatch, section, where, broken):
     if "native" in where and native.cpukernels is None:

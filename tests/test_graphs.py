@@ -243,7 +243,7 @@ def test_where_memory_is_short_rows_go_on_without(one, tokenizer, monkeypatch, c
 
     prompts = prompts_of(2, 4, longest=3)
     wanted = said(plain.generate_many(prompts, 2, max_tokens=30, batch_size=5, **DRAWN))
-    monkeypatch.setattr("nanochat.state.State.grow", scarce(grow))
+    monkeypatch.setattr("nanochat.cache.State.grow", scarce(grow))
     monkeypatch.setattr(Steps, "_captured", scarce(captured))
     for _ in range(2):
         assert said(fixed.generate_many(prompts, 2, max_tokens=30, batch_size=5, **DRAWN)) == wanted
