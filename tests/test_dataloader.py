@@ -66,9 +66,9 @@ def make_text(folder, count, seed=0, longest=60):
 @pytest.fixture
 def small(monkeypatch):
     """Row groups, shards and buffer so small that many of each come into play."""
-    monkeypatch.setattr("nanochat.shards.GROUP_CHARS", 700)
-    monkeypatch.setattr("nanochat.shards.SHARD_CHARS", 4000)
-    monkeypatch.setattr("nanochat.dataset.PIECE_DOCUMENTS", 6)
+    monkeypatch.setattr("nanochat.dataset.shards.GROUP_CHARS", 700)
+    monkeypatch.setattr("nanochat.dataset.shards.SHARD_CHARS", 4000)
+    monkeypatch.setattr("nanochat.dataset.documents.PIECE_DOCUMENTS", 6)
     monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", 9)
 
 
