@@ -4,7 +4,7 @@
 #     bash test.sh
 #     bash test.sh -k tokenizer
 #     bash test.sh --slow
-#     bash test.sh -n 1            # pytest in one process of its own; -n 0: in none but the first, for a debugger
+#     bash test.sh -n 4            # pytest in four processes; -n 0: in a single one, as a debugger needs
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 bash dev/setup.sh || exit 1
