@@ -40,7 +40,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-    items.sort(key=lambda item: "long" not in item.keywords)  # a long test that starts last leaves the other cores idle
+    # Long tests go first: one that starts last leaves the other cores idle. Those that wait for the end of all other tests
+    # go before them, where the others are short.
+    items.sort(key=lambda item: ("alone" not in item.keywords, "long" not in item.keywords))
 
 
 def _cuda() -> bool:

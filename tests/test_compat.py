@@ -42,7 +42,6 @@ def assert_near(found: torch.Tensor, step: int, tolerance: float) -> None:
     torch.testing.assert_close(found, torch.tensor(EXPECTED["logits"][str(step)]), rtol=0, atol=tolerance)
 
 
-@pytest.mark.long
 def test_a_checkpoint_gives_the_same_logits_and_its_run_goes_on_to_the_same_end(base, monkeypatch, capsys):
     assert_near(logits(base, make.RESUME_AT), make.RESUME_AT, 1e-5)
     monkeypatch.setattr(GPTConfig, "from_depth", make.small_from_depth(GPTConfig))
