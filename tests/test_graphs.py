@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from nanochat.cache import Fixed, Taps
 from nanochat.engine import Batch, Engine, Row
+from nanochat.engine import batch as batch_module
 from nanochat.engine import cuda_graphs as graphs
 from nanochat.engine import engine as engine_module
 from nanochat.engine import single_row as one_token
@@ -46,7 +47,7 @@ def one(tokenizer):
 def small_buckets(monkeypatch):
     """Buckets so small that rows of a few tokens go from one to the next, and memory grows."""
     monkeypatch.setattr(graphs, "SHORTEST", 4)
-    monkeypatch.setattr(engine_module, "SHORTEST", 4)
+    monkeypatch.setattr(batch_module, "SHORTEST", 4)
     monkeypatch.setattr(graphs, "NARROWEST", 2)
 
 
