@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Set-up, then all checks: ruff, the crates' own tests, pytest. Arguments go to pytest:
+# Set-up, then all checks: ruff, the crates' own tests, pytest in one process a core. Arguments go to pytest:
 #
 #     bash test.sh
 #     bash test.sh -k tokenizer
 #     bash test.sh --slow
+#     bash test.sh -n 4            # pytest in four processes; -n 0: in a single one, as a debugger needs
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 bash dev/setup.sh || exit 1
@@ -11,10 +12,11 @@ bash dev/setup.sh || exit 1
 . .venv/.nanochat-rust
 
 cores=$(.venv/bin/python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-threads=$((cores / 2))
+workers=$cores
+[ "$workers" -le 8 ] || workers=8 # each holds about 1 GB
+threads=$((cores / workers / 2)) # small tensors, and tests that start several ranks: more threads are slower
 [ "$threads" -ge 1 ] || threads=1
-[ "$threads" -le 8 ] || threads=8
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}" # small tensors, and tests that start several ranks: more threads are slower
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 export PYO3_PYTHON="$PWD/.venv/bin/python"
 failed=""
 log=.cache/setup/pytest.log
@@ -31,7 +33,7 @@ done
 echo "== pytest"
 color=no
 [ ! -t 1 ] || color=yes
-.venv/bin/python -m pytest -q --color=$color ${1+"$@"} 2>&1 | tee "$log" || failed="$failed pytest,"
+.venv/bin/python -m pytest -q --color=$color -n "$workers" --dist worksteal ${1+"$@"} 2>&1 | tee "$log" || failed="$failed pytest,"
 
 if [ -n "$failed" ]; then
     echo "test.sh: failed:${failed%,}"

@@ -10,12 +10,19 @@ from nanochat.gpt import GPT, GPTConfig
 def small_model(seed: int = 0, **given) -> GPT:
     """A GPT of a few thousand weights, all random and strong; fields of its config as given."""
     torch.manual_seed(seed)
-    config = GPTConfig(**{"sequence_len": 32, "vocab_size": 97, "n_layer": 4, "n_head": 2, "n_kv_head": 2, "n_embd": 32, **given})
+    small = {"sequence_len": 32, "vocab_size": 97, "n_layer": 4, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
+    config = GPTConfig(**{**small, **given})
     model = GPT(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(std=1.0 if "wte" in name or "conv1d" in name else 1.5 * p.shape[-1] ** -0.5)
     return model.eval()
+
+
+def small_text_and_tokenizer() -> None:
+    """Write 600 documents of the small world and train a tokenizer of 400 tokens on them, in $NANOCHAT_BASE_DIR."""
+    module_of("nanochat.dataset").main(["small-world", "--docs=600"])
+    module_of("scripts.tok_train").main(["--vocab-size=400"])
 
 
 def module_of(command: str):

@@ -57,6 +57,7 @@ def table_of(text):
     return [[cell.strip() for cell in line] for i, line in enumerate(lines) if i != 1]
 
 
+@pytest.mark.long
 def test_training_is_tabled_beside_the_twin_all_attention_and_a_peer(capsys, tmp_path):
     text, found = run(train.main, capsys, tmp_path, "--depth=1", "--max-seq-len=8", "--device-batch-size=2",
                       "--vocab-size=256",
@@ -202,6 +203,7 @@ def test_flags_that_make_no_sense_are_refused_in_words(main, flags, says):
         main(flags)
 
 
+@pytest.mark.long
 def test_real_text_trains_both_models_on_the_same_tokens(capfd, tmp_path):
     from nanochat.tokenizer import tokenizer
     if tokenizer._rustbpe() is None:
@@ -244,6 +246,7 @@ def test_time_sets_the_steps_of_real_text(monkeypatch, tmp_path):
 
 # --- the check for GPUs ------------------------------------------------------------------------------------------------
 
+@pytest.mark.long
 def test_the_gpu_check_works_on_a_cpu(capsys, tmp_path):
     assert gpu_check.main(["--tiny", f"--out={tmp_path}", "--device=cpu", "--compile=no"]) == 0
     found = json.loads((tmp_path / "gpu_check.json").read_text())

@@ -62,6 +62,7 @@ def needs_rustbpe():
         pytest.skip("rustbpe is not built; bash dev/setup.sh builds it")
 
 
+@pytest.mark.long
 def test_all_evaluations_are_in_one_table_of_ratios(capsys, tmp_path, little_peer):
     needs_rustbpe()
     text, found = run(evaluation.main, capsys, tmp_path, *TINY, f"--peer={little_peer}")
@@ -95,6 +96,7 @@ def test_a_bundle_takes_the_place_of_random_text_and_different_answers_are_told(
         evaluation.main(flags)
 
 
+@pytest.mark.long
 def test_decoding_of_a_peer_is_tabled(capsys, tmp_path, little_peer):
     text, found = run(decode.main, capsys, tmp_path, "--depth=1", "--vocab-size=97", "--prompt=6", "--new-tokens=4",
                       "--batches=1",

@@ -87,9 +87,9 @@ def test_nothing_but_counting_can_be_done_with_text(expression):
     "10**100*10", "10**100+10**100", "-10**100-1", "(2**300)**(2**300)", "0.5**-9999", "1e999",
 ])
 def test_no_value_grows_beyond_the_bound(expression):
-    began = time.perf_counter()
+    began = time.thread_time()
     assert calculate(expression) is None
-    assert time.perf_counter() - began < 0.1
+    assert time.thread_time() - began < 0.1
 
 
 def test_the_bound_itself_is_reached():
@@ -113,11 +113,11 @@ def test_deep_nesting_is_refused_and_shallow_is_not(nest):
                          ["(", "-", "1+", "'", '"', "9**", "1 ", "1,1", "'a'.count('", "\\", "'\\", ".", "((((", "%",
                           "'a'.count"])
 def test_very_long_input_is_refused_at_once(piece):
-    began = time.perf_counter()
+    began = time.thread_time()
     for size in (MAX_LENGTH, 1_000_000):
         text = (piece * size)[:size]
         assert calculate(text) is None or set(text) == {"1", ","}
-    assert time.perf_counter() - began < 0.2
+    assert time.thread_time() - began < 0.2
 
 
 def test_the_slowest_expressions_that_fit_take_milliseconds():
@@ -126,9 +126,9 @@ def test_the_slowest_expressions_that_fit_take_milliseconds():
                        "7**-99+" * 120 + "1",
                        f"'{'a' * 900}'.count('aaaa')"):
         assert len(expression) <= MAX_LENGTH
-        began = time.perf_counter()
+        began = time.thread_time()
         assert calculate(expression) == str(eval(expression))
-        assert time.perf_counter() - began < 0.05
+        assert time.thread_time() - began < 0.05
 
 
 def test_it_works_on_any_thread_and_without_room_on_the_stack():

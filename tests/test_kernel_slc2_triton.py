@@ -35,6 +35,7 @@ def in_process(code_or_file: str | Path, **env: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @has_triton
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests below run here themselves")
 def test_the_kernels_are_right_in_the_interpreter(triton_interprets):

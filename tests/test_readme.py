@@ -61,6 +61,7 @@ def test_readme_has_its_commands_and_nothing_unknown():
         assert words[:2] in others or "-m" in words, command
 
 
+@pytest.mark.long
 def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)  # the report is copied here

@@ -121,6 +121,7 @@ def test_a_program_cannot_take_much_memory(method):
     assert run_python("x = bytearray(100 << 20)", memory=300 << 20).ok
 
 
+@pytest.mark.alone  # looks through the processes of the whole machine
 @linux
 def test_a_fork_bomb_stays_small_and_nothing_of_it_is_left(method, tmp_path):
     # at most 2**6 processes, each sleeping, if nothing holds it
@@ -132,6 +133,7 @@ def test_a_fork_bomb_stays_small_and_nothing_of_it_is_left(method, tmp_path):
     assert set(processes_with("-X\0utf8\0-c")) - before == set()
 
 
+@pytest.mark.alone  # an ordinary user's other processes count too
 @linux
 def test_threads_count_as_processes(method):
     result = run_python("import threading, time\nfor n in range(40):\n"
@@ -614,6 +616,7 @@ print(json.dumps(out))
     assert processes_with("ordinary-left") == []
 
 
+@pytest.mark.alone  # measures time
 def test_a_trivial_program_takes_a_fraction_of_a_second(method):
     times = []
     for _ in range(5):

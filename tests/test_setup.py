@@ -359,7 +359,7 @@ def test_test_sh_passes_arguments_on_and_ends_with_pytests_last_line(project):
     code, output = project.run("test.sh", "-k", "two words")
     assert code == 0 and output.splitlines()[-1] == "== 3 passed in 1.00s =="
     calls = project.calls()
-    assert any(c.startswith("pytest 1 ") and c.endswith("-k two words") for c in calls)
+    assert any(c.startswith("pytest 1 ") and "-n 2" in c and c.endswith("-k two words") for c in calls)  # two cores
     assert sum(c.startswith("cargo test") for c in calls) == len(CRATES)
 
 

@@ -97,6 +97,7 @@ def test_an_unreachable_hub_is_seen(monkeypatch):
     assert not speedrun_plan.hub_reachable()
 
 
+@pytest.mark.long
 def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path):
     few = {"num_iterations": 2, "eval_every": -1}
     base = replace(small.base, shape=replace(small.base.shape, depth=2, max_seq_len=128), total_batch_size=512,

@@ -22,7 +22,7 @@ from tasks import recipes
 from tests.conftest import ROOT
 from tests.test_distributed import start_ranks
 from tests.test_tasks_hub import HUMANEVAL_ROW, mirror  # noqa: F401 (fixture)
-from tests.test_training import TINY, assert_same, tiny, tiny_base  # noqa: F401 (fixtures)
+from tests.test_training import TINY, assert_same
 
 MID = ["--device-type=cpu", "--max-seq-len=128", "--device-batch-size=2", "--total-batch-size=512", "--num-iterations=6", "--save-every=3",
        "--eval-every=-1", "--eval-tokens=1000"]
@@ -36,22 +36,17 @@ STAGES = {"mid": (mid_train, MID, "mid_checkpoints", 6), "sft": (chat_sft, SFT, 
 
 
 @pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):  # noqa: F811
-    """A base folder with a tiny model of each stage."""
-    base = tmp_path_factory.mktemp("trained")
-    for name in ("base_data", "tokenizer"):
-        (base / name).symlink_to(tiny / name)
-    before = os.environ.get("NANOCHAT_BASE_DIR")
-    os.environ["NANOCHAT_BASE_DIR"] = str(base)
-    try:
+def trained(tiny, make_once):
+    """A base folder with a tiny model of each stage; tests only read it."""
+    def make(base):
+        for name in ("base_data", "tokenizer"):
+            (base / name).symlink_to(tiny / name)
         base_train.main([*TINY, "--num-iterations=2", "--max-seq-len=128", "--total-batch-size=256"])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(recipes.WorldSums, "reward", lambda self, conversation, answer: float(len(answer) % 2))
             for script, flags, _, _ in STAGES.values():
                 script.main(flags)
-    finally:
-        os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
-    return base
+    return make_once("trained", make)
 
 
 @pytest.fixture
@@ -225,6 +220,7 @@ def test_a_tokenizer_of_another_model_is_refused(base):
         chat_sft.main([*SFT, "--num-iterations=8"])
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_the_same_command_goes_on(base):
     flags = [flag for flag in MID if "iterations" not in flag] + ["--num-iterations=400", "--fresh", "--save-every=-1"]
     command = [sys.executable, "-m", "scripts.mid_train", *flags]

@@ -26,33 +26,6 @@ TINY = ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch
         "--eval-tokens=2000", "--save-every=5", "--sample-every=-1", "--device-type=cpu"]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A base folder with a little text and a tokenizer for it."""
-    from nanochat.dataset import __main__ as dataset
-    from scripts import tok_train
-    folder = tmp_path_factory.mktemp("tiny")
-    before = os.environ.get("NANOCHAT_BASE_DIR")
-    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
-    try:
-        dataset.main(["small-world", "--docs=600"])
-        tok_train.main(["--vocab-size=400"])
-    finally:
-        os.environ.pop("NANOCHAT_BASE_DIR") if before is None else os.environ.update(NANOCHAT_BASE_DIR=before)
-    return folder
-
-
-@pytest.fixture
-def tiny_base(tiny, tmp_path, monkeypatch):
-    """A base folder of the test's own, with the text and tokenizer of `tiny`."""
-    base = tmp_path / "base"
-    base.mkdir()
-    for name in ("base_data", "tokenizer"):
-        (base / name).symlink_to(tiny / name)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    return base
-
-
 def base_train(*flags, ranks=1, wait=True):
     """Run scripts.base_train in processes of its own, under torchrun where there is more than one rank."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", "")}
@@ -63,6 +36,20 @@ def base_train(*flags, ranks=1, wait=True):
         return process
     out, _ = process.communicate(timeout=240)
     return process.returncode, out
+
+
+@pytest.fixture
+def base_train_here(capsys):
+    """base_train in this process, which has imported torch already; returns what it prints. For a run that no signal stops."""
+    from scripts import base_train as script
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes of base_train: the same weights, bit for bit
+
+    def run(*flags):
+        script.main([*TINY, *flags])
+        return capsys.readouterr().out
+    yield run
+    torch.set_num_threads(threads)
 
 
 def weights(base, step=12, tag="d2"):
@@ -153,9 +140,9 @@ def test_clock_reads_well():
     assert [clock(s) for s in (0.4, 59, 61, 3599, 7620)] == ["0s", "59s", "1m01s", "59m59s", "2h07m"]
 
 
-def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(tiny_base, tiny, tmp_path, monkeypatch):
-    code, out = base_train()
-    assert code == 0, out
+@pytest.mark.long
+def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(tiny_base, tiny, tmp_path, monkeypatch, base_train_here):
+    base_train_here()
     whole, whole_losses = weights(tiny_base), losses(tiny_base)
     assert whole_losses[12] < whole_losses[1] - 0.3, "nothing was learnt"
 
@@ -176,29 +163,29 @@ def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(tiny_base, ti
     assert code == 0 and "resuming from step" in out, out
     assert_same(weights(other), whole)
     assert losses(other) == whole_losses
-    code, out = base_train()
-    assert code == 0 and "Nothing to do" in out, out
+    assert "Nothing to do" in base_train_here()
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_base):
+@pytest.mark.long
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_base, base_train_here):
     process = base_train(wait=False)
     for line in process.stdout:
         if line.startswith("step 00007/"):
             process.kill()
             break
     process.communicate()
-    code, out = base_train()
-    assert code == 0 and "resuming from step 5" in out, out
+    assert "resuming from step 5" in base_train_here()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_train_as_one_process_does(tiny_base, ranks):
+def test_ranks_train_as_one_process_does(tiny_base, base_train_here, ranks):
     """Each rank reads its own documents, so the rows differ; the step over the same rows is held equal in test_optim and below."""
     code, out = base_train("--num-iterations=4", "--total-batch-size=320", f"--model-tag=r{ranks}", ranks=ranks)
     assert code == 0, out  # 5 micro-batches over 2 or 3 ranks: uneven shares
     assert {row["supervised"] for row in read_log(tiny_base / "logs" / f"base_r{ranks}.jsonl") if row["kind"] == "train"} == {320}
-    code, out = base_train("--num-iterations=6", "--total-batch-size=320", f"--model-tag=r{ranks}", ranks=1)
-    assert code == 0 and "resuming from step 4" in out, out  # fewer ranks take the run over
+    out = base_train_here("--num-iterations=6", "--total-batch-size=320", f"--model-tag=r{ranks}")
+    assert "resuming from step 4" in out, out  # fewer ranks take the run over
 
 
 def _six_steps(ranks, out):

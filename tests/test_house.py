@@ -1,0 +1,241 @@
+"""The rules of the code's layout, checked by reading it: imports point one way, files are small, names have one meaning."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+LIBRARY = ROOT / "nanochat"
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+           for path in sorted(LIBRARY.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+LONGEST_FILE, LONGEST_LINE, MOST_ENTRIES = 600, 120, 34
+
+# Modules without a test file of their name, and the file that covers them.
+COVERED_BY = {
+    "nanochat": "test_house",
+    "nanochat.dataset.documents": "test_dataset",
+    "nanochat.dataset.importing": "test_dataset",
+    "nanochat.dataset.readers": "test_dataset",
+    "nanochat.dataset.shards": "test_dataset",
+    "nanochat.cache": "test_engine",
+    "nanochat.attention": "test_attention_paths",
+    "nanochat.slc2": "test_slc2_mix",
+    "nanochat.errors": "test_cli",
+    "nanochat.engine.batch": "test_engine",
+    "nanochat.engine.row": "test_engine",
+    "nanochat.engine.single_row": "test_decode_kernels",
+    "nanochat.engine.cuda_graphs": "test_graphs",
+    "nanochat.evaluation": "test_core_eval",
+    "nanochat.evaluation.loss": "test_loss_eval",
+    "nanochat.evaluation.chat": "test_chat_eval",
+    "nanochat.evaluation.core": "test_core_eval",
+    "nanochat.kernels.attention": "test_native_attention",
+    "nanochat.kernels.cross_entropy": "test_native_kernels",
+    "nanochat.kernels.one_query": "test_decode_kernels",
+    "nanochat.kernels.one_row": "test_decode_kernels",
+    "nanochat.kernels.relu2": "test_native_kernels",
+    "nanochat.kernels.rms_norm": "test_native_kernels",
+    "nanochat.kernels.rope_norm": "test_native_kernels",
+    "nanochat.kernels.slc2": "test_slc2_mix",
+    "nanochat.kernels.slc2_step": "test_decode_kernels",
+    "nanochat.kernels.triton": "test_triton_slc2",
+    "nanochat.report.card": "test_report",
+    "nanochat.report.plots": "test_report",
+    "nanochat.server": "test_server_api",
+    "nanochat.server.app": "test_server_api",
+    "nanochat.server.chat": "test_server_api",
+    "nanochat.server.completions": "test_server_api",
+    "nanochat.server.docs": "test_server_fuzz",
+    "nanochat.server.gate": "test_server_life",
+    "nanochat.server.messages": "test_server_pool",
+    "nanochat.server.metrics": "test_server_life",
+    "nanochat.server.models": "test_server_pool",
+    "nanochat.server.prefix_cache": "test_server_scheduler",
+    "nanochat.server.protocol": "test_server_api",
+    "nanochat.server.serving": "test_server_life",
+    "nanochat.server.worker": "test_server_pool",
+    "nanochat.small_world.grading": "test_small_world",
+    "nanochat.small_world.phrasings": "test_small_world",
+    "nanochat.small_world.stories": "test_small_world",
+    "nanochat.small_world.words": "test_small_world",
+    "nanochat.small_world.world": "test_small_world",
+    "nanochat.tokenizer.files": "test_tokenizer",
+    "nanochat.tokenizer.stream": "test_engine",
+    "nanochat.tools": "test_sandbox",
+    "nanochat.tools.sandbox_launcher": "test_sandbox",
+}
+
+# From the lowest floor to the highest: a module imports nothing of a higher floor than its own. Others serve all floors.
+FLOORS = [
+    ["kernels"],
+    ["layers", "slc2", "attention", "cache", "sampling"],
+    ["gpt"],
+    ["optim", "training", "engine", "evaluation", "checkpoint", "loading", "rl"],
+    ["run", "llm", "server"],
+]
+OUTSIDE = {"scripts", "tasks", "tests", "bench", "dev"}  # what the library never imports
+MIXERS = {"Attention", "SLC2", "KeysValues", "Taps"}  # classes that nobody asks a layer for
+
+being_rebuilt = pytest.mark.xfail(strict=False, reason="the library is being rebuilt; a rule from then on")
+
+
+def imports_in(name: str, node: ast.AST, lazy: bool) -> Iterator[str]:
+    """Yield the modules of this project, by full name, that the code imports. lazy: inside functions, too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not lazy:
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert not child.level, f"{name} has a relative import; this project writes names in full"
+            for alias in child.names:
+                whole = f"{child.module}.{alias.name}"
+                yield whole if whole in MODULES else child.module
+        else:
+            yield from imports_in(name, child, lazy)
+
+
+def classes_of(tree: ast.AST) -> list[str]:
+    return [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+@being_rebuilt
+def test_every_module_has_a_test_of_its_name_or_a_line_that_says_which_covers_it():
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+
+    def own(name: str) -> bool:
+        above, _, last = name.rpartition(".")
+        room = above.rpartition(".")[2]
+        names = {f"test_{room}_{last}", f"test_{last}_{room}"}
+        if above in ("nanochat", f"nanochat.{last}") or f"nanochat.{last}" not in MODULES:  # no other one has this name
+            names.add(f"test_{last}")
+        return not names.isdisjoint(tests)
+
+    named = {name for name in MODULES if own(name)}
+    missing = [name for name in MODULES if not name.endswith(".__main__") and name not in named | COVERED_BY.keys()]
+    assert not missing, f"name the tests that cover these in COVERED_BY: {missing}"
+    assert not COVERED_BY.keys() - MODULES.keys(), "there is no such module"
+    assert not COVERED_BY.keys() & named, f"these have a test file of their name: {COVERED_BY.keys() & named}"
+    assert not set(COVERED_BY.values()) - tests, "there is no such test file"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name: {other for other in imports_in(name, tree, lazy=False) if other in MODULES}
+             for name, tree in TREES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        assert name not in path, f"a circle of imports: {' → '.join([*path[path.index(name):], name])}"
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, [*path, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_imports_point_one_way():
+    floors = {f"nanochat.{room}": height for height, rooms in enumerate(FLOORS) for room in rooms}
+
+    def floor(name: str) -> int | None:
+        return floors.get(".".join(name.split(".")[:2]))
+
+    wrong = []
+    for name, tree in TREES.items():
+        for other in imports_in(name, tree, lazy=True):
+            up = floor(name) is not None and floor(other) is not None and floor(other) > floor(name)
+            if up or other.split(".")[0] in OUTSIDE:
+                wrong.append(f"{name} imports {other}")
+    assert not wrong
+
+
+@being_rebuilt
+def test_no_file_of_the_library_is_long():
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
+
+
+@being_rebuilt
+def test_the_library_can_be_seen_at_a_glance():
+    entries = [path.name for path in LIBRARY.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= MOST_ENTRIES, sorted(entries)
+
+
+@being_rebuilt
+def test_no_line_is_wide():
+    wide = []
+    for folder in ("nanochat", *sorted(OUTSIDE)):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            wide += [f"{path.relative_to(ROOT)}:{n}" for n, line in enumerate(lines, 1) if len(line) > LONGEST_LINE]
+    assert not wide, f"{len(wide)} lines"
+
+
+@being_rebuilt
+def test_no_two_classes_share_a_name():
+    where = defaultdict(list)
+    for name, tree in TREES.items():
+        for found in classes_of(tree):
+            where[found].append(name)
+    assert not {name: modules for name, modules in where.items() if len(modules) > 1}
+
+
+@being_rebuilt
+def test_nothing_asks_what_kind_a_layer_is():
+    """The letters of the pattern stand in gpt.py alone, and nothing asks for the class of a mixer or of its cache."""
+    asked = Counter()
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            parts = list(ast.walk(node))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+                asked[name] += any(isinstance(part, ast.Name) and part.id in MIXERS for part in parts)
+            elif isinstance(node, ast.Compare) and name != "nanochat.gpt":
+                asked[name] += any(isinstance(part, ast.Constant) and part.value in ("A", "S") for part in parts)
+            elif isinstance(node, ast.MatchClass):
+                asked[name] += ast.unparse(node.cls) in MIXERS
+    assert not +asked
+
+
+def test_importing_the_library_does_no_work(tmp_path):
+    """No module prints, starts a thread or writes a file when it is imported."""
+    code = """if True:
+        import importlib, sys, threading
+        for name in sys.argv[1:]:
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name.split(".")[0] == "nanochat":
+                    raise
+        assert threading.active_count() == 1, threading.enumerate()
+    """
+    names = [name for name in MODULES if not name.endswith(("__main__", "_launcher"))]  # these are programs
+    base = tmp_path / "base"
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "NANOCHAT_BASE_DIR": str(base)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_the_help_of_a_command_comes_without_the_compiler():
+    code = """if True:
+        import runpy, sys
+        sys.argv = ["chat_cli", "--help"]
+        try:
+            runpy.run_module("scripts.chat_cli", run_name="__main__")
+        except SystemExit:
+            slow = "torch._dynamo", "torch._inductor", "triton", "datasets"
+            print("loaded:", [name for name in slow if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage:" in done.stdout and done.stdout.splitlines()[-1] == "loaded: []"
