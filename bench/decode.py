@@ -44,7 +44,7 @@ from nanochat.distributed import close_ranks, compute_dtype, init_ranks
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.llm import ready_to_decode
+from nanochat.loading import ready_to_decode
 
 STEPS_A_TURN = 8  # decode steps of one case before those of the next case
 PUBLISHED = "published engine, float32"

@@ -20,7 +20,8 @@ from nanochat.loading import ready_to_decode
 from nanochat.mixer import Mixer
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.sampling import Settings
-from nanochat.server.scheduler import Request, Scheduler
+from nanochat.server.messages import RowRequest
+from nanochat.server.scheduler import Scheduler
 from nanochat.tokenizer import RustBPETokenizer
 from tests.helpers import small_model
 
@@ -217,7 +218,7 @@ def test_prefixes_are_reused_and_rows_are_batch_invariant(pattern, tokenizer):
     chat = [(7 * i) % 250 for i in range(40)]
 
     def answer(scheduler, id, prompt):
-        scheduler.submit(Request(id, prompt, 8, Settings(temperature=0), stops=()))
+        scheduler.submit(RowRequest(id, prompt, 8, Settings(temperature=0), stops=()))
         events = []
         while scheduler.busy:
             events += scheduler.step()
@@ -231,7 +232,7 @@ def test_prefixes_are_reused_and_rows_are_batch_invariant(pattern, tokenizer):
         fresh = Scheduler(Engine(model, tokenizer, graphs=False), max_rows=1, chunk=8, prefix_bytes=0)
         assert answer(fresh, "x", prompt)[0] == got
     for i in range(3):  # three at once: each is answered as alone
-        scheduler.submit(Request(f"c{i}", chat[:20 + i], 8, Settings(temperature=0), stops=()))
+        scheduler.submit(RowRequest(f"c{i}", chat[:20 + i], 8, Settings(temperature=0), stops=()))
     events = []
     while scheduler.busy:
         events += scheduler.step()
