@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-    # Long tests go first: one that starts last leaves the other cores idle. Those that wait for the end of all other tests
-    # go before them, where the others are short.
+    # Long tests go first: one that starts last leaves the other cores idle. Those that wait for the end of all other
+    # tests go before them, where the others are short.
     items.sort(key=lambda item: ("alone" not in item.keywords, "long" not in item.keywords))
 
 
@@ -139,7 +139,8 @@ def triton_interprets():
 
 @pytest.fixture(scope="session")
 def interpreter(triton_interprets):
-    """A process whose Triton interprets. The first import of Triton decides it, and in this process that may be past."""
+    """A process whose Triton interprets. The first import of Triton decides it, and in this process that may be
+    past."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

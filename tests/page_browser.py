@@ -52,7 +52,8 @@ def new_context(browser, **options):
 
 @pytest.fixture(scope="module")
 def shared_page(browser):
-    """One window for most tests, since its cache makes the page open faster; what the page keeps is cleared after each test."""
+    """One window for most tests, since its cache makes the page open faster; what the page keeps is cleared after each
+    test."""
     context = new_context(browser)
     yield context.new_page()
     context.close()
@@ -60,7 +61,8 @@ def shared_page(browser):
 
 @pytest.fixture
 def window(browser, server, shared_page):
-    """Opens the page, in a profile of its own where anything is asked of it. No script error and no breach of the policy may be left."""
+    """Opens the page, in a profile of its own where anything is asked of it. No script error and no breach of the
+    policy may be left."""
     pages, errors = [], []
 
     def failed(error):

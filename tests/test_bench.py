@@ -244,7 +244,8 @@ def test_time_sets_the_steps_of_real_text(monkeypatch, tmp_path):
         assert asked == [("hybrid", steps[0]), ("attention", steps[1])]
 
 
-# --- the check for GPUs ------------------------------------------------------------------------------------------------
+# --- the check for GPUs
+# ------------------------------------------------------------------------------------------------
 
 @pytest.mark.long
 def test_the_gpu_check_works_on_a_cpu(capsys, tmp_path):
@@ -358,7 +359,8 @@ def test_memory_that_nobody_wrote_is_seen(monkeypatch):
     assert [check["value"] == check["value"] for check in result["checks"]] == [False, False, True, False, False, True]
 
 
-# --- helpers -----------------------------------------------------------------------------------------------------------
+# --- helpers
+# -----------------------------------------------------------------------------------------------------------
 
 def test_peak_growth_counts_what_is_alive_at_once():
     def fn():

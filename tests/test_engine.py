@@ -100,7 +100,8 @@ def test_forced_tokens_count_towards_max_tokens_and_closing_tokens_end_a_row(eng
 
 
 def test_a_model_that_calls_the_tool_reads_the_tools_answer(tokenizer):
-    """A model taught that 12+30 is 99 is told by the calculator that it is 42, and copies neither blindly: it reads on from 42."""
+    """A model taught that 12+30 is 99 is told by the calculator that it is 42, and copies neither blindly: it reads on
+    from 42."""
     torch.manual_seed(0)
     model = small_model(1, vocab_size=tokenizer.get_vocab_size(), sequence_len=64)
     parts = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "99"}, {"type": "text", "text": "done"}]

@@ -1,4 +1,5 @@
-"""nanochat/engine/cuda_graphs.py: steps at fixed addresses give what ordinary steps give. Without a GPU the same pieces run uncaptured."""
+"""nanochat/engine/cuda_graphs.py: steps at fixed addresses give what ordinary steps give. Without a GPU the same pieces
+run uncaptured."""
 
 import copy
 import random

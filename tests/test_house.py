@@ -1,4 +1,5 @@
-"""The rules of the code's layout, checked by reading it: imports point one way, files are small, names have one meaning."""
+"""The rules of the code's layout, checked by reading it: imports point one way, files are small, names have one
+meaning."""
 
 import ast
 import os
@@ -73,7 +74,8 @@ COVERED_BY = {
     "nanochat.tools.sandbox_launcher": "test_sandbox",
 }
 
-# From the lowest floor to the highest: a module imports nothing of a higher floor than its own. Others serve all floors.
+# From the lowest floor to the highest: a module imports nothing of a higher floor than its own. Others serve all
+# floors.
 FLOORS = [
     ["kernels"],
     ["layers", "slc2", "attention", "cache", "sampling"],

@@ -1,4 +1,5 @@
-"""Weights of 8 bits: near the matrix, right in every corner, and the same for a row whoever is beside it. Joined projections."""
+"""Weights of 8 bits: near the matrix, right in every corner, and the same for a row whoever is beside it. Joined
+projections."""
 
 import copy
 from contextlib import contextmanager
@@ -160,7 +161,8 @@ def test_a_gradient_reaches_each_joined_matrix():
     assert all(layer.weight.grad is not None for layer in layers)
 
 
-# --- whole models ------------------------------------------------------------------------------------------------------
+# --- whole models
+# ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def bfloat16(monkeypatch):

@@ -1,4 +1,5 @@
-"""mid_train, chat_sft, chat_rl and chat_eval from end to end on a tiny model: they go on bit for bit, and say what is wrong."""
+"""mid_train, chat_sft, chat_rl and chat_eval from end to end on a tiny model: they go on bit for bit, and say what is
+wrong."""
 
 import json
 import os

@@ -40,7 +40,8 @@ def base_train(*flags, ranks=1, wait=True):
 
 @pytest.fixture
 def base_train_here(capsys):
-    """base_train in this process, which has imported torch already; returns what it prints. For a run that no signal stops."""
+    """base_train in this process, which has imported torch already; returns what it prints. For a run that no signal
+    stops."""
     from scripts import base_train as script
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes of base_train: the same weights, bit for bit
@@ -180,7 +181,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_base, base_train_her
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_train_as_one_process_does(tiny_base, base_train_here, ranks):
-    """Each rank reads its own documents, so the rows differ; the step over the same rows is held equal in test_optim and below."""
+    """Each rank reads its own documents, so the rows differ; the step over the same rows is held equal in test_optim
+    and below."""
     code, out = base_train("--num-iterations=4", "--total-batch-size=320", f"--model-tag=r{ranks}", ranks=ranks)
     assert code == 0, out  # 5 micro-batches over 2 or 3 ranks: uneven shares
     assert {row["supervised"] for row in read_log(tiny_base / "logs" / f"base_r{ranks}.jsonl") if row["kind"] == "train"} == {320}
@@ -209,7 +211,8 @@ def test_one_two_and_three_ranks_give_the_same_weights(tmp_path):
     results = [torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2, 3)]
     for stats, state in results[1:]:
         torch.testing.assert_close(stats[:3], results[0][0][:3], rtol=1e-4, atol=1e-4)
-        # only the order of float32 sums differs; where a gradient is next to nothing, Adam widens that to a part of its rate (0.05 here)
+        # only the order of float32 sums differs; where a gradient is next to nothing, Adam widens that to a part of its
+        # rate (0.05 here)
         assert_same(state, results[0][1], rtol=2e-3, atol=2e-4)
 
 

@@ -1,8 +1,8 @@
 """The prefix cache: the decoding cache of earlier prompts, where prefill of a prompt with the same beginning starts.
 
 A prompt is divided into blocks of `block` tokens. For each block, the prefix cache keeps what the layers hold for its
-tokens, and their per-row tensors at its end: for d20, 35,840 bytes a token and 66,560 a block. A block is found by a hash
-of all tokens up to its end. Memory is bounded; the least recently used blocks are evicted first.
+tokens, and their per-row tensors at its end: for d20, 35,840 bytes a token and 66,560 a block. A block is found by a
+hash of all tokens up to its end. Memory is bounded; the least recently used blocks are evicted first.
 """
 
 import hashlib

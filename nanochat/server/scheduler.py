@@ -11,8 +11,8 @@ So a long prompt does not stall the rows that are being decoded. One thread owns
 
 Decoding is batch-invariant: what a row gets does not depend on the rows beside it. Each prompt is prefilled alone, in
 chunks that begin at multiples of `chunk`, whether the tokens before a chunk were computed or came from the prefix cache
-(prefix_cache.py), and rows are decoded by a batch-invariant Batch. On a CPU the result is the one the row would have alone, to
-the last bit; on a GPU up to rounding.
+(prefix_cache.py), and rows are decoded by a batch-invariant Batch. On a CPU the result is the one the row would have
+alone, to the last bit; on a GPU up to rounding.
 """
 
 import time
