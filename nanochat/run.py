@@ -165,8 +165,8 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
         raise UserError(f"{folder} was trained from another model than {parent_folder} holds now (step "
                         f"{meta['from'].get('step')} then, {parent['step']} now, or other weights of that step). "
                         "--fresh moves it aside and trains anew.")
-    return Origin(stage, folder, step, model, tokenizer, meta, meta["loaded"],
-                  {"data": meta.get("data"), "from": begun_from})
+    return Origin(stage=stage, folder=folder, step=step, model=model, tokenizer=tokenizer, meta=meta,
+                  loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from})
 
 
 def chat_data_choice(config: ChatStageFlags, meta: dict[str, Any]) -> ChatDataChoice:
@@ -405,4 +405,5 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
     optimizer = make_optimizer(origin, config, ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
                 enabled=ranks.is_main) as log:
-        yield StageRun(origin, config, ranks, optimizer, num_iterations, log, loader, results)
+        yield StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
+                       log=log, loader=loader, results=results)

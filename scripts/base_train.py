@@ -140,7 +140,8 @@ def origin_of(config: Config, model: GPT, tokenizer: Any, text: Path, ranks: Ran
         model.load_state_dict(found.model_state)
     model.to(ranks.device)
     model.compute_dtype = compute_dtype(ranks.device)
-    return Origin(STAGES["base"], folder, step or 0, model, tokenizer, meta, "", {"data": read_source(text)})
+    return Origin(stage=STAGES["base"], folder=folder, step=step or 0, model=model, tokenizer=tokenizer, meta=meta,
+                  loaded="", provenance={"data": read_source(text)})
 
 
 def run(config: Config, ranks: Ranks) -> None:

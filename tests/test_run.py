@@ -65,7 +65,8 @@ def test_steps_that_are_not_stopped_end_after_the_last_event(tmp_path, monkeypat
 
 
 def origin(tmp_path, step=3, meta=None):
-    return Origin(STAGES["mid"], tmp_path / "d2", step, small_model(), None, meta or {}, "", {})
+    return Origin(stage=STAGES["mid"], folder=tmp_path / "d2", step=step, model=small_model(), tokenizer=None,
+                  meta=meta or {}, loaded="", provenance={})
 
 
 def test_a_checkpoint_without_a_position_in_the_data_is_refused(tmp_path):
