@@ -21,6 +21,9 @@ class _Attention(nn.Module):
         self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(E, n, bias=False)
                                                      for n in (E, self.G * D, self.G * D, E))
 
+    def optimizer_group(self, name: str) -> str:
+        return "matrices"
+
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         b, t, _ = h.shape
         q = self.c_q(h).view(b, t, self.H, -1).transpose(1, 2)
@@ -44,6 +47,9 @@ class _SLC2(nn.Module):
         self.x_proj, self.B_proj, self.c_proj = (nn.Linear(E, E, bias=False) for _ in range(3))
         self.alpha_proj, self.A_proj = nn.Linear(E, H, bias=False), nn.Linear(E, E // H, bias=False)
         self.conv1d = nn.Conv1d(E, E, K, groups=E, padding=K - 1, bias=False)
+
+    def optimizer_group(self, name: str) -> str:
+        return "taps" if name == "conv1d.weight" else "matrices"
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         b, t, e = h.shape
