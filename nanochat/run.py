@@ -4,7 +4,7 @@
     if is_trained(origin, num_iterations, ranks): return
     with loader, open_run(origin, config, ranks, num_iterations=num_iterations, loader=loader) as run:
         run.introduce(["200 steps of 2,048 tokens"])
-        run.train(batches, plan, [Event(config.eval_every, evaluate, at_zero=True)])
+        run.train(batches, plan, [PeriodicAction(config.eval_every, evaluate, at_zero=True)])
         run.finish("validation bpb 0.8")
 
 The same command resumes a run where it stopped, bit for bit. Ctrl-C and SIGTERM save first.
@@ -236,8 +236,8 @@ def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:
 # ---- the run
 
 @dataclass(frozen=True)
-class Event:
-    """Something a run does between its steps, such as an evaluation; action(step) does it.
+class PeriodicAction:
+    """Something a run does between its steps, such as an evaluation; run(step) does it.
 
     every: steps from one time to the next; 0 or less means never, but for the following.
     at_zero: also before the first step of a new run, where `every` is above 0.
@@ -246,19 +246,19 @@ class Event:
     """
 
     every: int
-    action: Callable[[int], object]
+    run: Callable[[int], object]
     at_zero: bool = False
     at_start: bool = False
     at_end: bool = True
 
 
-def is_due(event: Event, step: int, start: int, end: int) -> bool:
-    """Return whether an event is due before step `step` of a run from step `start` to `end`; step == end is the end."""
+def is_due(action: PeriodicAction, step: int, start: int, end: int) -> bool:
+    """Return whether an action is due before step `step` of a run from step `start` to `end`; step == end is the end."""
     if step == end:
-        return event.at_end
+        return action.at_end
     if step == start:
-        return event.at_start or event.at_zero and step == 0 and event.every > 0
-    return event.every > 0 and step % event.every == 0
+        return action.at_start or action.at_zero and step == 0 and action.every > 0
+    return action.every > 0 and step % action.every == 0
 
 
 @dataclass
@@ -311,9 +311,9 @@ class StageRun:
                         world_size=self.ranks.world_size, dtype=str(self.model.compute_dtype),
                         model_config=self.model.config.to_dict(), start=self.origin.step, **about)
 
-    def train(self, batches: Callable[[int], Iterable[Any]], plan: TrainingPlan, events: Sequence[Event], *,
+    def train(self, batches: Callable[[int], Iterable[Any]], plan: TrainingPlan, actions: Sequence[PeriodicAction], *,
               mfu: bool = True) -> None:
-        """Train with cross-entropy to the end, with the events and the saves between the steps.
+        """Train with cross-entropy to the end, with the actions and the saves between the steps.
 
         Args:
             batches: given a step, this rank's micro-batches of it, as `nanochat.training.train_step` takes them.
@@ -325,21 +325,22 @@ class StageRun:
         train(self.model, self.optimizer, batches, plan, self.ranks, self.log,
               flops_per_token=self.model.flops_per_token(self.max_seq_len),
               peak=peak_flops(self.ranks.device, self.model.compute_dtype) if mfu else None,
-              start=self.origin.step, before_step=self._before_step(events), save=self.save)
+              start=self.origin.step, before_step=self._before_step(actions), save=self.save)
 
-    def train_by(self, one_step: Callable[[int, bool], bool], events: Sequence[Event]) -> None:
+    def train_by(self, one_step: Callable[[int, bool], bool], actions: Sequence[PeriodicAction]) -> None:
         """Train like `train`, with a step of another kind: one_step as `nanochat.training.run_steps` takes it."""
-        run_steps(one_step, self.origin.step, self.num_iterations, self.log, before_step=self._before_step(events),
+        run_steps(one_step, self.origin.step, self.num_iterations, self.log, before_step=self._before_step(actions),
                   save=self.save)
 
-    def _before_step(self, events: Sequence[Event]) -> Callable[[int], None]:
+    def _before_step(self, actions: Sequence[PeriodicAction]) -> Callable[[int], None]:
         end = self.num_iterations
-        saves = Event(self.config.save_every, lambda step: self.save(step, None if step == end else self.config.keep))
+        keep = self.config.keep
+        saves = PeriodicAction(self.config.save_every, lambda step: self.save(step, None if step == end else keep))
 
         def before_step(step: int) -> None:
-            for event in (*events, saves):
-                if is_due(event, step, self.origin.step, end):
-                    event.action(step)
+            for action in (*actions, saves):
+                if is_due(action, step, self.origin.step, end):
+                    action.run(step)
 
         return before_step
 

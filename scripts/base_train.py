@@ -28,7 +28,7 @@ from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import RateSchedule, published
-from nanochat.run import Event, Origin, compile_wanted, is_trained, launch, loader_state, open_run, resume_step
+from nanochat.run import Origin, PeriodicAction, compile_wanted, is_trained, launch, loader_state, open_run, resume_step
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import TrainingPlan, clock, share_of_micro_batches
@@ -195,11 +195,12 @@ def run(config: Config, ranks: Ranks) -> None:
             if ranks.is_main:
                 run.show_samples(step, samples(model, tokenizer, prompts))
 
-        events = [Event(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows(), token_bytes), at_zero=True)]
+        actions = [PeriodicAction(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows(), token_bytes),
+                                  at_zero=True)]
         if bundle is not None:
-            events.append(Event(config.core_metric_every, evaluate_tasks))
+            actions.append(PeriodicAction(config.core_metric_every, evaluate_tasks))
         run.train(lambda step: (next(loader) for _ in range(micro_batches)), plan,
-                  [*events, Event(config.sample_every, sample)])
+                  [*actions, PeriodicAction(config.sample_every, sample)])
         bpb = run.results["val_bpb"]
         run.finish(f"validation bpb {bpb:.4f}", bpb=bpb)
 

@@ -21,7 +21,7 @@ from nanochat.recipe import published
 from nanochat.rl import batches, pass_rates, rollout_stats, rollouts
 from nanochat.run import (
     ChatStageFlags,
-    Event,
+    PeriodicAction,
     chat_data_choice,
     is_trained,
     launch,
@@ -127,8 +127,8 @@ def run(config: Config, ranks: Ranks) -> None:
             return stats.stop
 
         run.train_by(one_step, [
-            Event(config.eval_every, evaluate, at_start=True),
-            Event(-1, lambda step: run.sample_answers(step, test)),
+            PeriodicAction(config.eval_every, evaluate, at_start=True),
+            PeriodicAction(-1, lambda step: run.sample_answers(step, test)),
         ])
         rates = run.results["rates"]
         run.finish(", ".join(f"{name} {rate:.1%}" for name, rate in rates.items()), **rates)

@@ -23,7 +23,7 @@ from nanochat.evaluation.loss import evaluate_loss
 from nanochat.recipe import published
 from nanochat.run import (
     ChatStageFlags,
-    Event,
+    PeriodicAction,
     chat_data_choice,
     is_trained,
     launch,
@@ -105,9 +105,9 @@ def run(config: Config, ranks: Ranks) -> None:
                     log.record("metric", step=step, name=name, accuracy=result.accuracy)
 
         run.train(steps, plan, [
-            Event(config.eval_every, validate, at_zero=True),
-            Event(config.eval_metrics_every, grade, at_end=False),
-            Event(-1, lambda step: run.sample_answers(step, val_task)),
+            PeriodicAction(config.eval_every, validate, at_zero=True),
+            PeriodicAction(config.eval_metrics_every, grade, at_end=False),
+            PeriodicAction(-1, lambda step: run.sample_answers(step, val_task)),
         ], mfu=False)  # the tokens of a step are the supervised ones alone
         if steps.replaced:
             log.say(f"{steps.replaced} conversations had no answer within {T} tokens and were left out")

@@ -20,7 +20,7 @@ from nanochat.evaluation.loss import EvalRows
 from nanochat.recipe import published
 from nanochat.run import (
     ChatStageFlags,
-    Event,
+    PeriodicAction,
     chat_data_choice,
     compile_wanted,
     is_trained,
@@ -86,8 +86,9 @@ def run(config: Config, ranks: Ranks) -> None:
         token_bytes = tokenizer.token_bytes().to(ranks.device)
         val_rows = EvalRows(ConversationSource(tokenizer, val_task), B, T, config.eval_tokens, ranks=ranks, cut=False)
         run.train(lambda step: (next(loader) for _ in range(micro_batches)), plan, [
-            Event(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows, token_bytes), at_zero=True),
-            Event(-1, lambda step: run.sample_answers(step, val_task)),
+            PeriodicAction(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows, token_bytes),
+                           at_zero=True),
+            PeriodicAction(-1, lambda step: run.sample_answers(step, val_task)),
         ])
         run.log.record("packing", **loader.counts)
         bpb = run.results["val_bpb"]

@@ -10,7 +10,7 @@ import torch
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import RunLog
-from nanochat.run import Event, Origin, compile_wanted, is_due, is_trained, loader_state, tokens_of_row
+from nanochat.run import Origin, PeriodicAction, compile_wanted, is_due, is_trained, loader_state, tokens_of_row
 from nanochat.stages import CHAT_STAGES, STAGES, stage_of_folder
 from nanochat.training import run_steps
 from tests.helpers import small_model
@@ -18,24 +18,24 @@ from tests.helpers import small_model
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-def steps_of(event, start=0, end=10):
-    return [step for step in range(start, end + 1) if is_due(event, step, start, end)]
+def steps_of(action, start=0, end=10):
+    return [step for step in range(start, end + 1) if is_due(action, step, start, end)]
 
 
 def test_an_event_is_due_at_its_multiples_and_at_the_end():
-    def event(every, **when):
-        return Event(every, print, **when)
+    def action(every, **when):
+        return PeriodicAction(every, print, **when)
 
-    assert steps_of(event(4)) == [4, 8, 10]
-    assert steps_of(event(4), start=4) == [8, 10]  # done before the run stopped at step 4
-    assert steps_of(event(4, at_end=False)) == [4, 8]
-    assert steps_of(event(5, at_end=False)) == [5]
-    assert steps_of(event(-1)) == steps_of(event(0)) == [10]
-    assert steps_of(event(4, at_zero=True)) == [0, 4, 8, 10]
-    assert steps_of(event(4, at_zero=True), start=4) == [8, 10]
-    assert steps_of(event(-1, at_zero=True)) == [10]
-    assert steps_of(event(-1, at_start=True)) == [0, 10]
-    assert steps_of(event(4, at_start=True), start=3) == [3, 4, 8, 10]
+    assert steps_of(action(4)) == [4, 8, 10]
+    assert steps_of(action(4), start=4) == [8, 10]  # done before the run stopped at step 4
+    assert steps_of(action(4, at_end=False)) == [4, 8]
+    assert steps_of(action(5, at_end=False)) == [5]
+    assert steps_of(action(-1)) == steps_of(action(0)) == [10]
+    assert steps_of(action(4, at_zero=True)) == [0, 4, 8, 10]
+    assert steps_of(action(4, at_zero=True), start=4) == [8, 10]
+    assert steps_of(action(-1, at_zero=True)) == [10]
+    assert steps_of(action(-1, at_start=True)) == [0, 10]
+    assert steps_of(action(4, at_start=True), start=3) == [3, 4, 8, 10]
 
 
 def test_a_signal_ends_the_steps_with_a_save_of_those_that_are_done(tmp_path, monkeypatch):
