@@ -252,7 +252,7 @@ def commands(plan: RunPlan) -> list[Command]:
 
 
 def _text(plan: RunPlan) -> list[Command]:
-    """Return the commands for the text. Most of FineWeb-Edu is fetched while the tokenizer trains on the first shards."""
+    """Return the commands for the text. FineWeb-Edu is fetched while the tokenizer trains on the first shards."""
     module = "nanochat.dataset"
     if plan.source == "import":
         return [Command("text", module, ("import", *plan.text))]
