@@ -151,8 +151,7 @@ class _Hashed:
 
 
 def _master(tensor: Tensor) -> Tensor:
-    """Return a tensor as it is stored: on the CPU, float32, and not a view (torch.save writes a view's whole
-    storage)."""
+    """Return a tensor as it is stored: on the CPU, float32, not a view (torch.save writes a view's whole storage)."""
     tensor = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
@@ -339,8 +338,7 @@ def _read_tensors(folder: Path, name: str, meta: dict, device: str | torch.devic
 
 
 def _open(folder: Path, name: str, meta: dict) -> IO:
-    """Open a file of a checkpoint after checking its size. It may still be called `name`.new, if its save is not
-    over."""
+    """Open a file of a checkpoint and check its size. While its save is not finished, its name may end in .new."""
     size = meta["files"][name]["size"] if "files" in meta else None
     unfinished = (folder / f"meta_{meta['step']:06d}.json.new").exists()
     for path in (folder / f"{name}.new", folder / name) if unfinished else (folder / name,):

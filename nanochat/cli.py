@@ -66,8 +66,7 @@ def _program() -> str | None:
 
 
 def parser_of(config_class: type, description: str = "") -> argparse.ArgumentParser:
-    """Return the argparse parser of a dataclass of flags. A field's type is bool, int, float, str, Literal, or `X |
-    None`."""
+    """Return the argparse parser of a dataclass of flags, of type bool, int, float, str, Literal, or `X | None`."""
     parser = argparse.ArgumentParser(prog=_program(), description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(config_class)

@@ -1,16 +1,14 @@
-"""What a model is trained with, as data. Training code and the scripts' flag defaults read it; it computes next to
-nothing.
+"""What a model is trained with, as data. Training code, the scripts' flag defaults and speedrun read it.
 
     published        the recipe of the model published in November 2025: 20 layers, FineWeb-Edu
     small            4 layers, the small world, for a CPU: what `bash speedrun.sh` does without a GPU
     PROFILES         what `SPEEDRUN_PROFILE` can name: these two, and the published one at other depths
 
-Every number stands here once. A field of a stage has the name of the flag that overrides it, so `changed_flags` can
-write the command line that turns one recipe into another: that is how speedrun makes its commands.
+Each number is here once. A field of a stage has the name of the flag that overrides it, so `changed_flags` can write
+the command line that turns one recipe into another. speedrun makes its commands this way.
 
-A new recipe is one more value, for the most part `dataclasses.replace(published, ...)`. Its optimizer groups may be
-others: the model's mixers say by name which group each of their parameters is in, and `groups` says how each group is
-trained.
+A new recipe is one more value, mostly `dataclasses.replace(published, ...)`. It may have other optimizer groups: a
+mixer says by name which group each of its parameters is in, and `groups` says how each group is trained.
 """
 
 import dataclasses
@@ -92,8 +90,11 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class Shape:
-    """The model. depth sets width and heads (GPTConfig.from_depth); layer_pattern "" follows slc_rate; window 0 is
-    none."""
+    """The shape of the model.
+
+    depth: layers; sets width and heads (GPTConfig.from_depth). max_seq_len: tokens in a row. n_kernel: taps.
+    layer_pattern: mixer of each layer; "" follows slc_rate. window: tokens that attention sees; 0 is all.
+    """
 
     depth: int
     max_seq_len: int
@@ -114,8 +115,10 @@ class Horizon:
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """How the base model is trained. Batch and evaluation are in tokens, periods in optimizer steps (-1: see the
-    flags)."""
+    """How the base model is trained.
+
+    Batch and evaluation are in tokens, periods in optimizer steps; -1 means at the end only, or never.
+    """
 
     shape: Shape
     horizon: Horizon
@@ -261,26 +264,26 @@ class Recipe:
 
 # ---- the published recipe
 
-# Rates, betas and eps as published; the rates were tuned at width 768, which is why they scale with the width.
+# Learning rates, betas and eps as published. The rates were tuned at width 768, so they are scaled for other widths.
 _ADAMW = OptimizerGroup("adamw", lr=0.0, by_width=True, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
 
-_RISING = MomentumSchedule(start=0.85, rise=0.1, steps=300)  # Muon's own warm-up, from modded-nanogpt: to 0.95
+_RISING = MomentumSchedule(start=0.85, rise=0.1, steps=300)  # to 0.95: Muon's warm-up, as in modded-nanogpt
 
 published = Recipe(
     docs=100_000,
     tokenizer=TokenizerRecipe(
         vocab_size=65_536,         # 2^16, the 9 special tokens among them
         max_chars=2_000_000_000,   # 8 shards
-        doc_cap=10_000,            # so that a few very long documents do not decide
+        doc_cap=10_000,            # so that a few very long documents do not dominate
     ),
     groups={
         "matrices": OptimizerGroup("muon", lr=0.02),
         "wte": replace(_ADAMW, lr=0.2),
         "lm_head": replace(_ADAMW, lr=0.004),
-        "taps": replace(_ADAMW, lr=0.02),  # the rate of the matrices: none was ever tuned for the taps
+        "taps": replace(_ADAMW, lr=0.02),  # as the matrices: no rate of its own was tuned
     },
     grad_clip=1.0,
-    stages=("base", "mid", "sft"),  # reinforcement learning is for GSM8K alone: on request
+    stages=("base", "mid", "sft"),  # reinforcement learning is for GSM8K alone, so it is optional
     base=BaseRecipe(
         shape=Shape(
             depth=20,
@@ -288,7 +291,7 @@ published = Recipe(
             layer_pattern="",
             window=0,
             n_kernel=3,            # the convolution sees a token and the two before it
-            slc_rate=3,            # every third layer is attention, and the last
+            slc_rate=3,            # every third layer is attention, and the last one
         ),
         # 20 tokens a parameter is compute-optimal: Hoffmann et al., arXiv 2203.15556
         horizon=Horizon(num_iterations=-1, target_flops=-1.0, target_param_data_ratio=20.0),
@@ -298,7 +301,7 @@ published = Recipe(
         momentum=_RISING,
         eval_every=250,
         eval_tokens=20 * BATCH,
-        core_metric_every=-1,      # CORE needs its bundle: whoever has it asks for it
+        core_metric_every=-1,      # off: CORE needs a bundle of data that not everybody has
         core_metric_max_per_task=500,
         sample_every=2000,
         save_every=1000,
@@ -330,7 +333,7 @@ published = Recipe(
         max_seq_len=-1,
         target_examples_per_step=32,
         device_batch_size=4,
-        init_lr_frac=0.02,         # a trained model is only nudged
+        init_lr_frac=0.02,         # so that the model forgets little
         rates=RateSchedule(warmup_ratio=0.0, warmdown_ratio=1.0, final_lr_frac=0.0),
         momentum=_RISING,
         eval_every=100,
@@ -465,8 +468,7 @@ def override(groups: Mapping[str, OptimizerGroup], *, matrix_lr: float, embeddin
 
 
 def fields_of(part: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of all fields of a stage, those of its parts too; what no flag can say (mappings) is left
-    out."""
+    """Yield (name, value) of all fields of a stage and of its parts, except mappings, which no flag can say."""
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value):
@@ -476,8 +478,7 @@ def fields_of(part: Any) -> Iterator[tuple[str, Any]]:
 
 
 def changed_flags(part: Any, default: Any) -> list[str]:
-    """Return the flags that say where a stage differs from the same stage of another recipe, whose values are the
-    defaults."""
+    """Return the flags for what a stage has other than `default`, the same stage of the recipe the flags default to."""
     defaults = dict(fields_of(default))
     return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
             for name, value in fields_of(part) if value != defaults[name]]

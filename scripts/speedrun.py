@@ -166,8 +166,7 @@ def have_shards(count: int) -> bool:
 
 
 def have_tokenizer(plan: RunPlan) -> bool:
-    """Return whether this run's tokenizer is there. Raises UserError where one of another size or text is in its
-    place."""
+    """Return whether this run's tokenizer is there. Raises UserError if there is one of another size or text."""
     meta_path = tokenizer_dir() / "meta.json"
     if not meta_path.exists():
         return False

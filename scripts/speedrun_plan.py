@@ -165,8 +165,7 @@ def make_plan(machine: Machine) -> RunPlan:
 
 
 def batch_for(recipe: Recipe, machine: Machine) -> int:
-    """Return how many rows a device takes at a time: on GPUs the largest power of two, up to 32, that fits the
-    memory."""
+    """Return the rows a device takes at a time: on GPUs the largest power of two, up to 32, that fits the memory."""
     depth = recipe.base.shape.depth
     if depth not in MEMORY_OF_32_ROWS:
         return recipe.base.device_batch_size
@@ -253,8 +252,7 @@ def commands(plan: RunPlan) -> list[Command]:
 
 
 def _text(plan: RunPlan) -> list[Command]:
-    """Return what makes or fetches the text. Most of FineWeb-Edu comes while the tokenizer is trained on its
-    beginning."""
+    """Return the commands for the text. FineWeb-Edu is fetched while the tokenizer trains on the first shards."""
     module = "nanochat.dataset"
     if plan.source == "import":
         return [Command("text", module, ("import", *plan.text))]

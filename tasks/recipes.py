@@ -122,8 +122,7 @@ def _sft_hub(extra: Iterable[str | Path], identity: int, smoltalk: int, spelling
 
 
 def _english() -> dict:
-    """Return the arguments for English words. They are fetched, except from a mirror, and invented ones never replace
-    them."""
+    """Return the arguments for English words: fetched unless there is a mirror, never replaced by invented ones."""
     return {"source": "words_alpha", "fetch": not os.environ.get(MIRROR)}
 
 

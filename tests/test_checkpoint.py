@@ -1,5 +1,4 @@
-"""nanochat/checkpoint.py: a checkpoint is whole or not there, whatever happens, and readers are told what they cannot
-have."""
+"""nanochat/checkpoint.py: a checkpoint is whole or absent, whatever happens, and readers get clear errors."""
 
 import errno
 import itertools

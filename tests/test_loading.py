@@ -1,5 +1,4 @@
-"""nanochat/loading.py: the right folder is chosen, and a checkpoint that does not fit its model or tokenizer is
-refused."""
+"""nanochat/loading.py: the right folder is chosen; a checkpoint that does not fit model or tokenizer is refused."""
 
 import os
 import shutil

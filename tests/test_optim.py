@@ -31,8 +31,7 @@ class Mixer(nn.Module):
 
 
 class Tiny(nn.Module):
-    """A model with the published names. Its last block is for row 0 of the batch alone, so most ranks have no gradient
-    there."""
+    """A model with the published names. Only row 0 of the batch uses its last block: most ranks get no gradient."""
 
     def __init__(self):
         super().__init__()
@@ -44,8 +43,7 @@ class Tiny(nn.Module):
         self.lm_head = nn.Linear(E, V, bias=False)
 
     def loss(self, row: int) -> torch.Tensor:
-        """Summed loss over the T tokens of one row of the global batch. Rows weigh 1, 10, 100: ranks' gradients differ
-        in size."""
+        """Summed loss of one row of the global batch. Rows weigh 1, 10, 100: ranks' gradients differ in size."""
         ids = torch.randint(V, (T + 1,), generator=torch.Generator().manual_seed(row))
         x = self.transformer.wte(ids[:-1])
         for block in self.transformer.h if row == 0 else list(self.transformer.h)[:-1]:
@@ -317,8 +315,7 @@ def same_state(got: dict, expected: dict, **tolerance: float) -> None:
 # -------------------------------------------------------------------------------------------------------------
 
 def scenario(ranks: Ranks, folder: str) -> None:
-    """What every world does; rank r of n leaves what it found in folder/n-r.pt. n = 3 also loads what n = 2 saved; n =
-    1 both."""
+    """What each rank r of n does; results go to folder/n-r.pt. n = 3 also loads what n = 2 saved, n = 1 both."""
     told: dict = {}
     model = tiny()
     optimizer = MuonAdamW(parameter_groups(model), ranks)
