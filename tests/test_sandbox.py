@@ -183,8 +183,9 @@ def test_children_that_left_their_session_are_killed_too(way, then):
 def test_where_its_keeper_is_killed_it_dies_too(way, whom, tmp_path):
     mark = f"mark{os.getpid()}{time.monotonic_ns()}"
     program = f"import os, sys\nos.execv(sys.executable, [sys.executable, '-I', '-S', '-c', 'import time; time.sleep(30)', '{mark}'])"
-    caller = subprocess.Popen([sys.executable, "-c", f"from nanochat.tools import sandbox\nprint(sandbox._Run({way!r}, {program!r}, None, 20.0, "
-                               "512 << 20, 2).result().reason)"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    code = ("from nanochat.tools import sandbox\n"
+            f"print(sandbox._Run({way!r}, {program!r}, None, 20.0, 512 << 20, 2).result().reason)")
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                               env=os.environ | {"TMPDIR": str(tmp_path)})
     try:
         wait_until(lambda: processes_with(f"\0{mark}\0"))  # as an argument of its own: the program, not the caller
