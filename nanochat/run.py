@@ -253,7 +253,7 @@ class PeriodicAction:
 
 
 def is_due(action: PeriodicAction, step: int, start: int, end: int) -> bool:
-    """Return whether an action is due before step `step` of a run from step `start` to `end`; step == end is the end."""
+    """Return whether an action is due before step `step` of a run from `start` to `end`; step == end is the end."""
     if step == end:
         return action.at_end
     if step == start:
