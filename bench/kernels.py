@@ -521,7 +521,8 @@ def model_rows(shape: Shape, rounds: int, compiled: bool, path: str) -> list[dic
     rows = []
     for what, ways in work.items():
         seconds = interleaved(ways, shape.device, rounds)
-        told = peer.run_peer(path, what, shape.model, shape.B, shape.T, steps=rounds, warmup=2, device=shape.device.type)
+        told = peer.run_peer(path, what, shape.model, shape.B, shape.T, steps=rounds, warmup=2,
+                             device=shape.device.type)
         for found in told:
             if "error" in found:
                 rows.append({"operation": "model", "pass": what, "how": f"peer {found['peer']}, {found['how']}",

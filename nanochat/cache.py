@@ -75,8 +75,8 @@ class Cache:
             if any(tensor.shape[:2] != (max_rows, max_len) for tensor in layer.per_token.values()) or any(
                     tensor.shape[:1] != (max_rows,) for tensor in layer.per_row.values()):
                 raise ValueError(f"{type(mixer).__name__}.new_cache({max_rows}, {max_len}) must give per-token tensors "
-                                 f"of shape ({max_rows}, {max_len}, …) and per-row tensors of shape ({max_rows}, …), not "
-                                 f"{[tuple(tensor.shape) for tensor in layer.tensors()]}")
+                                 f"of shape ({max_rows}, {max_len}, …) and per-row tensors of shape ({max_rows}, …), "
+                                 f"not {[tuple(tensor.shape) for tensor in layer.tensors()]}")
             self.layers.append(layer)
 
     @property

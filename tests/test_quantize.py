@@ -11,7 +11,13 @@ from bench.decode import Endless
 from nanochat import loading
 from nanochat.attention import Attention
 from nanochat.engine import Batch, Engine, Row, invariant_rows, quantize
-from nanochat.engine.quantize import QuantLinear, cpu_has_exact_int8_product, int8_product, int8_product_twin, quantize_rows
+from nanochat.engine.quantize import (
+    QuantLinear,
+    cpu_has_exact_int8_product,
+    int8_product,
+    int8_product_twin,
+    quantize_rows,
+)
 from nanochat.errors import UserError
 from nanochat.kernels import cross_entropy
 from nanochat.layers import Linear, join, project
