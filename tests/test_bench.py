@@ -245,7 +245,6 @@ def test_time_sets_the_steps_of_real_text(monkeypatch, tmp_path):
 
 
 # --- the check for GPUs
-# ------------------------------------------------------------------------------------------------
 
 @pytest.mark.long
 def test_the_gpu_check_works_on_a_cpu(capsys, tmp_path):
@@ -360,7 +359,6 @@ def test_memory_that_nobody_wrote_is_seen(monkeypatch):
 
 
 # --- helpers
-# -----------------------------------------------------------------------------------------------------------
 
 def test_peak_growth_counts_what_is_alive_at_once():
     def fn():
