@@ -1,4 +1,4 @@
-"""Time each fused operation of the model by itself: ours, its plain twin, torch.compile of the twin, and the usual
+"""Time each fused operation of the model separately: ours, its plain twin, torch.compile of the twin, and the usual
 unfused way.
 
     python -m bench.kernels --depth=4 --device-batch-size=16 --max-seq-len=256

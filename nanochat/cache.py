@@ -154,8 +154,8 @@ class Cache:
         return self.select([row for row in range(self.rows) for _ in range(n)])
 
     def save_block(self, row: int, start: int) -> list[LayerCache]:
-        """Return a copy of a row's tokens from `start` to its length, and of its per-row tensors, which stand at the
-        end."""
+        """Return a copy of a row's tokens from `start` to its length, and of its per-row tensors, which are those after
+        the last token."""
         tokens = slice(start, self.lengths[row])
         return [layer.map(lambda t: t[row, tokens].clone(), lambda t: t[row].clone()) for layer in self.layers]
 

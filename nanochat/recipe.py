@@ -225,7 +225,7 @@ class BaseEvaluation:
 
 @dataclass(frozen=True)
 class ChatEvaluation:
-    """How a chat model is graded. temperature 0 takes the likeliest token; top_k 0 and max_problems -1 take all."""
+    """How a chat model is graded. temperature 0 takes the most likely token; top_k 0 and max_problems -1 take all."""
 
     temperature: float
     max_new_tokens: int
@@ -277,7 +277,7 @@ published = Recipe(
         "matrices": OptimizerGroup("muon", lr=0.02),
         "wte": replace(_ADAMW, lr=0.2),
         "lm_head": replace(_ADAMW, lr=0.004),
-        "taps": replace(_ADAMW, lr=0.02),  # the rate of the matrices: none was ever tuned for the taps
+        "taps": replace(_ADAMW, lr=0.02),  # the rate of the matrices; the taps' own was never tuned
     },
     grad_clip=1.0,
     stages=("base", "mid", "sft"),  # reinforcement learning is for GSM8K alone: on request
@@ -298,7 +298,7 @@ published = Recipe(
         momentum=_RISING,
         eval_every=250,
         eval_tokens=20 * BATCH,
-        core_metric_every=-1,      # CORE needs its bundle: whoever has it asks for it
+        core_metric_every=-1,      # off: CORE needs its evaluation bundle
         core_metric_max_per_task=500,
         sample_every=2000,
         save_every=1000,
@@ -352,7 +352,7 @@ published = Recipe(
         rollout_batch_size=128,
         max_new_tokens=256,
         temperature=1.0,
-        top_k=0,                   # the published run drew from the 50 likeliest, learning as if from all: off-policy
+        top_k=0,                   # the published run sampled from the top 50 but learned as if from all: off-policy
         init_lr_frac=0.05,
         rates=RateSchedule(warmup_ratio=0.0, warmdown_ratio=1.0, final_lr_frac=0.0),
         momentum=MomentumSchedule(start=0.95, rise=0.0, steps=1),  # constant

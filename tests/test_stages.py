@@ -74,7 +74,7 @@ def test_a_stage_goes_on_bit_for_bit_and_then_is_done(base, monkeypatch, capsys,
     assert f"resuming from step {steps // 2}" in capsys.readouterr().out
     assert_same(weights(base, stage, steps), whole)
     before = weights(base, stage, steps // 2)
-    assert any(not torch.equal(before[name], whole[name]) for name in whole)  # the second half of the run changed weights
+    assert any(not torch.equal(before[name], whole[name]) for name in whole)  # the second half changed weights
     script.main(flags)
     assert "Nothing to do" in capsys.readouterr().out
 
@@ -183,7 +183,8 @@ def test_chat_eval_writes_every_problem_and_the_mean_above_chance(base, capsys):
     assert {row["name"] for row in rows if row["kind"] == "task"} == set(recipes.graded("small-world"))
     chat_eval.main(["-i", "sft", "-a", "world-choice|SpellingBee", "-x", "2", "-m", "6", "--device-type=cpu"])
     assert not [row for row in read_log(base / "logs" / "chat_eval_sft_d2.jsonl") if row["kind"] == "chatcore"]
-    chat_eval.main(["-i", "sft", "-a", "|".join(recipes.graded("small-world")), "-x", "2", "-m", "6", "--device-type=cpu"])
+    all_tasks = "|".join(recipes.graded("small-world"))
+    chat_eval.main(["-i", "sft", "-a", all_tasks, "-x", "2", "-m", "6", "--device-type=cpu"])
     assert [row for row in read_log(base / "logs" / "chat_eval_sft_d2.jsonl") if row["kind"] == "chatcore"]
 
 

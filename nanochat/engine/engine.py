@@ -80,7 +80,7 @@ class Engine:
             num_samples: rows.
             max_tokens: new tokens a row at most; None: up to the model's sequence_len.
             temperature, top_k, top_p, repetition_penalty: as in `sampling.Settings`.
-            seed: None draws anew each time.
+            seed: None takes a new one each time.
 
         Yields:
             (one token a row, one mask a row: 1 sampled, 0 forced). A row that has ended repeats its last token.

@@ -19,7 +19,7 @@ class ScoredToken(NamedTuple):
         token: its id.
         start: where its text begins in the answer, in characters.
         logprob: its log-probability, if the request asked for it.
-        top: the likeliest tokens in its place, as (id, log-probability).
+        top: the most likely tokens in its place, as (id, log-probability).
     """
 
     token: int
