@@ -1,4 +1,4 @@
-"""Where the tokens of one forward pass stand in their sequences: the one thing about time that all layers share."""
+"""The positions of one forward pass's tokens in their sequences, which all layers share."""
 
 from collections.abc import Sequence
 

@@ -5,7 +5,7 @@ nothing.
     small            4 layers, the small world, for a CPU: what `bash speedrun.sh` does without a GPU
     PROFILES         what `SPEEDRUN_PROFILE` can name: these two, and the published one at other depths
 
-Every number stands here once. A field of a stage has the name of the flag that overrides it, so `changed_flags` can
+Every number is here once. A field of a stage has the name of the flag that overrides it, so `changed_flags` can
 write the command line that turns one recipe into another: that is how speedrun makes its commands.
 
 A new recipe is one more value, for the most part `dataclasses.replace(published, ...)`. Its optimizer groups may be

@@ -20,7 +20,7 @@ class Settings:
         temperature: 0 takes the most likely token; higher is more varied.
         top_k: sample from this many of the most likely tokens; None or 0 is all.
         top_p: sample from the most likely tokens that together have this probability; None or 1 is all.
-        repetition_penalty: above 1 makes tokens that stand in the row already less likely; 1 changes nothing.
+        repetition_penalty: above 1 makes tokens that are in the row already less likely; 1 changes nothing.
         seed: of the row's random numbers; None takes a new one each time.
         sample: the number of this row among those that share a prompt and a seed; each has random numbers of its own.
 

@@ -42,9 +42,12 @@ class AnswerGroup:
 class RolloutStats:
     """What the answers of a step are like, over all ranks.
 
-    reward: mean. teaching: groups whose rewards differ. ended: fraction of answers that end by themselves. tokens: of
-        an
-    answer, mean. stop: whether a rank was asked to stop.
+    Attributes:
+        reward: mean.
+        teaching: groups whose rewards differ.
+        ended: fraction of answers that end with a closing token.
+        tokens: mean of an answer.
+        stop: whether a rank was asked to stop.
     """
 
     reward: float
