@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from bench.measure import command_line, interleaved, json_flag, median, provenance, provenance_line, random_model, table, write_results
+from bench.measure import (
+    command_line,
+    interleaved,
+    json_flag,
+    median,
+    provenance,
+    provenance_line,
+    random_model,
+    table,
+    write_results,
+)
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
 from nanochat.errors import UserError
@@ -88,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         close_ranks()
     lines = [[row["task"], row["problems"], f"{row['seconds']:.2f}", f"{row['alone_seconds']:.2f}",
               f"{row['alone_seconds'] / row['seconds']:.1f}×", f"{row['same']} of {row['problems']}"] for row in rows]
-    print(f"{provenance_line(about)}\nd{config.depth}, layers {shape.pattern()}, V {shape.vocab_size:,}, {model.dtype}, "
+    print(f"{provenance_line(about)}\n"
+          f"d{config.depth}, layers {shape.pattern()}, V {shape.vocab_size:,}, {model.dtype}, "
           f"on {ranks.device}, answers of at most {config.max_tokens} tokens\n\n"
           + table(["task", "problems", "s together", "s one at a time", "ratio", "same answers"], lines), flush=True)
     write_results(config.json, about, config, rows)

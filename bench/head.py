@@ -195,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += compare("evaluation", ways, given, config.rounds, ceiling)
     finally:
         close_ranks()
-    print(f"{provenance_line(about)}\n{config.tokens:,} tokens of width {64 * config.depth:,}, V {config.vocab_size:,}, "
+    print(f"{provenance_line(about)}\n"
+          f"{config.tokens:,} tokens of width {64 * config.depth:,}, V {config.vocab_size:,}, "
           f"{str(dtype).removeprefix('torch.')} on {device}\n\n{shown(rows)}\n\n"
           "Times are medians; ratios are medians of the ratios within a round.", flush=True)
     if isinstance(peer, str):

@@ -1,4 +1,4 @@
-"""Time each fused operation of the model by itself: ours, its plain twin, torch.compile of the twin, and the usual
+"""Time each fused operation of the model separately: ours, its plain twin, torch.compile of the twin, and the usual
 unfused way.
 
     python -m bench.kernels --depth=4 --device-batch-size=16 --max-seq-len=256
@@ -521,7 +521,8 @@ def model_rows(shape: Shape, rounds: int, compiled: bool, path: str) -> list[dic
     rows = []
     for what, ways in work.items():
         seconds = interleaved(ways, shape.device, rounds)
-        told = peer.run_peer(path, what, shape.model, shape.B, shape.T, steps=rounds, warmup=2, device=shape.device.type)
+        told = peer.run_peer(path, what, shape.model, shape.B, shape.T, steps=rounds, warmup=2,
+                             device=shape.device.type)
         for found in told:
             if "error" in found:
                 rows.append({"operation": "model", "pass": what, "how": f"peer {found['peer']}, {found['how']}",

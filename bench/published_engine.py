@@ -78,7 +78,7 @@ def generate(model: TwinGPT, tokens: list[int], num_samples: int = 1, max_tokens
     device = model.lm_head.weight.device
     rng = torch.Generator(device).manual_seed(seed)
 
-    def draw(logits: Tensor) -> Tensor:
+    def next_tokens(logits: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
         if top_k is not None:
@@ -91,8 +91,8 @@ def generate(model: TwinGPT, tokens: list[int], num_samples: int = 1, max_tokens
     cache = PublishedCache(model.config, num_samples, len(tokens) + max_tokens)
     cache.all = torch.empty(cache.shape, dtype=first.all.dtype, device=device)
     cache.all[..., :len(tokens), :], cache.position = first.all, first.position
-    ids = draw(logits.expand(num_samples, -1))
+    ids = next_tokens(logits.expand(num_samples, -1))
     for _ in range(max_tokens):
         column = ids[:, 0].tolist()
         yield column
-        ids = draw(forward(model, torch.tensor(column, device=device)[:, None], cache)[:, -1])
+        ids = next_tokens(forward(model, torch.tensor(column, device=device)[:, None], cache)[:, -1])

@@ -112,7 +112,7 @@ def block(config: Config, about: dict[str, Any], found: list[dict[str, Any]]) ->
             f"same {'tokens' if config.steps else config.match}.\n{provenance_line(about)}\n\n"
             + table(["model", "parameters", "steps", "tokens", "time", "tok/s", "train loss", "val bpb"], rows))
     for row in found:
-        text += f"\n\n{row['model']} goes on:\n\n" + "\n".join(f"> {sample}  " for sample in row["samples"])
+        text += f"\n\n{row['model']} continues:\n\n" + "\n".join(f"> {sample}  " for sample in row["samples"])
     return text
 
 

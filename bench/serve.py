@@ -24,7 +24,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bench.measure import command_line, json_flag, median, provenance, provenance_line, random_model, table, write_results
+from bench.measure import (
+    command_line,
+    json_flag,
+    median,
+    provenance,
+    provenance_line,
+    random_model,
+    table,
+    write_results,
+)
 from nanochat.checkpoint import save_checkpoint
 from nanochat.cli import flag, parse, run_main
 from nanochat.errors import UserError

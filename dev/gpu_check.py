@@ -134,8 +134,8 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]], tiny: bool) -
         held = f"{sum(c['ok'] for c in r['checks'])} of {len(r['checks'])}" if r["checks"] else "-"
         rows.append([r["name"], r["status"], held, f"{r['seconds']:.1f}",
                      "; ".join(worst) or r.get("why", "").split("\n")[0][:200]])
-    text = ["# GPU check" + (" (small shapes: no speed below means anything)" if tiny else ""), "", provenance_line(about),
-            "",
+    text = ["# GPU check" + (" (small shapes: no speed below means anything)" if tiny else ""), "",
+            provenance_line(about), "",
             table(["section", "status", "checks", "seconds", "what"], rows, (0, 1, 4))]
     goals = [[g["goal"], f"{g['sign']} {show(g['wish'])}", "-" if g["measured"] is None else show(g["measured"]),
               {True: "yes", False: "no", None: "-"}[g["held"]]] for r in results for g in r["goals"]]

@@ -270,7 +270,8 @@ def state(run: Run, out: Report) -> None:
         full = model(ids)
         for parts in ((29,), (1,) * 29, (3, 1, 1, 17, 2, 5)):
             cache = model.new_cache(2, max_len=4)
-            splits.append(relative_error(torch.cat([model(part, cache=cache) for part in ids.split(parts, dim=1)], dim=1), full))
+            pieces = [model(part, cache=cache) for part in ids.split(parts, dim=1)]
+            splits.append(relative_error(torch.cat(pieces, dim=1), full))
         rows, joined = [ids_for(run, 1, n) for n in (5, 11, 8)], model.new_cache(1)
         for i, row in enumerate(rows):
             alone = model.new_cache(1)

@@ -244,7 +244,7 @@ def graphs(run: Run, out: Report) -> None:
     Greedy and sampled, while rows come and go.
     """
     shape = {} if run.tiny else {"n_embd": 256, "n_head": 2, "n_kv_head": 2}
-    different = drawn = 0
+    different = total = 0
     for seed, (pattern, window) in enumerate((("SASA", None), ("SSSS", None), ("AAAA", 5))):
         model = small(run, seed, vocab_size=97, layer_pattern=pattern, window=window, **shape)
         with torch.inference_mode():
@@ -257,9 +257,10 @@ def graphs(run: Run, out: Report) -> None:
             rows = [[row.tokens for [row] in one.generate_many(prompts, max_tokens=24, batch_size=3, **options)]
                     for one in engines]
             different += sum(a != b for a, b in zip(*rows))
-            drawn += len(prompts)
-    out.numbers["rows"] = drawn
-    out.expect(f"rows, of {drawn}, that graphs decode differently", different, at_most=1)  # a near tie of two sums
+            total += len(prompts)
+    out.numbers["rows"] = total
+    # two logits may be nearly equal
+    out.expect(f"rows, of {total}, that graphs decode differently", different, at_most=1)
 
 
 def each(h: Tensor, layers: Sequence[Linear]) -> list[Tensor]:

@@ -146,7 +146,8 @@ def fp8(run: Run, out: Report) -> None:
         work = {"bfloat16": plain, "8 bits, products alone": lambda i, eight=eight: linear_in_8_bits(*eight),
                 "casts alone": casts,
                 "8 bits with casts": lambda i, casts=casts: linear_in_8_bits(*casts(i))}
-        seconds = {how: median(times) for how, times in interleaved_kernels(work, run.device, 1 if run.tiny else 7).items()}
+        measured = interleaved_kernels(work, run.device, 1 if run.tiny else 7)
+        seconds = {how: median(times) for how, times in measured.items()}
         rows.append({"matrix": name, "seconds": seconds, "error": error,
                      "bfloat16_error": relative_error(plain(0)[0][:64], exact)})
         wrong = {"bfloat16": rows[-1]["bfloat16_error"], "8 bits with casts": error}

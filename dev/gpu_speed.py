@@ -240,7 +240,7 @@ def decoding(run: Run, out: Report) -> None:
 
 def _decode_row(model: GPT, name: str, B: int, prompt: int, new: int, bandwidth: float, graphs: bool) -> dict[str, Any]:
     seconds = median(decode.decode_seconds(model, B, prompt, new, graphs))
-    rows = min(B, 8)  # nobody serves by a prefill of 64 prompts at once
+    rows = min(B, 8)  # a server does not prefill 64 prompts at once
     prefill = median(decode.prefill_seconds(model, rows, prompt))
     return {"model": name, "batch": B, "context": prompt, "graphs": graphs, "tokens_per_second": B / seconds,
             "step_seconds": seconds,

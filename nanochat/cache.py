@@ -75,8 +75,8 @@ class Cache:
             if any(tensor.shape[:2] != (max_rows, max_len) for tensor in layer.per_token.values()) or any(
                     tensor.shape[:1] != (max_rows,) for tensor in layer.per_row.values()):
                 raise ValueError(f"{type(mixer).__name__}.new_cache({max_rows}, {max_len}) must give per-token tensors "
-                                 f"of shape ({max_rows}, {max_len}, …) and per-row tensors of shape ({max_rows}, …), not "
-                                 f"{[tuple(tensor.shape) for tensor in layer.tensors()]}")
+                                 f"of shape ({max_rows}, {max_len}, …) and per-row tensors of shape ({max_rows}, …), "
+                                 f"not {[tuple(tensor.shape) for tensor in layer.tensors()]}")
             self.layers.append(layer)
 
     @property
@@ -154,8 +154,8 @@ class Cache:
         return self.select([row for row in range(self.rows) for _ in range(n)])
 
     def save_block(self, row: int, start: int) -> list[LayerCache]:
-        """Return a copy of a row's tokens from `start` to its length, and of its per-row tensors, which stand at the
-        end."""
+        """Return a copy of a row's tokens from `start` to its length, and of its per-row tensors, which are those after
+        the last token."""
         tokens = slice(start, self.lengths[row])
         return [layer.map(lambda t: t[row, tokens].clone(), lambda t: t[row].clone()) for layer in self.layers]
 

@@ -2,8 +2,7 @@
 
     loader = PackedLoader(ConversationSource(tokenizer, task), B, T, ranks=ranks, cut=False)
     steps = SupervisedSteps(tokenizer, task, examples_per_step=32, device_batch_size=4, max_tokens=2048, ranks=ranks)
-    for inputs, targets in steps(step): ...       # this rank's micro-batches of an optimizer step; target −1: nothing
-    learnt
+    for inputs, targets in steps(step): ...       # this rank's micro-batches of an optimizer step; target −1: no loss
 
 A task is anything with `len` and `[i]` → conversation (tasks/base.py). Each epoch has its own order, which depends on
 the seed alone.

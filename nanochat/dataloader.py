@@ -231,7 +231,7 @@ class PackedLoader:
             self._end = made
             raise made
         tensor, self._next, self._waiting, self.counts = made
-        tensor = tensor.to(self._ranks.device, non_blocking=True)  # from pinned memory, on the stream: nobody waits
+        tensor = tensor.to(self._ranks.device, non_blocking=True)  # from pinned memory: the host does not wait
         return PackedBatch(tensor[0], tensor[1])
 
     def state_dict(self) -> dict:
@@ -295,7 +295,7 @@ def reshard(states: Sequence[dict], world_size: int) -> list[dict]:
     states = sorted(states, key=lambda state: state["rank"])
     old = states[0]["world_size"] if states else 0
     if world_size < 1 or [state["rank"] for state in states] != list(range(old)):
-        raise UserError(f"the loader's states of all {old} ranks are needed, to go on with {world_size}; "
+        raise UserError(f"the loader's states of all {old} ranks are needed to resume on {world_size}; "
                         f"given are those of ranks {[state['rank'] for state in states]}.")
     if len({(state["data"], state["tokenizer"], state["split"]) for state in states}) > 1:
         raise UserError("the loader's states are not of one run: their text or tokenizer differ.")

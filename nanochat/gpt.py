@@ -337,7 +337,7 @@ class GPT(nn.Module):
             top_k, top_p: how far sampling is restricted; None does not restrict it.
             repetition_penalty: divides positive logits of tokens seen so far, multiplies negative ones.
             eos_token_id: generation ends before this token.
-            seed: None draws anew each time.
+            seed: None takes a new one each time.
 
         Raises:
             ValueError: input_ids are not one row. Engine decodes several.

@@ -86,4 +86,4 @@ def join(layers: Sequence[nn.Module]) -> None:
     for name, all_rows in whole.state_dict().items():
         for layer, part in zip(layers, all_rows.split([*sizes, padding])):
             getattr(layer, name).data = part
-    layers[0].joined = [whole]  # in a list: a submodule would stand in the state_dict
+    layers[0].joined = [whole]  # in a list: a submodule would be in the state_dict

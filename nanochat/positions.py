@@ -1,4 +1,4 @@
-"""Where the tokens of one forward pass stand in their sequences: the one thing about time that all layers share."""
+"""The positions of one forward pass's tokens in their sequences, which all layers share."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ class Positions:
       host, so the step can be captured as a CUDA graph.
 
     Attributes:
-        rope: cos and sin of the tokens' rotary angles, (T, D/2), or (B, T, D/2) where rows stand at different
+        rope: cos and sin of the tokens' rotary angles, (T, D/2), or (B, T, D/2) where rows are at different
             positions.
         lengths: tokens that each row has in the cache before these; host integers. Empty without a cache, and if
             static.
@@ -49,7 +49,7 @@ class Positions:
         self.batch_invariant = batch_invariant
         self.end = max(lengths, default=0) + T if end is None else end
         self._uniform = len(lengths) > 0 and min(lengths) == max(lengths)
-        self._indices = indices  # positions (B, T); (T,) for uniform rows, which stand at the same one
+        self._indices = indices  # positions (B, T); (T,) for uniform rows, which are at the same one
         self._masks: dict[int | None, Tensor | None] = {}
 
     @classmethod

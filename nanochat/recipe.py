@@ -228,7 +228,7 @@ class BaseEvaluation:
 
 @dataclass(frozen=True)
 class ChatEvaluation:
-    """How a chat model is graded. temperature 0 takes the likeliest token; top_k 0 and max_problems -1 take all."""
+    """How a chat model is graded. temperature 0 takes the most likely token; top_k 0 and max_problems -1 take all."""
 
     temperature: float
     max_new_tokens: int
@@ -355,7 +355,7 @@ published = Recipe(
         rollout_batch_size=128,
         max_new_tokens=256,
         temperature=1.0,
-        top_k=0,                   # the published run drew from the 50 likeliest, learning as if from all: off-policy
+        top_k=0,                   # the published run sampled from the top 50 but learned as if from all: off-policy
         init_lr_frac=0.05,
         rates=RateSchedule(warmup_ratio=0.0, warmdown_ratio=1.0, final_lr_frac=0.0),
         momentum=MomentumSchedule(start=0.95, rise=0.0, steps=1),  # constant

@@ -17,10 +17,10 @@ class Settings:
     """How one row samples its tokens.
 
     Args:
-        temperature: 0 takes the likeliest token; higher is more varied.
-        top_k: sample from this many of the likeliest tokens; None or 0 is all.
-        top_p: sample from the likeliest tokens that together have this probability; None or 1 is all.
-        repetition_penalty: above 1 makes tokens that stand in the row already less likely; 1 changes nothing.
+        temperature: 0 takes the most likely token; higher is more varied.
+        top_k: sample from this many of the most likely tokens; None or 0 is all.
+        top_p: sample from the most likely tokens that together have this probability; None or 1 is all.
+        repetition_penalty: above 1 makes tokens that are in the row already less likely; 1 changes nothing.
         seed: of the row's random numbers; None takes a new one each time.
         sample: the number of this row among those that share a prompt and a seed; each has random numbers of its own.
 
@@ -70,7 +70,7 @@ class Defaults(NamedTuple):
 ENGINE = Defaults(max_tokens=None, temperature=1.0, seed=42)
 # a conversation in the terminal, as in the published nanochat
 CHAT_CLI = Defaults(max_tokens=512, temperature=0.6, top_k=50, top_p=1.0)
-# a base model continues a text with its likeliest tokens, so that checkpoints can be compared
+# a base model continues a text with its most likely tokens, so that checkpoints can be compared
 COMPLETE_CLI = Defaults(max_tokens=128, temperature=0.0, top_k=50, top_p=1.0, seed=42)
 # the chat endpoint and the page, as in the published nanochat; chat_web has a flag for each of the three
 SERVER_CHAT = Defaults(max_tokens=512, temperature=0.8, top_k=50)
@@ -93,7 +93,7 @@ MAX_TOP_K = 2 ** 31             # larger values are lowered to it, which is more
 REPETITION_PENALTIES = (0.01, 100.0)
 MAX_STOPS = 4                   # stop strings, as in OpenAI's API
 MAX_STOP_CHARS = 256            # of one stop string
-MAX_CHAT_LOGPROBS = 20          # likeliest tokens told beside each token, as in OpenAI's API
+MAX_CHAT_LOGPROBS = 20          # most likely tokens told beside each token, as in OpenAI's API
 MAX_COMPLETION_LOGPROBS = 5
 
 # defaults of chat_web's flags

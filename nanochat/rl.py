@@ -1,6 +1,6 @@
 """Reinforcement learning with rewards for whole answers: rollouts, advantages, batches for the training step, pass@k.
 
-For each problem several answers are drawn from the model as it is (on-policy, so no ratio and no clipping is needed).
+For each problem several answers are sampled from the current model (on-policy, so no ratio and no clipping is needed).
 The advantage of an answer is its reward minus the mean reward of its group; a group whose answers all have the same
 reward teaches nothing and is left out. The gradient is that of −Σ advantage · log p(token) / N over the N sampled
 tokens of the whole step, the closing token among them. Tokens that the calculator inserted were not the model's choice
@@ -42,9 +42,12 @@ class AnswerGroup:
 class RolloutStats:
     """What the answers of a step are like, over all ranks.
 
-    reward: mean. teaching: groups whose rewards differ. ended: fraction of answers that end by themselves. tokens: of
-        an
-    answer, mean. stop: whether a rank was asked to stop.
+    Attributes:
+        reward: mean.
+        teaching: groups whose rewards differ.
+        ended: fraction of answers that end with a closing token.
+        tokens: mean of an answer.
+        stop: whether a rank was asked to stop.
     """
 
     reward: float
@@ -118,7 +121,7 @@ def pass_rates(groups: Sequence[AnswerGroup], problems: int, samples: int, ranks
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Return the chance that at least one of k answers is right, drawn from `samples` answers of which `correct` are
+    """Return the chance that at least one of k answers is right, chosen from `samples` answers of which `correct` are
     right.
 
     Chen et al. 2021, "Evaluating Large Language Models Trained on Code".

@@ -1,7 +1,6 @@
-"""From logits to the next token: repetition penalty, temperature, top-k, top-p, and a draw that a seed reproduces.
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p, and sampling that a seed reproduces.
 
-Each row of a batch has its own settings and its own random numbers, so what it draws does not depend on the rows beside
-it.
+Each row of a batch has its own settings and its own random numbers, so its tokens do not depend on the other rows.
 """
 
 from collections.abc import Iterable

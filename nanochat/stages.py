@@ -18,7 +18,7 @@ class Stage:
     folder: of its checkpoints, under $NANOCHAT_BASE_DIR. page: what the web page says of a model of this stage.
     starts_from: the stages whose checkpoints it can start from, the usual one first; empty for the base model.
     sections: of the report, by the name of the log that fills each; the first is the training itself.
-    column: of the report's summary. graded_by: the name of the log whose scores stand in that column.
+    column: of the report's summary. graded_by: the name of the log whose scores are in that column.
     settings: flags that change what is trained; a resumed run that has other values than before says so.
     """
 

@@ -158,7 +158,7 @@ def run(config: Config, ranks: Ranks) -> None:
     text = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
     shard_paths("train", text)  # raises where there is no text, before a model is made
 
-    torch.manual_seed(config.seed)  # drawn on the CPU: the same weights for every device and number of ranks
+    torch.manual_seed(config.seed)  # initialised on the CPU: the same weights for every device and number of ranks
     model = GPT(shape)
     num_iterations = horizon(config, model)
     origin = origin_of(config, model, tokenizer, text, ranks)

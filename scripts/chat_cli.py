@@ -22,8 +22,8 @@ from nanochat.request import answer_reserve
 from nanochat.tokenizer.stream import TerminalText
 
 HELP = """/clear          forget the conversation
-/temperature X  0 takes the likeliest token each time, higher is more varied
-/topk N         sample from the N likeliest tokens; 0 = all
+/temperature X  0 takes the most likely token each time, higher is more varied
+/topk N         sample from the N most likely tokens; 0 = all
 /help           this
 /quit           leave; so do Ctrl-D, and Ctrl-C twice
 Ctrl-C stops an answer."""
@@ -37,10 +37,10 @@ class Config:
     model_tag: str = flag("", "which of its models; unset takes the only or the deepest one", short="g")
     step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
     prompt: str = flag("", "one question to answer; unset starts a conversation", short="p")
-    temperature: float = flag(DEFAULTS.temperature, "0 takes the likeliest token each time; higher is more varied",
+    temperature: float = flag(DEFAULTS.temperature, "0 takes the most likely token each time; higher is more varied",
                               short="t")
-    top_k: int = flag(DEFAULTS.top_k, "sample from this many of the likeliest tokens; 0 = all", short="k")
-    top_p: float = flag(DEFAULTS.top_p, "sample from the likeliest tokens that together have this probability")
+    top_k: int = flag(DEFAULTS.top_k, "sample from this many of the most likely tokens; 0 = all", short="k")
+    top_p: float = flag(DEFAULTS.top_p, "sample from the most likely tokens that together have this probability")
     repetition_penalty: float = flag(DEFAULTS.repetition_penalty, "above 1 makes tokens seen before less likely")
     max_tokens: int = flag(DEFAULTS.max_tokens, "tokens of an answer at most")
     seed: int = flag(-1, "of the random numbers; -1 takes new ones each time")

@@ -39,7 +39,8 @@ class Config:
     task_name: str = flag("", "tasks, separated by |; unset takes all", short="a")
     temperature: float = flag(GRADING.temperature, "of sampling; 0 is greedy", short="t")
     max_new_tokens: int = flag(GRADING.max_new_tokens, "most tokens of an answer", short="m")
-    num_samples: int = flag(GRADING.num_samples, "answers to a problem; one correct answer is enough (pass@k)", short="n")
+    num_samples: int = flag(GRADING.num_samples, "answers to a problem; one correct answer is enough (pass@k)",
+                            short="n")
     top_k: int = flag(GRADING.top_k, "sample from this many most likely tokens; 0 = all", short="k")
     batch_size: int = flag(GRADING.batch_size, "sequences in one batch", short="b")
     model_tag: str = flag("", "which model; unset takes the only or the deepest one", short="g")

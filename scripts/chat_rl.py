@@ -37,8 +37,8 @@ STAGE, RL = STAGES["rl"], published.rl
 
 @dataclass
 class Config(ChatStageFlags):
-    """Flags of chat_rl; the defaults are the published recipe, except for top_k: there the model drew from the 50 most
-    likely tokens and learnt as if from all."""
+    """Flags of chat_rl. The defaults are the published recipe, except for top_k: there the model sampled from the 50
+    most likely tokens and learnt as if from all."""
 
     source: Literal[STAGE.starts_from] = flag(STAGE.starts_from[0], "stage to start from")
     num_epochs: float = flag(RL.num_epochs, "how often to go through the problems")

@@ -28,9 +28,10 @@ class Config:
     model_tag: str = flag("", "which of its models; unset takes the only or the deepest one", short="g")
     step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
     temperature: float = flag(SERVER_CHAT.temperature,
-                              "default of requests: 0 takes the likeliest token each time; higher is more varied",
+                              "default of requests: 0 takes the most likely token each time; higher is more varied",
                               short="t")
-    top_k: int = flag(SERVER_CHAT.top_k, "default of requests: sample from this many of the likeliest tokens; 0 = all",
+    top_k: int = flag(SERVER_CHAT.top_k,
+                      "default of requests: sample from this many of the most likely tokens; 0 = all",
                       short="k")
     max_tokens: int = flag(SERVER_CHAT.max_tokens, "default of chat requests: tokens of an answer at most", short="m")
     port: int = flag(8000, "to listen on; 0 takes one that is free", short="p")

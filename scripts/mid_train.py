@@ -4,9 +4,8 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train -- --run=NAME --device_batch_size=32
 
 Every token is trained on, the user's too; conversations are packed into rows whole. The same command resumes a run that
-was
-stopped. Files: mid_checkpoints/<tag>/ and logs/mid_<tag>.jsonl under $NANOCHAT_BASE_DIR. The training data is chosen in
-tasks/recipes.py.
+was stopped. Files: mid_checkpoints/<tag>/ and logs/mid_<tag>.jsonl under $NANOCHAT_BASE_DIR. The training data is
+chosen in tasks/recipes.py.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ report.
     python -m scripts.speedrun --dry-run    # says what would be done and prints the commands, and does nothing
 
 It looks at the machine, says what it will do, how long that takes and how much disk it needs, and does it. A stage that
-is done is skipped, so the same command goes on after an interruption. Settings, all optional, from the environment:
+is done is skipped, so the same command resumes after an interruption. Settings, all optional, from the environment:
 
     SPEEDRUN_PROFILE=small|d20|d26|d32    the recipe (nanochat/recipe.py): small is for a CPU, on the built-in small
                                           world; the others are the published one at three depths, for GPUs. Unset: d20
@@ -105,7 +105,7 @@ def run_commands(plan: RunPlan) -> None:
                 if command.grades:
                     remember(plan, command)
             if background is not None and background.wait():
-                raise UserError("not all text could be fetched; `bash speedrun.sh` goes on from here.")
+                raise UserError("not all text could be fetched; `bash speedrun.sh` resumes from here.")
             background = None
     finally:
         if background is not None and background.poll() is None:
@@ -118,7 +118,7 @@ def execute(command: Command) -> None:
     code = subprocess.run(command.argv()).returncode
     if code:
         mend = "" if code in (130, 143) else "mend what it says, then "  # stopped by Ctrl-C or SIGTERM: nothing to mend
-        raise UserError(f"{command.module} ended with exit code {code}; {mend}`bash speedrun.sh` goes on from here.")
+        raise UserError(f"{command.module} ended with exit code {code}; {mend}`bash speedrun.sh` resumes from here.")
 
 
 def is_done(plan: RunPlan, command: Command) -> bool:

@@ -110,7 +110,7 @@ def _takes_turns(request, session_folder) -> Iterator[None]:
         yield
         return
     alone = "alone" in request.keywords
-    with locked(session_folder / "next.lock", fcntl.LOCK_EX):  # whoever waits here keeps later tests from going first
+    with locked(session_folder / "next.lock", fcntl.LOCK_EX):  # a test waiting here keeps later tests from going first
         turn = locked(session_folder / "running.lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         turn.__enter__()
     try:

@@ -86,7 +86,8 @@ def window(browser, server, shared_page):
         page.unroute_all()
         cdp = page.context.new_cdp_session(page)
         page.goto("about:blank")
-        cdp.send("Storage.clearDataForOrigin", {"origin": server.url.rstrip("/"), "storageTypes": "indexeddb,local_storage"})
+        cdp.send("Storage.clearDataForOrigin",
+                 {"origin": server.url.rstrip("/"), "storageTypes": "indexeddb,local_storage"})
         cdp.detach()
     assert errors == []
 

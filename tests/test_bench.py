@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def run(main, capsys, tmp_path, *flags):
-    """Call a benchmark; returns what it printed and the JSON it wrote."""
+    """Run a benchmark; return what it printed and the JSON it wrote."""
     main([*flags, f"--json={tmp_path / 'out.json'}"])
     found = json.loads((tmp_path / "out.json").read_text())
     check_provenance(found)
@@ -43,7 +43,7 @@ def run(main, capsys, tmp_path, *flags):
 
 
 def check_provenance(found):
-    """The raw numbers say what command on which code, machine and versions gave them."""
+    """Check that the raw numbers name the command, the code, the machine and the versions that gave them."""
     assert {"command", "date", "commit", "threads", "machine", "versions", "config", "rows"} <= found.keys()
     assert found["command"].startswith("python -m bench.") and isinstance(found["rows"], list) and found["rows"]
     assert datetime.fromisoformat(found["date"]).tzinfo is not None
@@ -52,7 +52,7 @@ def check_provenance(found):
 
 
 def table_of(text):
-    """The cells of the first markdown table, header first."""
+    """Return the cells of the first markdown table, header first."""
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line] for i, line in enumerate(lines) if i != 1]
 
@@ -60,8 +60,7 @@ def table_of(text):
 @pytest.mark.long
 def test_training_is_tabled_beside_the_twin_all_attention_and_a_peer(capsys, tmp_path):
     text, found = run(train.main, capsys, tmp_path, "--depth=1", "--max-seq-len=8", "--device-batch-size=2",
-                      "--vocab-size=256",
-                      "--steps=1", "--warmup=1", "--device=cpu", f"--peer={ROOT}")
+                      "--vocab-size=256", "--steps=1", "--warmup=1", "--device=cpu", f"--peer={ROOT}")
     header, *rows = table_of(text)
     assert header == ["training", "step tok/s", "vs twin", "fwd+bwd tok/s", "vs twin", "MFU", "memory"]
     cases = [row[0] for row in rows]
@@ -80,8 +79,7 @@ def test_training_is_tabled_beside_the_twin_all_attention_and_a_peer(capsys, tmp
 
 def test_the_two_loss_curves_start_together_and_are_compared(capsys, tmp_path):
     text, found = run(train.main, capsys, tmp_path, "--depth=1", "--max-seq-len=32", "--device-batch-size=2",
-                      "--vocab-size=256",
-                      "--loss-curve=6", "--device=cpu")
+                      "--vocab-size=256", "--loss-curve=6", "--device=cpu")
     curves = {name: [row[name] for row in found["rows"]] for name in found["rows"][0] if name != "step"}
     assert set(curves) == {"float32", "bfloat16"} and [len(curve) for curve in curves.values()] == [6, 6]
     assert curves["float32"] != curves["bfloat16"], "one of the two was not in its precision"
@@ -107,16 +105,15 @@ def test_the_plain_optimizers_of_the_twin_do_what_ours_do():
 
 def test_decoding_is_tabled_beside_full_forwards(capsys, tmp_path):
     text, found = run(decode.main, capsys, tmp_path, "--depth=1", "--vocab-size=97", "--prompt=6", "--new-tokens=4",
-                      "--batches=1,3",
-                      "--naive-points=1", "--prefills=1", "--device=cpu")
+                      "--batches=1,3", "--naive-points=1", "--prefills=1", "--device=cpu")
     header, *lines = table_of(text)
     assert header == ["greedy decoding", "batch", "tok/s", "vs published", "vs naive", "prefill tok/s", "cache",
                       "of the limit"]
     cases = [line[0] for line in lines[:len(lines) // 2]]
     assert {"ours, int8", "ours, float32", "published engine, float32", "twin, float32, full forwards"} <= set(cases)
     assert found["agreed"] == found["compared"] == 4 and found["copy_bandwidth"] > 0
-    assert {row["batch"] for row in found["rows"]} == {1,
-                                                       3} and all(row["tokens_per_second"] > 0 for row in found["rows"])
+    assert {row["batch"] for row in found["rows"]} == {1, 3}
+    assert all(row["tokens_per_second"] > 0 for row in found["rows"])
     for row in found["rows"]:
         if row["case"].startswith("ours"):
             assert row["cache_bytes"] > 0 and row["prefill_tokens_per_second"] > 0 and row["of_the_limit"] > 0
@@ -157,11 +154,12 @@ def test_the_published_engines_cache_is_of_all_layers_and_grows(monkeypatch):
         for part in torch.arange(5)[None].split((2, 1, 1, 1), dim=1):
             published_engine.forward(model, part, cache)
     assert cache.all.shape[:2] == (4, 2) and cache.position == 5 and cache.all.shape[4] == 8
-    drawn = [list(published_engine.generate(model, [1, 2], num_samples=3, max_tokens=5, top_k=k,
-                                            seed=1)) for k in (None, 5, 1)]
-    assert all(len(columns) == 5 and len(columns[0]) == 3 for columns in drawn)
-    assert drawn[2] == list(published_engine.generate(model, [1, 2], num_samples=3, max_tokens=5,
-                                                      temperature=0)) != drawn[1]
+
+    def generate(**options):
+        return list(published_engine.generate(model, [1, 2], num_samples=3, max_tokens=5, **options))
+    sampled = [generate(top_k=k, seed=1) for k in (None, 5, 1)]
+    assert all(len(columns) == 5 and len(columns[0]) == 3 for columns in sampled)
+    assert sampled[2] == generate(temperature=0) != sampled[1]
 
 
 def test_decoding_takes_turns(monkeypatch):
@@ -214,10 +212,8 @@ def test_real_text_trains_both_models_on_the_same_tokens(capfd, tmp_path):
     (tmp_path / "text.txt").write_text("\n<|doc|>\n".join(documents))
     base = tmp_path / "own"
     _, found = run(real_text.main, capfd, tmp_path, "--text", str(tmp_path / "text.txt"), f"--base-dir={base}",
-                   "--steps=2", "--depth=1",
-                   "--vocab-size=300", "--max-seq-len=16", "--device-batch-size=2", "--total-batch-size=64",
-                   "--eval-tokens=200",
-                   "--device-type=cpu")
+                   "--steps=2", "--depth=1", "--vocab-size=300", "--max-seq-len=16", "--device-batch-size=2",
+                   "--total-batch-size=64", "--eval-tokens=200", "--device-type=cpu")
     assert [row["model"] for row in found["rows"]] == ["hybrid", "attention"]
     assert [row["layers"] for row in found["rows"]] == ["A", "A"]  # the last layer is attention, and here the only one
     for row in found["rows"]:
@@ -227,11 +223,11 @@ def test_real_text_trains_both_models_on_the_same_tokens(capfd, tmp_path):
     config = real_text.Config(steps=2)
     text = real_text.block(config, found, found["rows"])
     assert table_of(text)[0] == ["model", "parameters", "steps", "tokens", "time", "tok/s", "train loss", "val bpb"]
-    assert "hybrid goes on:" in text and "attention goes on:" in text
+    assert "hybrid continues:" in text and "attention continues:" in text
 
 
 def test_time_sets_the_steps_of_real_text(monkeypatch, tmp_path):
-    """Matched in tokens, both do the hybrid's steps; matched in time, each its own."""
+    """Matched in tokens, both models do the hybrid's number of steps; matched in time, each does its own number."""
     seconds, asked = {"hybrid": 2.0, "attention": 3.0}, []
     monkeypatch.setattr(real_text, "run", lambda *args: None)
     monkeypatch.setattr(real_text, "step_seconds", lambda base, name, config: seconds[name])
@@ -245,7 +241,6 @@ def test_time_sets_the_steps_of_real_text(monkeypatch, tmp_path):
 
 
 # --- the check for GPUs
-# ------------------------------------------------------------------------------------------------
 
 @pytest.mark.long
 def test_the_gpu_check_works_on_a_cpu(capsys, tmp_path):
@@ -255,26 +250,30 @@ def test_the_gpu_check_works_on_a_cpu(capsys, tmp_path):
     assert found["good"] and found["tiny"] and page in capsys.readouterr().out
     status = {section["name"]: section["status"] for section in found["sections"]}
     assert list(status) == [section.name for section in gpu_check.SECTIONS]
-    for name in ("twin", "head_loss", "state", "optimizer", "learning", "attention", "one_token", "projections", "graphs", "slc2_speed"):
+    for name in ("twin", "head_loss", "state", "optimizer", "learning", "attention", "one_token", "projections",
+                 "graphs", "slc2_speed"):
         assert status[name] == "passed", name
     assert status["slc2"] == status["loss_kernel"] == ("skipped" if cpu.cpukernels is None else "passed")
     assert status["compiled"] == status["no_waiting"] == status["kernels"] == "skipped"
     numbers = {section["name"]: section["numbers"] for section in found["sections"]}
     assert numbers["ceilings"]["copy_bandwidth"] > 0 and numbers["environment"]["torch"] == torch.__version__
     rows = numbers["training"]["rows"]
-    assert {"model", "batch", "tokens_per_second", "mfu", "pass_seconds", "optimizer_seconds", "memory"} <= rows[0].keys()
+    assert {"model", "batch", "tokens_per_second", "mfu", "pass_seconds", "optimizer_seconds",
+            "memory"} <= rows[0].keys()
     assert {"hybrid", "attention"} == {row["model"].split()[1] for row in rows}
-    assert {"tokens_per_second", "prefill_tokens_per_second", "of_the_bandwidth"} <= numbers["decoding"]["rows"][0].keys()
-    assert {row["graphs"] for row in numbers["decoding"]["rows"]} == {True, False}
-    for heading in ("## goals", "## training", "## decoding", "## ceilings", "## checks", "## fp8", "## kernel_table", "## evaluation"):
-        assert heading in page
+    rows = numbers["decoding"]["rows"]
+    assert {"tokens_per_second", "prefill_tokens_per_second", "of_the_bandwidth"} <= rows[0].keys()
+    assert {row["graphs"] for row in rows} == {True, False}
+    for heading in ("goals", "training", "decoding", "ceilings", "checks", "fp8", "kernel_table", "evaluation"):
+        assert f"## {heading}" in page
     goals = {goal["goal"]: goal for section in found["sections"] for goal in section["goals"]}
     assert len(goals) >= 12 and goals["training d20: tokens/s"]["wish"] == 190_000
     assert all((goal["measured"] is None) == (goal["held"] is None) for goal in goals.values())
 
 
 def test_golden_values_are_checked_where_they_are(shared, tmp_path):
-    assert gpu_check.main(["--tiny", f"--out={tmp_path}", f"--golden={shared / 'golden'}", "--only=golden", "--device=cpu"]) == 0
+    flags = ["--tiny", f"--out={tmp_path}", f"--golden={shared / 'golden'}", "--only=golden", "--device=cpu"]
+    assert gpu_check.main(flags) == 0
     section = json.loads((tmp_path / "gpu_check.json").read_text())["sections"][0]
     assert section["status"] == "passed" and len(section["checks"]) == 18
 
@@ -298,7 +297,9 @@ def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_chec
     late = small_check(skips, deadline=0.0)
     assert late["status"] == "no time"
     assert not any(gpu_check.good([result]) for result in (failed, broken, late)) and gpu_check.good([skipped])
-    assert gpu_check.good([small_check(lambda run, out: 1 / 0, counts=False)]), "a measurement that broke is no wrong result"
+    measurement = small_check(lambda run, out: 1 / 0, counts=False)
+    assert gpu_check.good([measurement]), "a measurement that broke is no wrong result"
+
     def wishes(run, out):
         out.goal("fast", 1234.5, at_least=2000)
         out.goal("small", 0.5, at_most=1)
@@ -306,29 +307,33 @@ def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_chec
     wished = small_check(wishes, counts=False)
     assert wished["status"] == "measured" and gpu_check.good([wished]), "no goal is a check"
     assert [goal["held"] for goal in wished["goals"]] == [False, True, None]
-    assert [row[1:] for row in table_of(gpu_check.markdown(measure.provenance("x"), [wished], False).split("## goals")[1])[1:4]] == [
+    goals = gpu_check.markdown(measure.provenance("x"), [wished], False).split("## goals")[1]
+    assert [row[1:] for row in table_of(goals)[1:4]] == [
         ["≥ 2,000", "1,234", "no"], ["≤ 1", "0.5", "yes"], ["≤ 1", "-", "-"]]
     page = gpu_check.markdown(measure.provenance("x"), [failed, broken], False)
     assert "small: 0.5 (must be ≤ 0.1)" in page and "x broke:" in page and "division by zero" in page
 
 
 @pytest.mark.parametrize("section, where, broken", [
-    (right.twin, "nanochat.slc2.slc2_mix", lambda z, taps, past=None, *, n_head, head_width: z[..., :n_head * head_width] * taps.sum()),
+    (right.twin, "nanochat.slc2.slc2_mix",
+     lambda z, taps, past=None, *, n_head, head_width: z[..., :n_head * head_width] * taps.sum()),
     (right.state, "nanochat.positions.Positions.last", lambda self, entries, n: entries[:, :n]),
     (right.optimizer, "nanochat.optim.newton_schulz",
      lambda x, dtype, steps=5, whole=newton_schulz: whole(x, dtype, 4 if dtype == torch.bfloat16 else 5)),
     (right.learning, "nanochat.optim._Bucket.direction", lambda self, gradient, *rest: torch.zeros_like(gradient)),
     (single.slc2, "nanochat.kernels.slc2.cpu.forward", lambda *given, whole=slc2_cpu.forward: whole(*given) * 1.02),
-    (single.slc2, "nanochat.kernels.slc2.cpu.backward", lambda *given, whole=slc2_cpu.backward: whole(*given[:7], *map(
-        torch.empty_like, given[7:]))),
-    (single.slc2, "nanochat.kernels.slc2.cpu.step", lambda *given, whole=slc2_cpu.step: whole(*given[:5], given[5].clone())),
+    (single.slc2, "nanochat.kernels.slc2.cpu.backward",
+     lambda *given, whole=slc2_cpu.backward: whole(*given[:7], *map(torch.empty_like, given[7:]))),
+    (single.slc2, "nanochat.kernels.slc2.cpu.step",
+     lambda *given, whole=slc2_cpu.step: whole(*given[:5], given[5].clone())),
     (single.loss_kernel, "nanochat.kernels.cross_entropy.cpu.softcapped_cross_entropy_",
      lambda z, *more, whole=softcapped_cross_entropy_: whole(z.clone(), *more)),
-    (single.attention, "nanochat.kernels.attention.attend", lambda *given, window=None, whole=attention.attend, **more: whole(
-        *given, **more)),
+    (single.attention, "nanochat.kernels.attention.attend",
+     lambda *given, window=None, whole=attention.attend, **more: whole(*given, **more)),
     (single.one_token, "nanochat.kernels.decode_attention.append_and_attend",
      lambda *given, whole=decode_attention.append_and_attend: whole(*given[:7])),
-    (single.projections, "dev.gpu_kernels.project", lambda h, *layers: tuple(layer(h.detach()) for layer in layers)),
+    (single.projections, "dev.gpu_kernels.project",
+     lambda h, *layers: tuple(layer(h.detach()) for layer in layers)),
     (single.graphs, "nanochat.positions.Positions.static",
      lambda table, index, end, whole=Positions.static: whole(table, torch.zeros_like(index), end)),
 ])
@@ -344,32 +349,33 @@ def test_a_section_sees_what_it_is_there_to_see(monkeypatch, section, where, bro
 def test_products_of_8_bits_are_those_of_the_numbers_up_to_their_rounding():
     torch.manual_seed(0)
     x, w, dy = torch.randn(48, 32).bfloat16(), torch.randn(64, 32).bfloat16(), torch.randn(48, 64).bfloat16()
-    y, dx, dw = parts.linear_in_8_bits(parts.quantised(x, parts.E4), parts.quantised(w, parts.E4), parts.quantised(dy, parts.E5))
+    eight = parts.quantised(x, parts.E4), parts.quantised(w, parts.E4), parts.quantised(dy, parts.E5)
+    y, dx, dw = parts.linear_in_8_bits(*eight)
     x, w, dy = x.double(), w.double(), dy.double()
     for got, exact in ((y, x @ w.T), (dx, dy @ w), (dw, dy.T @ x)):
         assert 1e-3 < right.relative_error(got, exact) < 0.1
 
 
-def test_memory_that_nobody_wrote_is_seen(monkeypatch):
+def test_unwritten_memory_is_noticed(monkeypatch):
     from nanochat.kernels import cross_entropy
     whole = cross_entropy._chunks
     assert small_check(right.head_loss)["status"] == "passed"
-    monkeypatch.setattr(cross_entropy, "_chunks", lambda N, V: whole(N, V)[:-1] or whole(N, V))  # the last tokens are forgotten
+    # the last tokens are left out
+    monkeypatch.setattr(cross_entropy, "_chunks", lambda N, V: whole(N, V)[:-1] or whole(N, V))
     result = small_check(right.head_loss)
     assert [check["value"] == check["value"] for check in result["checks"]] == [False, False, True, False, False, True]
 
 
 # --- helpers
-# -----------------------------------------------------------------------------------------------------------
 
 def test_peak_growth_counts_what_is_alive_at_once():
     def fn():
         a = torch.zeros(1000)
         b = a + 1  # both alive: 8000
         del a
-        c = b.view(10, 100)[1:]  # a view is nothing new
+        c = b.view(10, 100)[1:]  # a view takes no memory
         c.add_(1)
-        return (b * 2).sum()  # b and its double: 8000, and the sum beside them
+        return (b * 2).sum()  # b and b * 2: 8000, and the sum: 4
     assert measure.peak_growth(fn, CPU) == 8004
     assert measure.peak_growth(lambda: [torch.zeros(1000) for _ in range(5)], CPU) == 20_000
 
@@ -421,7 +427,6 @@ def test_text_batches_are_text_moved_on_by_one_and_lively_models_have_no_zeros()
 
 
 @pytest.mark.parametrize("number, text", [(None, "-"), (0.5, "0.5"), (1234, "1.23K"), (541_000, "541K"),
-                                          (2.8587e9, "2.86G"),
-                                          (7.88e14, "788T"), (3e18, "3,000,000T")])
+                                          (2.8587e9, "2.86G"), (7.88e14, "788T"), (3e18, "3,000,000T")])
 def test_numbers_are_shown_for_people(number, text):
     assert measure.si(number) == text

@@ -29,7 +29,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """It never ends an answer by itself: among the five likeliest tokens there is no closing one."""
+    """It never ends an answer by itself: among the five most likely tokens there is no closing one."""
     model = small_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=96)
     with torch.no_grad():
         for name in SPECIAL_TOKENS:

@@ -136,7 +136,7 @@ def test_prompts_beyond_ten_rows_of_the_model_lose_their_beginning():
     question = Question([list(range(20)), list(range(12))], [18, 9], 0)
     assert cut_left(question, 20) is question
     assert cut_left(question, 10) == Question([list(range(10, 20)), list(range(2, 12))], [8, 7], 0)
-    # something must stand before what is judged
+    # something must be before what is judged
     assert cut_left(Question([list(range(20))], [3], None), 10).starts == [1]
 
 
@@ -184,7 +184,7 @@ def random_questions(seed, V=97):
     return questions
 
 
-def likeliest(model, questions):
+def most_likely(model, questions):
     """The same questions, every second one of language modelling with the model's own answer: some are then right."""
     for number, question in enumerate(question for question in questions if question.gold is None):
         if number % 2 == 0:
@@ -201,7 +201,7 @@ def test_batches_answer_as_one_prompt_at_a_time(seed, batch_tokens, monkeypatch)
     monkeypatch.setattr(core_eval, "MAX_LOGITS", 97 * 7)
     with torch.no_grad():
         model = small_model(seed, n_kv_head=1 if seed else 2)
-        questions = likeliest(model, random_questions(seed))
+        questions = most_likely(model, random_questions(seed))
         fast = score_questions(model, questions, batch_tokens)
         plain = [score_plain(model, question) for question in questions]
     assert {result.correct for result in plain} == {True, False}

@@ -289,7 +289,7 @@ def test_state_of_something_else_is_refused(text, change, message):
 def test_more_shards_may_come_during_the_first_pass(text):
     folder, _ = text
     paths = shard_paths("train", folder)
-    (folder / "source.json").unlink()  # as a download that goes on: the last shard is still validation
+    (folder / "source.json").unlink()  # as an unfinished download: the last shard is still validation
     last = paths.pop()
     hidden = last.with_suffix(".later")
     last.rename(hidden)

@@ -1,3 +1,5 @@
+"""nanochat/engine/: many prompts in one batch give the tokens of single rows; tool calls; limits and stop tokens."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ def engine(tokenizer):
 
 
 def plain_greedy(engine, prompt, max_tokens):
-    """The definition: the whole row through the model for each token; no cache, no tools."""
+    """The definition: a full forward pass over the whole row for each token, without a cache and without tools."""
     ids = list(prompt)
     for _ in range(max_tokens):
         with torch.no_grad():
@@ -52,12 +54,13 @@ def test_sampled_rows_equal_those_of_one_prompt_alone(engine, prompts, num_sampl
     together = engine.generate_many(prompts, num_samples, seed=seeds, batch_size=batch_size, **options)
     for prompt, own, rows in zip(prompts, seeds, together):
         alone = engine.generate_many([prompt], num_samples, seed=own, **options)[0]
-        assert [(row.tokens, row.mask, row.ended) for row in rows] == [(row.tokens, row.mask, row.ended) for row in alone]
+        wanted = [(row.tokens, row.mask, row.ended) for row in alone]
+        assert [(row.tokens, row.mask, row.ended) for row in rows] == wanted
         assert [list(tokens) for tokens, _ in engine.generate(prompt, num_samples, seed=own, **options)][0] == [
             row.tokens[0] for row in alone]
 
 
-def test_samples_are_drawn_each_on_its_own_from_the_first_token_and_a_seed_reproduces(engine):
+def test_samples_differ_from_the_first_token_and_a_seed_reproduces_them(engine):
     columns = list(engine.generate([1, 2, 3], num_samples=32, max_tokens=3, seed=7))
     assert len(set(columns[0][0])) > 3
     assert columns == list(engine.generate([1, 2, 3], num_samples=32, max_tokens=3, seed=7))
@@ -65,12 +68,13 @@ def test_samples_are_drawn_each_on_its_own_from_the_first_token_and_a_seed_repro
 
 
 def written(engine, tokens, max_tokens=99):
+    """Return a row whose model samples these tokens, with what the engine adds to them."""
     row = Row([0], max_tokens)
     for token in tokens:
         if row.ended:
             break
         while row._forced:
-            engine.take(row, 5)  # what is drawn meanwhile does not count
+            engine.take(row, 5)  # a forced token replaces what is sampled
         engine.take(row, token)
     while row._forced and not row.ended:
         engine.take(row, 5)
@@ -92,7 +96,8 @@ def test_the_calculator_answers_between_python_start_and_end(engine, tokenizer):
 
 
 def test_forced_tokens_count_towards_max_tokens_and_closing_tokens_end_a_row(engine, tokenizer):
-    start, end, stop = (tokenizer.encode_special(f"<|{name}|>") for name in ("python_start", "python_end", "assistant_end"))
+    names = ("python_start", "python_end", "assistant_end")
+    start, end, stop = (tokenizer.encode_special(f"<|{name}|>") for name in names)
     row = written(engine, [start, *tokenizer.encode("1+1"), end], max_tokens=6)
     assert row.ended == "length" and len(row.tokens) == 6 and row.mask[-1] == 0
     row = written(engine, [3, stop, 4])
@@ -100,11 +105,11 @@ def test_forced_tokens_count_towards_max_tokens_and_closing_tokens_end_a_row(eng
 
 
 def test_a_model_that_calls_the_tool_reads_the_tools_answer(tokenizer):
-    """A model taught that 12+30 is 99 is told by the calculator that it is 42, and copies neither blindly: it reads on
-    from 42."""
+    """A model trained to write 99 as the output of 12+30 gets 42, the calculator's output, and continues from it."""
     torch.manual_seed(0)
     model = small_model(1, vocab_size=tokenizer.get_vocab_size(), sequence_len=64)
-    parts = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "99"}, {"type": "text", "text": "done"}]
+    parts = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "99"},
+             {"type": "text", "text": "done"}]
     chat = {"messages": [{"role": "user", "content": "12+30?"}, {"role": "assistant", "content": parts}]}
     ids, _ = tokenizer.render_conversation(chat)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -136,8 +141,10 @@ def test_rows_that_have_ended_leave_the_batch(engine, monkeypatch):
     assert sizes[-1] < 40 and sizes[1:] == sorted(sizes[1:], reverse=True)
 
 
-@pytest.mark.parametrize("call, message", [({"tokens": []}, "empty"), ({"tokens": [1], "num_samples": 0}, "num_samples"),
-                                           ({"tokens": [1], "temperature": -1}, "temperature")])
+@pytest.mark.parametrize("call, message", [
+    ({"tokens": []}, "empty"), ({"tokens": [1], "num_samples": 0}, "num_samples"),
+    ({"tokens": [1], "temperature": -1}, "temperature"),
+])
 def test_impossible_requests_are_refused_in_words(engine, call, message):
     with pytest.raises(UserError, match=message):
         list(engine.generate(**call))

@@ -1,4 +1,4 @@
-"""The model against the published numbers, against a second implementation, and against itself through a cache."""
+"""The model against the published numbers, against a second implementation, and with a KV cache against without."""
 
 import glob
 import json
@@ -21,8 +21,8 @@ def golden(shared, name):
     folder = shared / "golden" / name
     meta = json.loads(open(glob.glob(f"{folder}/meta_*.json")[0]).read())
     model = GPT(GPTConfig(**meta["model_config"]))
-    cache = torch.load(glob.glob(f"{folder}/model_*.pt")[0], weights_only=True)
-    model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in cache.items()}, strict=True)
+    state = torch.load(glob.glob(f"{folder}/model_*.pt")[0], weights_only=True)
+    model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in state.items()}, strict=True)
     return model.eval(), np.load(folder / "expected.npz"), json.loads((folder / "expected.json").read_text()), folder
 
 
@@ -67,8 +67,9 @@ def test_golden_bits_per_byte(shared, name):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_greedy_decoding(shared, name):
     model, expected, _, _ = golden(shared, name)
+    greedy = {"temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1}
     for row in expected["greedy"].tolist():
-        assert list(model.generate(torch.tensor([row[:16]]), 40, temperature=0, top_k=0, top_p=1, repetition_penalty=1)) == row[16:]
+        assert list(model.generate(torch.tensor([row[:16]]), 40, **greedy)) == row[16:]
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_kv_head": 1}, {"n_kernel": 2}, {"n_kernel": 4}, {"layer_pattern": "AAAA"},
@@ -85,14 +86,15 @@ def test_model_equals_plain_twin(shape):
     twin_loss.backward()
     twins = dict(twin.named_parameters())
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, twins[name].grad, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(p.grad, twins[name].grad, rtol=1e-3, atol=2e-5,
+                                   msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_every_parameter_gets_a_gradient_within_two_steps():
     torch.manual_seed(0)
     model = GPT(GPTConfig(sequence_len=32, vocab_size=97, n_layer=4, n_head=2, n_kv_head=2, n_embd=32))
     moved = set()
-    for _ in range(3):  # zero head, then zero c_proj: the gradient works its way down in two steps
+    for _ in range(3):  # the head starts at zero, then c_proj: a layer below gets a gradient a step later
         ids = torch.randint(97, (4, 32))
         model(ids, ids.roll(-1, 1)).backward()
         moved |= {name for name, p in model.named_parameters() if p.grad.abs().sum() > 0}
@@ -109,7 +111,7 @@ def test_initialisation_is_the_published_one_and_the_taps_are_defined():
         model = GPT(GPTConfig(n_layer=2, n_embd=256, n_head=2, n_kv_head=2, vocab_size=500))
     model.to_empty(device="cpu")
     for p in model.parameters():
-        p.data.fill_(float("nan"))  # memory that held anything
+        p.data.fill_(float("nan"))  # uninitialised memory may hold anything
     model.init_weights()
     weights = {name: p.detach() for name, p in model.named_parameters()}
     assert not any(p.isnan().any() for p in weights.values())
@@ -121,18 +123,19 @@ def test_initialisation_is_the_published_one_and_the_taps_are_defined():
     assert taps.shape == (256, 1, 3) and taps.abs().max() <= 3 ** -0.5 and taps.std() == pytest.approx(1 / 3, rel=0.05)
 
 
-shapes = st.fixed_dictionaries({"n_kernel": st.integers(2, 4), "n_head": st.sampled_from([2, 4]), "n_kv_head": st.sampled_from([1, 2]),
-                                "n_layer": st.integers(1, 5), "slc_rate": st.integers(1, 4)})
+shapes = st.fixed_dictionaries({
+    "n_kernel": st.integers(2, 4), "n_head": st.sampled_from([2, 4]), "n_kv_head": st.sampled_from([1, 2]),
+    "n_layer": st.integers(1, 5), "slc_rate": st.integers(1, 4)})
 
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 9))
-def test_any_split_through_a_state_equals_one_full_forward(shape, B, chunks, seed):
+def test_any_split_through_a_cache_equals_one_full_forward(shape, B, chunks, seed):
     model = small_model(seed, **shape)
     ids = torch.randint(97, (B, sum(chunks)))
     with torch.no_grad():
         full = model(ids)
-        cache = model.new_cache(B, max_len=4)  # too small: it has to grow
+        cache = model.new_cache(B, max_len=4)  # too short: it has to grow
         parts = torch.cat([model(part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1)
     # float32 sums in another order: logits of ±15 agree to a few units in the fifth digit
     torch.testing.assert_close(parts, full, rtol=1e-4, atol=1e-4)
@@ -144,7 +147,7 @@ def test_rows_of_different_lengths_decode_as_if_alone(shape, lengths, batch_inva
     model = small_model(seed, **shape)
     rows = [torch.randint(97, (1, n + 3)) for n in lengths]
     with torch.no_grad():
-        joined = model.new_cache(1, max_len=2)  # too small in both: it has to grow
+        joined = model.new_cache(1, max_len=2)  # too few rows and too short: it has to grow
         joined.batch_invariant = batch_invariant
         for i, row in enumerate(rows):
             cache = model.new_cache(1, max_len=row.shape[1])
@@ -160,14 +163,14 @@ def test_rows_of_different_lengths_decode_as_if_alone(shape, lengths, batch_inva
 
 @settings(max_examples=25, deadline=None)
 @given(shapes, st.lists(st.lists(st.integers(1, 8), min_size=3, max_size=3), min_size=1, max_size=4), st.integers(0, 9))
-def test_padding_on_the_right_is_seen_by_nothing(shape, pieces, seed):
+def test_padding_on_the_right_changes_nothing(shape, pieces, seed):
     model = small_model(seed, **shape)
     rows = [torch.randint(97, (sum(lengths),)) for lengths in pieces]
     cache, done = model.new_cache(len(rows), max_len=4), [0] * len(rows)
     with torch.no_grad():
         for step in range(3):
             counts = [lengths[step] for lengths in pieces]
-            ids = torch.randint(97, (len(rows), max(counts)))  # what stands in the padding must not matter
+            ids = torch.randint(97, (len(rows), max(counts)))  # the ids in the padding must not matter
             for b, count in enumerate(counts):
                 ids[b, :count] = rows[b][done[b]:done[b] + count]
             x = model.hidden(ids, cache=cache, counts=counts)
@@ -184,7 +187,7 @@ def test_padding_on_the_right_is_seen_by_nothing(shape, pieces, seed):
         model(ids, counts=[0] * len(rows))
 
 
-def test_forked_and_selected_rows_go_on_by_themselves():
+def test_forked_and_selected_rows_are_independent():
     model = small_model()
     ids = torch.randint(97, (2, 9))
     with torch.no_grad():
@@ -198,11 +201,12 @@ def test_forked_and_selected_rows_go_on_by_themselves():
         got = model(last, cache=kept)
         whole = torch.cat([ids[[1, 0]], more[[3, 0]], last], dim=1)
         torch.testing.assert_close(got, model(whole)[:, -2:], rtol=1e-4, atol=1e-4)
-        assert cache.lengths == [9, 9] and kept.lengths == [16, 16]  # the first cache is as it was
-        torch.testing.assert_close(model(last, cache=cache), model(torch.cat([ids, last], 1))[:, -2:], rtol=1e-4, atol=1e-4)
+        assert cache.lengths == [9, 9] and kept.lengths == [16, 16]  # the first cache is unchanged
+        whole = torch.cat([ids, last], dim=1)
+        torch.testing.assert_close(model(last, cache=cache), model(whole)[:, -2:], rtol=1e-4, atol=1e-4)
 
 
-def test_state_holds_the_bytes_it_should():
+def test_the_cache_holds_the_bytes_it_should():
     config = GPTConfig.from_depth(20, vocab_size=65536, sequence_len=2048)
     with torch.device("meta"):
         model = GPT(config)
@@ -232,8 +236,9 @@ def test_bfloat16_compute_stays_near_float32_and_weights_stay_float32():
     assert (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
-@pytest.mark.parametrize("wrong", [{"n_layer": 0}, {"n_embd": 30, "n_head": 4}, {"n_head": 3, "n_kv_head": 2, "n_embd": 48},
-                                   {"layer_pattern": "SX"}, {"layer_pattern": "SA", "n_layer": 3}, {"vocab_size": 0}])
+@pytest.mark.parametrize("wrong", [
+    {"n_layer": 0}, {"n_embd": 30, "n_head": 4}, {"n_head": 3, "n_kv_head": 2, "n_embd": 48},
+    {"layer_pattern": "SX"}, {"layer_pattern": "SA", "n_layer": 3}, {"vocab_size": 0}])
 def test_impossible_shapes_are_refused_in_words(wrong):
     with pytest.raises(ValueError, match="n_|layer_pattern|vocab_size"):
         GPTConfig(**wrong)
@@ -258,7 +263,8 @@ def test_generate_takes_one_row_and_stops_before_the_closing_token():
 
 def test_a_model_that_has_generated_can_be_trained():
     model = small_model()
-    list(model.generate(torch.tensor([[1, 2]]), max_new_tokens=40))  # beyond sequence_len: tables are made anew
+    # beyond sequence_len: the rotary tables are made again
+    list(model.generate(torch.tensor([[1, 2]]), max_new_tokens=40))
     ids = torch.randint(97, (2, 40))
     model(ids, ids).backward()
     assert model.lm_head.weight.grad is not None

@@ -16,13 +16,13 @@ from nanochat.kernels.attention import FLASH3, NATIVE, PYTORCH, attend, attend_t
 from tests.helpers import small_model
 
 
-def draw(B, T, H, G, D, dtype, seed=0, device="cpu"):
+def random_inputs(B, T, H, G, D, dtype, seed=0, device="cpu"):
     """Return q, k, v, dy: columns of one tensor, as a joined projection gives them; q and k are normalised."""
     torch.manual_seed(seed)
     wide = torch.randn(B, T, (H + 2 * G) * D + 16)
     q, k, v = wide[..., :(H + 2 * G) * D].unflatten(-1, (-1, D)).split([H, G, G], dim=2)
     z = torch.cat([F.rms_norm(q, (D,)), F.rms_norm(k, (D,)), v], dim=2).flatten(2)
-    # rows longer than their columns: strides that nothing can take for contiguous
+    # rows are wider than their columns, so the strides cannot pass for contiguous
     z = F.pad(z, (0, 16)).to(device, dtype)
     dy = torch.randn(B, T, 2 * H, D).to(device, dtype)[:, :, ::2]
     q, k, v = z[..., :-16].unflatten(-1, (-1, D)).split([H, G, G], dim=2)
@@ -59,8 +59,8 @@ def test_attention_is_the_twin_in_training_and_evaluation_whether_the_crate_is_b
         T, window, dtype, built, monkeypatch):
     if not built:
         monkeypatch.setattr(cpu, "cpukernels", None)
-    q, k, v, dy = draw(2, T, 4, 2, 16, dtype)
-    with torch.inference_mode():  # first: what it keeps must do for training
+    q, k, v, dy = random_inputs(2, T, 4, 2, 16, dtype)
+    with torch.inference_mode():  # first, because what it caches must work in training too
         quiet = attend(q, k, v, causal=True, window=window)
     got, twin = (answers(way, q, k, v, dy, causal=True, window=window) for way in (attend, attend_twin))
     rtol = 0.05 if dtype == torch.bfloat16 else 1e-4
@@ -70,14 +70,14 @@ def test_attention_is_the_twin_in_training_and_evaluation_whether_the_crate_is_b
 
 
 def test_a_mask_says_which_keys_count():
-    q, k, v, _ = draw(2, 7, 4, 2, 16, torch.float32)
+    q, k, v, _ = random_inputs(2, 7, 4, 2, 16, torch.float32)
     mask = torch.rand(2, 1, 7, 7) < 0.5
     mask |= torch.eye(7, dtype=torch.bool)
     torch.testing.assert_close(attend(q, k, v, mask=mask), attend_twin(q, k, v, mask=mask))
 
 
 def test_what_makes_no_sense_is_refused():
-    q, k, v, _ = draw(1, 4, 2, 2, 8, torch.float32)
+    q, k, v, _ = random_inputs(1, 4, 2, 2, 8, torch.float32)
     for options in ({"causal": True, "mask": torch.ones(4, 4, dtype=torch.bool)}, {"window": 3},
                     {"causal": True, "window": 0}):
         with pytest.raises(ValueError):
@@ -90,7 +90,7 @@ def test_what_makes_no_sense_is_refused():
 
 @pytest.mark.parametrize("window", [1, 2, 5, 11, 64])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_window_through_the_state_is_one_full_forward(window, seed):
+def test_a_window_through_the_cache_is_one_full_forward(window, seed):
     model = small_model(seed, window=window, n_kv_head=1).double()
     torch.manual_seed(seed)
     ids = torch.randint(97, (3, 23))
@@ -180,7 +180,7 @@ def stand_in(monkeypatch, custom):
 def test_the_compiler_sees_flash_attention_3_or_goes_around_an_older_one(custom, monkeypatch):
     torch._dynamo.reset()
     calls = stand_in(monkeypatch, custom)
-    q, k, v, _ = draw(2, 9, 4, 2, 16, torch.bfloat16)
+    q, k, v, _ = random_inputs(2, 9, 4, 2, 16, torch.bfloat16)
     compiled = torch.compile(lambda q, k, v: attend(q * 2, k, v, causal=True) * 2, backend="eager", fullgraph=custom)
     assert torch.equal(compiled(q, k, v), attend_twin(q * 2, k, v, causal=True) * 2)
     assert calls == [(True, (-1, -1))]
@@ -188,7 +188,7 @@ def test_the_compiler_sees_flash_attention_3_or_goes_around_an_older_one(custom,
 
 def test_flash_attention_3_is_called_as_it_wants_to_be(monkeypatch):
     calls = stand_in(monkeypatch, custom=True)
-    q, k, v, dy = draw(2, 9, 4, 2, 16, torch.bfloat16)
+    q, k, v, dy = random_inputs(2, 9, 4, 2, 16, torch.bfloat16)
     assert path(q) == FLASH3 != path(q.float()) and path(q, mask=torch.ones(9, 9, dtype=torch.bool)) == PYTORCH
     assert path(q.new_zeros(1, 9, 2, 264)) != FLASH3
     for window, wanted in ((None, (-1, -1)), (1, (0, 0)), (4, (3, 0)), (9, (-1, -1))):
@@ -206,7 +206,7 @@ def test_the_path_of_a_gpu_errs_from_float64_as_the_twin_does(dtype, compiled):
     way = torch.compile(attend, dynamic=False) if compiled else attend
     for *shape, window in ((2, 256, 2, 2, 128, None), (3, 97, 4, 2, 64, None), (2, 515, 6, 2, 128, 100),
                            (1, 64, 2, 1, 32, 1)):
-        inputs = draw(*shape, dtype, device="cuda")
+        inputs = random_inputs(*shape, dtype, device="cuda")
         options = {"causal": True, "window": window}
         exact = answers(attend_twin, *(x.double() for x in inputs), **options)
         twin, got = far(answers(attend_twin, *inputs, **options), exact), far(answers(way, *inputs, **options), exact)

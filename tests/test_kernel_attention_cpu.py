@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(cpukernels is None, reason="cpukernels is not bu
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-def draw(B: int, T: int, H: int, G: int, D: int, dtype: torch.dtype) -> list[Tensor]:
+def random_inputs(B: int, T: int, H: int, G: int, D: int, dtype: torch.dtype) -> list[Tensor]:
     """Return q, k, v and dy, columns of wider tensors that are NaN elsewhere; scores have a few units."""
     torch.manual_seed(T + D)
     z = strided(torch.randn(B, T, (H + 2 * G) * D).to(dtype)).unflatten(-1, (-1, D))
@@ -51,7 +51,7 @@ SHAPES = [(1, 1, 2, 1, 8), (2, 5, 3, 3, 1), (1, 63, 4, 2, 16), (3, 64, 2, 2, 32)
 @pytest.mark.parametrize("B, T, H, G, D", SHAPES)
 def test_attention_and_its_gradients_are_as_exact_as_the_twins(B, T, H, G, D, dtype):
     for window in sorted({1, 2, 16, 37, 64, 65, T - 1, T, T + 9} - {0}) + [None]:
-        inputs = draw(B, T, H, G, D, dtype)
+        inputs = random_inputs(B, T, H, G, D, dtype)
         exact, twin = by_twin(inputs, window, torch.float64), by_twin(inputs, window, dtype)
         assert exact[0].isfinite().all()
         got = with_threads(1 + T % 2, partial(ours, inputs, window))
@@ -70,7 +70,7 @@ def test_attention_and_its_gradients_are_as_exact_as_the_twins(B, T, H, G, D, dt
 
 @both_dtypes
 def test_large_scores_neither_overflow_nor_lose_the_sum(dtype):
-    q, k, v, dy = draw(2, 150, 2, 1, 32, dtype)
+    q, k, v, dy = random_inputs(2, 150, 2, 1, 32, dtype)
     inputs = [q * 60, k * 60, v, dy]
     exact, twin = by_twin(inputs, None, torch.float64), by_twin(inputs, None, dtype)
     for name, a, b, c in zip(("y", "dq", "dk", "dv"), ours(inputs), twin, exact):
@@ -81,7 +81,7 @@ def test_large_scores_neither_overflow_nor_lose_the_sum(dtype):
 @both_dtypes
 @pytest.mark.parametrize("window", [None, 50])
 def test_number_of_threads_changes_no_bit(dtype, window):
-    inputs = draw(3, 200, 6, 2, 48, dtype)
+    inputs = random_inputs(3, 200, 6, 2, 48, dtype)
     one = with_threads(1, lambda: ours(inputs, window))
     for n in (2, 3, 5):
         assert same_bits(one, with_threads(n, lambda: ours(inputs, window)))
@@ -90,7 +90,7 @@ def test_number_of_threads_changes_no_bit(dtype, window):
 @both_dtypes
 @pytest.mark.parametrize("window", [None, 50])
 def test_row_alone_is_the_row_in_a_batch_and_a_beginning_alone_is_that_of_the_row(dtype, window):
-    inputs = draw(4, 200, 4, 2, 48, dtype)
+    inputs = random_inputs(4, 200, 4, 2, 48, dtype)
     together = ours(inputs, window)
     for b in range(4):
         assert same_bits([t[b:b + 1] for t in together], ours([t[b:b + 1] for t in inputs], window))
@@ -100,7 +100,7 @@ def test_row_alone_is_the_row_in_a_batch_and_a_beginning_alone_is_that_of_the_ro
 
 
 def test_strides_change_no_bit_and_inputs_stay_as_they_are():
-    inputs = draw(2, 70, 4, 2, 24, torch.bfloat16)
+    inputs = random_inputs(2, 70, 4, 2, 24, torch.bfloat16)
     dense = [t.contiguous() for t in inputs]
     kept = [t.clone() for t in inputs]
     by_head = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
@@ -109,7 +109,7 @@ def test_strides_change_no_bit_and_inputs_stay_as_they_are():
 
 
 def test_nan_reaches_those_who_see_it_and_no_block_before():
-    q, k, v, _ = draw(1, 200, 2, 2, 16, torch.float32)
+    q, k, v, _ = random_inputs(1, 200, 2, 2, 16, torch.float32)
     v = v.clone()
     v[0, 100, 0, 3] = float("nan")
     y, _ = attention.forward(q, k, v)
@@ -125,7 +125,7 @@ def test_nothing_in_nothing_out():
 
 
 def test_what_does_not_fit_together_is_refused():
-    q, k, v, dy = draw(1, 8, 4, 2, 8, torch.float32)
+    q, k, v, dy = random_inputs(1, 8, 4, 2, 8, torch.float32)
     y, sums = attention.forward(q, k, v)
     turned = k.transpose(2, 3).contiguous().transpose(2, 3)
     for wrong in ((q, k[:, :7], v), (q, k, v[..., :7]), (q[:, :, :3], k, v), (q, k.bfloat16(), v), (q, turned, v),
@@ -141,7 +141,7 @@ def test_what_does_not_fit_together_is_refused():
 
 @both_dtypes
 def test_attend_has_its_twins_gradients(dtype):
-    inputs = draw(2, 90, 4, 2, 16, dtype)
+    inputs = random_inputs(2, 90, 4, 2, 16, dtype)
     leaves = [t.detach().requires_grad_() for t in inputs[:3]]
     y = attend(*leaves, causal=True, window=33)
     assert same_bits([y.detach(), *torch.autograd.grad(y, leaves, inputs[3])], ours(inputs, 33)[:4])
@@ -150,14 +150,14 @@ def test_attend_has_its_twins_gradients(dtype):
 # ---- the decode step
 
 
-def one_by_twin(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
+def decode_by_twin(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
     first = [0 if window is None else max(0, n - window) for n in lengths]
     return torch.cat([attend_twin(q[b:b + 1], k[b:b + 1, i:n], v[b:b + 1, i:n])
                       for b, (i, n) in enumerate(zip(first, lengths))])
 
 
-def draw_one(lengths: list[int], H: int, G: int, D: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return a query a row, and keys and values in longer caches that are NaN from the rows' ends on."""
+def decode_inputs(lengths: list[int], H: int, G: int, D: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return one query for each row, and keys and values in longer caches that are NaN after each row's length."""
     torch.manual_seed(len(lengths) + D)
     q, k, v = (strided(torch.randn(len(lengths), n, heads * D).to(dtype)).unflatten(-1, (-1, D))
                for n, heads in ((1, H), (max(lengths) + 3, G), (max(lengths) + 3, G)))
@@ -169,19 +169,19 @@ def draw_one(lengths: list[int], H: int, G: int, D: int, dtype: torch.dtype) -> 
 @both_dtypes
 @pytest.mark.parametrize("lengths, H, G, D",
                          [([1], 1, 1, 1), ([1, 2, 15, 16, 17], 4, 2, 16), ([127, 128, 129], 3, 1, 13),
-                                              ([700, 1], 6, 6, 128), ([257, 400], 2, 2, 40)])
+                          ([700, 1], 6, 6, 128), ([257, 400], 2, 2, 40)])
 def test_decode_attention_is_as_exact_as_its_twin_and_reads_nothing_behind_the_row(lengths, H, G, D, dtype):
-    q, k, v = draw_one(lengths, H, G, D, dtype)
+    q, k, v = decode_inputs(lengths, H, G, D, dtype)
     for window in (None, 1, 5, 128, 300):
-        exact = one_by_twin(q.double(), k.double(), v.double(), lengths, window)
+        exact = decode_by_twin(q.double(), k.double(), v.double(), lengths, window)
         no_worse(with_threads(2, partial(decode_attention, q, k, v, lengths, window)),
-                 one_by_twin(q, k, v, lengths, window), exact)
+                 decode_by_twin(q, k, v, lengths, window), exact)
 
 
 @both_dtypes
-def test_decode_attention_hangs_on_nothing_but_its_row(dtype):
+def test_decode_attention_depends_on_nothing_but_its_row(dtype):
     lengths = [300, 1, 129, 515]
-    q, k, v = draw_one(lengths, 4, 2, 24, dtype)
+    q, k, v = decode_inputs(lengths, 4, 2, 24, dtype)
     for window in (None, 140):
         together = with_threads(1, partial(decode_attention, q, k, v, lengths, window))
         for n in (2, 3, 5):
@@ -192,7 +192,7 @@ def test_decode_attention_hangs_on_nothing_but_its_row(dtype):
 
 
 def test_decode_attention_refuses_lengths_that_the_buffer_lacks():
-    q, k, v = draw_one([5, 5], 2, 1, 8, torch.float32)
+    q, k, v = decode_inputs([5, 5], 2, 1, 8, torch.float32)
     for lengths in ([5], [5, 0], [5, 9]):
         with pytest.raises(ValueError, match="length"):
             decode_attention(q, k, v, lengths)

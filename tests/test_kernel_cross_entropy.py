@@ -76,7 +76,7 @@ def test_a_pass_gives_float64s_losses_and_gradient(softcapped, dtype, n, V, fact
     wanted, wanted_grad = exact(z, targets, factors)
     torch.testing.assert_close(losses.double(), wanted, rtol=2e-6, atol=2e-6)
     assert grad.dtype == dtype
-    # of what is written: the interpreter cuts off where hardware rounds
+    # of the written dtype: the interpreter truncates where hardware rounds
     rounding = 0.0 if dtype == torch.float32 else 2.0 ** -7
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=4e-6 + rounding, atol=1e-7)
     assert (losses[targets < 0] == 0).all() and (grad[targets < 0] == 0).all()
@@ -88,7 +88,7 @@ def test_a_pass_errs_no_more_than_the_twin(softcapped, spread):
     z, targets = torch.randn(8, 5003) * spread, torch.randint(5003, (8,))
     losses, grad = softcapped(z.clone(), targets, None, poison(8), True)
     wanted, twin = exact(z, targets, None), exact(z, targets, None, torch.float32)
-    # beside a target's −1 the rest is too small to be seen
+    # without the targets' entries, whose −1 would hide the error of the others
     others = torch.ones_like(grad).scatter_(1, targets.unsqueeze(1), 0)
     for got, plain, true in zip((losses, grad, grad * others), (*twin, twin[1] * others),
                                 (*wanted, wanted[1] * others)):

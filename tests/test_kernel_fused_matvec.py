@@ -24,12 +24,12 @@ def worst(run, N: int, K: int, dtype: torch.dtype, device: str = "cpu") -> float
     """Return the largest error of `run` against float64 over all kinds, as a share of the twin's."""
     shares = []
     for seed, (normed, activated, added) in enumerate(KINDS):
-        draw = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed)
         # NaN around the matrix
-        x, room = 3 * torch.randn(1, 1, K, generator=draw), torch.full((N + 3, K + 8), torch.nan)
-        room[1:N + 1, :K] = torch.randn(N, K, generator=draw) * K ** -0.5
+        x, room = 3 * torch.randn(1, 1, K, generator=rng), torch.full((N + 3, K + 8), torch.nan)
+        room[1:N + 1, :K] = torch.randn(N, K, generator=rng) * K ** -0.5
         x, weight = x.to(dtype).to(device), room.to(dtype).to(device)[1:N + 1, :K]
-        add = torch.randn(1, 1, N, generator=draw).to(dtype).to(device) if added else None
+        add = torch.randn(1, 1, N, generator=rng).to(dtype).to(device) if added else None
         wanted = exact(x, weight, add, normed, activated)
         got = run(x, weight, add, normed=normed, activated=activated)
         assert got.shape == (1, 1, N) and got.dtype == dtype

@@ -5,8 +5,7 @@ tests/test_kernel_slc2_triton.py has the GPU kernels, tests/test_kernels_cpu.py 
 
 import pytest
 import torch
-from hypothesis import given as drawn
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
@@ -40,9 +39,9 @@ def inputs(T: int = 7, K: int = 3, *, past: bool, dtype: torch.dtype = torch.flo
     return [z, taps, before if past else None]
 
 
-def gradients(y: torch.Tensor, given: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+def gradients(y: torch.Tensor, args: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
     dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    return torch.autograd.grad(y, [t for t in given if t is not None], dy)
+    return torch.autograd.grad(y, [t for t in args if t is not None], dy)
 
 
 def twin(z: torch.Tensor, taps: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
@@ -56,53 +55,53 @@ def mix(z: torch.Tensor, taps: torch.Tensor, past: torch.Tensor | None) -> torch
 @pytest.mark.parametrize("past", [False, True])
 @pytest.mark.parametrize("T, K", [(1, 3), (2, 4), (7, 1), (9, 2), (9, 3)])
 def test_it_and_its_gradients_are_the_twins_and_zero_in_the_padding(T, K, past):
-    given = inputs(T, K, past=past)
-    y, wanted = slc2_mix(*given, n_head=H, head_width=D), twin(*given)
+    args = inputs(T, K, past=past)
+    y, wanted = slc2_mix(*args, n_head=H, head_width=D), twin(*args)
     torch.testing.assert_close(y, wanted)
-    ours = gradients(y, given)
-    for got, like in zip(ours, gradients(wanted, given), strict=True):
+    ours = gradients(y, args)
+    for got, like in zip(ours, gradients(wanted, args), strict=True):
         torch.testing.assert_close(got, like)
     assert (ours[0][..., -PADDING:] == 0).all()
 
 
 def test_bfloat16_is_near_float64_with_taps_and_past_in_float32():
     z, taps, past = inputs(past=True)
-    given = [z.detach().bfloat16().requires_grad_(), taps, past]
-    exact = [t.detach().double().requires_grad_() for t in given]
-    y, wanted = slc2_mix(*given, n_head=H, head_width=D), twin(*exact)
+    args = [z.detach().bfloat16().requires_grad_(), taps, past]
+    exact = [t.detach().double().requires_grad_() for t in args]
+    y, wanted = slc2_mix(*args, n_head=H, head_width=D), twin(*exact)
     assert y.dtype == torch.bfloat16
-    for got, like, of in zip((y, *gradients(y, given)), (wanted, *gradients(wanted, exact)), (y, *given), strict=True):
+    for got, like, of in zip((y, *gradients(y, args)), (wanted, *gradients(wanted, exact)), (y, *args), strict=True):
         assert got.dtype == of.dtype and (got.double() - like).norm() < 0.01 * like.norm()
 
 
 @pytest.mark.parametrize("past", [False, True])
 def test_the_operator_is_well_made_and_compiles_whole(past):
-    given = inputs(past=past)
-    torch.library.opcheck(torch.ops.nanochat.slc2_mix, (*given, H, D))
-    y = torch.compile(mix, fullgraph=True, backend="aot_eager")(*given)
-    torch.testing.assert_close(y, mix(*given))
-    for got, like in zip(gradients(y, given), gradients(twin(*given), given), strict=True):
+    args = inputs(past=past)
+    torch.library.opcheck(torch.ops.nanochat.slc2_mix, (*args, H, D))
+    y = torch.compile(mix, fullgraph=True, backend="aot_eager")(*args)
+    torch.testing.assert_close(y, mix(*args))
+    for got, like in zip(gradients(y, args), gradients(twin(*args), args), strict=True):
         torch.testing.assert_close(got, like)
     compiled = torch.compile(lambda *t: slc2_mix(*t, n_head=H, head_width=D), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*given), y)
+    torch.testing.assert_close(compiled(*args), y)
 
 
 def test_it_can_be_checkpointed_and_keeps_only_its_inputs():
-    given, kept = inputs(past=True), []
-    y = checkpoint(mix, *given, use_reentrant=False)
-    for got, like in zip(gradients(y, given), gradients(twin(*given), given), strict=True):
+    args, kept = inputs(past=True), []
+    y = checkpoint(mix, *args, use_reentrant=False)
+    for got, like in zip(gradients(y, args), gradients(twin(*args), args), strict=True):
         torch.testing.assert_close(got, like)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        mix(*given)
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in given}
+        mix(*args)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in args}
 
 
 def test_any_strides_are_taken():
     z, taps, past = inputs(past=True)
-    given = [z.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(), taps, past]
-    y = slc2_mix(*given, n_head=H, head_width=D)
+    args = [z.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(), taps, past]
+    y = slc2_mix(*args, n_head=H, head_width=D)
     torch.testing.assert_close(y, twin(z, taps, past))
-    for got, like in zip(torch.autograd.grad(y.sum(), given), torch.autograd.grad(twin(*given).sum(), given),
+    for got, like in zip(torch.autograd.grad(y.sum(), args), torch.autograd.grad(twin(*args).sum(), args),
                          strict=True):
         torch.testing.assert_close(got, like)
 
@@ -119,10 +118,10 @@ def test_a_projection_too_narrow_is_refused():
         slc2_mix(torch.randn(2, 7, 2 * E), torch.randn(E, 3), n_head=H, head_width=D)
 
 
-@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
-def test_a_step_is_its_twins_and_moves_the_memory_on(state):
+@pytest.mark.parametrize("past_dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_its_twins_and_moves_the_past_on(past_dtype):
     z, taps, past = inputs(1, past=True)
-    ours, its = past.detach().to(state, copy=True), past.detach().to(state, copy=True)
+    ours, its = past.detach().to(past_dtype, copy=True), past.detach().to(past_dtype, copy=True)
     with torch.no_grad():
         parts = split_columns(z, H, D)[:4]
         torch.testing.assert_close(slc2_step(*parts, taps, ours), slc2_step_twin(*parts, taps, its), rtol=1e-2,
@@ -131,7 +130,7 @@ def test_a_step_is_its_twins_and_moves_the_memory_on(state):
 
 
 @settings(max_examples=30, deadline=None)
-@drawn(B=st.integers(1, 3), T=st.integers(1, 9), H=st.integers(1, 3), D=st.integers(1, 5), K=st.integers(1, 4),
+@given(B=st.integers(1, 3), T=st.integers(1, 9), H=st.integers(1, 3), D=st.integers(1, 5), K=st.integers(1, 4),
        seed=st.integers(0, 99))
 def test_slc2_mix_and_its_backward_are_those_of_the_twin(B, T, H, D, K, seed):
     torch.manual_seed(seed)
@@ -168,12 +167,13 @@ def test_slc2_core_is_the_formula_written_out():
 
 
 @settings(max_examples=40, deadline=None)
-@drawn(B=st.integers(1, 3), E=st.integers(1, 9), K=st.integers(1, 4),
+@given(B=st.integers(1, 3), E=st.integers(1, 9), K=st.integers(1, 4),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-       state=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99))
-def test_the_causal_conv_step_is_its_twins_to_the_last_bit(B, E, K, dtype, state, seed):
+       past_dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99))
+def test_the_causal_conv_step_is_its_twins_to_the_last_bit(B, E, K, dtype, past_dtype, seed):
     torch.manual_seed(seed)
-    u, taps, room = torch.randn(B, 1, E).to(dtype), torch.randn(E, K).to(dtype), torch.randn(B + 1, K - 1, E).to(state)
+    u, taps = torch.randn(B, 1, E).to(dtype), torch.randn(E, K).to(dtype)
+    room = torch.randn(B + 1, K - 1, E).to(past_dtype)
     ours, theirs = room.clone(), room.clone()
     assert torch.equal(causal_conv_step(u, taps, ours[:B]), causal_conv_step_twin(u, taps, theirs[:B]))
-    assert torch.equal(ours, theirs) and torch.equal(ours[B], room[B]), "another row's memory was written"
+    assert torch.equal(ours, theirs) and torch.equal(ours[B], room[B]), "another row's past was written"

@@ -77,21 +77,20 @@ def test_the_kernels_compile_for_hopper_without_a_gpu():
     assert [line.split()[0] for line in in_process(D20_ON_HOPPER).splitlines()] == ["_forward", "_backward", "_step"]
 
 
-def case(draw: st.DataObject, *, T: st.SearchStrategy) -> tuple[dict, torch.Tensor]:
+def case(data: st.DataObject, *, T: st.SearchStrategy) -> tuple[dict, torch.Tensor]:
     """Return random inputs, columns of one wider tensor, with a past or None, and dy."""
-    B, T, H, D, K, seed = (draw.draw(s, label) for s, label in (
+    B, T, H, D, K, seed = (data.draw(s, label) for s, label in (
         (st.integers(1, 3), "B"), (T, "T"), (st.integers(1, 3), "H"), (st.sampled_from([1, 3, 8, 40]), "D"),
-        (st.integers(1, 4), "K"),
-        (st.integers(0, 999), "seed")))
-    dtype, other = (draw.draw(st.sampled_from([torch.float32, torch.bfloat16])) for _ in range(2))
+        (st.integers(1, 4), "K"), (st.integers(0, 999), "seed")))
+    dtype, other = (data.draw(st.sampled_from([torch.float32, torch.bfloat16])) for _ in range(2))
     torch.manual_seed(seed)
     E = H * D
     z = torch.randn(B, T, 2 * E + D + H + 5).to(dtype).to(DEVICE)
     x, gate, A, alpha, _ = z.split([E, E, D, H, 5], dim=-1)
-    if draw.draw(st.booleans(), "transposed"):
+    if data.draw(st.booleans(), "transposed"):
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
     taps = torch.randn(E, K).to(other).to(DEVICE)
-    past = torch.randn(B, K - 1, E).to(other).to(DEVICE) if draw.draw(st.booleans(), "past") else None
+    past = torch.randn(B, K - 1, E).to(other).to(DEVICE) if data.draw(st.booleans(), "past") else None
     return {"x": x, "B": gate, "A": A, "alpha": alpha, "taps": taps,
             "past": past}, torch.randn(B, T, E).to(dtype).to(DEVICE)
 
@@ -119,9 +118,9 @@ def twin_of(inputs: dict, dy: torch.Tensor | None, dtype: torch.dtype) -> dict[s
 @runs
 @settings(max_examples=10, deadline=None, phases=[Phase.generate])
 @given(st.data())
-def test_forward_and_backward_are_as_near_to_float64_as_the_twin(draw):
+def test_forward_and_backward_are_as_near_to_float64_as_the_twin(data):
     from nanochat.kernels.slc2 import triton as slc2
-    inputs, dy = case(draw, T=st.sampled_from([1, 2, 3, 5, 17, 29]))
+    inputs, dy = case(data, T=st.sampled_from([1, 2, 3, 5, 17, 29]))
     x, past = inputs["x"], inputs["past"]
     twin, exact = (twin_of(inputs, dy, dtype) for dtype in (x.dtype, torch.float64))
     close("y", slc2.forward(**inputs), twin["y"], exact["y"])
@@ -142,9 +141,9 @@ def test_forward_and_backward_are_as_near_to_float64_as_the_twin(draw):
 @runs
 @settings(max_examples=10, deadline=None, phases=[Phase.generate])
 @given(st.data())
-def test_the_step_is_as_near_to_float64_as_the_twin_and_moves_its_memory_on(draw):
+def test_the_step_is_as_near_to_float64_as_the_twin_and_moves_its_past_on(data):
     from nanochat.kernels.slc2 import triton as slc2
-    inputs, _ = case(draw, T=st.just(1))
+    inputs, _ = case(data, T=st.just(1))
     if inputs["past"] is None:
         inputs["past"] = torch.zeros(inputs["x"].shape[0], inputs["taps"].shape[1] - 1, inputs["x"].shape[2],
                                      device=DEVICE)
@@ -163,7 +162,7 @@ def test_the_step_is_as_near_to_float64_as_the_twin_and_moves_its_memory_on(draw
 
 @has_triton
 @runs
-def test_chunks_behind_each_others_memory_are_one_sequence():
+def test_chunks_that_continue_each_others_past_are_one_sequence():
     from nanochat.kernels.slc2 import triton as slc2
     torch.manual_seed(0)
     x, B, A, alpha, taps = (torch.randn(*shape, device=DEVICE)
@@ -181,7 +180,7 @@ def test_chunks_behind_each_others_memory_are_one_sequence():
 @runs
 def test_many_programs_add_up_the_gradient_of_the_taps(monkeypatch):
     from nanochat.kernels.slc2 import triton as slc2
-    monkeypatch.setattr(slc2, "SUMS", 2)  # each goes through several stretches of time
+    monkeypatch.setattr(slc2, "SUMS", 2)  # each program goes through several ranges of time
     torch.manual_seed(0)
     inputs = dict(zip(("x", "B", "A", "alpha", "taps"),
                       (torch.randn(*shape, device=DEVICE)

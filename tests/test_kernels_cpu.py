@@ -212,15 +212,15 @@ def test_slc2_takes_taps_and_past_of_another_dtype(dtype):
 def test_slc2_in_pieces_is_slc2_in_one_to_the_last_bit():
     x, B, A, alpha, taps, past = slc2_inputs(2, 150, 2, 12, 3, torch.float32, True)
     whole = slc2_cpu.forward(x, B, A, alpha, taps, past)
-    state, pieces = past.clone(), []
+    running_past, pieces = past.clone(), []
     for cut in (slice(0, 70), *(slice(t, t + 1) for t in range(70, 80)), slice(80, 150)):
         piece = [t[:, cut] for t in (x, B, A, alpha)]
         if cut.stop - cut.start == 1:
-            pieces.append(slc2_cpu.step(*piece, taps, state))
+            pieces.append(slc2_cpu.step(*piece, taps, running_past))
         else:
-            pieces.append(slc2_cpu.forward(*piece, taps, state))
-            state = torch.cat([state, gated_input(*(t.double() for t in (piece[0], piece[2], piece[3]))).float()],
-                              dim=1)[:, -2:]
+            pieces.append(slc2_cpu.forward(*piece, taps, running_past))
+            inputs = gated_input(*(t.double() for t in (piece[0], piece[2], piece[3]))).float()
+            running_past = torch.cat([running_past, inputs], dim=1)[:, -2:]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=2e-6, atol=2e-6)
 
 
@@ -228,13 +228,13 @@ def test_slc2_in_pieces_is_slc2_in_one_to_the_last_bit():
 @pytest.mark.parametrize("K", [1, 2, 3, 4])
 def test_step_is_the_last_row_of_forward_and_moves_the_past_on(dtype, K, threads):
     x, B, A, alpha, taps, past = slc2_inputs(5, 8, 3, 17, K, dtype, True)
-    state = strided(past.float())
+    running_past = strided(past.float())
     for t in range(8):
-        y = slc2_cpu.step(*(a[:, t:t + 1] for a in (x, B, A, alpha)), taps, state)
+        y = slc2_cpu.step(*(a[:, t:t + 1] for a in (x, B, A, alpha)), taps, running_past)
         assert same_bits([y[:, 0]],
                          [slc2_cpu.forward(*(a[:, :t + 1] for a in (x, B, A, alpha)), taps, past)[:, -1].contiguous()])
     u = gated_input(*(a.double() for a in (x, A, alpha)))
-    torch.testing.assert_close(state.double(), torch.cat([past.double(), u], dim=1)[:, 8:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(running_past.double(), torch.cat([past.double(), u], dim=1)[:, 8:], rtol=1e-6, atol=1e-6)
     half = past.to(torch.bfloat16, copy=True)
     slc2_cpu.step(*(a[:, :1] for a in (x, B, A, alpha)), taps, half)
     expected = torch.cat([past.double(), u[:, :1]], dim=1)[:, 1:]
@@ -312,9 +312,9 @@ def everything(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
     gradients = cpu_gradients(part, dy)
     heads = dy.unflatten(2, (2, 40))
     angles = torch.randn(150, 20)
-    state = part[5].clone()
-    step = slc2_cpu.step(*(t[:, :1] for t in part[:4]), part[4], state)
-    results = [slc2_cpu.forward(*part), *gradients[:4], gradients[5], z, losses, step, state,
+    running_past = part[5].clone()
+    step = slc2_cpu.step(*(t[:, :1] for t in part[:4]), part[4], running_past)
+    results = [slc2_cpu.forward(*part), *gradients[:4], gradients[5], z, losses, step, running_past,
                rms_norm_cpu.forward(dy), rms_norm_cpu.backward(dy, part[0]),
                rope_norm_cpu.forward(heads, angles.cos(), angles.sin()),
                rope_norm_cpu.backward(heads, heads + 1, angles.cos(), angles.sin()),
@@ -373,7 +373,7 @@ def test_rope_norm_has_its_twins_gradient(dtype):
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_kernels_stand_back_where_something_else_is_at_work():
+def test_kernels_are_not_used_for_what_they_do_not_support_or_under_tracing():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     x = torch.randn(4, 8)
@@ -388,18 +388,18 @@ def test_kernels_stand_back_where_something_else_is_at_work():
 
 def test_an_operation_has_the_kernels_of_its_folder_and_none_while_the_compiler_traces():
     x = torch.randn(4, 8)
-    assert dispatch.fused("slc2", "step",
-                          x) is slc2_cpu.step and dispatch.fused("relu2", "relu_squared", x) is relu2_cpu.relu_squared
+    assert dispatch.fused("slc2", "step", x) is slc2_cpu.step
+    assert dispatch.fused("relu2", "relu_squared", x) is relu2_cpu.relu_squared
     assert dispatch.fused("fused_matvec", "fused_matvec", x) is None, "it has no kernel for CPUs"
-    assert dispatch.fused("decode_attention", "append_and_attend",
-                          x) is None and dispatch.fused("slc2", "step", x.double()) is None
+    assert dispatch.fused("decode_attention", "append_and_attend", x) is None
+    assert dispatch.fused("slc2", "step", x.double()) is None
 
     def answer(x: Tensor) -> Tensor:
         return x + (dispatch.fused("slc2", "step", x) is None)
     assert torch.equal(torch.compile(answer, backend="eager", fullgraph=True)(x), x + 1)
 
 
-def test_without_the_crate_all_goes_on_in_pytorch(monkeypatch):
+def test_without_the_crate_all_runs_in_pytorch(monkeypatch):
     x, rope = torch.randn(2, 3, 2, 8), (torch.randn(3, 4), torch.randn(3, 4))
     monkeypatch.setattr(cpu, "cpukernels", None)
     assert not cpu.ready(x)

@@ -1,4 +1,4 @@
-"""Tests of what both mixers are made of."""
+"""nanochat/layers.py: one product of several matrices, and its gradients."""
 
 import pytest
 import torch
@@ -34,10 +34,11 @@ def test_each_matrix_gets_its_own_gradient(dtype):
     torch.testing.assert_close(h.grad.double(), exact, **tolerance)
     for up, layer in zip(upstream, layers):
         assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.is_contiguous()
-        torch.testing.assert_close(layer.weight.grad.double(), torch.einsum("btn,bte->ne", up.double(), exact_h), **tolerance)
+        expected = torch.einsum("btn,bte->ne", up.double(), exact_h)
+        torch.testing.assert_close(layer.weight.grad.double(), expected, **tolerance)
 
 
-def test_a_matrix_that_is_not_used_behind_the_product_gets_a_zero_gradient():
+def test_a_matrix_whose_output_is_not_used_gets_a_zero_gradient():
     layers, h = layers_of(8, 4), torch.randn(2, 3, 24)
     project(h, *layers)[0].sum().backward()
     assert layers[0].weight.grad.any() and not layers[1].weight.grad.any()

@@ -101,7 +101,6 @@ def rates(**given: float) -> dict[str, OptimizerGroup]:
 
 
 # --- the arithmetic
-# ----------------------------------------------------------------------------------------------------
 
 def plain_newton_schulz(g: torch.Tensor) -> torch.Tensor:
     """Muon's iteration, one matrix, in float64."""
@@ -216,7 +215,6 @@ def test_a_gradient_that_is_not_finite_is_told_and_changes_no_weight(bad):
 
 
 # --- groups
-# ------------------------------------------------------------------------------------------------------------
 
 def test_every_parameter_is_in_the_group_and_at_the_rate_of_the_recipe():
     gpt = pytest.importorskip("nanochat.gpt")
@@ -272,7 +270,6 @@ def test_parameters_given_twice_or_not_in_float32_are_refused():
 
 
 # --- state
-# -------------------------------------------------------------------------------------------------------------
 
 def test_state_that_is_not_of_this_model_is_refused_and_changes_nothing():
     model = tiny()
@@ -312,7 +309,6 @@ def same_state(got: dict, expected: dict, **tolerance: float) -> None:
 
 
 # --- ranks
-# -------------------------------------------------------------------------------------------------------------
 
 def scenario(ranks: Ranks, folder: str) -> None:
     """What each rank r of n does; results go to folder/n-r.pt. n = 3 also loads what n = 2 saved, n = 1 both."""

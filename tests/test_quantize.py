@@ -1,4 +1,4 @@
-"""Weights of 8 bits: near the matrix, right in every corner, and the same for a row whoever is beside it. Joined
+"""Int8 weights are close to the matrix, right for zeros, NaN and large numbers, and batch-invariant; joined
 projections."""
 
 import copy
@@ -11,7 +11,13 @@ from bench.decode import Endless
 from nanochat import loading
 from nanochat.attention import Attention
 from nanochat.engine import Batch, Engine, Row, invariant_rows, quantize
-from nanochat.engine.quantize import QuantLinear, cpu_has_exact_int8_product, int8_product, int8_product_twin, quantize_rows
+from nanochat.engine.quantize import (
+    QuantLinear,
+    cpu_has_exact_int8_product,
+    int8_product,
+    int8_product_twin,
+    quantize_rows,
+)
 from nanochat.errors import UserError
 from nanochat.kernels import cross_entropy
 from nanochat.layers import Linear, join, project
@@ -19,15 +25,16 @@ from nanochat.loading import model_from_state, ready_to_decode
 from nanochat.sampling import Settings
 from tests.helpers import small_model
 
-exact_cpu = pytest.mark.skipif(not cpu_has_exact_int8_product(), reason="torch multiplies no int8 matrices exactly on this CPU")
+exact_cpu = pytest.mark.skipif(not cpu_has_exact_int8_product(),
+                               reason="torch multiplies no int8 matrices exactly on this CPU")
 
 
-def whole_numbers(*shape, seed=0):
+def random_int8(*shape, seed=0):
     return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
 
 
 def quantised(N, K, seed=0):
-    """(a QuantLinear of a random matrix, the matrix)"""
+    """Return a QuantLinear of a random matrix (N, K), and the matrix."""
     torch.manual_seed(seed)
     linear = Linear(K, N)
     return QuantLinear.of(linear).eval(), linear
@@ -35,7 +42,7 @@ def quantised(N, K, seed=0):
 
 @contextmanager
 def product_of_torch(monkeypatch, product):
-    """torch's product of int8 matrices is another one, and what is known of it is forgotten before and after."""
+    """Replace torch's product of int8 matrices, and clear the cached test of it before and after."""
     cpu_has_exact_int8_product.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "_int_mm", product)
@@ -44,9 +51,10 @@ def product_of_torch(monkeypatch, product):
 
 
 @exact_cpu
-@pytest.mark.parametrize("M, N, K", [(1, 768, 768), (1, 6, 768), (2, 97, 33), (7, 1, 1), (8, 64, 3072), (17, 33, 7), (64, 128, 40)])
+@pytest.mark.parametrize("M, N, K", [(1, 768, 768), (1, 6, 768), (2, 97, 33), (7, 1, 1), (8, 64, 3072), (17, 33, 7),
+                                     (64, 128, 40)])
 def test_the_product_of_whole_numbers_is_exact(M, N, K):
-    x, weight = whole_numbers(M, K), whole_numbers(N, K, seed=1)
+    x, weight = random_int8(M, K), random_int8(N, K, seed=1)
     x[0], weight[0] = 127, -127  # the largest sum there is
     wanted = x.double() @ weight.double().T
     assert torch.equal(int8_product(x, weight).double(), wanted)
@@ -60,7 +68,7 @@ def test_a_product_of_torch_that_is_wrong_or_missing_is_not_used(monkeypatch):
     def missing(x, weight):
         raise NotImplementedError
 
-    x, weight = whole_numbers(3, 64), whole_numbers(5, 64, seed=1)
+    x, weight = random_int8(3, 64), random_int8(5, 64, seed=1)
     for product in (saturates, missing):
         with product_of_torch(monkeypatch, product):
             assert not cpu_has_exact_int8_product()
@@ -96,7 +104,7 @@ def test_zeros_large_numbers_and_nan_come_out_as_they_should():
 
 @exact_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_the_same_to_the_last_bit_whoever_is_beside_it(dtype):
+def test_a_row_does_not_depend_on_other_rows_to_the_last_bit(dtype):
     for N, K in ((64, 96), (97, 768), (768, 768)):
         quant, _ = quantised(N, K)
         rows = torch.randn(40, K).to(dtype)
@@ -108,7 +116,7 @@ def test_a_row_is_the_same_to_the_last_bit_whoever_is_beside_it(dtype):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_rows_of_joined_matrices_are_the_same_in_any_multiple_of_the_rows_that_the_cpu_needs(kind):
-    """What a batch-invariant Batch builds on, with the product that projections are joined to."""
+    """A batch-invariant Batch depends on this, with the product that the projections are joined to."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     layers = [Linear(256, n).to(dtype) for n in (256, 128, 4)]
@@ -136,8 +144,9 @@ def test_joined_matrices_keep_names_and_numbers_and_follow_what_is_written(kind)
     def together():
         with torch.no_grad():
             return list(project(x, *layers))
-    for layer, state in zip(layers, before):
-        assert list(layer.state_dict()) == list(state) and all(torch.equal(layer.state_dict()[name], state[name]) for name in state)
+    for layer, wanted in zip(layers, before):
+        state = layer.state_dict()
+        assert list(state) == list(wanted) and all(torch.equal(state[name], wanted[name]) for name in wanted)
         assert len(list(layer.modules())) == 1
     calls = []
     hook = layers[0].joined[0].register_forward_hook(lambda *args: calls.append(1))
@@ -147,7 +156,7 @@ def test_joined_matrices_keep_names_and_numbers_and_follow_what_is_written(kind)
     layers[1].load_state_dict({name: torch.zeros_like(tensor) for name, tensor in before[1].items()})
     assert not together()[1].any() and together()[0].any() and len(calls) == 3
     hook.remove()
-    for layer in layers:  # elsewhere in memory: each by itself again
+    for layer in layers:  # moved in memory: each has its own product again
         for tensor in (*layer.parameters(), *layer.buffers()):
             tensor.data = tensor.data.clone()
     torch.testing.assert_close(together()[2], apart[2])
@@ -162,7 +171,6 @@ def test_a_gradient_reaches_each_joined_matrix():
 
 
 # --- whole models
-# ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def bfloat16(monkeypatch):
@@ -187,17 +195,18 @@ def test_a_quantised_model_has_int8_matrices_and_nearly_the_same_losses(monkeypa
     got = quant(ids, targets, loss_reduction="none")
     assert got.shape == losses.shape and not got[31::32].any()
     torch.testing.assert_close(got.sum() / 124, quant(ids, targets))
-    torch.testing.assert_close(quant(ids, targets, loss_reduction="sum", factors=torch.full((4, 32), 2.0)), 2 * got.sum())
+    doubled = quant(ids, targets, loss_reduction="sum", factors=torch.full((4, 32), 2.0))
+    torch.testing.assert_close(doubled, 2 * got.sum())
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 97 * 5)
     torch.testing.assert_close(quant(ids, targets, loss_reduction="none"), got)
 
 
 @pytest.mark.parametrize("way", ["none", "int8"])
-def test_a_model_ready_to_decode_gives_the_same_through_a_state(way):
+def test_a_model_ready_to_decode_gives_the_same_through_a_cache(way):
     model = ready_to_decode(small_model(n_layer=5, n_kv_head=1), way)
     ids = torch.randint(97, (3, 12))
-    state = model.new_cache(3)
-    parts = [model(part, cache=state) for part in ids.split((5, 1, 1, 2, 1, 1, 1), dim=1)]
+    cache = model.new_cache(3)
+    parts = [model(part, cache=cache) for part in ids.split((5, 1, 1, 2, 1, 1, 1), dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=1e-3, atol=1e-3)
 
 
@@ -216,11 +225,12 @@ def test_ready_to_decode_means_weights_in_the_dtype_they_are_used_in(bfloat16):
 
 @exact_cpu
 @pytest.mark.parametrize("way", ["none", "int8"])
-def test_an_exact_batch_gives_each_row_what_it_gets_alone_to_the_last_bit(bfloat16, way):
+def test_a_batch_invariant_batch_gives_each_row_what_it_gets_alone_to_the_last_bit(bfloat16, way):
     engine = Engine(ready_to_decode(small_model(n_layer=5, n_embd=64, sequence_len=64), way), Endless())
 
     def scores(prompts):
-        batch, rows = Batch(engine, batch_invariant=True), [Row(prompt, 9, Settings(seed=3), logprobs=3) for prompt in prompts]
+        batch = Batch(engine, batch_invariant=True)
+        rows = [Row(prompt, 9, Settings(seed=3), logprobs=3) for prompt in prompts]
         for row in rows:
             batch.add_prompts([row])
         while batch.rows:
@@ -239,7 +249,7 @@ def test_a_quantised_model_cannot_be_trained():
         model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()
 
 
-def test_a_quantised_state_is_no_checkpoint_of_a_plain_model():
+def test_quantised_weights_are_no_checkpoint_of_a_plain_model():
     model = small_model()
     with pytest.raises(UserError, match="not expected: .*scale"):
         model_from_state(model.config.to_dict(), ready_to_decode(copy.deepcopy(model), "int8").state_dict())
@@ -257,7 +267,8 @@ def test_all_projections_of_one_input_are_joined():
         whole, = parts[0].joined
         rows = sum(part.weight.shape[0] for part in parts)
         assert len(parts) == (3 if isinstance(block.attn, Attention) else 4)
-        assert rows <= whole.weight.shape[0] < rows + 16 and whole.weight.shape[0] % 16 == 0 and not whole.weight[rows:].any()
+        assert rows <= whole.weight.shape[0] < rows + 16 and whole.weight.shape[0] % 16 == 0
+        assert not whole.weight[rows:].any()
 
 
 def test_rounding_is_to_the_nearest_of_255_steps():

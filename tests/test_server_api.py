@@ -120,8 +120,8 @@ def test_log_probabilities_are_those_of_a_plain_forward(client, loaded):
         logp = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
         top = logp.topk(3)
         assert [other.logprob for other in entry.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-4)
-        likeliest = [tokenizer.decode_bytes([id]) for id in top.indices.tolist()]
-        assert [bytes(other.bytes) for other in entry.top_logprobs] == likeliest
+        most_likely = [tokenizer.decode_bytes([id]) for id in top.indices.tolist()]
+        assert [bytes(other.bytes) for other in entry.top_logprobs] == most_likely
         assert entry.logprob == pytest.approx(float(logp.max()), abs=1e-4)
         ids.append(int(logp.argmax()))
     streamed = client.chat.completions.create(model="sft", messages=ask(), max_tokens=6, temperature=0, logprobs=True,

@@ -130,7 +130,7 @@ def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path
 
 def test_a_stage_that_fails_ends_the_run_and_says_how_to_go_on():
     with pytest.raises(UserError, match="nanochat.dataset ended with exit code 2; "
-                                        "mend what it says, then `bash speedrun.sh` goes on"):
+                                        "mend what it says, then `bash speedrun.sh` resumes"):
         speedrun.execute(Command("text", "nanochat.dataset", ("small-world", "--nonsense")))
 
 

@@ -1,5 +1,5 @@
-"""mid_train, chat_sft, chat_rl and chat_eval from end to end on a tiny model: they go on bit for bit, and say what is
-wrong."""
+"""mid_train, chat_sft, chat_rl and chat_eval from end to end on a tiny model: they resume bit for bit, and refuse wrong
+flags and checkpoints in one clear line."""
 
 import json
 import os
@@ -25,20 +25,20 @@ from tests.test_distributed import start_ranks
 from tests.test_tasks_hub import HUMANEVAL_ROW, mirror  # noqa: F401 (fixture)
 from tests.test_training import TINY, assert_same
 
-MID = ["--device-type=cpu", "--max-seq-len=128", "--device-batch-size=2", "--total-batch-size=512", "--num-iterations=6", "--save-every=3",
-       "--eval-every=-1", "--eval-tokens=1000"]
+MID = ["--device-type=cpu", "--max-seq-len=128", "--device-batch-size=2", "--total-batch-size=512",
+       "--num-iterations=6", "--save-every=3", "--eval-every=-1", "--eval-tokens=1000"]
 SFT = ["--device-type=cpu", "--device-batch-size=4", "--target-examples-per-step=8", "--num-iterations=6",
        "--save-every=3", "--eval-every=-1", "--eval-steps=2", "--eval-metrics-every=4", "--eval-metrics-max-problems=8",
        "--init-lr-frac=0.5"]
-RL = ["--device-type=cpu", "--num-iterations=4", "--examples-per-step=2", "--num-samples=2", "--max-new-tokens=5", "--eval-examples=3",
-      "--eval-samples=2", "--save-every=2", "--source=sft", "--init-lr-frac=0.5"]
+RL = ["--device-type=cpu", "--num-iterations=4", "--examples-per-step=2", "--num-samples=2", "--max-new-tokens=5",
+      "--eval-examples=3", "--eval-samples=2", "--save-every=2", "--source=sft", "--init-lr-frac=0.5"]
 STAGES = {"mid": (mid_train, MID, "mid_checkpoints", 6), "sft": (chat_sft, SFT, "chatsft_checkpoints", 6),
           "rl": (chat_rl, RL, "chatrl_checkpoints", 4)}
 
 
 @pytest.fixture(scope="module")
 def trained(tiny, make_once):
-    """A base folder with a tiny model of each stage; tests only read it."""
+    """Return a base folder with a tiny model of each stage. Tests only read it."""
     def make(base):
         for name in ("base_data", "tokenizer"):
             (base / name).symlink_to(tiny / name)
@@ -52,7 +52,7 @@ def trained(tiny, make_once):
 
 @pytest.fixture
 def base(trained, tmp_path, monkeypatch):
-    """A copy of it of the test's own."""
+    """Return a copy of that folder, which the test may change."""
     base = tmp_path / "own"
     shutil.copytree(trained, base, symlinks=True)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
@@ -74,7 +74,7 @@ def test_a_stage_goes_on_bit_for_bit_and_then_is_done(base, monkeypatch, capsys,
     assert f"resuming from step {steps // 2}" in capsys.readouterr().out
     assert_same(weights(base, stage, steps), whole)
     before = weights(base, stage, steps // 2)
-    assert any(not torch.equal(before[name], whole[name]) for name in whole)  # it had learnt something meanwhile
+    assert any(not torch.equal(before[name], whole[name]) for name in whole)  # the second half changed weights
     script.main(flags)
     assert "Nothing to do" in capsys.readouterr().out
 
@@ -82,11 +82,13 @@ def test_a_stage_goes_on_bit_for_bit_and_then_is_done(base, monkeypatch, capsys,
 def test_metas_hold_what_published_code_reads_and_where_the_model_comes_from(base):
     for stage, (_, _, folder, steps) in STAGES.items():
         meta = json.loads((base / folder / "d2" / f"meta_{steps:06d}.json").read_text())
-        assert meta.keys() >= {"step", "model_config", "user_config", "device_batch_size", "max_seq_len", "from", "tokenizer", "data"}
+        assert meta.keys() >= {"step", "model_config", "user_config", "device_batch_size", "max_seq_len", "from",
+                               "tokenizer", "data"}
         assert meta["max_seq_len"] == 128 and meta["from"]["weights"] and meta["data"]["source"] == "small-world"
         rows = read_log(base / "logs" / f"{stage}_d2.jsonl")
         kinds = {row["kind"] for row in rows}
-        assert kinds >= {"start", "model", "samples", "checkpoint", "done", "end"} | ({"rl", "pass"} if stage == "rl" else {"train", "val"})
+        assert kinds >= {"start", "model", "samples", "checkpoint", "done", "end"}
+        assert kinds >= ({"rl", "pass"} if stage == "rl" else {"train", "val"})
         counted = [row["step"] for row in rows if row["kind"] == ("rl" if stage == "rl" else "train")]
         assert counted == list(range(1, steps + 1))  # num_iterations are optimizer steps
     metrics = [row for row in read_log(base / "logs" / "sft_d2.jsonl") if row["kind"] == "metric"]
@@ -97,7 +99,8 @@ def test_going_on_with_other_settings_is_said(base, capsys):
     for path in (base / "chatsft_checkpoints" / "d2").glob("*_000006*"):
         path.unlink()
     chat_sft.main([*SFT, "--target-examples-per-step=4", "--eval-metrics-every=-1"])
-    assert "note: resuming with other settings" in (out := capsys.readouterr().out) and "target_examples_per_step 8 → 4\n" in out
+    out = capsys.readouterr().out
+    assert "note: resuming with other settings" in out and "target_examples_per_step 8 → 4\n" in out
 
 
 def test_a_stage_refuses_a_model_it_did_not_begin_with(base):
@@ -125,7 +128,8 @@ def test_fine_tuning_on_two_ranks_is_that_on_one(base, monkeypatch):
     two, two_log = weights(base, "sft", 3), read_log(base / "logs" / "sft_d2.jsonl")
     _sft(Ranks(0, 0, 1, torch.device("cpu")), base, flags)
     assert_same(weights(base, "sft", 3), two, rtol=2e-3, atol=5e-4)  # float32 sums in another order, through Adam
-    losses = [[row["loss"] for row in log if row["kind"] == "train"][-3:] for log in (two_log, read_log(base / "logs" / "sft_d2.jsonl"))]
+    logs = two_log, read_log(base / "logs" / "sft_d2.jsonl")
+    losses = [[row["loss"] for row in log if row["kind"] == "train"][-3:] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -149,7 +153,7 @@ def test_runs_moved_aside_within_a_second_are_all_kept(tmp_path, monkeypatch):
 
 def test_a_rank_without_a_problem_changes_nothing(base, monkeypatch):
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
-    monkeypatch.setattr(recipes.WorldSums, "reward", recipes.WorldSums.reward)  # put back what _rl sets
+    monkeypatch.setattr(recipes.WorldSums, "reward", recipes.WorldSums.reward)  # restores what _rl replaces
     flags = [*RL, "--fresh", "--num-iterations=2", "--examples-per-step=1", "--num-samples=4", "--eval-examples=1"]
     start_ranks(2, _rl, base, flags)
     two = weights(base, "rl", 2)
@@ -179,11 +183,13 @@ def test_chat_eval_writes_every_problem_and_the_mean_above_chance(base, capsys):
     assert {row["name"] for row in rows if row["kind"] == "task"} == set(recipes.graded("small-world"))
     chat_eval.main(["-i", "sft", "-a", "world-choice|SpellingBee", "-x", "2", "-m", "6", "--device-type=cpu"])
     assert not [row for row in read_log(base / "logs" / "chat_eval_sft_d2.jsonl") if row["kind"] == "chatcore"]
-    chat_eval.main(["-i", "sft", "-a", "|".join(recipes.graded("small-world")), "-x", "2", "-m", "6", "--device-type=cpu"])
+    all_tasks = "|".join(recipes.graded("small-world"))
+    chat_eval.main(["-i", "sft", "-a", all_tasks, "-x", "2", "-m", "6", "--device-type=cpu"])
     assert [row for row in read_log(base / "logs" / "chat_eval_sft_d2.jsonl") if row["kind"] == "chatcore"]
 
 
-def test_the_level_of_the_sandbox_is_said_and_refused_before_anything_is_graded(base, mirror, capsys, monkeypatch):  # noqa: F811
+def test_the_level_of_the_sandbox_is_said_and_refused_before_anything_is_graded(
+        base, mirror, capsys, monkeypatch):  # noqa: F811
     mirror("openai/openai_humaneval/openai_humaneval/test.jsonl", [HUMANEVAL_ROW])
     flags = ["-i", "sft", "-m", "6", "-x", "2", "-a", "World-Choice|HumanEval", "--device-type=cpu"]
     chat_eval.main(flags)
@@ -216,7 +222,8 @@ def test_wrong_flags_get_one_clear_line(base, script, flags, message):
 def test_a_tokenizer_of_another_model_is_refused(base):
     (base / "tokenizer").unlink()
     from nanochat.tokenizer import RustBPETokenizer
-    RustBPETokenizer.train_from_iterator(["another text altogether, with tokens of its own"] * 4, 300).save(base / "tokenizer")
+    texts = ["another text altogether, with tokens of its own"] * 4
+    RustBPETokenizer.train_from_iterator(texts, 300).save(base / "tokenizer")
     with pytest.raises(UserError, match="not the one that the model .* was trained with"):
         chat_sft.main([*SFT, "--num-iterations=8"])
 

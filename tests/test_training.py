@@ -1,4 +1,4 @@
-"""The training step weighs tokens equally, and a run that is stopped goes on as if it had not been."""
+"""The training step weighs tokens equally, and a run that was stopped resumes bit for bit."""
 
 import gc
 import json
@@ -22,15 +22,18 @@ from tests.helpers import small_model
 from tests.test_distributed import start_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
-TINY = ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch-size=384", "--num-iterations=12", "--eval-every=6",
-        "--eval-tokens=2000", "--save-every=5", "--sample-every=-1", "--device-type=cpu"]
+TINY = ["--depth=2", "--max-seq-len=32", "--device-batch-size=2", "--total-batch-size=384", "--num-iterations=12",
+        "--eval-every=6", "--eval-tokens=2000", "--save-every=5", "--sample-every=-1", "--device-type=cpu"]
 
 
 def base_train(*flags, ranks=1, wait=True):
     """Run scripts.base_train in processes of its own, under torchrun where there is more than one rank."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", "")}
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*start, "-m", "scripts.base_train", *(["--"] if ranks > 1 else []), *TINY, *flags]
+    path = str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", "")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "scripts.base_train", *TINY, *flags]
+    if ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *torchrun, "-m", "scripts.base_train", "--", *TINY, *flags]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if not wait:
         return process
@@ -40,8 +43,8 @@ def base_train(*flags, ranks=1, wait=True):
 
 @pytest.fixture
 def base_train_here(capsys):
-    """base_train in this process, which has imported torch already; returns what it prints. For a run that no signal
-    stops."""
+    """Return a function that runs base_train in this process, faster, and returns what it prints. For runs that no
+    signal stops."""
     from scripts import base_train as script
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes of base_train: the same weights, bit for bit
@@ -63,14 +66,15 @@ def losses(base, tag="d2"):
 
 def assert_same(a, b, **tolerance):
     assert a.keys() == b.keys()
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
     for name in a:
-        torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **(tolerance or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
 def test_every_supervised_token_weighs_the_same_whatever_micro_batch_it_is_in():
     ids = torch.randint(97, (4, 16))
     targets = torch.randint(97, (4, 16))
-    targets[0, 3:] = -1  # the first row counts for little
+    targets[0, 3:] = -1  # the first row has few supervised tokens
     targets[1, :10] = -1
     models = [small_model(), small_model()]
     stats = []
@@ -85,15 +89,18 @@ def test_every_supervised_token_weighs_the_same_whatever_micro_batch_it_is_in():
 
 def test_rates_and_momentum_follow_the_recipe():
     plan = TrainingPlan(1000, 1, 1, rates=RateSchedule(warmup_ratio=0.1, warmdown_ratio=0.2, final_lr_frac=0.1))
-    assert plan.lr_scale(0) == pytest.approx(0.01) and plan.lr_scale(99) == 1 and plan.lr_scale(500) == 1 and plan.lr_scale(800) == 1
+    assert plan.lr_scale(0) == pytest.approx(0.01)
+    assert plan.lr_scale(99) == 1 and plan.lr_scale(500) == 1 and plan.lr_scale(800) == 1
     assert plan.lr_scale(900) == pytest.approx(0.55) and plan.lr_scale(1000) == pytest.approx(0.1)
-    assert plan.momentum(0) == 0.85 and plan.momentum(150) == pytest.approx(0.9) and plan.momentum(5000) == pytest.approx(0.95)
+    assert plan.momentum(0) == 0.85
+    assert plan.momentum(150) == pytest.approx(0.9) and plan.momentum(5000) == pytest.approx(0.95)
     assert TrainingPlan(10, 1, 1, rates=RateSchedule(0.0, 0.0, 0.0)).lr_scale(10) == 1.0
 
 
 def test_any_number_of_ranks_shares_a_batch():
     for world in range(1, 9):
-        shares = [share_of_micro_batches(524288, 32, 2048, Ranks(r, r, world, torch.device("cpu"))) for r in range(world)]
+        ranks = [Ranks(r, r, world, torch.device("cpu")) for r in range(world)]
+        shares = [share_of_micro_batches(524288, 32, 2048, rank) for rank in ranks]
         assert sum(shares) == 8 and max(shares) - min(shares) <= 1
     with pytest.raises(UserError, match="--total-batch-size=98304"):
         share_of_micro_batches(100_000, 16, 2048, ALONE)
@@ -142,7 +149,8 @@ def test_clock_reads_well():
 
 
 @pytest.mark.long
-def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(tiny_base, tiny, tmp_path, monkeypatch, base_train_here):
+def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(
+        tiny_base, tiny, tmp_path, monkeypatch, base_train_here):
     base_train_here()
     whole, whole_losses = weights(tiny_base), losses(tiny_base)
     assert whole_losses[12] < whole_losses[1] - 0.3, "nothing was learnt"
@@ -181,13 +189,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_base, base_train_her
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_train_as_one_process_does(tiny_base, base_train_here, ranks):
-    """Each rank reads its own documents, so the rows differ; the step over the same rows is held equal in test_optim
-    and below."""
+    """Each rank reads its own documents, so the rows differ. test_optim and the test below check that a step over the
+    same rows is equal."""
     code, out = base_train("--num-iterations=4", "--total-batch-size=320", f"--model-tag=r{ranks}", ranks=ranks)
     assert code == 0, out  # 5 micro-batches over 2 or 3 ranks: uneven shares
-    assert {row["supervised"] for row in read_log(tiny_base / "logs" / f"base_r{ranks}.jsonl") if row["kind"] == "train"} == {320}
+    rows = read_log(tiny_base / "logs" / f"base_r{ranks}.jsonl")
+    assert {row["supervised"] for row in rows if row["kind"] == "train"} == {320}
     out = base_train_here("--num-iterations=6", "--total-batch-size=320", f"--model-tag=r{ranks}")
-    assert "resuming from step 4" in out, out  # fewer ranks take the run over
+    assert "resuming from step 4" in out, out  # one rank resumes the run of several
 
 
 def _six_steps(ranks, out):
@@ -211,8 +220,8 @@ def test_one_two_and_three_ranks_give_the_same_weights(tmp_path):
     results = [torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2, 3)]
     for stats, state in results[1:]:
         torch.testing.assert_close(stats[:3], results[0][0][:3], rtol=1e-4, atol=1e-4)
-        # only the order of float32 sums differs; where a gradient is next to nothing, Adam widens that to a part of its
-        # rate (0.05 here)
+        # only the order of float32 sums differs; where a gradient is near zero, Adam enlarges the difference to a
+        # fraction of its learning rate (0.05 here)
         assert_same(state, results[0][1], rtol=2e-3, atol=2e-4)
 
 
@@ -248,5 +257,6 @@ def test_meta_holds_what_published_code_reads(tiny_base):
     script.main([*TINY, "--num-iterations=1"])
     meta = json.loads((tiny_base / "base_checkpoints/d2/meta_000001.json").read_text())
     assert meta.keys() >= {"step", "val_bpb", "model_config", "user_config", "device_batch_size", "max_seq_len"}
-    assert meta["model_config"].keys() == {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel", "slc_rate"}
+    assert meta["model_config"].keys() == {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd",
+                                           "n_kernel", "slc_rate"}
     assert meta["user_config"]["depth"] == 2

@@ -30,10 +30,10 @@ def invariant_rows(dtype: torch.dtype) -> int:
     Libraries use other kernels for products of few rows. Which is few depends on the CPU: below 8 on AMD, below 16 with
     MKL's AVX-512 kernels. So it is tried out, once a process, in some milliseconds.
     """
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for multiple in ROW_MULTIPLES:
         for N, K in ((400, 256), (1024, 256), (256, 1024)):
-            x, weight = (torch.randn(rows, K, generator=draw).to(dtype) for rows in (64, N))
+            x, weight = (torch.randn(rows, K, generator=rng).to(dtype) for rows in (64, N))
             fewest = torch.cat([F.linear(part, weight) for part in x.split(multiple)])
             larger = (F.linear(x[:rows], weight) for rows in range(multiple, 65, multiple))
             if not all(torch.equal(y, fewest[:len(y)]) for y in larger):
@@ -169,13 +169,13 @@ class Batch:
     def _sampled(self) -> list[int]:
         """Return the next token of each row.
 
-        A static step may start the model on these tokens at once, where a row goes on after them and nobody needs the
+        A static step may start the model on these tokens at once, if a row continues after them and no row needs the
         logits that they were sampled from.
         """
         if not self._uses_static():
             return self._sampler(self._logits).tolist()
-        goes_on = any(not row.ended and len(row.tokens) + 1 < row.max_tokens for row in self.rows)
-        self._ran_ahead = goes_on and all(row.logprobs is None for row in self.rows)
+        continues = any(not row.ended and len(row.tokens) + 1 < row.max_tokens for row in self.rows)
+        self._ran_ahead = continues and all(row.logprobs is None for row in self.rows)
         return self._static.sample(self.rows, self._sampler, self._ran_ahead)
 
     def _uses_static(self) -> bool:

@@ -13,9 +13,9 @@ tokens) goes to the device in one copy a step. The sampled tokens come back in o
 The model may run on a step's tokens while the host still reads them, because nothing that the host decides changes what
 the model does next.
 
-Unused rows of a bucket, and rows that have ended, are computed too: they write at their own positions, which nobody
-reads. Graphs are dropped when the memory they refer to moves (it grows by doubling), and the least recently used ones
-when there are many. They share one memory pool, since no graph leaves anything in it.
+Unused rows of a bucket, and rows that have ended, are computed too: they write at their own positions, which are
+not read. Graphs are dropped when the memory they refer to moves (it grows by doubling), and the least recently used
+ones when there are many. They share one memory pool, since no graph leaves anything in it.
 """
 
 import logging
@@ -287,5 +287,5 @@ class StaticDecoder:
 
 
 def _replay(graph: torch.cuda.CUDAGraph, kept_alive: object) -> None:
-    """Replay a graph. kept_alive: memory that it reads and that nobody else may hold any more."""
+    """Replay a graph. kept_alive: memory that it reads, which must not be freed before the graph."""
     graph.replay()

@@ -69,8 +69,9 @@ class Engine:
                 row._forced.extend([self._output_start, *self.tokenizer.encode(result), self._output_end])
 
     def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = ENGINE.max_tokens,
-                 temperature: float = ENGINE.temperature, top_k: int | None = ENGINE.top_k, seed: int | None = ENGINE.seed,
-                 top_p: float | None = ENGINE.top_p, repetition_penalty: float = ENGINE.repetition_penalty
+                 temperature: float = ENGINE.temperature, top_k: int | None = ENGINE.top_k,
+                 seed: int | None = ENGINE.seed, top_p: float | None = ENGINE.top_p,
+                 repetition_penalty: float = ENGINE.repetition_penalty
                  ) -> Iterator[tuple[list[int], list[int]]]:
         """Yield the new tokens of all rows, step by step.
 
@@ -79,7 +80,7 @@ class Engine:
             num_samples: rows.
             max_tokens: new tokens a row at most; None: up to the model's sequence_len.
             temperature, top_k, top_p, repetition_penalty: as in `sampling.Settings`.
-            seed: None draws anew each time.
+            seed: None takes a new one each time.
 
         Yields:
             (one token a row, one mask a row: 1 sampled, 0 forced). A row that has ended repeats its last token.
@@ -116,10 +117,11 @@ class Engine:
             answers[number] = rows
         return answers
 
-    def complete(self, prompts: Sequence[Sequence[int]], num_samples: int = 1, max_tokens: int | None = ENGINE.max_tokens,
-                 temperature: float = ENGINE.temperature, top_k: int | None = ENGINE.top_k,
-                 seed: int | Sequence[int] | None = ENGINE.seed, top_p: float | None = ENGINE.top_p,
-                 repetition_penalty: float = ENGINE.repetition_penalty, batch_size: int = 64
+    def complete(self, prompts: Sequence[Sequence[int]], num_samples: int = 1,
+                 max_tokens: int | None = ENGINE.max_tokens, temperature: float = ENGINE.temperature,
+                 top_k: int | None = ENGINE.top_k, seed: int | Sequence[int] | None = ENGINE.seed,
+                 top_p: float | None = ENGINE.top_p, repetition_penalty: float = ENGINE.repetition_penalty,
+                 batch_size: int = 64
                  ) -> Iterator[tuple[int, list[Row]]]:
         """Yield (index of the prompt, its finished rows) as they finish, in any order.
 

@@ -1,7 +1,6 @@
 """Int8 weights for decoding: half the bytes of bfloat16 to read for each token, a quarter of float32's.
 
-    model = quantize(model, "int8")      # a loaded GPT, changed in place: it decodes and evaluates, and never trains
-    again
+    model = quantize(model, "int8")      # a loaded GPT, changed in place; it can no longer be trained
 
 Each row of a matrix (an output channel) has a scale, so that its largest weight is ±127. Inputs are quantised in the
 same way, dynamically, with a scale for each token. The product is then one of integers, which is exact: the result of a
@@ -46,9 +45,9 @@ def cpu_has_exact_int8_product() -> bool:
 
     Without VNNI (x86 before about 2018) oneDNN adds pairs of products in 16 bits, which overflow: seen with torch 2.15.
     """
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for M in (1, 8, 19):
-        x, weight = (torch.randint(-MAX_INT8, MAX_INT8 + 1, (rows, 256), generator=draw).to(torch.int8)
+        x, weight = (torch.randint(-MAX_INT8, MAX_INT8 + 1, (rows, 256), generator=rng).to(torch.int8)
                      for rows in (M, 40))
         x[0], weight[:4] = MAX_INT8, MAX_INT8
         try:

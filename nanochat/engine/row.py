@@ -27,8 +27,8 @@ class Row:
         name: for the caller's own use.
         stops: the tokens that end it; None for the engine's.
         tools: whether the calculator answers its calls.
-        logprobs: None, or how many of the likeliest tokens to keep in `scores` beside each token.
-        scores: one a token: its log-probability, and the likeliest ids with theirs; of the model's own distribution,
+        logprobs: None, or how many of the most likely tokens to keep in `scores` beside each token.
+        scores: one a token: its log-probability, and the most likely ids with theirs; of the model's own distribution,
             before temperature and penalties.
         random: the row's own random numbers.
     """
@@ -56,7 +56,7 @@ class Row:
 
 
 def scored(logits: torch.Tensor, token: int, n: int) -> tuple[float, list[tuple[int, float]]]:
-    """Return a token's log-probability, and the n likeliest tokens as (id, log-probability), likeliest first.
+    """Return a token's log-probability, and the n most likely tokens as (id, log-probability), most likely first.
 
     logits: (V,). Equally likely tokens come in the order of their ids, which topk alone does not promise.
     """

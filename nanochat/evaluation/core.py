@@ -144,8 +144,8 @@ def prompt_texts(task: CoreTask, examples: list[dict[str, Any]], i: int) -> list
 
     Multiple choice and schema: one text for each choice. Language modelling: two, without and with the continuation.
     """
-    drawn = random.Random(1234 + i).sample(range(len(examples) - 1), task.shots)
-    shots = [examples[j + (j >= i)] for j in drawn]  # any example but i
+    sampled = random.Random(1234 + i).sample(range(len(examples) - 1), task.shots)
+    shots = [examples[j + (j >= i)] for j in sampled]  # any example but i
     delimiter, asked = task.delimiter, examples[i]
     if task.kind == "multiple_choice":
         before = [f"{row['query']}{delimiter}{row['choices'][row['gold']]}" for row in shots]

@@ -19,7 +19,7 @@ class ScoredToken(NamedTuple):
         token: its id.
         start: where its text begins in the answer, in characters.
         logprob: its log-probability, if the request asked for it.
-        top: the likeliest tokens in its place, as (id, log-probability).
+        top: the most likely tokens in its place, as (id, log-probability).
     """
 
     token: int
@@ -82,7 +82,7 @@ class Answer:
     Args:
         tokenizer: of the model.
         stops: stop strings.
-        tools: whether tool calls are parts of their own; otherwise their tokens stand in the text by name.
+        tools: whether tool calls are parts of their own; otherwise their tokens are in the text by name.
         text: the text that was sent, without tool calls.
         parts: the same with tool calls, as the content of a message.
         scored_tokens: the tokens of `text`.

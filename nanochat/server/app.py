@@ -153,7 +153,7 @@ async def _respond(request: Request, completion: Any, stream: Response | None) -
     try:
         return JsonResponse(await unless_disconnected(request.receive, completion.answer()))
     except ClientDisconnected:
-        return Response(status_code=499)  # reaches nobody
+        return Response(status_code=499)  # the client has closed the connection
     finally:
         completion.generation.close()
 

@@ -137,8 +137,8 @@ class TextCompletion:
         def top(token: ScoredToken) -> dict[str, float] | None:
             if token.logprob is None:
                 return None
-            likeliest = [*(token.top or []), (token.token, token.logprob)]
-            return {self._name(id): finite(logprob) for id, logprob in likeliest}
+            most_likely = [*(token.top or []), (token.token, token.logprob)]
+            return {self._name(id): finite(logprob) for id, logprob in most_likely}
 
         return {"tokens": [self._name(token.token) for token in scored],
                 "token_logprobs": [finite(token.logprob) for token in scored],

@@ -15,7 +15,7 @@ from nanochat.request import Settings
 
 # folder and step of a checkpoint: what a model's id refers to may change while the server runs
 ModelKey = tuple[str, int]
-Scores = tuple[float | None, list[tuple[int, float]]]  # a token's log-probability; the likeliest tokens and theirs
+Scores = tuple[float | None, list[tuple[int, float]]]  # a token's log-probability; the most likely tokens and theirs
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class RowRequest:
         settings: how tokens are sampled.
         tools: whether the calculator answers its calls.
         stops: tokens that end it; None for the engine's.
-        logprobs: None, or how many of the likeliest tokens to tell beside each token's own log-probability.
+        logprobs: None, or how many of the most likely tokens to tell beside each token's own log-probability.
         prompt_logprobs: whether to tell these of the prompt's tokens too.
         timeout: seconds it may take from its arrival at the worker, waiting included; None for no limit.
         model: which model decodes it. The worker chooses the scheduler by it; the scheduler, which has one model, does

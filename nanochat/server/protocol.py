@@ -98,11 +98,11 @@ class RequestBody(StrictModel):
     max_tokens: int | None = Field(None, ge=0, le=MAX_INTEGER,
                                    description="new tokens at most, cut to what fits the context")
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE,
-                                      description="0 takes the likeliest token; higher is more varied")
+                                      description="0 takes the most likely token; higher is more varied")
     top_p: float | None = Field(
-        None, gt=0, le=1, description="sample from the likeliest tokens that together have this probability")
+        None, gt=0, le=1, description="sample from the most likely tokens that together have this probability")
     top_k: int | None = Field(None, ge=0, le=MAX_INTEGER,
-                              description="sample from this many of the likeliest tokens; 0 = all")
+                              description="sample from this many of the most likely tokens; 0 = all")
     repetition_penalty: float | None = Field(None, ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1],
                                              description="above 1 makes tokens seen before less likely")
     seed: int | None = Field(None, ge=-MAX_INTEGER, lt=2 * MAX_INTEGER,
@@ -217,7 +217,7 @@ class ChatRequest(RequestBody):
                                               description="the same as max_tokens, and used instead of it")
     logprobs: bool | None = Field(None, description="tell the log-probability of each token")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_CHAT_LOGPROBS,
-                                     description="and of this many of the likeliest, with logprobs")
+                                     description="and of this many of the most likely, with logprobs")
     tools_shown: bool | None = Field(None,
                                      description="show the calls of the calculator and their results in the stream")
     drop_oldest: bool | None = Field(None,
@@ -251,7 +251,7 @@ class CompletionRequest(RequestBody):
         None, description="text, token ids, or a list of either; <|bos|> is put before text, "
                           "token ids are taken as they are")
     logprobs: int | None = Field(None, ge=0, le=MAX_COMPLETION_LOGPROBS,
-                                 description="tell the log-probability of each token and of this many of the likeliest")
+                                 description="tell the log-probability of each token and of this many most likely ones")
     echo: bool | None = Field(None, description="put the prompt before the answer")
     suffix: str | None = Field(None, description="only empty")
     best_of: int | None = Field(None, description="only n")

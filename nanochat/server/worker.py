@@ -2,7 +2,7 @@
 
 The HTTP process starts it (pool.py) and talks to it over a pipe, in the messages of messages.py. It ends when the pipe
 closes, also when the HTTP process was killed. A model is loaded in a thread when a request first asks for it; the other
-models go on meanwhile.
+models continue meanwhile.
 
 PyTorch is imported inside the functions here: the HTTP process imports this file too, for `run_worker`, and does
 without PyTorch.

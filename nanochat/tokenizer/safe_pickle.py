@@ -72,7 +72,7 @@ class _Interpreter:
         for opcode, argument, position in pickletools.genops(self.blob):
             self.step(opcode.name, argument)
             if opcode.name == "STOP" and position != len(self.blob) - 1:
-                raise _UnsafePickle(f"it goes on for {len(self.blob) - 1 - position} bytes after its end")
+                raise _UnsafePickle(f"it has {len(self.blob) - 1 - position} more bytes after its end")
         encoding = self.pop()
         if self.stack or not isinstance(encoding, _PickledEncoding):
             raise _UnsafePickle(f"it holds {_kind(encoding)}, not an Encoding")

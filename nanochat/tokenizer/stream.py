@@ -55,7 +55,7 @@ class PartParser:
     def feed(self, token: int) -> Boundary:
         """Take the next token.
 
-        Return "start" or "end" if it begins or ends a tool part, "" if it belongs to the part it stands in.
+        Return "start" or "end" if it begins or ends a tool part, "" if it belongs to the part it is in.
         """
         part, boundary = self.tool_tokens.get(token, ("", ""))
         if boundary == "start":
@@ -90,7 +90,7 @@ class Decoded(NamedTuple):
 class StreamDecoder:
     """Decode the tokens of one answer into the text of its parts, in whole characters.
 
-    types: the tool parts to find; the tokens of others stand in the text by their names.
+    types: the tool parts to find; the tokens of others are in the text by their names.
     """
 
     def __init__(self, tokenizer, types: tuple[PartType, ...] = ("python", "python_output")):
@@ -127,7 +127,7 @@ class StreamDecoder:
 class TerminalText:
     """Turn the tokens of one answer into text for people, as they come.
 
-    Characters come whole, control characters are made visible. With tools, a call and its result stand in brackets,
+    Characters come whole, control characters are made visible. With tools, a call and its result are in brackets,
     [2+2 = 4]; without, they are left out.
     """
 

@@ -47,7 +47,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def decode_attention_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None = None) -> Tensor:
     """Return the attention of each row over its first `lengths` keys, (B, 1, H, D).
 
-    Batch-invariant: to the last bit, a row's result depends neither on the other rows nor on what lies behind its keys.
+    Batch-invariant: to the last bit, a row's result depends neither on the other rows nor on what is behind its keys.
 
     Args:
         q, k, v: as in `decode_attention_twin`

@@ -76,7 +76,7 @@ export async function* stream(path, body, {key, signal}) {
       if (done) throw new ApiError("The connection ended before the answer was complete.", {kind: "early"});
     }
   } finally {
-    reader.cancel().catch(() => {}); // whoever stops listening also stops the server
+    reader.cancel().catch(() => {}); // ending the request stops the server's work too
   }
 }
 

@@ -172,7 +172,7 @@ export class Chat {
   }
 }
 
-/** An answer that was being written when the page was closed: what had come of it, and a way to go on. */
+/** An answer that was being written when the page was closed: the text so far, and a button to continue. */
 export function mendBroken(conversation) {
   let broken = false;
   for (const node of Object.values(conversation.nodes)) {

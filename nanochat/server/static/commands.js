@@ -1,8 +1,8 @@
 // What a line that begins with / does. A line that is none of these is an ordinary message.
 
 export const COMMANDS = [
-  ["/temperature", "show it, or set it: 0 takes the likeliest token each time, 2 is wild"],
-  ["/topk", "show it, or set it: draw from this many of the likeliest tokens, 0 = all"],
+  ["/temperature", "show it, or set it: 0 takes the most likely token each time, 2 is wild"],
+  ["/topk", "show it, or set it: sample from this many of the most likely tokens, 0 = all"],
   ["/clear", "a new conversation; the old one stays in the list"],
   ["/help", "the commands and keys"],
 ];

@@ -234,7 +234,7 @@ export class MessageView {
   }
 }
 
-/** The line under an answer: how it ended if not by itself, how long it is, how fast it came. */
+/** The line under an answer: how it ended if it was cut off, how long it is, how fast it came. */
 function statistics(node) {
   const told = [];
   const times = node.timings ?? {};

@@ -11,7 +11,7 @@ export function announce(text) {
   }, 50); // a change is what is read, also where the text is the same
 }
 
-/** Show a notice for a while, as long as nobody points at it; `act` is what its button does. */
+/** Show a notice for a while, and as long as the pointer is over it; `act` is what its button does. */
 export function notice(text, {label = "", act = null, seconds = 6} = {}) {
   const list = document.getElementById("notices");
   let timer;

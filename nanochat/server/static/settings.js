@@ -1,13 +1,13 @@
-// How answers are drawn: the values, kept in this browser, and the sheet with the sliders.
+// How answers are sampled: the values, kept in this browser, and the sheet with the sliders.
 
 import {h, iconButton} from "./dom.js";
 import {keep, recall} from "./store.js";
 
 //   name, label, lowest, highest, step, at first, what it does
 const FIELDS = [
-  ["temperature", "Temperature", 0, 2, 0.05, 0.8, "0 takes the likeliest token each time; higher is more varied."],
-  ["top_p", "Top-p", 0.05, 1, 0.01, 1, "Draw from the likeliest tokens that together have this much of the probability."],
-  ["top_k", "Top-k", 0, 200, 1, 50, "Draw from this many of the likeliest tokens; 0 = all."],
+  ["temperature", "Temperature", 0, 2, 0.05, 0.8, "0 takes the most likely token each time; higher is more varied."],
+  ["top_p", "Top-p", 0.05, 1, 0.01, 1, "Sample from the most likely tokens that together have this much of the probability."],
+  ["top_k", "Top-k", 0, 200, 1, 50, "Sample from this many of the most likely tokens; 0 = all."],
   ["repetition_penalty", "Repetition penalty", 1, 2, 0.05, 1, "Above 1, tokens seen before become less likely."],
   ["max_tokens", "Longest answer", 1, 2048, 1, 512, "In tokens; three are about two words."],
 ];

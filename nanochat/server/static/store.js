@@ -1,4 +1,4 @@
-// What this browser keeps: conversations in IndexedDB, settings and the API key in localStorage. None of it leaves by itself.
+// What this browser keeps: conversations in IndexedDB, settings and the API key in localStorage. None of it is sent without the user's action.
 
 const channel = "BroadcastChannel" in window ? new BroadcastChannel("nanochat") : null;
 let database = null; // null: this browser keeps nothing, and conversations live as long as the page
@@ -20,7 +20,7 @@ export async function open() {
   return promised(objects("readonly").getAll());
 }
 
-/** One change, committed at once: left to commit by itself, it is undone where the page is closed in that moment. */
+/** One change, committed at once: without an explicit commit it is undone where the page is closed in that moment. */
 async function change(id, act) {
   if (!database) return;
   const store = objects("readwrite");

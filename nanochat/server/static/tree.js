@@ -103,7 +103,7 @@ function wholeParts(parts) {
   return kept.length ? kept : [{type: "text", text: ""}];
 }
 
-/** Does every word of `query` stand in the title or in any message? */
+/** Return whether every word of `query` is in the title or in a message. */
 export function matches(conversation, query) {
   const words = query.toLowerCase().split(/\s+/).filter(Boolean);
   if (!words.length) return true;
