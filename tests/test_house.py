@@ -27,7 +27,6 @@ COVERED_BY = {
     "nanochat.dataset.readers": "test_dataset",
     "nanochat.dataset.shards": "test_dataset",
     "nanochat.engine.batch": "test_engine",
-    "nanochat.engine.cuda_graphs": "test_graphs",
     "nanochat.engine.row": "test_engine",
     "nanochat.errors": "test_cli",
     "nanochat.evaluation": "test_core_eval",
