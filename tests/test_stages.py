@@ -64,7 +64,7 @@ def weights(base, stage, step):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_goes_on_bit_for_bit_and_then_is_done(base, monkeypatch, capsys, stage):
+def test_a_stage_resumes_bit_for_bit_and_then_is_done(base, monkeypatch, capsys, stage):
     script, flags, folder, steps = STAGES[stage]
     monkeypatch.setattr(recipes.WorldSums, "reward", lambda self, conversation, answer: float(len(answer) % 2))
     whole = weights(base, stage, steps)
@@ -229,7 +229,7 @@ def test_a_tokenizer_of_another_model_is_refused(base):
 
 
 @pytest.mark.long
-def test_sigterm_saves_and_the_same_command_goes_on(base):
+def test_sigterm_saves_and_the_same_command_resumes(base):
     flags = [flag for flag in MID if "iterations" not in flag] + ["--num-iterations=400", "--fresh", "--save-every=-1"]
     command = [sys.executable, "-m", "scripts.mid_train", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -149,7 +149,7 @@ def test_clock_reads_well():
 
 
 @pytest.mark.long
-def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(
+def test_the_same_command_resumes_where_it_was_stopped_bit_for_bit(
         tiny_base, tiny, tmp_path, monkeypatch, base_train_here):
     base_train_here()
     whole, whole_losses = weights(tiny_base), losses(tiny_base)
@@ -176,7 +176,7 @@ def test_the_same_command_goes_on_where_it_was_stopped_bit_for_bit(
 
 
 @pytest.mark.long
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_base, base_train_here):
+def test_a_killed_run_resumes_from_its_last_checkpoint(tiny_base, base_train_here):
     process = base_train(wait=False)
     for line in process.stdout:
         if line.startswith("step 00007/"):
