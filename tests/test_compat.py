@@ -47,7 +47,7 @@ def test_a_checkpoint_gives_the_same_logits_and_its_run_goes_on_to_the_same_end(
     monkeypatch.setattr(GPTConfig, "from_depth", make.small_from_depth(GPTConfig))
     base_train.main(make.BASE)
     out = capsys.readouterr().out
-    assert f"going on from step {make.RESUME_AT}" in out and "note: going on with other settings" not in out
+    assert f"resuming from step {make.RESUME_AT}" in out and "note: resuming with other settings" not in out
     assert_near(logits(base, make.STEPS), make.STEPS, 1e-3)  # three steps later: other CPUs add up in another order
     losses = [[row["loss"] for row in read_log(folder / "logs" / "base_d2.jsonl") if row["kind"] == "train"]
               for folder in (FILES, base)]
