@@ -2,7 +2,7 @@
 
     model, tokenizer, meta = load_model("base", "cpu")             # float32 weights, to train
     model, tokenizer, meta = load_for_decoding("sft", device)      # weights in the dtype they are used in, to decode
-    and evaluate folder = from_hub("owner/name", revision=None)                 # a folder that both of them take
+    folder = from_hub("owner/name", revision=None)                 # a folder that both of them take
 """
 
 import dataclasses
@@ -110,7 +110,8 @@ def ready_to_decode(model: GPT, quantize: str = "none") -> GPT:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(model.compute_dtype)
     for block in model.transformer.h:
-        join(block.attn.projections())
+        if projections := block.attn.projections():
+            join(projections)
     return model
 
 

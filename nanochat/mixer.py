@@ -28,7 +28,7 @@ class Mixer(nn.Module):
 
     def projections(self) -> list[Linear]:
         """Return the matrices that are applied to h, in the order of their columns in z; they become one product."""
-        raise NotImplementedError
+        return []
 
     def mix(self, z: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
         """Mix along time: from the joined projections to the input of c_proj.
@@ -43,7 +43,7 @@ class Mixer(nn.Module):
         Returns:
             (B, T, E).
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines neither mix nor forward")
 
     def new_cache(self, max_rows: int, max_len: int, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
         """Return an empty decoding cache for max_rows sequences of up to max_len tokens."""
@@ -56,7 +56,7 @@ class Mixer(nn.Module):
     def has_single_row_step(self, dtype: torch.dtype) -> bool:
         """Whether `single_row_step` gives what `forward` gives: plain matrices in `dtype`, joined (see
         `layers.join`)."""
-        if type(self).forward is not Mixer.forward:
+        if type(self).forward is not Mixer.forward or not self.projections():
             return False
         products = joined(self.projections()), self.c_proj
         return all(isinstance(product, Linear) and product.weight.dtype == dtype for product in products)
@@ -69,7 +69,7 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all weights: c_proj zero, other matrices as published (`layers.init_linear`)."""
+        """Initialise all weights: c_proj zero, other matrices as published (`layers.init_linear`)."""
         for name, module in self.named_children():
             if isinstance(module, Linear):
                 init_linear(module, zero=name == "c_proj")

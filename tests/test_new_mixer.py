@@ -73,9 +73,6 @@ class PlainMean(Mixer):
         shape = max_rows, max_len, self.u_proj.weight.shape[1]
         return LayerCache(per_token={"u": torch.zeros(shape, device=device, dtype=dtype)})
 
-    def projections(self):
-        return [self.u_proj]
-
     def forward(self, h, positions, cache=None):
         u = self.u_proj(h)
         if cache is None:
