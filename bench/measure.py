@@ -29,8 +29,7 @@ from nanochat.logs import commit, machine, versions
 K = TypeVar("K")  # name of a case
 
 
-# --- time
-# --------------------------------------------------------------------------------------------------------------
+# ---- time
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished; a CPU always has."""
@@ -134,8 +133,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
-# --- memory
-# ------------------------------------------------------------------------------------------------------------
+# ---- memory
 
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operations allocate and that are still alive."""
@@ -193,8 +191,7 @@ def nbytes(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-# --- limits of the machine
-# ---------------------------------------------------------------------------------------------
+# ---- limits of the machine
 
 def copy_bandwidth(device: torch.device, size: int = 0) -> float:
     """Bytes a second of a copy in device memory, counting bytes read and bytes written; median of 7.
@@ -217,8 +214,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 8192) -> 
     return 2 * size ** 3 / median(seconds_of(lambda: a @ b, device) for _ in range(7))
 
 
-# --- models and data
-# ---------------------------------------------------------------------------------------------------
+# ---- models and data
 
 def random_model(config: GPTConfig, device: torch.device | str, seed: int = 0) -> GPT:
     """A GPT without a zero matrix. A fresh GPT has some, and hardware can be faster on zeros than on real weights."""
@@ -252,8 +248,7 @@ def text_batches(B: int, T: int, device: torch.device | str, seed: int = 0) -> I
         yield rows[:, :-1], rows[:, 1:]
 
 
-# --- output
-# ------------------------------------------------------------------------------------------------------------
+# ---- output
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], left: Sequence[int] = (0,)) -> str:
     """A Markdown table with aligned columns. left: indices of the columns that are aligned left, not right."""

@@ -54,8 +54,7 @@ def run_peer(peer: str, what: str, shape, B: int, T: int, *, steps: int, warmup:
     return [{"peer": folder.name, **found} for found in json.loads(done.stdout.strip().splitlines()[-1])]
 
 
-# --- runs in the other checkout
-# ----------------------------------------------------------------------------------------
+# ---- runs in the other checkout
 
 def build(shape: dict, device: str):
     """The GPT of the peer in our shape, as far as its config has the fields: float32 weights, no matrix of zeros."""

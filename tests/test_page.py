@@ -181,17 +181,17 @@ def test_editing_makes_a_branch_and_the_earlier_one_stays_reachable(page, server
 
 EVIL = """<script>window.hit = 1</script> <img src=x onerror="window.hit = 2"> <svg onload="window.hit = 3"></svg>
 
-[click](javascript:window.hit=4) [data](data:text/html,<script>window.hit=5</script>) <a
+[click](javascript:window.hit=4) [data](data:text/html,<script>window.hit=5</script>) <a \
 href="javascript:window.hit=6">x</a>
 
-![picture](https://example.org/spy.png) <iframe srcdoc="<script>parent.hit=7</script>"></iframe> <div
+![picture](https://example.org/spy.png) <iframe srcdoc="<script>parent.hit=7</script>"></iframe> <div \
 style="position:fixed">over all</div>
 
 ```html" onmouseover="window.hit=8
 <script>window.hit = 9</script>
 ```
 
-<style>body { display: none }</style> <form action="https://example.org"><input autofocus
+<style>body { display: none }</style> <form action="https://example.org"><input autofocus \
 onfocus="window.hit=10"></form>
 
 | <b onclick="window.hit=11">cell</b> |
