@@ -124,7 +124,7 @@ def answer(page):
 
 
 def button(place, name):
-    return place.get_by_role("button", name=name, batch_invariant=True)
+    return place.get_by_role("button", name=name, exact=True)
 
 
 def shown(page):

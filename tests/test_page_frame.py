@@ -44,7 +44,7 @@ def test_settings_reach_the_server_and_are_kept(page, server):
     page.get_by_label("Repetition penalty, as a number").fill("1.2")
     page.get_by_label("Longest answer, as a number").fill("999999")
     page.get_by_label("Seed").fill("42")
-    page.get_by_label("Temperature", batch_invariant=True).press("ArrowRight")
+    page.get_by_label("Temperature", exact=True).press("ArrowRight")
     button(page, "Close settings").click()
     page.reload()
     ready(page)
