@@ -1,10 +1,32 @@
 """Small models for tests, with every weight away from zero so that nothing is silent."""
 
 import importlib
+import itertools
+import os
+import socket
 
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
+
+_ports = itertools.count()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, for a process that is started next.
+
+    Each worker of pytest-xdist has a range of its own, below those that systems give out by themselves: a port that
+    the system chose and that was closed again could be another process's a moment later.
+    """
+    first = 10_000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in itertools.islice(_ports, 500):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", first + number % 500))
+            except OSError:
+                continue
+            return first + number % 500
+    raise RuntimeError(f"no port is free from {first} to {first + 499}")
 
 
 def small_model(seed: int = 0, **given) -> GPT:

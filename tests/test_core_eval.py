@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import socket
 import subprocess
 import sys
 
@@ -35,7 +34,7 @@ from nanochat.loading import load_model
 from nanochat.logs import read_log
 from nanochat.tokenizer import RustBPETokenizer
 from tests.conftest import ROOT
-from tests.helpers import small_model
+from tests.helpers import free_port, small_model
 
 CPU = torch.device("cpu")
 WORDS = "the cat sat on a mat and dog ran to my red house in green fields of corn where rain falls".split()
@@ -417,9 +416,7 @@ def test_two_ranks_write_what_one_writes(trained):
     path = trained / "base_eval" / "base_model_000042.csv"
     table, answers = path.read_text(), path.with_suffix(".jsonl").read_text()
     path.unlink()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     both = [subprocess.Popen([sys.executable, "-m", "scripts.base_eval", "--max-per-task=8", "--device-type=cpu"],
                              cwd=ROOT, text=True,
                              env={**environment(trained), **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},

@@ -23,6 +23,7 @@ from nanochat.distributed import (
     peak_flops,
 )
 from nanochat.errors import UserError
+from tests.helpers import free_port
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NANOCHAT_DTYPE")
 
@@ -121,9 +122,7 @@ def _run_rank(rank: int, world_size: int, port: int, work: Callable, args: tuple
 
 def start_ranks(world_size: int, work: Callable, *args) -> None:
     """Run work(ranks, *args) as `world_size` real processes over gloo; raise what one of them raises."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = "forkserver" in mp.get_all_start_methods()  # imports torch once for all processes: seconds for each
     if server:
         mp.set_forkserver_preload([__name__, "nanochat.optim"])
