@@ -244,13 +244,14 @@ def latest_step(folder: str | Path) -> int | None:
 
 
 def load_checkpoint(folder: str | Path, step: int | None = None, *, device: str | torch.device = "cpu",
-                    optimizer: bool = False) -> Checkpoint:
+                    weights: bool = True, optimizer: bool = False) -> Checkpoint:
     """Read and verify a checkpoint.
 
     Args:
         folder: with checkpoints in it.
         step: which one. None takes the newest valid one; corrupt ones are skipped with a warning.
         device: where the weights go; they are float32.
+        weights: False reads no weights, which a caller may have already.
         optimizer: read the optimizer state too, to the CPU. It is None for a published checkpoint, whose own is in
             another layout.
 
@@ -260,12 +261,12 @@ def load_checkpoint(folder: str | Path, step: int | None = None, *, device: str 
     folder = Path(folder)
 
     def chosen() -> Checkpoint:
-        return _load(folder, step, _read_meta(folder, step), device, optimizer)
+        return _load(folder, step, _read_meta(folder, step), device, weights, optimizer)
 
     def newest() -> Checkpoint:
         for step, meta in _valid(folder, optimizer):
             try:
-                return _load(folder, step, meta, device, optimizer)
+                return _load(folder, step, meta, device, weights, optimizer)
             except Corrupt as error:
                 log.warning("skipping the checkpoint of step %d: %s", step, error)
         raise Corrupt(nothing_found(folder))
@@ -294,10 +295,11 @@ def _retry_while_changing(folder: Path, read: Callable[[], R]) -> R:
     raise Corrupt(f"{folder} changes faster than it can be read.")
 
 
-def _load(folder: Path, step: int, meta: dict, device: str | torch.device, optimizer: bool) -> Checkpoint:
+def _load(folder: Path, step: int, meta: dict, device: str | torch.device, weights: bool, optimizer: bool
+          ) -> Checkpoint:
     model_name, optim_name = f"model_{step:06d}.pt", f"optim_{step:06d}.pt"
     loaded = Checkpoint(step, {}, meta, folder=folder)
-    state = _read_tensors(folder, model_name, meta, device)
+    state = _read_tensors(folder, model_name, meta, device) if weights else {}
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         raise Corrupt(f"{folder / model_name} does not hold weights by name.")
     for name, tensor in state.items():

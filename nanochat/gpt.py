@@ -22,7 +22,7 @@ from nanochat.kernels.cross_entropy import head_loss, softcap
 from nanochat.kernels.fused_matvec import fused_matvec
 from nanochat.kernels.relu2 import relu_squared
 from nanochat.kernels.rms_norm import rms_norm
-from nanochat.layers import Linear, init_linear
+from nanochat.layers import Linear, init_linear, is_plain
 from nanochat.positions import Positions, Rope, rope_table
 from nanochat.sampling import Sampler, Settings
 from nanochat.slc2 import SLC2
@@ -126,7 +126,8 @@ class Block(nn.Module):
 
     def has_single_row_step(self, dtype: torch.dtype) -> bool:
         """Whether `single_row_step` gives what `forward` gives: all matrices plain and in `dtype`."""
-        return self.attn.has_single_row_step(dtype) and all(map(_plain, (self.mlp.c_fc, self.mlp.c_proj), [dtype] * 2))
+        matrices = is_plain(self.mlp.c_fc, dtype) and is_plain(self.mlp.c_proj, dtype)
+        return matrices and self.attn.has_single_row_step(dtype)
 
     def single_row_step(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         """Return what `forward` does for one token of one row, x (1, 1, E), in half the operations.
@@ -137,11 +138,6 @@ class Block(nn.Module):
         x = self.attn.single_row_step(x, positions, cache)
         wide = fused_matvec(x, self.mlp.c_fc.weight, normed=True, activated=True)
         return fused_matvec(wide, self.mlp.c_proj.weight, x)
-
-
-def _plain(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a layer is a matrix, not quantised, in `dtype`."""
-    return isinstance(layer, Linear) and layer.weight.dtype == dtype
 
 
 class GPT(nn.Module):
@@ -284,7 +280,7 @@ class GPT(nn.Module):
 
     def has_single_row_step(self) -> bool:
         """Whether a single row goes through fused products: a model made ready to decode, not quantised."""
-        return _plain(self.lm_head, self.dtype) and all(
+        return is_plain(self.lm_head, self.dtype) and all(
             block.has_single_row_step(self.dtype) for block in self.transformer.h)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, loss_reduction: str = "mean",

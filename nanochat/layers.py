@@ -18,6 +18,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def is_plain(layer: nn.Module | None, dtype: torch.dtype) -> bool:
+    """Whether a layer is a matrix, not quantised, in `dtype`."""
+    return isinstance(layer, Linear) and layer.weight.dtype == dtype
+
+
 @torch.no_grad()
 def init_linear(layer: nn.Linear, zero: bool = False) -> None:
     """Draw a matrix normal with std min(1, √(fan_out/fan_in))/√fan_in, as published; or set it to zero."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from nanochat.cache import LayerCache
 from nanochat.kernels.fused_matvec import fused_matvec
-from nanochat.layers import Linear, init_linear, joined, together
+from nanochat.layers import Linear, init_linear, is_plain, joined, together
 from nanochat.positions import Positions
 
 
@@ -58,8 +58,7 @@ class Mixer(nn.Module):
         `layers.join`)."""
         if type(self).forward is not Mixer.forward or not self.projections():
             return False
-        products = joined(self.projections()), self.c_proj
-        return all(isinstance(product, Linear) and product.weight.dtype == dtype for product in products)
+        return is_plain(joined(self.projections()), dtype) and is_plain(self.c_proj, dtype)
 
     def single_row_step(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         """Return x + forward(rms_norm(x)) for one token of one row, x (1, 1, E), in two products and what is

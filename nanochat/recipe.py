@@ -112,6 +112,16 @@ class Horizon:
     target_flops: float
     target_param_data_ratio: float
 
+    def steps(self, parameters: int, flops_per_token: float, total_batch_size: int) -> int | None:
+        """Return the optimizer steps of a model, 0 where they come to less than one; None where nothing is set."""
+        if self.num_iterations > 0:
+            return self.num_iterations
+        if self.target_flops > 0:
+            return round(self.target_flops / (flops_per_token * total_batch_size))
+        if self.target_param_data_ratio > 0:
+            return int(self.target_param_data_ratio * parameters) // total_batch_size
+        return None
+
 
 @dataclass(frozen=True)
 class BaseRecipe:

@@ -216,12 +216,12 @@ def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
                       lr_frac=getattr(config, "init_lr_frac", 1.0))
     optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks)
     if origin.step:
-        found = load_checkpoint(origin.folder, origin.step, optimizer=True)
+        found = load_checkpoint(origin.folder, origin.step, weights=False, optimizer=True)
         if found.optimizer_state is None:
             raise cannot_resume(origin.folder, found.no_optimizer)
         optimizer.load_state_dict(found.optimizer_state)
         if ranks.is_main:
-            print_changes(found.meta.get("user_config", {}), config, origin)
+            print_changes(origin.meta.get("user_config", {}), config, origin)
     return optimizer
 
 

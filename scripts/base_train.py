@@ -27,7 +27,7 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.recipe import RateSchedule, published
+from nanochat.recipe import Horizon, RateSchedule, published
 from nanochat.run import Origin, PeriodicAction, compile_wanted, is_trained, launch, loader_state, open_run, resume_step
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -99,19 +99,11 @@ def model_shape(config: Config, vocab_size: int) -> GPTConfig:
 
 
 def horizon(config: Config, model: GPT) -> int:
-    """Return how many steps to train: by num_iterations, else target_flops, else the tokens per parameter.
-
-    Raises:
-        UserError: none of the three is set, or they come to less than one step.
-    """
-    if config.num_iterations > 0:
-        return config.num_iterations
-    if config.target_flops > 0:
-        steps = round(config.target_flops / (model.flops_per_token() * config.total_batch_size))
-    elif config.target_param_data_ratio > 0:
-        parameters = sum(p.numel() for p in model.parameters())
-        steps = int(config.target_param_data_ratio * parameters) // config.total_batch_size
-    else:
+    """Return how many steps to train, by the flags. Raises UserError where none is set, or for less than one step."""
+    flags = Horizon(config.num_iterations, config.target_flops, config.target_param_data_ratio)
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = flags.steps(parameters, model.flops_per_token(), config.total_batch_size)
+    if steps is None:
         raise UserError("no horizon: set --num-iterations, --target-flops or --target-param-data-ratio above 0")
     if steps < 1:
         raise UserError(f"the horizon is less than one step of {config.total_batch_size:,} tokens: set "

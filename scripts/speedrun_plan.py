@@ -142,10 +142,8 @@ def make_plan(machine: Machine) -> RunPlan:
         model = GPT(GPTConfig.from_depth(base.shape.depth, vocab_size=recipe.tokenizer.vocab_size,
                                          sequence_len=base.shape.max_seq_len))
     parameters = sum(p.numel() for p in model.parameters())
-    steps = base.horizon.num_iterations
-    if steps < 1:
-        steps = int(base.horizon.target_param_data_ratio * parameters) // base.total_batch_size
-    steps = _number("SPEEDRUN_STEPS", steps)
+    flops = model.flops_per_token()
+    steps = _number("SPEEDRUN_STEPS", base.horizon.steps(parameters, flops, base.total_batch_size))
     tokens = steps * base.total_batch_size
     shards = _number("SPEEDRUN_SHARDS", math.ceil(1.03 * tokens * CHARS_PER_TOKEN / SHARD_CHARS))
     device_batch = _number("SPEEDRUN_DEVICE_BATCH", batch_for(recipe, machine))
@@ -153,7 +151,7 @@ def make_plan(machine: Machine) -> RunPlan:
     peak = peak_flops(device, compute_dtype(device))
     seconds = None
     if peak is not None:
-        seconds = tokens * model.flops_per_token() / (peak * EXPECTED_MFU * max(1, len(machine.gpus)))
+        seconds = tokens * flops / (peak * EXPECTED_MFU * max(1, len(machine.gpus)))
     disk = 16 * parameters * 6 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6)
     chat, why = "small-world" if source == "small-world" else "hub", ""
     if chat == "hub" and name == "small":

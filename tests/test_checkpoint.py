@@ -79,6 +79,15 @@ def test_what_is_saved_comes_back(tmp_path):
     assert latest_step(tmp_path) == 500
 
 
+def test_the_optimizer_state_is_read_without_the_weights(tmp_path):
+    save(tmp_path, 5, 2.0)
+    whole = load_checkpoint(tmp_path, 5, optimizer=True)
+    (tmp_path / "model_000005.pt").unlink()  # it is not looked at
+    loaded = load_checkpoint(tmp_path, 5, weights=False, optimizer=True)
+    assert loaded.model_state == {} and loaded.meta == whole.meta
+    assert loaded.optimizer_state.keys() == whole.optimizer_state.keys() and loaded.optimizer_state
+
+
 def test_weights_are_filed_in_float32_by_plain_names_and_without_what_they_are_views_of(tmp_path):
     big = torch.arange(100000.0)
     state = {"_orig_mod.wte.weight": torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)),

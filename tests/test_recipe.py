@@ -9,6 +9,7 @@ import pytest
 from nanochat.cli import parse
 from nanochat.recipe import (
     PROFILES,
+    Horizon,
     MomentumSchedule,
     RateSchedule,
     at_depth,
@@ -97,3 +98,9 @@ def test_a_recipe_cannot_be_changed_and_another_depth_changes_nothing_else():
 def test_importing_a_recipe_imports_no_torch():
     code = "import sys, nanochat.recipe; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("horizon, steps", [((7, 1e12, 20.0), 7), ((-1, 1e12, 20.0), 98), ((-1, -1.0, 20.0), 19),
+                                            ((0, 0.0, 0.001), 0), ((-1, -1.0, -1.0), None)])
+def test_the_first_horizon_that_is_set_counts(horizon, steps):
+    assert Horizon(*horizon).steps(parameters=1_000, flops_per_token=1e7, total_batch_size=1_024) == steps

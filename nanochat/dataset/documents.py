@@ -121,10 +121,6 @@ class Documents:
         facts = [(path.name, path.stat().st_size, sum(rows)) for path, rows in pairs]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
-    def documents_in(self, shards: int) -> int:
-        """Return the number of documents in the first `shards` shards."""
-        return sum(map(sum, self._rows[:shards]))
-
     def walk(self, start: int = 0, step: int = 1, stop: int | None = None) -> Iterator[tuple[list[int], list[str]]]:
         """Yield the documents start, start + step, ... in pieces of at most PIECE_DOCUMENTS, as (numbers, texts).
 
