@@ -1,6 +1,7 @@
 """The positions of one forward pass's tokens in their sequences, which all layers share."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,13 +76,18 @@ class Positions:
         indices = index[:, None]
         return cls((table[0][indices], table[1][indices]), 1, indices=indices, index=index, end=end)
 
+    @cached_property
+    def _rows(self) -> Tensor:
+        """The numbers of the rows, (B, 1), to index with; made once for all layers."""
+        B = len(self.lengths) if self.index is None else len(self.index)
+        return torch.arange(B, device=self._indices.device)[:, None]
+
     def write(self, buffer: Tensor, new: Tensor) -> None:
         """Write the tokens' entries `new` (B, T, …) to their positions in `buffer` (B, S, …), a per-token tensor."""
         if self._uniform:
             buffer[:, self.lengths[0]:self.end] = new
         else:
-            row = torch.arange(new.shape[0], device=new.device)[:, None]
-            buffer[row, self._indices] = new.to(buffer.dtype)
+            buffer[self._rows, self._indices] = new.to(buffer.dtype)
 
     def mask(self, window: int | None) -> Tensor | None:
         """Return which cached positions each token may see: bool (B or 1, 1, T, S), S = `end`.
@@ -107,5 +113,4 @@ class Positions:
         """
         if self.counts is None:
             return entries[:, entries.shape[1] - n:]
-        row = torch.arange(len(self.counts), device=entries.device)[:, None]
-        return entries[row, self.counts[:, None] + torch.arange(n, device=entries.device)]
+        return entries[self._rows, self.counts[:, None] + torch.arange(n, device=entries.device)]

@@ -128,8 +128,7 @@ class RequestBody(StrictModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def row_requests(self, id: str, model: ModelInfo, prompts: list[list[int]], max_tokens: list[int],
-                     defaults: Defaults, *,
-                     timeout: float, tools: bool, logprobs: int | None,
+                     defaults: Defaults, *, timeout: float, tools: bool, logprobs: int | None,
                      prompt_logprobs: bool = False) -> list[RowRequest]:
         """Return the messages to the worker: n rows for each prompt, those of the first prompt first.
 
@@ -152,8 +151,8 @@ class RequestBody(StrictModel):
                     top_p=defaults.top_p if self.top_p is None else max(self.top_p, MIN_TOP_P),
                     repetition_penalty=self.repetition_penalty or defaults.repetition_penalty, seed=seed, sample=sample)
                 rows.append(RowRequest(f"{id}-{len(rows)}", prompt, max(limit, 1), settings, tools=tools,
-                                       logprobs=logprobs,
-                                       prompt_logprobs=prompt_logprobs, timeout=timeout, model=model))
+                                       logprobs=logprobs, prompt_logprobs=prompt_logprobs, timeout=timeout,
+                                       model=model))
         return rows
 
     @model_validator(mode="after")
@@ -193,8 +192,8 @@ class Message(StrictModel):
         if self.tool_calls:
             raise UserError("tool_calls: this server does not support them; "
                             "send the parts of the answer back as its content")
-        if self.role != "assistant" and isinstance(self.content,
-                                                   list) and any(part.type != "text" for part in self.content):
+        parts = self.content if isinstance(self.content, list) else []
+        if self.role != "assistant" and any(part.type != "text" for part in parts):
             raise UserError(f"a {self.role} message holds text alone")
         return self
 

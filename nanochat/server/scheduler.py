@@ -85,8 +85,10 @@ class Scheduler:
         self._replays: deque[list[int]] = deque(maxlen=MAX_REPLAYS)  # prompts with their answers, for the prefix cache
         self._rows: dict[str, ScheduledRow] = {}
         self._events: list[Event] = []
-        self._buffer = None  # the state of one row, for prefill
-        self._owner = None   # the ScheduledRow, or the tokens of a replay, whose state the buffer holds
+        self._buffer = None  # the cache of one row, for prefill
+        self._owner = None   # the ScheduledRow, or the tokens of a replay, that the buffer holds
+        self._logits = None  # (1, V), for the next token of the row in the buffer, once its prefill is done
+        self._replayed = 0   # tokens of the replay in the buffer that are prefilled
         self._count = dict.fromkeys(("requests", "steps", "prompt_tokens", "cached_tokens", "generated_tokens",
                                      "prefix_lookups", "prefix_hits", "cancelled", "errors"), 0)
 
