@@ -16,6 +16,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_configure(config):
     os.environ["NANOCHAT_DTYPE"] = "float32"  # its tolerances hold on every CPU; for processes that tests start, too
+    # The same examples each time: what fails for one fails for all. --hypothesis-profile=default looks for new ones.
+    hypothesis.settings.register_profile("same", derandomize=True)
+    if config.getoption("--hypothesis-profile", None) is None:
+        hypothesis.settings.load_profile("same")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under nohup: tests that press Ctrl-C would wait for ever
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

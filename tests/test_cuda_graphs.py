@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -119,9 +119,10 @@ def test_a_single_row_of_a_model_that_only_decodes_gets_the_same_in_fewer_operat
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), count=st.integers(1, 9), num_samples=st.integers(1, 3), batch_size=st.integers(1, 9),
        options=st.sampled_from([{"temperature": 0}, SAMPLED, {"temperature": 1.0}, {"temperature": 0.9, "top_p": 0.8}]))
+@example(seed=254, count=8, num_samples=2, batch_size=1, options={"temperature": 0.9, "top_p": 0.8})  # in float32 not
 def test_a_seed_gives_the_same_tokens_with_and_without(tokenizer, seed, count, num_samples, batch_size, options):
     model = small_model(seed % 3, vocab_size=tokenizer.get_vocab_size(), sequence_len=64, n_kv_head=1 + seed % 2)
-    plain, graphed = engines(model, tokenizer)
+    plain, graphed = engines(model.double(), tokenizer)  # in float32 rounding decides one token in some ten thousand
     prompts = prompts_of(seed, count)
     options = {"num_samples": num_samples, "batch_size": batch_size, "max_tokens": 15, "seed": seed, **options}
     for _ in range(2):  # the second time reuses the memory
