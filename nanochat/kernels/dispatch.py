@@ -1,9 +1,23 @@
-"""How an operation finds its kernel, and how an operation becomes a torch operator."""
+"""How an operation finds its kernel, how an operation becomes a torch operator, and how a Triton kernel is launched.
 
-from collections.abc import Callable
+Each operation's package lists its implementations, once, in a dict BACKENDS from a name to a `Backend`:
+
+    BACKENDS = {"cpu": Backend(_cpu, cpu_ready), "triton": Backend(_triton, triton_ready, "eager"), "torch": Backend(_pytorch)}
+
+    def relu_squared(x):
+        return backend("relu2", BACKENDS, x)(x)
+
+Where nothing was chosen, the first that is ready is taken. A training run on a GPU measures them and chooses
+(nanochat/kernels/choose.py); `--kernels=relu2:torch` and NANOCHAT_KERNELS choose by hand.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +27,136 @@ from nanochat.kernels import cpu
 _LIBRARY = torch.library.Library("nanochat", "FRAGMENT")
 
 
+# ---- the implementations of an operation
+
+
+class Backend(NamedTuple):
+    """One implementation of an operation.
+
+    run: takes and returns what the operation's public function does, gradients included; in eager mode and under
+        torch.compile, which either traces it or, where it calls an operator of `define_operator`, sees one operation
+    ready: whether it can take these arguments of the public function; on what device they are, for example
+    default: where it may be taken though nobody chose it: "always", in "eager" mode alone (under torch.compile the
+        compiler's own fusion comes first), or "never"
+    """
+
+    run: Callable
+    ready: Callable[..., bool] = lambda *args: True
+    default: Literal["always", "eager", "never"] = "always"
+
+
+class Trial(NamedTuple):
+    """What the chooser runs to check and time the implementations of an operation.
+
+    function: the operation's public function. twin: its definition, with the same arguments
+    args: random ones; those that require a gradient get one
+    asked: what the public function gives `backend`, where that is something else than args
+    """
+
+    function: Callable
+    twin: Callable
+    args: tuple
+    asked: tuple | None = None
+
+
+@dataclass(frozen=True)
+class TrainingShape:
+    """The sizes that a model is trained with: rows B of T tokens a device, width E, query heads H and key/value heads G
+    of width D, taps K, vocabulary V, and the window of attention (None for all positions)."""
+
+    B: int
+    T: int
+    E: int
+    H: int
+    G: int
+    D: int
+    K: int
+    V: int
+    window: int | None = None
+
+
+Draw = Callable[..., Tensor]  # (*sizes, scale=1, grad=True) → random normal numbers in the training's dtype
+
+_chosen: dict[str, str] = {}  # by operation; what was measured or asked for
+_left_out: dict[tuple[str, str], str] = {}  # (operation, backend) that failed a trial, and how
+
+
+def set_choice(chosen: Mapping[str, str], left_out: Mapping[tuple[str, str], str]) -> None:
+    """Let every operation named in `chosen` run the implementation named there, from now on.
+
+    Set it before anything is compiled: it is a constant for torch.compile, and changing it compiles anew.
+
+    Args:
+        chosen: a name of its BACKENDS for each operation; an implementation that is not ready for some arguments leaves
+            them to the others
+        left_out: implementations, by (operation, name), that are not taken unless they are chosen
+    """
+    for known, new in ((_chosen, chosen), (_left_out, left_out)):
+        known.clear()
+        known.update(new)
+
+
+def chosen_backend(operation: str, backends: Mapping[str, Backend], *args: Any) -> str:
+    """Return the name of the implementation that the operation runs for these arguments.
+
+    It is the chosen one; else the first of `backends` that is ready, was not left out and may be taken by default; else
+    the last.
+    """
+    name = _chosen.get(operation)
+    if name is not None and backends[name].ready(*args):
+        return name
+    unwanted = ("never", "eager") if torch.compiler.is_compiling() else ("never",)
+    for name, candidate in backends.items():
+        if candidate.default not in unwanted and (operation, name) not in _left_out and candidate.ready(*args):
+            return name
+    return name
+
+
+def backend(operation: str, backends: Mapping[str, Backend], *args: Any) -> Callable:
+    """Return the function that runs the operation for these arguments: see `chosen_backend`."""
+    return backends[chosen_backend(operation, backends, *args)].run
+
+
+# ---- kernels
+
+
+def triton_ready(x: Tensor, *others: Any) -> bool:
+    """Whether Triton kernels can run on the device of x: an NVIDIA GPU from Ampere on, with Triton installed."""
+    return x.is_cuda and _triton_runs_on(x.device)
+
+
+@cache
+def _device_has_triton(device: torch.device) -> bool:
+    return (find_spec("triton") is not None and torch.version.hip is None
+            and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def _triton_runs_on(device: torch.device) -> bool:
+    return _device_has_triton(device)
+
+
+# What torch.compiler.assume_constant_result sets, but without its import of the whole compiler, which takes 3.7 s.
+_triton_runs_on._dynamo_marked_constant = True
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a Triton kernel on the device of its first tensor. All launches go through here.
+
+    Floating-point fusion (a·b + c rounded once) is stated, since its default differs between versions of Triton; the
+    kernels' error bounds and register counts were found with it.
+
+    Args:
+        kernel: a function under triton.jit
+        grid: programs in each dimension
+        args, options: those of the kernel; options may hold num_warps and the like
+    """
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    with torch.cuda.device_of(first):  # Triton launches on the current device
+        kernel[grid](*args, **{"enable_fp_fusion": True, **options})
+
+
 def fused(operation: str, name: str, *tensors: Tensor) -> Callable | None:
-    """Return the kernel of an operation for these tensors, or None where plain PyTorch is to be used.
+    """Return the kernel of an operation without BACKENDS for these tensors, or None where plain PyTorch is to be used.
 
     None too while torch.compile traces, since the compiler fuses the plain form itself.
 
@@ -26,15 +168,18 @@ def fused(operation: str, name: str, *tensors: Tensor) -> Callable | None:
     if torch.compiler.is_compiling():
         return None
     if tensors[0].is_cuda:
-        return getattr(_module(operation, "triton"), name, None)
-    return getattr(_module(operation, "cpu"), name, None) if cpu.ready(*tensors) else None
+        return getattr(kernels_of(operation, "triton"), name, None)
+    return getattr(kernels_of(operation, "cpu"), name, None) if cpu.ready(*tensors) else None
 
 
 @cache
-def _module(operation: str, backend: str) -> ModuleType | None:
-    """None where the operation has no such file, or where Triton is not installed."""
+def kernels_of(operation: str, file: str) -> ModuleType | None:
+    """Return a file of an operation's package, triton or cpu; None where there is none, or Triton is not installed.
+
+    Importing an operation must not import Triton, which takes seconds: call this where the kernel runs.
+    """
     try:
-        return import_module(f"nanochat.kernels.{operation}.{backend}")
+        return import_module(f"nanochat.kernels.{operation}.{file}")
     except ImportError:
         return None
 
