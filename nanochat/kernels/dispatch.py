@@ -2,7 +2,8 @@
 
 Each operation's package lists its implementations, once, in a dict BACKENDS from a name to a `Backend`:
 
-    BACKENDS = {"cpu": Backend(_cpu, cpu_ready), "triton": Backend(_triton, triton_ready, "eager"), "torch": Backend(_pytorch)}
+    BACKENDS = {"cpu": Backend(_cpu, cpu_ready), "triton": Backend(_triton, triton_ready, "eager"),
+                "torch": Backend(_pytorch)}
 
     def relu_squared(x):
         return backend("relu2", BACKENDS, x)(x)
@@ -51,18 +52,21 @@ class Trial(NamedTuple):
     function: the operation's public function. twin: its definition, with the same arguments
     args: random ones; those that require a gradient get one
     asked: what the public function gives `backend`, where that is something else than args
+    inside_blocks: whether it runs inside the model's blocks, which torch.compile may compile
     """
 
     function: Callable
     twin: Callable
     args: tuple
     asked: tuple | None = None
+    inside_blocks: bool = True
 
 
 @dataclass(frozen=True)
 class TrainingShape:
     """The sizes that a model is trained with: rows B of T tokens a device, width E, query heads H and key/value heads G
-    of width D, taps K, vocabulary V, and the window of attention (None for all positions)."""
+    of width D, taps K, vocabulary V, the window of attention (None for all positions), and how many matrices (4·E, E)
+    the optimizer updates at once on a device."""
 
     B: int
     T: int
@@ -73,15 +77,18 @@ class TrainingShape:
     K: int
     V: int
     window: int | None = None
+    matrices: int = 1
 
 
-Draw = Callable[..., Tensor]  # (*sizes, scale=1, grad=True) → random normal numbers in the training's dtype
+Draw = Callable[..., Tensor]  # (*sizes, grad=True) → random normal numbers on the device, in the training's dtype
 
 _chosen: dict[str, str] = {}  # by operation; what was measured or asked for
+_measured_rows: dict[str, tuple[int, int]] = {}  # by operation, where it was measured: rows and tokens of a batch
 _left_out: dict[tuple[str, str], str] = {}  # (operation, backend) that failed a trial, and how
 
 
-def set_choice(chosen: Mapping[str, str], left_out: Mapping[tuple[str, str], str]) -> None:
+def set_choice(chosen: Mapping[str, str], left_out: Mapping[tuple[str, str], str] | None = None,
+               measured_rows: Mapping[str, tuple[int, int]] | None = None) -> None:
     """Let every operation named in `chosen` run the implementation named there, from now on.
 
     Set it before anything is compiled: it is a constant for torch.compile, and changing it compiles anew.
@@ -89,22 +96,34 @@ def set_choice(chosen: Mapping[str, str], left_out: Mapping[tuple[str, str], str
     Args:
         chosen: a name of its BACKENDS for each operation; an implementation that is not ready for some arguments leaves
             them to the others
-        left_out: implementations, by (operation, name), that are not taken unless they are chosen
+        left_out: implementations, by (operation, name), that are not taken unless they are chosen, and why
+        measured_rows: (B, T) of the batches at which the chosen one was measured; none where it was asked for
     """
-    for known, new in ((_chosen, chosen), (_left_out, left_out)):
+    for known, new in ((_chosen, chosen), (_left_out, left_out or {}), (_measured_rows, measured_rows or {})):
         known.clear()
         known.update(new)
+
+
+def chosen_for(operation: str, B: int, T: int) -> bool:
+    """Return whether the choice, if there is one, counts for batches of B rows of T tokens: where an implementation is
+    good at the shape it was measured at and may be bad at others, as in attention."""
+    return _measured_rows.get(operation, (B, T)) == (B, T)
 
 
 def chosen_backend(operation: str, backends: Mapping[str, Backend], *args: Any) -> str:
     """Return the name of the implementation that the operation runs for these arguments.
 
-    It is the chosen one; else the first of `backends` that is ready, was not left out and may be taken by default; else
-    the last.
+    It is the chosen one if that is ready, else the default.
     """
     name = _chosen.get(operation)
     if name is not None and backends[name].ready(*args):
         return name
+    return default_backend(operation, backends, *args)
+
+
+def default_backend(operation: str, backends: Mapping[str, Backend], *args: Any) -> str:
+    """Return the name of the implementation that runs where nobody chose: the first of `backends` that is ready, was
+    not left out and may be taken by default; else the last."""
     unwanted = ("never", "eager") if torch.compiler.is_compiling() else ("never",)
     for name, candidate in backends.items():
         if candidate.default not in unwanted and (operation, name) not in _left_out and candidate.ready(*args):
@@ -121,22 +140,28 @@ def backend(operation: str, backends: Mapping[str, Backend], *args: Any) -> Call
 
 
 def triton_ready(x: Tensor, *others: Any) -> bool:
-    """Whether Triton kernels can run on the device of x: an NVIDIA GPU from Ampere on, with Triton installed."""
-    return x.is_cuda and _triton_runs_on(x.device)
+    """Whether Triton kernels can run on the device of x: a GPU, with Triton installed."""
+    return x.is_cuda and _has_triton()
 
 
-@cache
-def _device_has_triton(device: torch.device) -> bool:
-    return (find_spec("triton") is not None and torch.version.hip is None
-            and torch.cuda.get_device_capability(device) >= (8, 0))
+def constant(function: Callable) -> Callable:
+    """Remember the results of a function, which are constants for torch.compile.
+
+    It sets what torch.compiler.assume_constant_result does, without that one's import of the compiler, which takes 3.7
+    s.
+    """
+    remembered = cache(function)
+
+    def call(*args: Any) -> Any:
+        return remembered(*args)
+    call._dynamo_marked_constant = True
+    call.cache_clear = remembered.cache_clear
+    return call
 
 
-def _triton_runs_on(device: torch.device) -> bool:
-    return _device_has_triton(device)
-
-
-# What torch.compiler.assume_constant_result sets, but without its import of the whole compiler, which takes 3.7 s.
-_triton_runs_on._dynamo_marked_constant = True
+@constant
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
