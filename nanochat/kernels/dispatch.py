@@ -25,6 +25,8 @@ from torch import Tensor
 
 from nanochat.kernels import cpu
 
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}  # of every Triton kernel
+
 _LIBRARY = torch.library.Library("nanochat", "FRAGMENT")
 
 
@@ -177,7 +179,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """
     first = next(arg for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device_of(first):  # Triton launches on the current device
-        kernel[grid](*args, **{"enable_fp_fusion": True, **options})
+        kernel[grid](*args, **LAUNCH_OPTIONS, **options)
 
 
 def fused(operation: str, name: str, *tensors: Tensor) -> Callable | None:
