@@ -43,6 +43,7 @@ COVERED_BY = {
     "nanochat.kernels.decode_attention.cpu": "test_kernel_decode_attention",
     "nanochat.kernels.decode_attention.triton": "test_kernel_decode_attention",
     "nanochat.kernels.choose": "test_kernel_choice",
+    "nanochat.kernels.measure": "test_kernel_choice",
     "nanochat.kernels.dispatch": "test_kernel_choice",
     "nanochat.kernels.fused_matvec": "test_kernel_fused_matvec",
     "nanochat.kernels.fused_matvec.triton": "test_kernel_fused_matvec",
