@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels.dispatch import fused
+from nanochat.kernels.cpu import ready as cpu_ready
+from nanochat.kernels.dispatch import Backend, Draw, TrainingShape, Trial, backend, kernels_of
 
 
 def relu_squared_twin(x: Tensor) -> Tensor:
@@ -33,9 +34,24 @@ class _ReluSquared(torch.autograd.Function):
         return (dy * positive).mul_(2)
 
 
+def _pytorch(x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        return _ReluSquared.apply(x)
+    return relu_squared_twin(x)
+
+
+def _cpu(x: Tensor) -> Tensor:
+    return kernels_of("relu2", "cpu").relu_squared(x)
+
+
+BACKENDS = {"cpu": Backend(_cpu, cpu_ready), "torch": Backend(_pytorch)}
+
+
 def relu_squared(x: Tensor) -> Tensor:
     """Return what `relu_squared_twin` returns."""
-    kernel = fused("relu2", "relu_squared", x)
-    if kernel is None and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        return _ReluSquared.apply(x)
-    return (kernel or relu_squared_twin)(x)
+    return backend("relu2", BACKENDS, x)(x)
+
+
+def trial(shape: TrainingShape, draw: Draw) -> Trial:
+    """Return what the chooser measures: the activation of the MLP."""
+    return Trial(relu_squared, relu_squared_twin, (draw(shape.B, shape.T, 4 * shape.E),))

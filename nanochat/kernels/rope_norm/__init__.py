@@ -10,7 +10,8 @@ under torch.compile, the twin runs.
 import torch
 from torch import Tensor
 
-from nanochat.kernels.dispatch import fused
+from nanochat.kernels.cpu import ready as cpu_ready
+from nanochat.kernels.dispatch import Backend, Draw, TrainingShape, Trial, backend, kernels_of
 from nanochat.kernels.rms_norm import rms_norm_twin
 
 
@@ -26,9 +27,24 @@ def rope_norm_twin(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return rms_norm_twin(rotate(x, rope)).to(x.dtype)
 
 
+def _cpu(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    return kernels_of("rope_norm", "cpu").rope_norm(x, *rope)
+
+
+def _cpu_takes(x: Tensor, rope: tuple[Tensor, Tensor]) -> bool:
+    return cpu_ready(x, *rope) and all(table.dtype == torch.float32 for table in rope)
+
+
+BACKENDS = {"cpu": Backend(_cpu, _cpu_takes), "torch": Backend(rope_norm_twin)}
+
+
 def rope_norm(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Return what `rope_norm_twin` returns, up to rounding."""
-    kernel = fused("rope_norm", "rope_norm", x, *rope)
-    if kernel is None or any(table.dtype != torch.float32 for table in rope):
-        return rope_norm_twin(x, rope)
-    return kernel(x, *rope)
+    return backend("rope_norm", BACKENDS, x, rope)(x, rope)
+
+
+def trial(shape: TrainingShape, draw: Draw) -> Trial:
+    """Return what the chooser measures: the queries of attention."""
+    x = draw(shape.B, shape.T, shape.H, shape.D)
+    angles = torch.rand(shape.T, shape.D // 2, device=x.device) * 6
+    return Trial(rope_norm, rope_norm_twin, (x, (angles.cos(), angles.sin())))
