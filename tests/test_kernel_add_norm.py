@@ -53,13 +53,14 @@ def test_on_cpus_it_is_the_twin_to_the_last_bit_up_to_the_norm():
     torch.testing.assert_close(h, wanted_h)
 
 
+@pytest.mark.parametrize("path", [operation._AddNorm.apply, operation._triton], ids=["function", "operator"])
 @pytest.mark.parametrize("used", ["both", "sum", "norm"])
-def test_gradients_flow_through_whichever_result_is_used(used):
+def test_gradients_flow_through_whichever_result_is_used(used, path):
     x, y = (torch.randn(4, 32, requires_grad=True) for _ in range(2))
     weights = torch.randn(2, 4, 32)
     if used != "both":
         weights[used == "sum"] = 0
-    results = operation._AddNorm.apply(x, y), add_norm_twin(x, y)
+    results = path(x, y), add_norm_twin(x, y)
     loss, wanted = ((s * weights[0] * (used != "norm")).sum() + (h * weights[1] * (used != "sum")).sum()
                     for s, h in results)
     if used != "both":  # the other result is not read at all

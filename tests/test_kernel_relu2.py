@@ -24,12 +24,12 @@ def test_relu_squared_is_its_twin_forward_and_backward():
     torch.testing.assert_close(got, wanted)
 
 
-def test_the_gradient_from_the_result_is_exact_in_float32(monkeypatch):
-    monkeypatch.setattr(relu2, "fused", lambda *_: None)  # the path of other devices than CPUs
+@pytest.mark.parametrize("path", [relu2._ReluSquared.apply, relu2._triton], ids=["function", "operator"])
+def test_the_gradient_from_the_result_is_exact_in_float32(path):
     x = torch.randn(50, 40, requires_grad=True)
     dy, kept = torch.randn(50, 40), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        y = relu2._ReluSquared.apply(x)
+        y = path(x)
     assert len(kept) == 1 and kept[0].data_ptr() == y.data_ptr()  # the result alone, which its reader keeps anyway
     wanted, = torch.autograd.grad(relu_squared_twin(x), x, dy)
     assert torch.equal(torch.autograd.grad(y, x, dy)[0], wanted)

@@ -47,12 +47,13 @@ def test_result_and_gradient_are_the_twins(kernel, B, T, H, D, by_row, dtype):
     torch.testing.assert_close(got.double(), gradient, rtol=close["rtol"], atol=2 * close["atol"] * size)
 
 
-def test_autograd_gives_the_twins_gradient_and_keeps_the_result_in_its_own_dtype(monkeypatch):
-    monkeypatch.setattr(operation, "fused", lambda *_: None)  # the path of other devices than CPUs
+@pytest.mark.parametrize("path", [lambda x, rope: operation._RopeNorm.apply(x, *rope), operation._triton],
+                         ids=["function", "operator"])
+def test_autograd_gives_the_twins_gradient_and_keeps_the_result_in_its_own_dtype(path):
     x = torch.randn(2, 3, 4, 16).bfloat16().requires_grad_()
     angles, dy, kept = torch.randn(3, 8), torch.randn(2, 3, 4, 16).bfloat16(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        y = operation._RopeNorm.apply(x, angles.cos(), angles.sin())
+        y = path(x, (angles.cos(), angles.sin()))
     assert [tuple(t.shape) for t in kept if t.dtype == torch.float32] == [(2, 3, 4, 1), (3, 8), (3, 8)]
     assert [t.data_ptr() for t in kept if t.dtype == torch.bfloat16] == [y.data_ptr()]
     wanted, = torch.autograd.grad(rope_norm_twin(x, (angles.cos(), angles.sin())), x, dy)

@@ -48,15 +48,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from nanochat.kernels.dispatch import LAUNCH_OPTIONS
 from nanochat.kernels.slc2 import triton as slc2
 
 x = torch.empty(32, 2048, 1280, dtype=torch.bfloat16, device="meta")
 heads = {"H": 10, "D": 128, "K": 3, "PAST": False}
 for kernel, constants in ((slc2._forward, heads | slc2._tile(slc2.FORWARD, x, 128)),
                           (slc2._backward, heads | slc2._tile(slc2.BACKWARD, x, 128)),
-                          (slc2._step, {"E": 1280, "D": 128, "K": 3, "BLOCK": slc2.STEP, "num_warps": 4,
-                          "enable_fp_fusion": True})):
-    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+                          (slc2._step, {"E": 1280, "D": 128, "K": 3, "BLOCK": slc2.STEP, "num_warps": 4})):
+    options = {"num_warps": constants.pop("num_warps"), **LAUNCH_OPTIONS}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         odd = name in ("pad", "chain", "total", "blocks")

@@ -4,15 +4,24 @@ x, y, s, h (..., E) of one shape and dtype. Saved for backward, elsewhere than o
 norm keeps anyway, and the factors r = 1/√(mean s² + ε), (...) in float32. Since s·r = h, the gradient needs no s: the
 residual stream costs no memory. Written in place: nothing.
 
-On GPUs a Triton kernel makes one pass over memory each way. Under torch.compile the formulas below are traced, and the
-compiler fuses them. On CPUs it is the sum, then the kernel of `rms_norm`.
+Implementations: "cpu", the sum, then `rms_norm`; "triton", a kernel that makes one pass over memory each way; "torch",
+plain PyTorch, which torch.compile fuses itself.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanochat.kernels.dispatch import fused
+from nanochat.kernels.dispatch import (
+    Backend,
+    Draw,
+    TrainingShape,
+    Trial,
+    backend,
+    define_operator,
+    kernels_of,
+    triton_ready,
+)
 from nanochat.kernels.rms_norm import rms_norm, rms_norm_twin
 
 EPSILON = torch.finfo(torch.float32).eps  # as in `rms_norm`
@@ -43,9 +52,11 @@ def backward_pytorch(ds: Tensor | None, dh: Tensor, h: Tensor, r: Tensor) -> Ten
 
 
 class _AddNorm(torch.autograd.Function):
+    """Sum and norm in plain PyTorch, which keep h and r alone."""
+
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        s, h, r = (fused("add_norm", "forward", x, y) or forward_pytorch)(x, y)
+        s, h, r = forward_pytorch(x, y)
         ctx.save_for_backward(h, r)
         if not torch.compiler.is_compiling():  # the compiler knows no gradients that are absent
             ctx.set_materialize_grads(False)
@@ -54,18 +65,59 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, ds: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if dh is None:
-            return ds, ds
-        h, r = ctx.saved_tensors
-        dx = (fused("add_norm", "backward", dh, h) or backward_pytorch)(ds, dh, h, r)
+        dx = ds if dh is None else backward_pytorch(ds, dh, *ctx.saved_tensors)
         return dx, dx
+
+
+def _pytorch(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        return _AddNorm.apply(x, y)
+    return forward_pytorch(x, y)[:2]
+
+
+def _cpu(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    s = x + y
+    return s, rms_norm(s)
+
+
+def _forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (kernels_of("add_norm", "triton").forward if triton_ready(x) else forward_pytorch)(x, y)
+
+
+def _backward(ds: Tensor | None, dh: Tensor, h: Tensor, r: Tensor) -> Tensor:
+    return (kernels_of("add_norm", "triton").backward if triton_ready(h) else backward_pytorch)(ds, dh, h, r)
+
+
+def _save(ctx, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, ds: Tensor | None, dh: Tensor | None, dr: None) -> tuple[Tensor | None, Tensor | None]:
+    dx = ds if dh is None else torch.ops.nanochat.add_norm_backward(ds, dh, *ctx.saved_tensors)
+    return dx, dx
+
+
+define_operator("add_norm", "(Tensor x, Tensor y) -> (Tensor, Tensor, Tensor)", _forward, lambda x, y: (
+    x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)),
+    _gradients, _save)
+define_operator("add_norm_backward", "(Tensor? ds, Tensor dh, Tensor h, Tensor r) -> Tensor", _backward,
+                lambda ds, dh, h, r: h.new_empty(h.shape))
+
+
+def _triton(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.nanochat.add_norm(x, y)[:2]
+
+
+BACKENDS = {"cpu": Backend(_cpu, lambda x, y: x.device.type == "cpu"),
+            "triton": Backend(_triton, triton_ready, "eager"), "torch": Backend(_pytorch)}
 
 
 def add_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `add_norm_twin` returns, up to rounding."""
-    if x.device.type == "cpu":
-        s = x + y
-        return s, rms_norm(s)
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _AddNorm.apply(x, y)
-    return (fused("add_norm", "forward", x, y) or forward_pytorch)(x, y)[:2]
+    return backend("add_norm", BACKENDS, x, y)(x, y)
+
+
+def trial(shape: TrainingShape, draw: Draw) -> Trial:
+    """Return what the chooser measures: the sum behind a mixer and the norm before the MLP."""
+    return Trial(add_norm, add_norm_twin, tuple(draw(shape.B, shape.T, shape.E) for _ in range(2)))

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.add_norm import EPSILON
+from nanochat.kernels.dispatch import launch
 
 
 @triton.jit
@@ -37,10 +38,10 @@ def _backward(DS, DH, H, R, DX, E: tl.constexpr, BLOCK: tl.constexpr, WITH_DS: t
     tl.store(DX + at, d, mask=inside)
 
 
-def _launch(E: int) -> dict:
+def _tile(E: int) -> dict:
     block = triton.next_power_of_2(E)
     # 16 elements a thread: two reads of 16 bytes of each tensor in 16 bits
-    return {"E": E, "BLOCK": block, "num_warps": min(16, max(1, block // 512)), "enable_fp_fusion": True}
+    return {"E": E, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
 def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,8 +50,7 @@ def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     s, h = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     r = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     if x.numel():
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            _forward[(r.numel(),)](x, y, s, h, r, EPSILON, **_launch(x.shape[-1]))
+        launch(_forward, (r.numel(),), x, y, s, h, r, EPSILON, **_tile(x.shape[-1]))
     return s, h, r
 
 
@@ -59,7 +59,6 @@ def backward(ds: Tensor | None, dh: Tensor, h: Tensor, r: Tensor) -> Tensor:
     dh, h, ds = dh.contiguous(), h.contiguous(), None if ds is None else ds.contiguous()
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     if h.numel():
-        with torch.cuda.device_of(h):
-            _backward[(r.numel(),)](dh if ds is None else ds, dh, h, r, dx, WITH_DS=ds is not None,
-                                    **_launch(h.shape[-1]))
+        launch(_backward, (r.numel(),), dh if ds is None else ds, dh, h, r, dx, WITH_DS=ds is not None,
+               **_tile(h.shape[-1]))
     return dx

@@ -21,7 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels.dispatch import define_operator, fused
+from nanochat.kernels.cpu import ready as cpu_ready
+from nanochat.kernels.dispatch import (
+    Backend,
+    Draw,
+    TrainingShape,
+    Trial,
+    backend,
+    define_operator,
+    kernels_of,
+    triton_ready,
+)
 
 SOFTCAP = 15.0
 IGNORE = -1
@@ -65,8 +75,7 @@ def softcapped_cross_entropy_(z: Tensor, targets: Tensor, factors: Tensor | None
         losses: (N,) float32, written in place; not multiplied with the factors
         want_grad: False leaves z as it is
     """
-    kernel = fused("cross_entropy", "softcapped_cross_entropy_", z) or softcapped_cross_entropy_pytorch_
-    kernel(z, targets, factors, losses, want_grad)
+    backend("cross_entropy", BACKENDS, z)(z, targets, factors, losses, want_grad)
 
 
 def softcapped_cross_entropy_pytorch_(z: Tensor, targets: Tensor, factors: Tensor | None, losses: Tensor,
@@ -91,6 +100,18 @@ def softcapped_cross_entropy_pytorch_(z: Tensor, targets: Tensor, factors: Tenso
             p.scatter_(1, index, at_target - 1)
             p.mul_((counted.float() if factors is None else factors[part].where(counted, 0.0)).unsqueeze(1))
             piece.copy_(p.addcmul_(p, t.square_(), value=-1))
+
+
+def _triton(*args: Tensor | None | bool) -> None:
+    kernels_of("cross_entropy", "triton").softcapped_cross_entropy_(*args)
+
+
+def _cpu(*args: Tensor | None | bool) -> None:
+    kernels_of("cross_entropy", "cpu").softcapped_cross_entropy_(*args)
+
+
+BACKENDS = {"triton": Backend(_triton, triton_ready), "cpu": Backend(_cpu, cpu_ready),
+            "torch": Backend(softcapped_cross_entropy_pytorch_)}
 
 
 def _chunk_tokens(x: Tensor, V: int) -> int:
@@ -233,3 +254,10 @@ def _losses_of_product(x: Tensor, product: Callable[[Tensor], Tensor], V: int, t
     for part in _chunks(len(x), _chunk_tokens(x, V)):
         softcapped_cross_entropy_(product(x[part]), targets[part], None, losses[part], want_grad=False)
     return losses
+
+
+def trial(shape: TrainingShape, draw: Draw) -> Trial:
+    """Return what the chooser measures: the whole head, of which the pass over the logits is a part."""
+    x, weight = draw(shape.B * shape.T, shape.E), draw(shape.V, shape.E)
+    targets = torch.randint(-1, shape.V, (len(x),), device=x.device)
+    return Trial(head_loss, head_loss_twin, (x, weight, targets), asked=(x,), inside_blocks=False)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanochat.kernels.dispatch import launch
+
 BLOCK = 4096  # elements a program; with 8 warps and 16 bits a thread reads 16 bytes twice
 
 
@@ -31,8 +33,7 @@ def forward(x: Tensor) -> Tensor:
     """Return relu(x)²."""
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if n := x.numel():
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            _forward[(triton.cdiv(n, BLOCK),)](x, y, n, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True)
+        launch(_forward, (triton.cdiv(n, BLOCK),), x, y, n, BLOCK=BLOCK, num_warps=8)
     return y
 
 
@@ -41,6 +42,5 @@ def backward(dy: Tensor, y: Tensor) -> Tensor:
     dy, y = dy.contiguous(), y.contiguous()
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     if n := dy.numel():
-        with torch.cuda.device_of(dy):
-            _backward[(triton.cdiv(n, BLOCK),)](dy, y, dx, n, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True)
+        launch(_backward, (triton.cdiv(n, BLOCK),), dy, y, dx, n, BLOCK=BLOCK, num_warps=8)
     return dx

@@ -7,7 +7,8 @@ backward, and has no second derivative. Elsewhere, and under torch.compile, the 
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels.dispatch import fused
+from nanochat.kernels.cpu import ready as cpu_ready
+from nanochat.kernels.dispatch import Backend, Draw, TrainingShape, Trial, backend, kernels_of
 
 
 def rms_norm_twin(x: Tensor) -> Tensor:
@@ -15,6 +16,18 @@ def rms_norm_twin(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
+def _cpu(x: Tensor) -> Tensor:
+    return kernels_of("rms_norm", "cpu").rms_norm(x)
+
+
+BACKENDS = {"cpu": Backend(_cpu, cpu_ready), "torch": Backend(rms_norm_twin)}
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """Return what `rms_norm_twin` returns, up to rounding."""
-    return (fused("rms_norm", "rms_norm", x) or rms_norm_twin)(x)
+    return backend("rms_norm", BACKENDS, x)(x)
+
+
+def trial(shape: TrainingShape, draw: Draw) -> Trial:
+    """Return what the chooser measures: the norm before a mixer or an MLP."""
+    return Trial(rms_norm, rms_norm_twin, (draw(shape.B, shape.T, shape.E),))

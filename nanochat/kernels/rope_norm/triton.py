@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.rope_norm import EPSILON
+from nanochat.kernels.dispatch import launch
 
 
 @triton.jit
@@ -61,10 +62,9 @@ def _backward(DY, Y, R, COS, SIN, DX, T, dy_b, dy_t, dy_h, y_b, y_t, y_h, cos_b,
     tl.store(at + HALF, g1 * sin + g2 * cos, mask=inside)
 
 
-def _launch(H: int, D: int) -> dict:
+def _tile(H: int, D: int) -> dict:
     heads, pairs = triton.next_power_of_2(H), triton.next_power_of_2(D // 2)
-    return {"H": H, "HALF": D // 2, "HEADS": heads, "PAIRS": pairs, "num_warps": min(16, max(1, heads * pairs // 256)),
-            "enable_fp_fusion": True}
+    return {"H": H, "HALF": D // 2, "HEADS": heads, "PAIRS": pairs, "num_warps": min(16, max(1, heads * pairs // 256))}
 
 
 def _table_strides(*tables: Tensor) -> list[int]:
@@ -82,9 +82,8 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.empty(B, T, H, D, dtype=x.dtype, device=x.device)
     r = torch.empty(B, T, H, 1, dtype=torch.float32, device=x.device)
     if y.numel():
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            _forward[(B * T,)](x, cos, sin, y, r, T, EPSILON, *x.stride()[:3], *_table_strides(cos, sin),
-                               **_launch(H, D))
+        launch(_forward, (B * T,), x, cos, sin, y, r, T, EPSILON, *x.stride()[:3], *_table_strides(cos, sin),
+               **_tile(H, D))
     return y, r
 
 
@@ -93,7 +92,6 @@ def backward(dy: Tensor, y: Tensor, r: Tensor, cos: Tensor, sin: Tensor) -> Tens
     (B, T, H, D), dy, y, cos, sin = y.shape, _dense(dy), _dense(y), _dense(cos), _dense(sin)
     dx = torch.empty(B, T, H, D, dtype=dy.dtype, device=dy.device)
     if dx.numel():
-        with torch.cuda.device_of(y):
-            _backward[(B * T,)](dy, y, r.contiguous(), cos, sin, dx, T, *dy.stride()[:3], *y.stride()[:3],
-                                *_table_strides(cos, sin), **_launch(H, D))
+        launch(_backward, (B * T,), dy, y, r.contiguous(), cos, sin, dx, T, *dy.stride()[:3], *y.stride()[:3],
+               *_table_strides(cos, sin), **_tile(H, D))
     return dx

@@ -13,14 +13,25 @@ Both run a Triton kernel on NVIDIA GPUs from Ampere on with K ≤ 4, the crate's
 """
 
 import functools
-import importlib.util
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels.dispatch import define_operator, fused
+from nanochat.kernels.cpu import ready as cpu_ready
+from nanochat.kernels.dispatch import (
+    Backend,
+    Draw,
+    TrainingShape,
+    Trial,
+    backend,
+    chosen_backend,
+    constant,
+    define_operator,
+    kernels_of,
+    triton_ready,
+)
 
 # ---- definitions
 
@@ -105,22 +116,22 @@ def _backward_pytorch(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor
 # ---- the choice
 
 
-@functools.cache
-def _triton_runs_on(device: torch.device) -> bool:
-    """Whether Triton is installed and this is an NVIDIA GPU, Ampere or later: the kernels contain its instructions."""
-    return (importlib.util.find_spec("triton") is not None and torch.version.hip is None
-            and torch.cuda.get_device_capability(device) >= (8, 0))
+@constant
+def _from_ampere_on(device: torch.device) -> bool:
+    """Whether this is an NVIDIA GPU, Ampere or later: the kernels contain its instructions."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def uses_triton(z: Tensor, K: int = 3) -> bool:
     """Return whether the operations on z, with K taps, run the Triton kernels."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return z.is_cuda and K <= 4 and z.dtype in dtypes and _triton_runs_on(z.device)
+    return z.is_cuda and K <= 4 and z.dtype in dtypes and triton_ready(z) and _from_ampere_on(z.device)
 
 
-def _kernel(name: str, x: Tensor, *others: Tensor, K: int) -> Callable | None:
-    """Return forward, backward or step of the kernels for these tensors, or None for plain PyTorch."""
-    return fused("slc2", name, x, *others) if (uses_triton(x, K) if x.is_cuda else x.numel()) else None
+def _kernels(taps: Tensor, *others: Tensor) -> ModuleType | None:
+    """Return the module of the kernels for these tensors, triton.py or cpu.py, or None for plain PyTorch."""
+    name = chosen_backend("slc2", BACKENDS, taps, *others)
+    return None if name == "torch" else kernels_of("slc2", name)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -133,8 +144,8 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 def _mix(z: Tensor, taps: Tensor, past: Tensor | None, n_head: int, head_width: int) -> Tensor:
     *inputs, _ = split_columns(_dense(z), n_head, head_width)
-    kernel = _kernel("forward", *inputs, taps, K=taps.shape[1]) or _forward_pytorch
-    return kernel(*inputs, taps, _dense(past))
+    kernels = _kernels(taps, *inputs)
+    return (kernels.forward if kernels else _forward_pytorch)(*inputs, taps, _dense(past))
 
 
 def _mix_shape(z, taps, past, n_head, head_width):
@@ -144,15 +155,16 @@ def _mix_shape(z, taps, past, n_head, head_width):
 def _mix_backward(dy: Tensor, z: Tensor, taps: Tensor, past: Tensor | None, n_head: int,
                   head_width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return dz, zero in the padding; dtaps; and dpast, empty where there is no past."""
-    K, dz = taps.shape[1], torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     *inputs, _ = split_columns(_dense(z), n_head, head_width)
     *gradients, padding = split_columns(dz, n_head, head_width)
-    kernel, pad = _kernel("backward", *inputs, taps, K=K) or _backward_pytorch, {}
-    if uses_triton(z, K):
+    kernels, pad = _kernels(taps, *inputs), {}
+    if chosen_backend("slc2", BACKENDS, taps, *inputs) == "triton":
         pad = {"pad": padding.shape[-1]}  # this kernel writes the zeros too
     else:
         padding.zero_()
-    dtaps, dpast = kernel(_dense(dy), *inputs, taps, _dense(past), *gradients, **pad)
+    run = kernels.backward if kernels else _backward_pytorch
+    dtaps, dpast = run(_dense(dy), *inputs, taps, _dense(past), *gradients, **pad)
     return dz, dtaps.to(taps.dtype), z.new_empty(0) if dpast is None else dpast
 
 
@@ -178,10 +190,24 @@ define_operator("slc2_mix_backward", f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor
                 _mix_backward_shapes)
 
 
+def _operator(z: Tensor, taps: Tensor, past: Tensor | None, n_head: int, head_width: int) -> Tensor:
+    return torch.ops.nanochat.slc2_mix(z, taps, past, n_head, head_width)
+
+
+def _pytorch(z: Tensor, taps: Tensor, past: Tensor | None, n_head: int, head_width: int) -> Tensor:
+    """In eager mode the operator, whose plain form saves its inputs alone; the twin where the compiler fuses it."""
+    if not torch.compiler.is_compiling():
+        return _operator(z, taps, past, n_head, head_width)
+    return _forward_pytorch(*split_columns(z, n_head, head_width)[:4], taps, past)
+
+
+BACKENDS = {"triton": Backend(_operator, lambda taps, x, *others: uses_triton(x, taps.shape[1])),
+            "cpu": Backend(_operator, lambda taps, x, *others: cpu_ready(taps, x, *others) and x.numel() > 0),
+            "torch": Backend(_pytorch)}
+
+
 def slc2_mix(z: Tensor, taps: Tensor, past: Tensor | None = None, *, n_head: int, head_width: int) -> Tensor:
     """Return y (B, T, E) of the joined projection z, as `slc2_core_twin` of its columns, up to rounding.
-
-    Under torch.compile on other devices than GPUs the twin is used, which the compiler fuses itself.
 
     Args:
         z: (B, T, N), columns x (E), B (E), A (head_width), alpha (n_head), then padding, whose gradient is zero
@@ -191,9 +217,18 @@ def slc2_mix(z: Tensor, taps: Tensor, past: Tensor | None = None, *, n_head: int
     Raises:
         ValueError: z is too narrow
     """
-    if torch.compiler.is_compiling() and not z.is_cuda:
-        return _forward_pytorch(*split_columns(z, n_head, head_width)[:4], taps, past)
-    return torch.ops.nanochat.slc2_mix(z, taps, past, n_head, head_width)
+    return backend("slc2", BACKENDS, taps, z)(z, taps, past, n_head, head_width)
+
+
+def trial(shape: TrainingShape, draw: Draw) -> Trial:
+    """Return what the chooser measures: the core of a layer, from its joined projections."""
+    heads = {"n_head": shape.H, "head_width": shape.D}
+    used = 2 * shape.E + shape.D + shape.H
+    z, taps = draw(shape.B, shape.T, used + -used % 16), draw(shape.E, shape.K)
+
+    def twin(z: Tensor, taps: Tensor) -> Tensor:
+        return slc2_core_twin(*split_columns(z, **heads)[:4], taps)
+    return Trial(functools.partial(slc2_mix, **heads), twin, (z, taps), asked=(taps, z))
 
 
 # ---- the decode step
@@ -231,7 +266,6 @@ def slc2_step(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past
 
     On GPUs a CUDA graph can capture it, once it has run.
     """
-    kernel = _kernel("step", x, B, A, alpha, taps, past, K=taps.shape[1])
-    if kernel is not None:
-        return kernel(x, B, A, alpha, taps, past)
+    if kernels := _kernels(taps, x, B, A, alpha, past):
+        return kernels.step(x, B, A, alpha, taps, past)
     return B * F.silu(causal_conv_step(gated_input(x, A, alpha), taps.to(x.dtype), past))

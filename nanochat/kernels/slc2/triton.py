@@ -17,12 +17,12 @@ A d20 in bfloat16 moves 7,956 bytes a token forward and 13,352 backward. What pr
 the partial sums of dtaps, add at most 2 % and 7 %.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from nanochat.kernels.dispatch import launch
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -257,18 +257,13 @@ def _step(x, B, A, alpha, taps, past, y, blocks, x_b, B_b, A_b, alpha_b, past_b,
     tl.store(y + b * E + e, _read(B + b * B_b + e, inside).to(tl.float32) * c * _sigmoid(c), mask=inside)
 
 
-def _on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _tile(table: dict, x: Tensor, D: int) -> dict:
     """Return the launch parameters of a kernel over x (B, T, E) with heads of width D."""
     channels, rows, ahead, warps = table[x.element_size()]
     block_d = triton.next_power_of_2(D)
     warps = min(16, max(warps, block_d // (32 * channels)))
     segments = min(max(1, 32 * warps * channels // block_d), triton.next_power_of_2(triton.cdiv(x.shape[1], rows)))
-    return {"BLOCK_D": block_d, "ROWS": rows, "SEGMENTS": segments, "AHEAD": ahead, "num_warps": warps,
-            "enable_fp_fusion": True}
+    return {"BLOCK_D": block_d, "ROWS": rows, "SEGMENTS": segments, "AHEAD": ahead, "num_warps": warps}
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -286,10 +281,8 @@ def forward(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: 
         tile = _tile(FORWARD, x, D)
         blocks = triton.cdiv(T, tile["ROWS"] * tile["SEGMENTS"])
         first = x if past is None else past
-        with _on(x):
-            _forward[(rows * blocks,)](x, B, A, alpha, taps.t().contiguous(), first, y, T, blocks,
-                                       *_strides(x, B, A, alpha, first, y),
-                                       H=H, D=D, K=K, PAST=past is not None, **tile)
+        launch(_forward, (rows * blocks,), x, B, A, alpha, taps.t().contiguous(), first, y, T, blocks,
+               *_strides(x, B, A, alpha, first, y), H=H, D=D, K=K, PAST=past is not None, **tile)
     return y
 
 
@@ -317,12 +310,9 @@ def backward(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: T
     programs = triton.cdiv(total, chain)
     dtaps = torch.empty(programs, K, E, dtype=torch.float32, device=x.device)
     first = x if past is None else past
-    with _on(x):
-        _backward[(programs,)](
-            dy, x, B, A, alpha, taps.t().contiguous(), first, dx, dB, dA, dalpha, dtaps,
-            dtaps if dpast is None else dpast, T, blocks, total, chain, pad,
-            *_strides(dy, x, B, A, alpha, first, dx, dB, dA, dalpha),
-            H=H, D=D, K=K, PAST=past is not None, **tile)
+    launch(_backward, (programs,), dy, x, B, A, alpha, taps.t().contiguous(), first, dx, dB, dA, dalpha, dtaps,
+           dtaps if dpast is None else dpast, T, blocks, total, chain, pad,
+           *_strides(dy, x, B, A, alpha, first, dx, dB, dA, dalpha), H=H, D=D, K=K, PAST=past is not None, **tile)
     return dtaps.sum(0).t().contiguous(), dpast
 
 
@@ -336,7 +326,6 @@ def step(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Ten
     blocks = triton.cdiv(E, STEP)
     strides = _strides(x, B, A, alpha, past)
     if rows:
-        with _on(x):
-            _step[(rows * blocks,)](x, B, A, alpha, taps.contiguous(), past, y, blocks, *strides[:8:2], *strides[8:],
-                                    E=E, D=D, K=K, BLOCK=STEP, enable_fp_fusion=True)
+        launch(_step, (rows * blocks,), x, B, A, alpha, taps.contiguous(), past, y, blocks, *strides[:8:2],
+               *strides[8:], E=E, D=D, K=K, BLOCK=STEP)
     return y
