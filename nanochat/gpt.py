@@ -21,6 +21,7 @@ from nanochat.cache import Cache, LayerCache
 from nanochat.kernels.add_norm import add_norm
 from nanochat.kernels.cross_entropy import head_loss, softcap
 from nanochat.kernels.fused_matvec import fused_matvec
+from nanochat.kernels.mlp import mlp
 from nanochat.kernels.relu2 import relu_squared
 from nanochat.kernels.rms_norm import rms_norm
 from nanochat.layers import Linear, init_linear, is_plain
@@ -110,7 +111,9 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(relu_squared(self.c_fc(x)))
+        if isinstance(self.c_fc, Linear) and isinstance(self.c_proj, Linear):
+            return mlp(x, self.c_fc.weight, self.c_proj.weight)
+        return self.c_proj(relu_squared(self.c_fc(x)))  # quantised
 
 
 class Block(nn.Module):

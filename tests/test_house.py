@@ -47,6 +47,8 @@ COVERED_BY = {
     "nanochat.kernels.dispatch": "test_kernels_cpu",
     "nanochat.kernels.fused_matvec": "test_kernel_fused_matvec",
     "nanochat.kernels.fused_matvec.triton": "test_kernel_fused_matvec",
+    "nanochat.kernels.mlp": "test_kernel_mlp",
+    "nanochat.kernels.mlp.triton": "test_kernel_mlp",
     "nanochat.kernels.relu2": "test_kernel_relu2",
     "nanochat.kernels.relu2.cpu": "test_kernels_cpu",
     "nanochat.kernels.relu2.triton": "test_kernel_relu2",
