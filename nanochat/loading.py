@@ -19,6 +19,7 @@ from nanochat.engine.quantize import quantize as quantized
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels.choose import apply_wish, wish_of_environment
 from nanochat.layers import join
 from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -58,7 +59,7 @@ def _choose_folder(source: str | Path, model_tag: str | None) -> tuple[Path, str
 
 def load_model(source: str | Path, device: str | torch.device, *, model_tag: str | None = None,
                step: int | None = None) -> tuple[GPT, Any, dict[str, Any]]:
-    """Load a model with its tokenizer, in eval mode and with float32 weights.
+    """Load a model with its tokenizer, in eval mode and with float32 weights. NANOCHAT_KERNELS counts from now on.
 
     Args:
         source: "base", "mid", "sft", "rl", or a folder.
@@ -73,6 +74,7 @@ def load_model(source: str | Path, device: str | torch.device, *, model_tag: str
     Raises:
         UserError: there is no such checkpoint, or it does not fit the shape in its meta or the tokenizer.
     """
+    apply_wish(wish_of_environment())
     folder, why = _choose_folder(source, model_tag)
     checkpoint = load_checkpoint(folder, step, device=device)
     meta = {**checkpoint.meta, "folder": str(folder), "loaded": f"step {checkpoint.step} of {folder} ({why})"}

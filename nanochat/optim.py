@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from nanochat.distributed import Ranks, all_reduce_sum, compute_dtype
 from nanochat.errors import UserError
+from nanochat.kernels.newton_schulz import newton_schulz
 from nanochat.recipe import OptimizerGroup, published
 
 STATE = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
@@ -85,38 +86,6 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = pu
 
 def _names(module: nn.Module) -> Iterator[str]:
     return (name.replace("_orig_mod.", "") for name, _ in module.named_parameters())
-
-
-def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """Bring the singular values of each matrix near 1 (0.7 to 1.2). A zero matrix stays zero.
-
-    This is Muon's quintic iteration X <- (a + b G + c G^2) X with G = X X^T, on the transpose where that has fewer
-    rows. On a CPU in float32, long matrices are done in their Gram matrix G: all factors commute with G, so X is
-    multiplied only once, by their product. That is half the arithmetic at 4:1, and within 1e-3 of the plain iteration
-    for any spectrum; bfloat16 has too few digits for it.
-
-    Args:
-        x: (N, rows, columns).
-        dtype: of the matrix products, and of the result.
-        steps: of the iteration.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.size(-2) > x.size(-1)
-    x = (x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    x = x.mT if tall else x
-    if x.device.type == "cpu" and dtype == torch.float32 and x.size(-1) >= 2 * x.size(-2):
-        gram, product = x @ x.mT, None
-        for i in range(steps):
-            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            factor.diagonal(dim1=-2, dim2=-1).add_(a)
-            product = factor if product is None else factor @ product
-            gram = factor @ (factor @ gram) if i < steps - 1 else gram
-        x = product @ x
-    else:
-        for _ in range(steps):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 
 class _Bucket:

@@ -37,6 +37,8 @@ from nanochat.errors import UserError
 from nanochat.evaluation.loss import evaluate_bpb
 from nanochat.files import base_dir, free_name
 from nanochat.gpt import GPT
+from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
+from nanochat.kernels.dispatch import TrainingShape
 from nanochat.loading import checkpoint_dir, load_model
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW, parameter_groups
@@ -45,6 +47,12 @@ from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
 
 C = TypeVar("C")
+
+
+def kernels_flag() -> Any:
+    """Return the field of the flag --kernels."""
+    return flag("auto", "implementations of the fused operations: auto (measured on GPUs), measure (anew), default "
+                "(not measured), or by name, such as relu2:torch,attention:flash")
 
 
 @dataclass
@@ -71,6 +79,7 @@ class ChatStageFlags:
     save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only")
     keep: int = flag(published.mid.keep, "periodical checkpoints to keep; the last one always stays")
     seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled")
+    kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
 
 
@@ -78,8 +87,12 @@ def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] 
     """Parse the command line, join the ranks and call run(config, ranks): the `main` of every training script."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config = parse(flags, argv, description)
-    with joined_ranks(config.device_type) as ranks:
-        run(config, ranks)
+    parse_wish(config.kernels)  # raises for names that do not exist, before anything is loaded
+    try:
+        with joined_ranks(config.device_type) as ranks:
+            run(config, ranks)
+    finally:
+        apply_wish(Wish())  # the choice was that of this run
 
 
 def compile_wanted(choice: str, ranks: Ranks) -> bool:
@@ -87,6 +100,31 @@ def compile_wanted(choice: str, ranks: Ranks) -> bool:
     if choice not in ("auto", "yes", "no"):
         raise UserError(f"--compile is yes, no or auto, not {choice!r}")
     return choice == "yes" or choice == "auto" and ranks.device.type == "cuda"
+
+
+def choose_kernels(config: Any, model: GPT, B: int, T: int, compiled: bool, ranks: Ranks) -> Choice:
+    """Choose the implementations of the fused operations for this run, by the flag --kernels. Collective.
+
+    Rank 0 measures where that is wanted, and all ranks do the same. Call it before anything is compiled.
+
+    Args:
+        B, T: rows and tokens of a micro-batch
+        compiled: whether the blocks will be compiled
+
+    Raises:
+        UserError: --kernels or NANOCHAT_KERNELS names what does not exist
+    """
+    wish = parse_wish(config.kernels) if config.kernels != "auto" else wish_of_environment()
+    shape = model.config
+    sizes = TrainingShape(
+        B=B, T=T, E=shape.n_embd, H=shape.n_head, G=shape.n_kv_head, D=shape.n_embd // shape.n_head, K=shape.n_kernel,
+        V=shape.vocab_size, window=shape.window, matrices=-(-shape.n_layer // ranks.world_size))
+    choice = None
+    if ranks.is_main:
+        choice = choose(wish, sizes, ranks.device, compute_dtype(ranks.device), compiled)
+    choice = broadcast_object(choice, ranks)
+    choice.apply()
+    return choice
 
 
 # ---- what a run starts from
@@ -267,6 +305,7 @@ class StageRun:
 
     num_iterations: optimizer steps of the whole run, those before a resume included.
     loader: whose position is saved, where the number of the step does not say it.
+    kernels: the implementations that the operations use.
     results: meta fields of the checkpoints to come, such as val_bpb.
     """
 
@@ -277,6 +316,7 @@ class StageRun:
     num_iterations: int
     log: RunLog
     loader: PackedLoader | None
+    kernels: Choice
     results: dict[str, Any]
     began: float = field(default_factory=time.time)
 
@@ -305,11 +345,14 @@ class StageRun:
             self.log.say(f"{self.origin.loaded}: {parameters:,} parameters")
         for line in lines:
             self.log.say(line)
+        for line in self.kernels.lines():
+            self.log.say(line)
         if self.origin.step:
             self.log.say(f"resuming from step {self.origin.step} of {self.origin.folder}")
         self.log.record("model", parameters=parameters, num_iterations=self.num_iterations,
                         world_size=self.ranks.world_size, dtype=str(self.model.compute_dtype),
                         model_config=self.model.config.to_dict(), start=self.origin.step, **about)
+        self.log.record("kernels", **asdict(self.kernels))
 
     def train(self, batches: Callable[[int], Iterable[Any]], plan: TrainingPlan, actions: Sequence[PeriodicAction], *,
               mfu: bool = True) -> None:
@@ -394,17 +437,18 @@ class StageRun:
 
 
 @contextmanager
-def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, loader: PackedLoader | None = None,
-             **results: Any) -> Iterator[StageRun]:
+def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, kernels: Choice,
+             loader: PackedLoader | None = None, **results: Any) -> Iterator[StageRun]:
     """Make the optimizer, open the log and yield the run; the log is closed at the end of the block.
 
     Args:
         num_iterations: optimizer steps of the whole run.
         loader: whose position goes into the checkpoints, where the number of the step does not say it.
+        kernels: from `choose_kernels`.
         results: meta fields of every checkpoint, as they are before the first evaluation.
     """
     optimizer = make_optimizer(origin, config, ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
                 enabled=ranks.is_main) as log:
         yield StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
-                       log=log, loader=loader, results=results)
+                       log=log, loader=loader, kernels=kernels, results=results)

@@ -28,7 +28,18 @@ from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import Horizon, RateSchedule, published
-from nanochat.run import Origin, PeriodicAction, compile_wanted, is_trained, launch, loader_state, open_run, resume_step
+from nanochat.run import (
+    Origin,
+    PeriodicAction,
+    choose_kernels,
+    compile_wanted,
+    is_trained,
+    kernels_flag,
+    launch,
+    loader_state,
+    open_run,
+    resume_step,
+)
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import TrainingPlan, clock, share_of_micro_batches
@@ -79,6 +90,7 @@ class Config:
     data_dir: str = flag("", "folder of shards; unset is base_data")
     seed: int = flag(BASE.seed, "of the initial weights")
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
+    kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
 
 
@@ -156,13 +168,15 @@ def run(config: Config, ranks: Ranks) -> None:
     origin = origin_of(config, model, tokenizer, text, ranks)
     if is_trained(origin, num_iterations, ranks):
         return
+    kernels = choose_kernels(config, model, B, T, compiled, ranks)
     if compiled:
         model.compile_blocks(B, T)
     loader = PackedLoader(TextSource(tokenizer, "train", text), B, T, ranks=ranks, state=loader_state(origin, ranks))
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),
                         muon_momentum=BASE.momentum)
-    with loader, open_run(origin, config, ranks, num_iterations=num_iterations, loader=loader, val_bpb=None) as run:
+    with loader, open_run(origin, config, ranks, num_iterations=num_iterations, loader=loader, kernels=kernels,
+                          val_bpb=None) as run:
         log, token_bytes = run.log, get_token_bytes(ranks.device)
         prompts = beginnings(tokenizer, text) if ranks.is_main else []
         parameters, tokens = sum(p.numel() for p in model.parameters()), num_iterations * config.total_batch_size

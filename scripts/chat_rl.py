@@ -23,10 +23,12 @@ from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
     chat_data_choice,
+    choose_kernels,
     is_trained,
     launch,
     open_run,
     start_from_checkpoint,
+    tokens_of_row,
 )
 from nanochat.stages import STAGES
 from nanochat.training import TrainingPlan, check_finite, clock, train_step
@@ -80,11 +82,13 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))
     if is_trained(origin, num_iterations, ranks):
         return
+    kernels = choose_kernels(config, origin.model, config.device_batch_size, tokens_of_row(config, origin.model), False,
+                             ranks)
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, rates=RL.rates,
                         muon_momentum=RL.momentum)
     sampling = {"max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,
                 "batch_size": config.rollout_batch_size}
-    with open_run(origin, config, ranks, num_iterations=num_iterations) as run:
+    with open_run(origin, config, ranks, num_iterations=num_iterations, kernels=kernels) as run:
         log = run.log
         run.introduce([f"{num_iterations:,} steps of {config.examples_per_step} problems, {config.num_samples} answers "
                        f"to each; {run.where()}"], data=data.source, problems=problems.count)

@@ -25,6 +25,7 @@ from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
     chat_data_choice,
+    choose_kernels,
     is_trained,
     launch,
     open_run,
@@ -80,10 +81,12 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * len(steps)))
     if is_trained(origin, num_iterations, ranks):
         return
+    kernels = choose_kernels(config, model, config.device_batch_size, T, False, ranks)
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None,
                         rates=replace(SFT.rates, warmdown_ratio=config.warmdown_ratio), muon_momentum=SFT.momentum)
     graded = recipes.graded(data.source, seed=data.seed)
-    with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, val_loss=None) as run:
+    with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, kernels=kernels,
+                                     val_loss=None) as run:
         log = run.log
         run.introduce([f"{num_iterations:,} steps of {config.target_examples_per_step} of {len(train_task):,} "
                        f"conversations; {run.where()}"],

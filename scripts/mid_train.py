@@ -21,6 +21,7 @@ from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
     chat_data_choice,
+    choose_kernels,
     compile_wanted,
     is_trained,
     launch,
@@ -71,6 +72,7 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * tokens / config.total_batch_size))
     if is_trained(origin, num_iterations, ranks):
         return
+    kernels = choose_kernels(config, model, B, T, compiled, ranks)
     if compiled:
         model.compile_blocks(B, T)
     source = ConversationSource(tokenizer, train_task, config.seed)
@@ -78,7 +80,8 @@ def run(config: Config, ranks: Ranks) -> None:
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=replace(MID.rates, warmdown_ratio=config.warmdown_ratio),
                         muon_momentum=MID.momentum)
-    with loader, open_run(origin, config, ranks, num_iterations=num_iterations, loader=loader, val_bpb=None) as run:
+    with loader, open_run(origin, config, ranks, num_iterations=num_iterations, loader=loader, kernels=kernels,
+                          val_bpb=None) as run:
         run.introduce([f"{num_iterations:,} steps of {config.total_batch_size:,} tokens from {len(train_task):,} "
                        f"conversations; {run.where()}"],
                       data=data.source, flops_per_token=model.flops_per_token(T), conversations=len(train_task))

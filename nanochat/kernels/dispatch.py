@@ -82,7 +82,8 @@ class TrainingShape:
     matrices: int = 1
 
 
-Draw = Callable[..., Tensor]  # (*sizes, grad=True) → random normal numbers on the device, in the training's dtype
+# (*sizes, grad=True, dtype=the training's) → random normal numbers on the device, a leaf that requires a gradient
+Draw = Callable[..., Tensor]
 
 _chosen: dict[str, str] = {}  # by operation; what was measured or asked for
 _measured_rows: dict[str, tuple[int, int]] = {}  # by operation, where it was measured: rows and tokens of a batch
@@ -123,10 +124,13 @@ def chosen_backend(operation: str, backends: Mapping[str, Backend], *args: Any) 
     return default_backend(operation, backends, *args)
 
 
-def default_backend(operation: str, backends: Mapping[str, Backend], *args: Any) -> str:
+def default_backend(operation: str, backends: Mapping[str, Backend], *args: Any, compiled: bool = False) -> str:
     """Return the name of the implementation that runs where nobody chose: the first of `backends` that is ready, was
-    not left out and may be taken by default; else the last."""
-    unwanted = ("never", "eager") if torch.compiler.is_compiling() else ("never",)
+    not left out and may be taken by default; else the last.
+
+    compiled: say what would run under torch.compile, while it does not trace.
+    """
+    unwanted = ("never", "eager") if compiled or torch.compiler.is_compiling() else ("never",)
     for name, candidate in backends.items():
         if candidate.default not in unwanted and (operation, name) not in _left_out and candidate.ready(*args):
             return name

@@ -133,7 +133,7 @@ def stage_section(log: StageLog, plots: list[str]) -> str:
     rows = training_results(log) if log.trains else evaluation_results(log)
     if rows:
         lines.append(markdown_table(["result", ""], rows))
-    lines += _task_tables(log)
+    lines += _task_tables(log) + _kernel_table(log)
     lines += [f"![{TITLES[log.stage]}]({name})\n" for name in plots]
     texts = log.last("samples").get("texts") or log.last("loss").get("samples")
     if isinstance(texts, list) and texts:
@@ -160,6 +160,26 @@ def _task_tables(log: StageLog) -> list[str]:
              format_duration(record["seconds"]) if is_number(record.get("seconds")) else "-"]
             for name, record in graded.items()]))
     return tables
+
+
+def _kernel_table(log: StageLog) -> list[str]:
+    """What the fused operations ran, and the times of what was measured; nothing where the fixed rules chose."""
+    about = log.last("kernels")
+    chosen, asked, times, left_out = (about.get(name) if isinstance(about.get(name), dict) else {}
+                                      for name in ("chosen", "asked", "milliseconds", "left_out"))
+    rows = []
+    for operation in sorted({*chosen, *asked}):
+        others = {name: ms for name, ms in (times.get(operation) or {}).items()}
+        name = asked.get(operation, chosen.get(operation))
+        mine = others.pop(name, None)
+        rows.append([operation, f"{name} (asked for)" if operation in asked else name,
+                     ", ".join(f"{other} {format_number(ms, 3)}" for other, ms in others.items()) or "-",
+                     format_number(mine, 3)])
+    if not rows:
+        return []
+    outs = [f"- left out: `{both}`, {why}" for both, why in left_out.items()]
+    return [markdown_table(["fused operation", "runs", "others, ms", "ms forward and backward"], rows, left=3),
+            *([*outs, ""] if outs else [])]
 
 
 def training_results(log: StageLog) -> list[list[str]]:

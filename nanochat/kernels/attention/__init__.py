@@ -7,7 +7,8 @@
 q (B, T, H, D); k, v (B, S, G, D); y (B, T, H, D) in q's dtype. H/G neighbouring query heads share a key head. Strides
 are free but for the last dimension. Written in place: nothing.
 
-The choice, which `path` tells:
+The choice, which `path` tells. At the batch size that a training run measured (nanochat/kernels/choose.py), what was
+fastest there: flash3, or one of PyTorch's cudnn, flash and efficient, or what PyTorch itself takes. Otherwise:
 - Hopper GPUs, 16-bit, D ≤ 256, no mask: FlashAttention 3 where it is installed (a module `flash_attn_interface`). With
   NANOCHAT_FA3_HUB set to the name of a kernel repository, the package `kernels` downloads it from there; nothing is
   downloaded unless that is set.
@@ -20,15 +21,25 @@ The choice, which `path` tells:
 import os
 import sys
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels.dispatch import fused
+from nanochat.kernels.cpu import ready as cpu_ready
+from nanochat.kernels.dispatch import (
+    Backend,
+    Draw,
+    TrainingShape,
+    Trial,
+    chosen_backend,
+    chosen_for,
+    default_backend,
+    kernels_of,
+)
 
-FLASH3, NATIVE, PYTORCH = "FlashAttention 3", "native", "PyTorch"
+FLASH3, NATIVE, PYTORCH = "flash3", "cpu", "torch"
 
 
 def attend_twin(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None,
@@ -99,13 +110,77 @@ def _flash3(device: torch.device) -> bool:
 _flash3._dynamo_marked_constant = True
 
 
+def _run_flash3(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: None, window: int | None) -> Tensor:
+    y = _flash_attn_func(q, k, v, causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0))
+    return y[0] if isinstance(y, tuple) else y  # older versions return the log-sum-exp too
+
+
+def _flash3_takes(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, window: int | None) -> bool:
+    return mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and _flash3(q.device)
+
+
+# ---- others
+
+def _run_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: None, window: int | None) -> Tensor:
+    return kernels_of("attention", "cpu").attend(q, k, v, window)
+
+
+def _run_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: None, window: int | None) -> Tensor:
+    """PyTorch's FlashAttention 2, in our layout; it knows windows and shared key heads itself."""
+    left, right = (None, None) if window is None else (window - 1, 0)
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, window_size_left=left,
+        window_size_right=right)[0]
+
+
+def _run_sdpa(operator: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: None, window: None) -> Tensor:
+    """One of the operators that scaled_dot_product_attention takes its pick of; `True` keeps the log-sum-exp for
+    backward."""
+    shared = q.shape[2] // k.shape[2]
+    k, v = (x if shared == 1 else x.repeat_interleave(shared, dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return getattr(torch.ops.aten, operator)(q, k, v, None, True, 0.0, causal)[0].transpose(1, 2)
+
+
+def _run_pytorch(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, window: int | None) -> Tensor:
+    if window is not None:
+        T, causal = q.shape[1], False
+        mask = (causal_mask if torch.compiler.is_compiling() else _cached_mask)(T, window, q.device)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+                                          is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+
+
+def _on_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, window: int | None) -> bool:
+    return q.is_cuda and mask is None and window is None and q.shape[-1] % 8 == 0
+
+
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, window: int | None) -> bool:
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return half and q.shape[-1] <= 256 and _on_cuda(q, k, v, causal, mask, None)
+
+
 # ---- the choice
 
-def path(q: Tensor, *others: Tensor, causal: bool = True, mask: Tensor | None = None) -> str:
-    """Return the path that `attend` takes, FLASH3, NATIVE (cpu.py) or PYTORCH; k and v are like q where not given."""
-    if mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and _flash3(q.device):
-        return FLASH3
-    return NATIVE if causal and mask is None and fused("attention", "attend", q, *others) is not None else PYTORCH
+BACKENDS = {
+    FLASH3: Backend(_run_flash3, _flash3_takes),
+    NATIVE: Backend(_run_cpu, lambda q, k, v, causal, mask, window: causal and mask is None and cpu_ready(q, k, v)),
+    "cudnn": Backend(partial(_run_sdpa, "_scaled_dot_product_cudnn_attention"), _on_cuda, "never"),
+    "flash": Backend(_run_flash, _flash_takes, "never"),
+    "efficient": Backend(partial(_run_sdpa, "_scaled_dot_product_efficient_attention"), _on_cuda, "never"),
+    PYTORCH: Backend(_run_pytorch),
+}
+
+
+def _path(*args: Tensor | bool | int | None) -> str:
+    # what is fastest for the rows of training may be slow for others: cuDNN plans every new shape for a second
+    B, T = args[0].shape[:2]
+    return (chosen_backend if chosen_for("attention", B, T) else default_backend)("attention", BACKENDS, *args)
+
+
+def path(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, *, causal: bool = True,
+         mask: Tensor | None = None, window: int | None = None) -> str:
+    """Return the name in BACKENDS that `attend` takes; k and v are like q where not given."""
+    return _path(q, q if k is None else k, q if v is None else v, causal, mask, window)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None,
@@ -122,13 +197,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tenso
         raise ValueError(f"a window needs causal attention and is at least 1, not {window}")
     if window is not None and window >= T:
         window = None
-    chosen = path(q, k, v, causal=causal, mask=mask)
-    if chosen == FLASH3:
-        y = _flash_attn_func(q, k, v, causal=causal, window_size=(-1, -1) if window is None else (window - 1, 0))
-        return y[0] if isinstance(y, tuple) else y  # older versions return the log-sum-exp too
-    if chosen == NATIVE:
-        return fused("attention", "attend", q, k, v)(q, k, v, window)
-    if window is not None:
-        causal, mask = False, (causal_mask if torch.compiler.is_compiling() else _cached_mask)(T, window, q.device)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                          is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    args = q, k, v, causal, mask, window
+    return BACKENDS[_path(*args)].run(*args)
+
+
+def trial(shape: TrainingShape, draw: Draw) -> Trial:
+    """Return what the chooser measures: causal attention, with the model's window where it has one."""
+    q = draw(shape.B, shape.T, shape.H, shape.D)
+    k, v = (draw(shape.B, shape.T, shape.G, shape.D) for _ in "kv")
+    options = {"causal": True, "window": shape.window}
+    window = None if shape.window is None or shape.window >= shape.T else shape.window
+    return Trial(partial(attend, **options), partial(attend_twin, **options), (q, k, v),
+                 asked=(q, k, v, True, None, window))

@@ -258,6 +258,6 @@ def _losses_of_product(x: Tensor, product: Callable[[Tensor], Tensor], V: int, t
 
 def trial(shape: TrainingShape, draw: Draw) -> Trial:
     """Return what the chooser measures: the whole head, of which the pass over the logits is a part."""
-    x, weight = draw(shape.B * shape.T, shape.E), draw(shape.V, shape.E)
+    x, weight = draw(shape.B * shape.T, shape.E), draw(shape.V, shape.E, dtype=torch.float32)
     targets = torch.randint(-1, shape.V, (len(x),), device=x.device)
     return Trial(head_loss, head_loss_twin, (x, weight, targets), asked=(x,), inside_blocks=False)
