@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from nanochat.attention import Attention
 from nanochat.cache import Cache, LayerCache
+from nanochat.kernels.add_norm import add_norm
 from nanochat.kernels.cross_entropy import head_loss, softcap
 from nanochat.kernels.fused_matvec import fused_matvec
+from nanochat.kernels.mlp import mlp
 from nanochat.kernels.relu2 import relu_squared
 from nanochat.kernels.rms_norm import rms_norm
 from nanochat.layers import Linear, init_linear, is_plain
@@ -109,20 +111,28 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(relu_squared(self.c_fc(x)))
+        if isinstance(self.c_fc, Linear) and isinstance(self.c_proj, Linear):
+            return mlp(x, self.c_fc.weight, self.c_proj.weight)
+        return self.c_proj(relu_squared(self.c_fc(x)))  # quantised
 
 
 class Block(nn.Module):
-    """One layer: a mixer along time, then an MLP, each on the normalised input and added to it."""
+    """One layer: a mixer along time, then an MLP, each on the normalised residual stream and added to it.
+
+    A sum and the norm behind it are one operation. So a block gets the stream x with its norm h, and returns the new
+    stream with its norm, which the next block or the head starts from.
+    """
 
     def __init__(self, config: GPTConfig, letter: str):
         super().__init__()
         self.attn = MIXERS[letter](config)  # "attn" for all mixers: kept for checkpoint compatibility
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(rms_norm(x), positions, cache)
-        return x + self.mlp(rms_norm(x))
+    def forward(self, x: Tensor, h: Tensor, positions: Positions,
+                cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
+        """Return the residual stream behind this layer and its norm, from x and h = rms_norm(x), all (B, T, E)."""
+        x, h = add_norm(x, self.attn(h, positions, cache))
+        return add_norm(x, self.mlp(h))
 
     def has_single_row_step(self, dtype: torch.dtype) -> bool:
         """Whether `single_row_step` gives what `forward` gives: all matrices plain and in `dtype`."""
@@ -130,7 +140,8 @@ class Block(nn.Module):
         return matrices and self.attn.has_single_row_step(dtype)
 
     def single_row_step(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        """Return what `forward` does for one token of one row, x (1, 1, E), in half the operations.
+        """Return the residual stream that `forward` returns, for one token of one row, x (1, 1, E), in half the
+        operations.
 
         At one row, reading each matrix and starting each kernel is what takes the time. So each product does the norm
         before it and the activation or sum behind it too: five or six kernels a layer.
@@ -234,20 +245,21 @@ class GPT(nn.Module):
         if counts is not None and (len(counts) != ids.shape[0] or not all(0 < count <= T for count in counts)):
             raise ValueError(f"counts must be {ids.shape[0]} numbers from 1 to {T}, not {counts}")
         x = self._embed(ids)
+        h = rms_norm(x)
         if cache is None:
             positions = Positions.of_full_rows(self.rope(T), T)
             compiled = tuple(ids.shape) == self._compiled_for
             for block in self.transformer.h:
-                x = (block if compiled else block.forward)(x, positions)
+                x, h = (block if compiled else block.forward)(x, h, positions)
         else:
             cache.reserve(T)
             positions = Positions.after_cache(
                 self.rope(max(cache.lengths) + T), cache.lengths, T, batch_invariant=cache.batch_invariant,
                 counts=None if counts is None else torch.tensor(counts, device=self.device))
             for block, layer in zip(self.transformer.h, cache.view(cache.rows, cache.max_len)):
-                x = block.forward(x, positions, layer)
+                x, h = block.forward(x, h, positions, layer)
             cache.advance(T, counts)
-        return rms_norm(x)
+        return h
 
     def head(self, x: Tensor) -> Tensor:
         """Return float32 logits (..., V) of hidden states x (..., E)."""
@@ -274,9 +286,10 @@ class GPT(nn.Module):
             for block, layer in layers:
                 x = block.single_row_step(x, positions, layer)
             return softcap(fused_matvec(x, self.lm_head.weight, normed=True).float())[:, -1]
+        h = rms_norm(x)
         for block, layer in layers:
-            x = block.forward(x, positions, layer)
-        return self.head(rms_norm(x))[:, -1]
+            x, h = block.forward(x, h, positions, layer)
+        return self.head(h)[:, -1]
 
     def has_single_row_step(self) -> bool:
         """Whether a single row goes through fused products: a model made ready to decode, not quantised."""

@@ -181,7 +181,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         grid: programs in each dimension
         args, options: those of the kernel; options may hold num_warps and the like
     """
-    first = next(arg for arg in args if isinstance(arg, Tensor))
+    given = (getattr(arg, "base", arg) for arg in args)  # of a tensor descriptor, its tensor
+    first = next(arg for arg in given if isinstance(arg, Tensor))
     with torch.cuda.device_of(first):  # Triton launches on the current device
         kernel[grid](*args, **LAUNCH_OPTIONS, **options)
 
