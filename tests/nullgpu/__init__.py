@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -114,7 +115,8 @@ def build(folder: Path) -> None:
     includes = [f"-I{path}" for path in [*_headers(), SOURCES / "include"]]
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", *includes, *map(str, sorted(SOURCES.glob("*.c"))),
                     "-o", str(library), "-lpthread", "-ldl"], check=True)
-    (folder / "libcuda.so.1").symlink_to(library.name)
+    for name in ("libnvidia-ml.so.1", "libcuda.so.1"):
+        (folder / name).symlink_to(library.name)
 
 
 class NullGPU:
@@ -160,11 +162,13 @@ class NullGPU:
         Raises:
             AssertionError: the process failed; its output is the message
         """
-        number = len(list(self.folder.glob("*.log")))
-        log = self.folder / f"{os.getpid()}-{number}.log"
-        log.touch()
+        module = program.__module__
+        if module == "__main__":  # of python -m
+            module = sys.modules["__main__"].__spec__.name
+        log = self.folder / f"{os.getpid()}-{threading.get_ident()}.log"
+        log.write_text("")
         done = subprocess.run(
-            [sys.executable, "-m", "tests.nullgpu.inside", f"{program.__module__}:{program.__qualname__}",
+            [sys.executable, "-m", "tests.nullgpu.inside", f"{module}:{program.__qualname__}",
              json.dumps(given)], cwd=ROOT, env={**self.environment(face, count, driver, log), **(env or {})},
             capture_output=True, text=True, timeout=TIME_LIMIT)
         *output, last = done.stdout.rstrip("\n").split("\n")

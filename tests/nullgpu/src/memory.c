@@ -141,6 +141,19 @@ API CUresult cuPointerGetAttribute(void *data, CUpointer_attribute which, CUdevi
     return CUDA_SUCCESS;
 }
 
+API CUresult cuMemGetAddressRange_v2(CUdeviceptr *start, size_t *bytes, CUdeviceptr p) {
+    CUresult result = CUDA_ERROR_INVALID_VALUE;
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < n_blocks && result; i++) {
+        if ((char *)p < blocks[i].at || (char *)p >= blocks[i].at + blocks[i].bytes) continue;
+        if (start) *start = (CUdeviceptr)blocks[i].at;
+        if (bytes) *bytes = blocks[i].bytes;
+        result = CUDA_SUCCESS;
+    }
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
 API CUresult cuPointerGetAttributes(unsigned n, CUpointer_attribute *which, void **data, CUdeviceptr p) {
     for (unsigned i = 0; i < n; i++)
         if (cuPointerGetAttribute(data[i], which[i], p) && which[i] == CU_POINTER_ATTRIBUTE_DEVICE_POINTER)
@@ -152,7 +165,7 @@ API CUresult cuPointerGetAttributes(unsigned n, CUpointer_attribute *which, void
 
 static size_t handle_bytes[MAX_BLOCKS];
 static int handle_device[MAX_BLOCKS];
-static CUmemGenericAllocationHandle n_handles = 0;
+static int free_handles[MAX_BLOCKS], n_free = 0, n_handles = 0; /* handles count from 1 */
 
 API CUresult cuMemGetAllocationGranularity(size_t *bytes, const CUmemAllocationProp *what,
                                            CUmemAllocationGranularity_flags flags) {
@@ -174,9 +187,9 @@ API CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t bytes, con
                          unsigned long long flags) {
     int device = what->location.id;
     pthread_mutex_lock(&lock);
-    bool enough = n_handles + 1 < MAX_BLOCKS && take(device, bytes);
+    bool enough = (n_free || n_handles + 1 < MAX_BLOCKS) && take(device, bytes);
     if (enough) {
-        *handle = ++n_handles;
+        *handle = n_free ? free_handles[--n_free] : ++n_handles;
         handle_bytes[*handle] = bytes, handle_device[*handle] = device;
     }
     pthread_mutex_unlock(&lock);
@@ -188,8 +201,7 @@ API CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t bytes, con
 API CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
     pthread_mutex_lock(&lock);
     used[handle_device[handle]] -= handle_bytes[handle];
-    handle_bytes[handle] = 0;
-    if (handle == n_handles) n_handles--;
+    free_handles[n_free++] = handle;
     pthread_mutex_unlock(&lock);
     return CUDA_SUCCESS;
 }

@@ -1,8 +1,8 @@
 /* The null GPU: CUDA's runtime, driver and cuBLAS for PyTorch's and Triton's host code, without a GPU.
  *
- * A library loaded with LD_PRELOAD (which also stands as libcuda.so.1). It claims to be a card, hands out memory, takes
- * launches, checks what a real driver would refuse, writes down what happens, and computes nothing. Device memory is
- * host address space that is reserved and not touched; only small copies move bytes.
+ * A library loaded with LD_PRELOAD, which also stands as libcuda.so.1 and libnvidia-ml.so.1. It claims to be a card,
+ * hands out memory, takes launches, checks what a real driver would refuse, writes down what happens, and computes
+ * nothing. Device memory is host address space that is reserved and not touched; only small copies move bytes.
  *
  *     face.c     which card it claims to be, and the questions about devices
  *     log.c      the log of events, errors, refusals
@@ -12,6 +12,7 @@
  *     cubin.c    registers, stack and parameters of a kernel, read from its ELF file
  *     blas.c     cuBLAS: products that are written down and not computed
  *     driver.c   the rest of the driver API
+ *     nvml.c     the little that PyTorch asks NVML
  *
  * Settings are environment variables NULLGPU_*, see face.c; the Python side (tests/nullgpu/__init__.py) sets them.
  * The log is one JSON object a line in the file NULLGPU_LOG.
