@@ -5,8 +5,8 @@
     seen.launches()        # [{"name": "_forward", "grid": [...], "block": [...], "device": 0, ...}, ...]
     seen.syncs()           # calls that waited for the device
 
-Events: launch (a kernel), product (cuBLAS), copy, memset, sync, malloc, create_memory and reserve_addresses (expandable
-segments), capture_begin, capture_end, replay (a CUDA graph), refused, out_of_memory.
+Events: launch (a kernel), product (cuBLAS), copy, memset, sync, event_record, malloc, create_memory and reserve_addresses
+(expandable segments), capture_begin, capture_end, replay (a CUDA graph), refused, out_of_memory.
 """
 
 import importlib
@@ -37,8 +37,8 @@ class Recorded(list):
         return self.of("sync")
 
     def devices(self) -> list[int]:
-        """Return the devices that kernels were started on."""
-        return sorted({event["device"] for event in self.launches()})
+        """Return the devices that kernels and graphs were started on, and whose streams events were recorded on."""
+        return sorted({event["device"] for event in self.of("launch", "product", "replay", "event_record")})
 
 
 @contextmanager

@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 
+from bench.peer import Endless
 from nanochat.distributed import Ranks, compute_dtype
+from nanochat.engine import Batch, Engine, Row
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loading import ready_to_decode
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import published
+from nanochat.sampling import Settings
 from nanochat.training import train_step
 from tests.nullgpu.inside import Recorded, recorded
 
@@ -82,4 +86,45 @@ def training(depth: int, rows: int, ranks: int = 1, *, compiled: bool = True, st
     torch._dynamo.reset()
     gc.collect()  # a compiled block is part of a circle
     torch.cuda.empty_cache()
+    return found
+
+
+def decoding(depth: int, rows: list[int], steps: int, *, device: str = "cuda", ready: bool = True,
+             **shape: Any) -> dict[str, Any]:
+    """Decode some rows with the engine, greedy, then sampled with every setting, and return what was seen.
+
+    Args:
+        depth, shape: of the model
+        rows: of each batch
+        steps: decode steps of each batch
+        device: of the model; it need not be the current one
+        ready: whether the model is made ready to decode, as in serving; else it stays as in training
+
+    Returns:
+        captures: whether each graph capture succeeded, and how many nodes it has. refused: refusals
+        syncs: calls that waited, of the last steps, a list for each batch and kind of sampling
+        devices: that kernels were started on. replays: graphs of the last step of each
+    """
+    model = new_model(depth, device, **shape)
+    model = ready_to_decode(model) if ready else model.eval()
+    engine, found = Engine(model, Endless()), {"syncs": [], "replays": [], "launches": []}
+    with recorded() as whole:
+        for n in rows:
+            for options in ({"temperature": 0.0}, {"temperature": 0.9, "top_k": 50, "top_p": 0.9,
+                                                   "repetition_penalty": 1.1}):
+                batch = Batch(engine)
+                batch.add_prompts([Row([1] * (7 + i), steps + 1, Settings(seed=i, **options), stops=())
+                                   for i in range(n)])
+                for _ in range(steps - 1):
+                    batch.step()
+                with recorded() as seen:
+                    batch.step()
+                found["syncs"].append([event["call"] for event in seen.syncs()])
+                found["replays"].append([event["nodes"] for event in seen.of("replay")])
+                found["launches"].append(len(seen.launches()))
+                batch.remove(batch.rows)
+    found["captures"] = [(event["ok"], event["nodes"]) for event in whole.of("capture_end")]
+    found["refused"] = [event["why"] for event in whole.of("refused")]
+    found["devices"] = whole.devices()
+    found["captured"] = engine.static._can_capture
     return found

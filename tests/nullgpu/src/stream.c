@@ -101,7 +101,9 @@ API int cudaEventDestroy(void *event) {
 }
 
 API int cudaEventRecord(void *event, void *stream) {
-    ((struct event *)event)->capture = stream_of(stream)->capture;
+    struct stream *s = stream_of(stream);
+    ((struct event *)event)->capture = s->capture;
+    record("\"event\": \"event_record\", \"device\": %d, \"stream\": %d", s->device, s->number);
     return 0;
 }
 
