@@ -176,8 +176,12 @@ class StaticDecoder:
     def _send_inputs(self) -> None:
         """Start the copy of the inputs to the device; what is launched after it sees them."""
         self._inputs.copy_(self._host, non_blocking=True)
-        if self._inputs_sent:
-            self._inputs_sent.record()
+        self._record(self._inputs_sent)
+
+    def _record(self, event: torch.cuda.Event | None) -> None:
+        """Mark with an event what was launched for the model's device so far. None: there is no GPU."""
+        if event:
+            event.record(torch.cuda.current_stream(self.model.device))  # by itself it would take the current device's
 
     def sample(self, rows: Sequence, sampler: Sampler, run_ahead: bool) -> list[int]:
         """Return the next token of each row: sampled, or the one that is forced on it. `prepare` returned True.
@@ -194,8 +198,7 @@ class StaticDecoder:
         self._send_inputs()
         self._runner(self._sample_key(sampler))()
         self._tokens_host.copy_(self.tokens, non_blocking=True)
-        if self._tokens_copied:
-            self._tokens_copied.record()
+        self._record(self._tokens_copied)
         if run_ahead:
             self._run_model(rows)
         if self._tokens_copied:

@@ -1,0 +1,78 @@
+"""Record anew what a training step takes: writes scripts/step_memory.json and prints the table for dev/LOG.md.
+
+    python -m tests.nullgpu.record                  # some ten minutes on two cores
+
+Each depth is a process under the null GPU. Run it when a change to the model, the kernels, the optimizer or the pinned
+torch moves the memory of a step: tests/test_nullgpu_step.py then says so.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts import step_memory
+from tests.nullgpu import Face, NullGPU, build, missing
+from tests.nullgpu.programs import training
+
+DEPTHS = 4, 8, 12, 16, 20, 24, 26, 32
+ROWS = 1, 8, 32       # the optimizer's part; two points of a line
+RANKS = 1, 2, 8
+LARGE = Face("a card with much memory", "9.0", 900, 132, 50)  # no card yet holds all of them
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as every training script sets it
+CARDS = 24, 40, 48, 80, 141, 192  # GB
+
+
+def of_depth(depth: int) -> list[dict[str, Any]]:
+    """Return the points of one depth."""
+    found = []
+    for rows in ROWS:
+        for ranks in RANKS:
+            seen = training(depth, rows, ranks)
+            found.append({"depth": depth, "rows": rows, "ranks": ranks, "allocated": seen["allocated"],
+                          "reserved": seen["reserved"], "kept": seen["kept"], "launches": seen["launches"]["all"]})
+    return found
+
+
+def table() -> str:
+    """Return, for some depths, the memory at 32 rows and the rows that fit each card, in Markdown."""
+    lines = ["| depth | ranks | GB at 32 rows | " + " | ".join(f"rows in {card} GB" for card in CARDS) + " |",
+             "| ---: " * (3 + len(CARDS)) + "|"]
+    for depth in (12, 20, 26, 32):
+        for ranks in (1, 8):
+            rows = [step_memory.most_rows(depth, card * 1e9, ranks, most=64) for card in CARDS]
+            lines.append(f"| {depth} | {ranks} | {step_memory.step_memory(depth, 32, ranks) / 1e9:.1f} | "
+                         + " | ".join(str(n) if n else "none" for n in rows) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every point, write the file, print the table."""
+    if reason := missing():
+        sys.exit(reason)
+    points, began = [], time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))
+        gpu = NullGPU(Path(folder))
+        for depth in DEPTHS:
+            points += gpu.run(of_depth, face=LARGE, env=ALLOCATOR, depth=depth)
+            print(f"d{depth} after {time.time() - began:.0f} s: "
+                  + ", ".join(f"{p['rows']} rows, {p['ranks']} ranks {p['reserved'] / 1e9:.2f} GB" for p in points
+                              if p["depth"] == depth), flush=True)
+    about = {"command": "python -m tests.nullgpu.record", "torch": torch.__version__,
+             "tokens_of_a_row": step_memory.ROW}
+    lines = ",\n".join(f"  {json.dumps(point)}" for point in points)
+    new = step_memory.POINTS.with_suffix(".new")
+    new.write_text(f'{{"about": {json.dumps(about)},\n "points": [\n{lines}\n]}}\n', encoding="utf-8")
+    os.replace(new, step_memory.POINTS)
+    step_memory.recorded.cache_clear()
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
