@@ -320,7 +320,7 @@ def test_a_section_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_chec
     (right.state, "nanochat.positions.Positions.last", lambda self, entries, n: entries[:, :n]),
     (right.optimizer, "nanochat.optim.newton_schulz",
      lambda x, dtype, steps=5, whole=newton_schulz: whole(x, dtype, 4 if dtype == torch.bfloat16 else 5)),
-    (right.learning, "nanochat.optim._Bucket.direction", lambda self, gradient, *rest: torch.zeros_like(gradient)),
+    (right.learning, "nanochat.optim.direction", lambda bucket, gradient, *rest: torch.zeros_like(gradient)),
     (single.slc2, "nanochat.kernels.slc2.cpu.forward", lambda *given, whole=slc2_cpu.forward: whole(*given) * 1.02),
     (single.slc2, "nanochat.kernels.slc2.cpu.backward",
      lambda *given, whole=slc2_cpu.backward: whole(*given[:7], *map(torch.empty_like, given[7:]))),
