@@ -148,8 +148,8 @@ class MuonAdamW:
                  bucket_elements: int = BUCKET_ELEMENTS):
         """Lay out buckets and this rank's part of the state.
 
-        With several ranks, the parameters are moved into buffers of the optimizer: whatever gives them other memory
-        (`to`, `load_state_dict(assign=True)`) comes before. What writes into them may come at any time.
+        With several ranks, the parameters are moved into buffers of the optimizer. Whatever gives them other memory, as
+        `to` does, comes before; what writes into them may come at any time.
 
         Args:
             groups: from `parameter_groups`, the same on every rank.
@@ -213,6 +213,14 @@ class MuonAdamW:
             yield
         finally:
             self._missing = None
+        self.finish_reducing()
+
+    def finish_reducing(self) -> None:
+        """Start to sum the gradients over the ranks that no backward pass within `reducing` has started. Collective.
+
+        `step` does so itself. All ranks must begin their collectives in the same order, so a rank that had no backward
+        pass calls this before any other one.
+        """
         self._start_reductions(len(self.buckets))
 
     def _gradient_came(self, number: int) -> None:
@@ -303,7 +311,7 @@ class MuonAdamW:
         self.wait()
         self._check()
         self.steps += 1
-        self._start_reductions(len(self.buckets))
+        self.finish_reducing()
         gradients = self._reduced_gradients()
         squares = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).square().sum()
         norm = all_reduce_sum(squares, self.ranks).sqrt() * grad_scale
@@ -332,8 +340,8 @@ class MuonAdamW:
             raise RuntimeError(f"{late[0]} got a gradient after the gradients were summed over the ranks: only the "
                                "last backward pass of a step goes into `reducing`")
         if moved := [name for bucket in self.buckets for name in bucket.moved()]:
-            raise RuntimeError(f"{moved[0]} was given other memory after the optimizer was made: make the optimizer "
-                               "after to(), load_state_dict(assign=True) and the like")
+            raise RuntimeError(f"{moved[0]} was given other memory after the optimizer was made, and would be trained "
+                               "no more: move and cast the model before")
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, dict[str, Tensor]] | None:

@@ -117,6 +117,7 @@ def train_step(model: torch.nn.Module, optimizer: MuonAdamW, batches: Iterable[A
             loss.backward()
         stats[0] += loss.detach()
         stats[1] += (targets != -1).sum()
+    optimizer.finish_reducing()  # a rank without a batch sends its zeros before the sums below, as the others did
     stats = all_reduce_sum(stats, ranks)
     counted = stats[1].clamp_min(1)
     norm = optimizer.step(lr_scale=lr_scale, momentum=momentum, grad_scale=1 / counted, clip=clip)
