@@ -8,7 +8,7 @@ Parameter names and numbers are those of the published checkpoints, which load w
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -167,6 +167,8 @@ class GPT(nn.Module):
             "h": nn.ModuleList([Block(config, letter) for letter in config.pattern()]),
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size)
+        # called with a part of the model before its weights are read: an optimizer may have some on their way
+        self.before_use: Callable[[nn.Module], None] | None = None
         self._rope: Rope | None = None
         self._compiled_for: tuple[int, int] | None = None
         self.init_weights()
@@ -221,9 +223,18 @@ class GPT(nn.Module):
                 self._rope = rope_table(length, self.config.n_embd // self.config.n_head, self.device)
         return self._rope
 
+    def _ready(self, part: nn.Module) -> Any:
+        """Return a part of the model whose weights are about to be read."""
+        if self.before_use is not None:
+            self.before_use(part)
+        return part
+
+    def _blocks(self) -> Iterator[Block]:
+        return map(self._ready, self.transformer.h)
+
     def _embed(self, ids: Tensor) -> Tensor:
         """Return the input of the first block, (B, T, E), of ids (B, T)."""
-        return rms_norm(F.embedding(ids, self.transformer.wte.weight).to(self.dtype))
+        return rms_norm(F.embedding(ids, self._ready(self.transformer.wte).weight).to(self.dtype))
 
     def hidden(self, ids: Tensor, cache: Cache | None = None, counts: list[int] | None = None) -> Tensor:
         """Return the input of the head: the normalised output of the last block.
@@ -249,21 +260,21 @@ class GPT(nn.Module):
         if cache is None:
             positions = Positions.of_full_rows(self.rope(T), T)
             compiled = tuple(ids.shape) == self._compiled_for
-            for block in self.transformer.h:
+            for block in self._blocks():
                 x, h = (block if compiled else block.forward)(x, h, positions)
         else:
             cache.reserve(T)
             positions = Positions.after_cache(
                 self.rope(max(cache.lengths) + T), cache.lengths, T, batch_invariant=cache.batch_invariant,
                 counts=None if counts is None else torch.tensor(counts, device=self.device))
-            for block, layer in zip(self.transformer.h, cache.view(cache.rows, cache.max_len)):
+            for block, layer in zip(self._blocks(), cache.view(cache.rows, cache.max_len)):
                 x, h = block.forward(x, h, positions, layer)
             cache.advance(T, counts)
         return h
 
     def head(self, x: Tensor) -> Tensor:
         """Return float32 logits (..., V) of hidden states x (..., E)."""
-        return softcap(self.lm_head(x).float())
+        return softcap(self._ready(self.lm_head)(x).float())
 
     def static_step(self, ids: Tensor, index: Tensor, cache: Cache, length: int) -> Tensor:
         """Run a decode step whose shapes and addresses depend on nothing on the host: it can be captured as a CUDA
@@ -281,11 +292,11 @@ class GPT(nn.Module):
         if ids.shape[1] != 1:
             raise ValueError(f"a static decode step is of one token a row, not of {ids.shape[1]}")
         positions, x = Positions.static(self.rope(length), index, length), self._embed(ids)
-        layers = zip(self.transformer.h, cache.view(len(ids), length))
+        layers = zip(self._blocks(), cache.view(len(ids), length))
         if len(ids) == 1 and self.has_single_row_step():
             for block, layer in layers:
                 x = block.single_row_step(x, positions, layer)
-            return softcap(fused_matvec(x, self.lm_head.weight, normed=True).float())[:, -1]
+            return softcap(fused_matvec(x, self._ready(self.lm_head).weight, normed=True).float())[:, -1]
         h = rms_norm(x)
         for block, layer in layers:
             x, h = block.forward(x, h, positions, layer)
@@ -319,7 +330,7 @@ class GPT(nn.Module):
             return self.head(x)
         x, targets, factors = x.flatten(0, 1), targets.flatten(), None if factors is None else factors.flatten()
         product = None if self.lm_head.weight.is_floating_point() else self.lm_head  # quantised: evaluated, not trained
-        return head_loss(x, self.lm_head.weight, targets, loss_reduction, factors, product=product)
+        return head_loss(x, self._ready(self.lm_head).weight, targets, loss_reduction, factors, product=product)
 
     def flops_per_token(self, T: int | None = None) -> float:
         """Return the training FLOPs a token at rows of T (sequence_len where None): 6 a matrix weight, and what the

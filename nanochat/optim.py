@@ -2,34 +2,38 @@
 
     optimizer = MuonAdamW(parameter_groups(model), ranks)
     ...backward, as often as wanted: p.grad holds the SUM over this rank's tokens...
+    with optimizer.reducing():                  # around the last backward pass of the step; it may be left out
+        loss.backward()
     norm = optimizer.step(lr_scale=1.0, momentum=0.95, grad_scale=1 / tokens_of_all_ranks, clip=1.0)
     optimizer.zero_grad()
 
-The optimizer state is sharded over the ranks (ZeRO stage 1). Each parameter is in one bucket: for Muon the matrices of
-one group and shape, for AdamW all parameters of one group. A bucket is a flat buffer, cut into equal slices, one for
-each rank (for Muon, a slice holds whole matrices; the last slices may be padding). A step sums the gradients into each
-rank's slice (reduce-scatter), clips them by the norm of the whole gradient, updates the slice, and gathers the weights
-(all-gather). So a rank holds 1/world_size of the state and does 1/world_size of the work, while every rank has all
-weights. A single process does the same arithmetic without communication or padding. On a GPU nothing waits for the
-host.
+The optimizer state is sharded over the ranks (ZeRO stage 1): each parameter lies in a bucket, and of each bucket every
+rank owns a slice (nanochat/buckets.py). A step sums the gradients into each rank's slice (reduce-scatter), clips them
+by the norm of the whole gradient, updates the slice, and gathers the weights (all-gather). So a rank holds 1/world_size
+of the state and does 1/world_size of the work, while every rank has all weights.
+
+Communication overlaps with computation. Within `reducing`, a bucket is sent as soon as backward has finished its
+gradients. Weights are gathered in the order in which the forward pass needs them, each bucket as soon as it is updated;
+within `gathering_in_forward(model)`, a step does not wait for them, but the next forward pass does, layer by layer.
+
+A single process does the same arithmetic without communication or padding. On a GPU nothing waits for the host.
 
 Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 """
 
-import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanochat.buckets import BUCKET_ELEMENTS, STATE, Bucket, make_buckets
 from nanochat.distributed import Ranks, all_reduce_sum, compute_dtype
 from nanochat.errors import UserError
 from nanochat.kernels.newton_schulz import newton_schulz
 from nanochat.recipe import OptimizerGroup, published
-
-STATE = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = published.groups) -> list[dict[str, Any]]:
@@ -43,8 +47,8 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = pu
         groups: of a recipe; the order is kept.
 
     Returns:
-        For MuonAdamW, a dict for each group that has parameters: kind, names (without `_orig_mod.`), params, lr,
-        weight_decay, and AdamW's betas and eps.
+        For MuonAdamW, a dict for each group that has parameters: kind, names (without `_orig_mod.`), params, their
+        positions among all parameters in the order of the forward pass, lr, weight_decay, and AdamW's betas and eps.
 
     Raises:
         ValueError: a parameter that nothing gives a group to, one in a group that the recipe does not have, or one in a
@@ -58,8 +62,8 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = pu
         for name in _names(block.mlp):
             group_of[f"transformer.h.{i}.mlp.{name}"] = "matrices"
 
-    members: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in groups}
-    for name, parameter in named.items():
+    members: dict[str, list[tuple[str, nn.Parameter, int]]] = {group: [] for group in groups}
+    for position, (name, parameter) in enumerate(named.items()):
         group = group_of.get(name)
         what = f"{name} of shape {tuple(parameter.shape)}"
         if group is None:
@@ -71,14 +75,14 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = pu
         if groups[group].optimizer == "muon" and parameter.ndim != 2:
             raise ValueError(f"{what} is in the optimizer group {group!r}, but Muon trains 2-D matrices alone: "
                              "its mixer's optimizer_group must name another group")
-        members[group].append((name, parameter))
+        members[group].append((name, parameter, position))
 
     width_scale = (model.config.n_embd / 768) ** -0.5
     result = []
     for name, group in groups.items():
         if members[name]:
-            names, parameters = map(list, zip(*members[name]))
-            result.append({"kind": group.optimizer, "names": names, "params": parameters,
+            names, parameters, positions = map(list, zip(*members[name]))
+            result.append({"kind": group.optimizer, "names": names, "params": parameters, "positions": positions,
                            "lr": group.lr * width_scale if group.by_width else group.lr,
                            "weight_decay": group.weight_decay, "betas": group.betas, "eps": group.eps})
     return result
@@ -88,106 +92,50 @@ def _names(module: nn.Module) -> Iterator[str]:
     return (name.replace("_orig_mod.", "") for name, _ in module.named_parameters())
 
 
-class _Bucket:
-    """Parameters that are updated together, as a flat buffer of `world_size` slices; this rank owns [start, stop) of
-    it."""
+def direction(bucket: Bucket, gradient: Tensor, momentum: float, step: int, dtype: torch.dtype) -> Tensor:
+    """Update the state with this rank's slice of the gradient; return the change of its weights at a rate of 1, flat.
 
-    def __init__(self, group: dict[str, Any], names: list[str], params: list[nn.Parameter], ranks: Ranks):
-        self.group, self.names, self.params, self.ranks = group, names, params, ranks
-        self.sizes = [p.numel() for p in params]
-        total = sum(self.sizes)
-        unit = self.sizes[0] if group["kind"] == "muon" else 1  # Muon needs whole matrices, so it never cuts one
-        self.slice_size = math.ceil(total / unit / ranks.world_size) * unit
-        self.padding = self.slice_size * ranks.world_size - total
-        self.start = min(ranks.rank * self.slice_size, total)
-        self.stop = min(self.start + self.slice_size, total)
-        self.state = {key: params[0].new_zeros(self.stop - self.start) for key in STATE[group["kind"]]}
-
-    def own(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Return flat views of what this rank owns of contiguous tensors that are shaped like the parameters, in
-        order."""
-        views, offset = [], 0
-        for tensor in tensors:
-            first, last = max(self.start - offset, 0), min(self.stop - offset, tensor.numel())
-            if first < last:
-                views.append(tensor.view(-1)[first:last])
-            offset += tensor.numel()
-        return views
-
-    def reduce_gradients(self) -> Callable[[], Tensor]:
-        """Start to sum the gradients over the ranks. Returns a function that waits for it and returns this rank's
-        slice."""
-        pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.params]
-        if self.padding:
-            pieces.append(pieces[0].new_zeros(self.padding))
-        buffer = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if not self.ranks.communicates:
-            return lambda: buffer
-        part = buffer.new_empty(self.slice_size)
-        work = dist.reduce_scatter_tensor(part, buffer, async_op=True)
-
-        def finish() -> Tensor:
-            work.wait()
-            return part[:self.stop - self.start]
-        return finish
-
-    def gather(self, parts: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Start to gather the slices of all ranks; this rank's is the concatenation of `parts`.
-
-        Returns a function that waits for it and returns tensors shaped like the parameters.
-        """
-        buffer = self.params[0].new_empty(self.slice_size * self.ranks.world_size)
-        mine = buffer[self.ranks.rank * self.slice_size:][:self.slice_size]
-        if parts:
-            torch.cat(parts, out=mine[:self.stop - self.start])
-        work = dist.all_gather_into_tensor(buffer, mine, async_op=True) if self.ranks.communicates else None
-
-        def finish() -> list[Tensor]:
-            if work is not None:
-                work.wait()
-            pieces = buffer[:buffer.numel() - self.padding].split(self.sizes)
-            return [piece.view(p.shape) for piece, p in zip(pieces, self.params)]
-        return finish
-
-    def direction(self, gradient: Tensor, momentum: float, step: int, dtype: torch.dtype) -> Tensor:
-        """Update the state with this rank's slice of the gradient; return the change of its weights at a rate of 1.
-
-        gradient: flat; it is overwritten. momentum: Muon's. step: counts from 1. dtype: of Newton-Schulz.
-        """
-        if self.group["kind"] == "muon":
-            rows, columns = self.params[0].shape
-            average = self.state["momentum"].lerp_(gradient, 1 - momentum)
-            ahead = gradient.lerp_(average, momentum).view(-1, rows, columns)  # Nesterov momentum
-            return newton_schulz(ahead, dtype).to(gradient.dtype).mul(max(1, rows / columns) ** 0.5).reshape(-1)
-        beta1, beta2 = self.group["betas"]
-        mean = self.state["exp_avg"].lerp_(gradient, 1 - beta1)
-        square = self.state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = torch.sqrt(square, out=gradient).mul_((1 - beta2 ** step) ** -0.5).add_(self.group["eps"])
-        return torch.div(mean, root, out=root).mul_(1 / (1 - beta1 ** step))
+    gradient: flat; it is overwritten. momentum: Muon's. step: counts from 1. dtype: of Newton-Schulz.
+    """
+    if bucket.group["kind"] == "muon":
+        average = bucket.state["momentum"].lerp_(gradient, 1 - momentum)
+        ahead = gradient.lerp_(average, momentum)  # Nesterov momentum
+        changes = [newton_schulz(x, dtype).to(x.dtype).mul(max(1, x.shape[1] / x.shape[2]) ** 0.5).reshape(-1)
+                   for x in bucket.stacks(ahead)]
+        return changes[0] if len(changes) == 1 else torch.cat(changes)
+    beta1, beta2 = bucket.group["betas"]
+    mean = bucket.state["exp_avg"].lerp_(gradient, 1 - beta1)
+    square = bucket.state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    root = torch.sqrt(square, out=gradient).mul_((1 - beta2 ** step) ** -0.5).add_(bucket.group["eps"])
+    return torch.div(mean, root, out=root).mul_(1 / (1 - beta1 ** step))
 
 
 class MuonAdamW:
     """The optimizer of a whole model, for any number of ranks; the top of this file says how it works."""
 
-    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks):
+    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks, *, reduce_dtype: torch.dtype = torch.float32,
+                 bucket_elements: int = BUCKET_ELEMENTS):
         """Lay out buckets and this rank's part of the state.
+
+        With several ranks, the parameters are moved into buffers of the optimizer. Whatever gives them other memory, as
+        `to` does, comes before; what writes into them may come at any time.
 
         Args:
             groups: from `parameter_groups`, the same on every rank.
             ranks: who shares the work.
+            reduce_dtype: what gradients are sent in; each rank sums what it receives in float32.
+            bucket_elements: numbers that are sent at once, at least.
 
         Raises:
             ValueError: a parameter was given twice, or is not contiguous float32 on the ranks' kind of device. The
                 weights that are trained are float32, whatever the precision of the matrix products.
         """
         self.ranks, self.steps, self.dtype = ranks, 0, compute_dtype(ranks.device)
-        self.buckets: list[_Bucket] = []
         seen: set[int | str] = set()
         for group in groups:
             if group["kind"] not in STATE:
                 kinds = ", ".join(STATE)
                 raise ValueError(f"a parameter group is of kind {group['kind']!r}: it must be one of {kinds}")
-            stacks: dict[Any, list[tuple[str, nn.Parameter]]] = {}
             for name, p in zip(group["names"], group["params"], strict=True):
                 if name in seen or id(p) in seen:
                     raise ValueError(f"the optimizer was given {name} twice")
@@ -196,22 +144,122 @@ class MuonAdamW:
                     layout = "" if p.is_contiguous() else "not contiguous, "
                     raise ValueError(f"{name} is {layout}{p.dtype} on {p.device}: the optimizer trains contiguous "
                                      f"float32 on {ranks.device}; convert the model before")
-                stacks.setdefault(p.shape if group["kind"] == "muon" else None, []).append((name, p))
-            self.buckets += [_Bucket(group, *map(list, zip(*members)), ranks) for members in stacks.values()]
+        self.buckets = make_buckets(groups, ranks, reduce_dtype, bucket_elements)
+        self._started = 0                     # buckets whose reduction has begun, in their order
+        self._released = False                # whether these hold all that backward computed: p.grad is None
+        self._missing: list[int] | None = None  # of each bucket, gradients to come; None: nobody counts them
+        self._deferred = False                # whether a step leaves waiting for the weights to the next forward pass
+        self._buckets_of: dict[nn.Module, list[Bucket]] = {}
+        if ranks.communicates:
+            for number, bucket in enumerate(self.buckets):
+                for p in bucket.params:
+                    if p.requires_grad:
+                        p.register_post_accumulate_grad_hook(_counter(weakref.ref(self), number))
 
     def zero_grad(self) -> None:
-        """Set all gradients to None."""
+        """Set all gradients to None. Gradients that were reduced and not used by a step are forgotten."""
+        self._reduced_gradients()
         for bucket in self.buckets:
             for p in bucket.params:
                 p.grad = None
+
+    # ---- gradients
+
+    @contextmanager
+    def reducing(self) -> Iterator[None]:
+        """Within the block, sum the gradients over the ranks as they come. It holds the last backward pass of a step.
+
+        Collective. A bucket is sent as soon as all its gradients are there, on every rank in the same order; what is
+        not sent by the end of the block, as parameters without a gradient, is sent then. p.grad is None afterwards. A
+        single process has nothing to do.
+        """
+        if not self.ranks.communicates:
+            yield
+            return
+        self._missing = [sum(p.requires_grad for p in bucket.params) for bucket in self.buckets]
+        self._released = True
+        try:
+            yield
+        finally:
+            self._missing = None
+        self.finish_reducing()
+
+    def finish_reducing(self) -> None:
+        """Start to sum the gradients over the ranks that no backward pass within `reducing` has started. Collective.
+
+        `step` does so itself. All ranks must begin their collectives in the same order, so a rank that had no backward
+        pass calls this before any other one.
+        """
+        self._start_reductions(len(self.buckets))
+
+    def _gradient_came(self, number: int) -> None:
+        """Count a gradient of bucket `number`, and start what can start."""
+        if self._missing is not None:
+            self._missing[number] -= 1
+            ready = self._started
+            while ready < len(self.buckets) and self._missing[ready] == 0:
+                ready += 1
+            self._start_reductions(ready)
+
+    @torch.no_grad()
+    def _start_reductions(self, end: int) -> None:
+        """Start the reductions of the buckets before `end` that have not begun."""
+        while self._started < end:
+            self.buckets[self._started].start_reduction(release=self._released)
+            self._started += 1
+
+    @torch.no_grad()
+    def _reduced_gradients(self) -> list[Tensor]:
+        """Wait for the reductions that have begun; return the gradients of what this rank owns."""
+        gradients = [bucket.reduced() for bucket in self.buckets[:self._started]]
+        self._started, self._released = 0, False
+        return gradients
+
+    # ---- weights
+
+    @contextmanager
+    def gathering_in_forward(self, model: nn.Module) -> Iterator[None]:
+        """Within the block, let a step return while the weights are on their way to the other ranks.
+
+        The forward pass of `model`, a GPT, waits for the weights of each layer when it comes to it; `model.state_dict`
+        and the end of the block wait for all. To read weights in another way, call `wait` before: until then they are
+        NaN. A single process has nothing to do.
+        """
+        if not self.ranks.communicates:
+            yield
+            return
+        self._deferred, model.before_use = True, self._wait_for
+        handle = model.register_state_dict_pre_hook(lambda *given: self.wait())
+        try:
+            yield
+        finally:
+            self._deferred, model.before_use = False, None
+            handle.remove()
+            self._buckets_of.clear()
+            self.wait()
+
+    def _wait_for(self, module: nn.Module) -> None:
+        """Wait for the weights of a part of the model, if they are on their way."""
+        if module not in self._buckets_of:
+            parameters = {id(p) for p in module.parameters()}
+            self._buckets_of[module] = [bucket for bucket in self.buckets
+                                        if not parameters.isdisjoint(map(id, bucket.params))]
+        for bucket in self._buckets_of[module]:
+            bucket.finish_gather()
+
+    def wait(self) -> None:
+        """Wait for all weights that are on their way from other ranks. On a GPU the stream waits, not the host."""
+        for bucket in reversed(self.buckets):
+            bucket.finish_gather()
 
     @torch.no_grad()
     def step(self, *, lr_scale: float = 1.0, momentum: float = 0.95, grad_scale: float | Tensor = 1.0,
              clip: float | None = None) -> Tensor:
         """Update all weights. Collective: all ranks call it with the same arguments.
 
-        The gradient is grad_scale times the sum of p.grad over the ranks; a p.grad of None counts as zeros. p.grad is
-        not changed. Where the gradient is not finite, the weights stay, and the state is updated as by a zero gradient.
+        The gradient is grad_scale times the sum over the ranks: of what was reduced within `reducing`, or else of
+        p.grad, which is not changed and counts as zeros where it is None. Where the gradient is not finite, the weights
+        stay, and the state is updated as by a zero gradient.
 
         Args:
             lr_scale: factor of every group's learning rate.
@@ -224,31 +272,45 @@ class MuonAdamW:
 
         Raises:
             ValueError: clip is not above 0.
+            RuntimeError: backward ran again after the gradients were reduced, or a parameter has other memory than the
+                optimizer gave it.
         """
         if clip is not None and not clip > 0:
             raise ValueError(f"clip is {clip}: it must be above 0, or None for no clipping")
+        self.wait()
+        self._check()
         self.steps += 1
-        gradients = [finish() for finish in [bucket.reduce_gradients() for bucket in self.buckets]]
+        self.finish_reducing()
+        gradients = self._reduced_gradients()
         squares = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).square().sum()
         norm = all_reduce_sum(squares, self.ranks).sqrt() * grad_scale
         finite = norm.isfinite()
         scale = torch.where(finite, grad_scale * (1 if clip is None else (clip / (norm + 1e-6)).clamp(max=1)), 0)
-        gathers = []
-        for bucket in self.buckets:
-            gradient = gradients.pop(0)  # so that its memory is freed when the bucket is done
-            weights = bucket.own([p.detach() for p in bucket.params])
+        for bucket in reversed(self.buckets):  # as the forward pass needs them: the first are sent while others compute
+            gradient = gradients.pop()  # so that its memory is freed when the bucket is done
+            weights = bucket.weights()
             if weights:
                 rate = finite * (bucket.group["lr"] * lr_scale)
                 gradient = torch.where(finite, gradient, 0).mul_(scale)
-                change = bucket.direction(gradient, momentum, self.steps, self.dtype).mul_(rate)
+                change = direction(bucket, gradient, momentum, self.steps, self.dtype).mul_(rate)
                 if decay := bucket.group["weight_decay"]:
                     torch._foreach_mul_(weights, 1 - rate * decay)
                 torch._foreach_sub_(weights, change.split([view.numel() for view in weights]))
             if self.ranks.communicates:
-                gathers.append(bucket.gather(weights))
-        for bucket, finish in zip(self.buckets, gathers):
-            torch._foreach_copy_([p.detach() for p in bucket.params], finish())
+                bucket.start_gather(hide=self._deferred)
+        if not self._deferred:
+            self.wait()
         return norm
+
+    def _check(self) -> None:
+        """Raise RuntimeError where a step would not do what the caller believes."""
+        if self._released and (late := [name for bucket in self.buckets for name, p in zip(bucket.names, bucket.params)
+                                        if p.grad is not None]):
+            raise RuntimeError(f"{late[0]} got a gradient after the gradients were summed over the ranks: only the "
+                               "last backward pass of a step goes into `reducing`")
+        if moved := [name for bucket in self.buckets for name in bucket.moved()]:
+            raise RuntimeError(f"{moved[0]} was given other memory after the optimizer was made, and would be trained "
+                               "no more: move and cast the model before")
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, dict[str, Tensor]] | None:
@@ -262,8 +324,8 @@ class MuonAdamW:
         """
         whole: dict[str, dict[str, Tensor]] = {}
         for bucket in self.buckets:
-            for key, part in bucket.state.items():
-                gathered = bucket.gather([part])()
+            for key in bucket.state:
+                gathered = bucket.gather_state(key)
                 if self.ranks.is_main:
                     for name, tensor in zip(bucket.names, gathered):
                         whole.setdefault(name, {})[key] = tensor.to("cpu", copy=True)
@@ -303,3 +365,11 @@ class MuonAdamW:
             for key, part in bucket.state.items():
                 if views := bucket.own([whole[name][key].contiguous() for name in bucket.names]):
                     torch.cat([view.to(part) for view in views], out=part)
+
+
+def _counter(optimizer: "weakref.ref[MuonAdamW]", number: int) -> Callable[[Tensor], None]:
+    """Return a hook that tells the optimizer of a gradient of bucket `number`. It does not keep the optimizer alive."""
+    def came(parameter: Tensor) -> None:
+        if (alive := optimizer()) is not None:
+            alive._gradient_came(number)
+    return came

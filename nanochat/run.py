@@ -47,6 +47,7 @@ from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
 
 C = TypeVar("C")
+REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
 
 
 def kernels_flag() -> Any:
@@ -76,6 +77,7 @@ class ChatStageFlags:
     init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates")
     weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps")
     grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit")
+    reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
     save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only")
     keep: int = flag(published.mid.keep, "periodical checkpoints to keep; the last one always stays")
     seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled")
@@ -252,7 +254,8 @@ def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
     groups = override(published.groups, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr,
                       unembedding_lr=config.unembedding_lr, weight_decay=config.weight_decay,
                       lr_frac=getattr(config, "init_lr_frac", 1.0))
-    optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks)
+    optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks,
+                          reduce_dtype=getattr(torch, config.reduce_dtype))
     if origin.step:
         found = load_checkpoint(origin.folder, origin.step, weights=False, optimizer=True)
         if found.optimizer_state is None:
@@ -383,6 +386,7 @@ class StageRun:
         def before_step(step: int) -> None:
             for action in (*actions, saves):
                 if is_due(action, step, self.origin.step, end):
+                    self.optimizer.wait()  # so that an action may read weights in any way
                     action.run(step)
 
         return before_step

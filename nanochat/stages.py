@@ -37,7 +37,7 @@ class Stage:
 CHAT_SETTINGS = ("data", "conversations", "seed", "num_iterations", "num_epochs", "max_seq_len", "total_batch_size",
                  "target_examples_per_step", "examples_per_step", "num_samples", "max_new_tokens", "temperature",
                  "top_k", "embedding_lr", "unembedding_lr", "matrix_lr", "init_lr_frac", "weight_decay", "grad_clip",
-                 "warmdown_ratio")
+                 "reduce_dtype", "warmdown_ratio")
 
 STAGES = {stage.name: stage for stage in (
     Stage("base", "pretraining", "scripts.base_train", "base_checkpoints",
@@ -46,7 +46,7 @@ STAGES = {stage.name: stage for stage in (
           sections={"base": "Base model", "base_loss": "Base model, loss", "base_eval": "Base model, evaluation"},
           column="BASE", graded_by="base_eval",
           settings=("total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "grad_clip",
-                    "warmup_ratio", "warmdown_ratio", "final_lr_frac", "num_iterations", "target_flops",
+                    "reduce_dtype", "warmup_ratio", "warmdown_ratio", "final_lr_frac", "num_iterations", "target_flops",
                     "target_param_data_ratio", "data_dir", "seed")),
     Stage("mid", "mid-training", "scripts.mid_train", "mid_checkpoints",
           page="has seen conversations and the calculator",

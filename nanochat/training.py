@@ -6,14 +6,15 @@
 A step runs its micro-batches forward and backward (gradient accumulation), averages the gradients over all supervised
 tokens of all ranks, clips them by their norm and updates the weights. Every supervised token weighs the same, whichever
 micro-batch or rank it is in. No step waits for the device: its loss and gradient norm, and whether a rank was asked to
-stop, are read one step later.
+stop, are read one step later. With several ranks, gradients are summed while backward still runs, and weights arrive
+while the next forward pass already does.
 """
 
 import gc
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,11 +107,17 @@ def train_step(model: torch.nn.Module, optimizer: MuonAdamW, batches: Iterable[A
     optimizer.zero_grad()
     stats = torch.zeros(3, device=ranks.device)
     stats[2] = float(stop)
-    for inputs, targets, *factors in batches:
+    remaining = iter(batches)
+    batch = next(remaining, None)
+    while batch is not None:
+        inputs, targets, *factors = batch
         loss = model(inputs, targets, "sum", factors=factors[0]) if factors else model(inputs, targets, "sum")
-        loss.backward()
+        batch = next(remaining, None)
+        with optimizer.reducing() if batch is None else nullcontext():
+            loss.backward()
         stats[0] += loss.detach()
         stats[1] += (targets != -1).sum()
+    optimizer.finish_reducing()  # a rank without a batch sends its zeros before the sums below, as the others did
     stats = all_reduce_sum(stats, ranks)
     counted = stats[1].clamp_min(1)
     norm = optimizer.step(lr_scale=lr_scale, momentum=momentum, grad_scale=1 / counted, clip=clip)
@@ -225,6 +232,8 @@ def train(model: torch.nn.Module, optimizer: MuonAdamW, batches: Callable[[int],
             reports.add(*pending.pop(0))
 
     with ExitStack() as stack:
+        stack.enter_context(optimizer.gathering_in_forward(model))
+
         def paused(step: int) -> None:
             if step == start + 2:  # everything is compiled and warm
                 stack.enter_context(freeze_garbage_collector())

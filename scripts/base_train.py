@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,6 +29,7 @@ from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import Horizon, RateSchedule, published
 from nanochat.run import (
+    REDUCE_DTYPE,
     Origin,
     PeriodicAction,
     choose_kernels,
@@ -74,6 +75,7 @@ class Config:
                             "learning rate of the matrices (Muon) and of the convolution taps (AdamW)")
     weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps")
     grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit")
+    reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
     warmup_ratio: float = flag(BASE.rates.warmup_ratio, "part of the steps over which the learning rates rise")
     warmdown_ratio: float = flag(BASE.rates.warmdown_ratio, "part of the steps over which the learning rates fall")
     final_lr_frac: float = flag(BASE.rates.final_lr_frac, "learning rates at the end, as a fraction of the full ones")

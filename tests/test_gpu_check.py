@@ -14,8 +14,8 @@ from dev import gpu_parts as parts
 from nanochat.errors import UserError
 from nanochat.kernels import attention, cpu, decode_attention
 from nanochat.kernels.cross_entropy.cpu import softcapped_cross_entropy_
+from nanochat.kernels.newton_schulz import newton_schulz
 from nanochat.kernels.slc2 import cpu as slc2_cpu
-from nanochat.optim import newton_schulz
 from nanochat.positions import Positions
 from tests.conftest import ROOT
 from tests.test_bench import table_of
@@ -160,7 +160,7 @@ def test_a_part_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_check()
     (right.state, "nanochat.positions.Positions.last", lambda self, entries, n: entries[:, :n]),
     (right.optimizer, "nanochat.optim.newton_schulz",
      lambda x, dtype, steps=5, whole=newton_schulz: whole(x, dtype, 4 if dtype == torch.bfloat16 else 5)),
-    (right.learning, "nanochat.optim._Bucket.direction", lambda self, gradient, *rest: torch.zeros_like(gradient)),
+    (right.learning, "nanochat.optim.direction", lambda bucket, gradient, *rest: torch.zeros_like(gradient)),
     (single.slc2, "nanochat.kernels.slc2.cpu.forward", lambda *given, whole=slc2_cpu.forward: whole(*given) * 1.02),
     (single.slc2, "nanochat.kernels.slc2.cpu.backward",
      lambda *given, whole=slc2_cpu.backward: whole(*given[:7], *map(torch.empty_like, given[7:]))),

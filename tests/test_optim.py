@@ -1,6 +1,7 @@
 """Muon + AdamW: against plain twins, and on 1, 2 and 3 ranks."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -65,16 +66,19 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def backward(model: Tiny, ranks: Ranks) -> None:
-    for row in range(ranks.rank, ROWS, ranks.world_size):
-        model.loss(row).backward()
+def backward(model: Tiny, ranks: Ranks, optimizer: MuonAdamW | None = None) -> None:
+    """Add up the gradients of this rank's rows. With an optimizer, it reduces them during the last backward pass."""
+    rows = range(ranks.rank, ROWS, ranks.world_size)
+    for row in rows:
+        with optimizer.reducing() if optimizer is not None and row == rows[-1] else nullcontext():
+            model.loss(row).backward()
 
 
 def train(model: Tiny, optimizer: MuonAdamW, ranks: Ranks, steps: range, clip: float | None = 0.5) -> list[float]:
     norms = []
     for step in steps:
         optimizer.zero_grad()
-        backward(model, ranks)
+        backward(model, ranks, optimizer if step % 2 == 0 else None)
         norm = optimizer.step(lr_scale=1 / (1 + step), momentum=0.85 + 0.02 * step, grad_scale=1 / (ROWS * T),
                               clip=clip)
         norms.append(norm.item())
@@ -310,11 +314,16 @@ def same_state(got: dict, expected: dict, **tolerance: float) -> None:
 
 # --- ranks
 
+def small_buckets(model: Tiny, ranks: Ranks) -> MuonAdamW:
+    """The optimizer, with several buckets of matrices on 2 ranks and all in one on 3."""
+    return MuonAdamW(parameter_groups(model), ranks, bucket_elements=600 if ranks.world_size == 2 else 25_000_000)
+
+
 def scenario(ranks: Ranks, folder: str) -> None:
     """What each rank r of n does; results go to folder/n-r.pt. n = 3 also loads what n = 2 saved, n = 1 both."""
     told: dict = {}
     model = tiny()
-    optimizer = MuonAdamW(parameter_groups(model), ranks)
+    optimizer = small_buckets(model, ranks)
     backward(model, ranks)
     told["without gradient"] = [name for name, p in model.named_parameters() if p.grad is None]
     told["norms"] = train(model, optimizer, ranks, range(1))
@@ -347,7 +356,7 @@ def resume(saved_weights: dict, state: dict, ranks: Ranks) -> tuple[dict | None,
     """The state as it comes out again right after loading, and the weights after two more steps."""
     model = tiny(seed=1)
     model.load_state_dict(saved_weights)
-    optimizer = MuonAdamW(parameter_groups(model), ranks)
+    optimizer = small_buckets(model, ranks)
     optimizer.load_state_dict(state)
     again = optimizer.state_dict()
     train(model, optimizer, ranks, range(4, 6))
