@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from nanochat.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from nanochat.checkpoint import latest_step, load_checkpoint, load_on_ranks, save_checkpoint
 from nanochat.cli import flag, parse
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import (
@@ -154,19 +154,26 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     step = resume_step(folder, config.fresh, ranks) or 0
     parent_step = None if config.model_step < 0 else config.model_step
     name, wanted = (stage.name, step) if step else (source, parent_step)
-    model, tokenizer, meta = load_model(name, ranks.device, model_tag=tag, step=wanted)
+    model, tokenizer, meta = load_model(name, ranks.device, model_tag=tag, step=wanted, ranks=ranks)
     model.compute_dtype = compute_dtype(ranks.device)
 
-    parent = load_checkpoint(parent_folder, parent_step).meta if step else meta
-    files = parent.get("files") or {}
-    weights = next((about["sha256"] for name, about in files.items() if name.startswith("model_")), None)
-    begun_from = {"stage": source, "step": parent["step"], "weights": weights}
+    begun_from = _described(source, load_checkpoint(parent_folder, parent_step, weights=False).meta if step else meta)
+    if step and meta.get("from", begun_from) != begun_from:
+        # the newest may have a damaged file, so that the run began from the one before
+        begun_from = _described(source, load_on_ranks(parent_folder, parent_step, ranks, mapped=True).meta)
     if step and meta.get("from", begun_from) != begun_from:
         raise UserError(f"{folder} was trained from another model than {parent_folder} holds now (step "
-                        f"{meta['from'].get('step')} then, {parent['step']} now, or other weights of that step). "
+                        f"{meta['from'].get('step')} then, {begun_from['step']} now, or other weights of that step). "
                         "--fresh moves it aside and trains anew.")
     return Origin(stage=stage, folder=folder, step=step, model=model, tokenizer=tokenizer, meta=meta,
                   loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from})
+
+
+def _described(stage: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells a checkpoint from others: its stage, step and the SHA-256 of its weights as the meta says."""
+    files = meta.get("files") or {}
+    weights = next((about["sha256"] for name, about in files.items() if name.startswith("model_")), None)
+    return {"stage": stage, "step": meta["step"], "weights": weights}
 
 
 def chat_data_choice(config: ChatStageFlags, meta: dict[str, Any]) -> ChatDataChoice:
@@ -216,7 +223,7 @@ def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
                       lr_frac=getattr(config, "init_lr_frac", 1.0))
     optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks)
     if origin.step:
-        found = load_checkpoint(origin.folder, origin.step, weights=False, optimizer=True)
+        found = load_on_ranks(origin.folder, origin.step, ranks, weights=False, optimizer=True, mapped=True)
         if found.optimizer_state is None:
             raise cannot_resume(origin.folder, found.no_optimizer)
         optimizer.load_state_dict(found.optimizer_state)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint import load_checkpoint
+from nanochat.checkpoint import load_checkpoint, load_on_ranks
 from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir, shard_paths
@@ -27,6 +27,7 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loading import model_from_state
 from nanochat.recipe import Horizon, RateSchedule, published
 from nanochat.run import Origin, PeriodicAction, compile_wanted, is_trained, launch, loader_state, open_run, resume_step
 from nanochat.stages import STAGES
@@ -111,26 +112,29 @@ def horizon(config: Config, model: GPT) -> int:
     return steps
 
 
-def origin_of(config: Config, model: GPT, tokenizer: Any, text: Path, ranks: Ranks) -> Origin:
-    """Return what the run starts from: the new model, or the checkpoint of the same tag.
+def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, ranks: Ranks) -> Origin:
+    """Return what the run starts from: a new model of this shape, or the checkpoint of the same tag. Collective.
 
     Raises:
         UserError: the folder holds a model of another shape or tokenizer.
     """
     folder = base_dir() / STAGES["base"].folder / (config.model_tag or f"d{config.depth}")
     step, meta = resume_step(folder, config.fresh, ranks), {}
-    if step is not None:
-        found = load_checkpoint(folder, step)
-        meta, way_out = found.meta, "Use another --model-tag, or --fresh to move it aside and start anew."
-        old, new = meta["model_config"], model.config.to_dict()
+    if step is None:
+        torch.manual_seed(config.seed)  # initialised on the CPU: the same weights for every device and number of ranks
+        model = GPT(shape).to(ranks.device)
+    else:
+        meta = load_checkpoint(folder, step, weights=False).meta
+        way_out = "Use another --model-tag, or --fresh to move it aside and start anew."
+        old, new = meta["model_config"], shape.to_dict()
         if old != new:
             differ = ", ".join(f"{name} {old.get(name)} there, {new.get(name)} here" for name in old | new
                                if old.get(name) != new.get(name))
             raise UserError(f"{folder} holds a model of another shape ({differ}). {way_out}")
         if meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
             raise UserError(f"{folder} was trained with another tokenizer. {way_out}")
-        model.load_state_dict(found.model_state)
-    model.to(ranks.device)
+        found = load_on_ranks(folder, step, ranks, device=ranks.device)  # straight to the device, tensor by tensor
+        meta, model = found.meta, model_from_state(new, found.model_state, what=str(folder))
     model.compute_dtype = compute_dtype(ranks.device)
     return Origin(stage=STAGES["base"], folder=folder, step=step or 0, model=model, tokenizer=tokenizer, meta=meta,
                   loaded="", provenance={"data": read_source(text)})
@@ -150,12 +154,12 @@ def run(config: Config, ranks: Ranks) -> None:
     text = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
     shard_paths("train", text)  # raises where there is no text, before a model is made
 
-    torch.manual_seed(config.seed)  # initialised on the CPU: the same weights for every device and number of ranks
-    model = GPT(shape)
-    num_iterations = horizon(config, model)
-    origin = origin_of(config, model, tokenizer, text, ranks)
+    with torch.device("meta"):
+        num_iterations = horizon(config, GPT(shape))
+    origin = origin_of(config, shape, tokenizer, text, ranks)
     if is_trained(origin, num_iterations, ranks):
         return
+    model = origin.model
     if compiled:
         model.compile_blocks(B, T)
     loader = PackedLoader(TextSource(tokenizer, "train", text), B, T, ranks=ranks, state=loader_state(origin, ranks))
