@@ -28,6 +28,7 @@ from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.loading import load_model
 from nanochat.optim import MuonAdamW
+from nanochat.saving import BackgroundSaver
 from tests.test_distributed import start_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -129,11 +130,18 @@ def write_for_ever(folder, first, kind, said, largest=None):
     torch.set_num_threads(1)
     if largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    saver = BackgroundSaver()
     try:
         for value in itertools.count(first):
-            step = value if kind == "new" else 7
-            save_checkpoint(folder, step, weights(value, 100000), META | {"value": value}, momenta(value, 100000),
-                            keep=2)
+            step = 7 if kind == "same" else value
+            whole, optimizer_state = weights(value, 100000), momenta(value, 100000)
+            if kind == "thread":  # the main thread trains on, in the memory that was copied
+                for done in saver.wait():
+                    said.send(done)
+                whole = {name: saver.host_copy(name, tensor) for name, tensor in whole.items()}
+                saver.write(folder, step, whole, META | {"value": value}, optimizer_state, keep=2)
+                continue
+            save_checkpoint(folder, step, whole, META | {"value": value}, optimizer_state, keep=2)
             said.send(value)
     except UserError as error:
         said.send(str(error))
@@ -142,7 +150,7 @@ def write_for_ever(folder, first, kind, said, largest=None):
 def start(*args):
     """Start write_for_ever; returns the process and what it says. PyTorch is imported once, not in every process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "nanochat.checkpoint"])
+    context.set_forkserver_preload(["torch", "nanochat.saving"])
     hears, says = context.Pipe(duplex=False)
     process = context.Process(target=write_for_ever, args=(*args[:3], says, *args[3:]))
     process.start()
@@ -150,7 +158,7 @@ def start(*args):
     return process, hears
 
 
-@pytest.mark.parametrize("kind", ["new", "same"])
+@pytest.mark.parametrize("kind", ["new", "same", "thread"])
 def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_valid(tmp_path, kind, caplog):
     chance, value = random.Random(0), 0
     for _ in range(8):
@@ -167,14 +175,14 @@ def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_valid(tmp_path, kind,
         loaded = load_checkpoint(tmp_path, optimizer=True)
         assert loaded.meta["value"] in (value, value + 1)  # +1: saved, but killed before it said so
         assert is_whole(loaded, loaded.meta["value"])
-        assert latest_step(tmp_path) == loaded.step == (loaded.meta["value"] if kind == "new" else 7)
+        assert latest_step(tmp_path) == loaded.step == (7 if kind == "same" else loaded.meta["value"])
         assert not caplog.records
         value = loaded.meta["value"]
         for rest in tmp_path.glob(".*.tmp"):
             os.utime(rest, (1, 1))
-    step = value + 1 if kind == "new" else 7
+    step = 7 if kind == "same" else value + 1
     save(tmp_path, step, value + 1, keep=2)
-    assert inside(tmp_path) == names(*([value, value + 1] if kind == "new" else [7]))  # nothing that the kills left
+    assert inside(tmp_path) == names(*([7] if kind == "same" else [value, value + 1]))  # nothing that the kills left
 
 
 class Killed(BaseException):
