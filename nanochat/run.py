@@ -330,13 +330,19 @@ class StageRun:
             mfu: whether the tokens of a step are all that the model reads, so that the MFU can be told from them.
 
         Raises:
-            UserError: training has diverged, or a checkpoint could not be written. SystemExit: the process was asked
-                to stop; a checkpoint is saved.
+            UserError: training has diverged, a checkpoint could not be written, or text does not arrive any more (then
+                a checkpoint is saved). SystemExit: the process was asked to stop; a checkpoint is saved.
         """
+        def await_data(received: list[int]) -> UserError | None:
+            if self.loader is None:
+                return None
+            return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
+
         train(self.model, self.optimizer, batches, plan, self.ranks, self.log,
               flops_per_token=self.model.flops_per_token(self.max_seq_len),
               peak=peak_flops(self.ranks.device, self.model.compute_dtype) if mfu else None,
-              start=self.origin.step, before_step=self._before_step(actions), save=self._save_and_wait)
+              start=self.origin.step, before_step=self._before_step(actions), save=self._save_and_wait,
+              await_data=await_data)
 
     def train_by(self, one_step: Callable[[int, bool], bool], actions: Sequence[PeriodicAction]) -> None:
         """Train like `train`, with a step of another kind: one_step as `nanochat.training.run_steps` takes it."""

@@ -19,7 +19,7 @@ import torch
 from nanochat.checkpoint import load_checkpoint, load_on_ranks
 from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader, TextSource
-from nanochat.dataset import data_dir, shard_paths
+from nanochat.dataset import data_dir
 from nanochat.dataset.shards import read_source
 from nanochat.distributed import Ranks, compute_dtype
 from nanochat.errors import UserError
@@ -78,6 +78,8 @@ class Config:
     keep: int = flag(BASE.keep, "periodical checkpoints to keep; the last one always stays")
     model_tag: str = flag("", "name of the checkpoint folder; unset is d<depth>")
     data_dir: str = flag("", "folder of shards; unset is base_data")
+    shards: int = flag(-1, "training shards that are planned: it begins with the first while a download brings the "
+                           "rest; -1 = those that are there")
     seed: int = flag(BASE.seed, "of the initial weights")
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
@@ -152,7 +154,8 @@ def run(config: Config, ranks: Ranks) -> None:
         check_bundle(bundle, config.core_metric_max_per_task, ranks)
     micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
     text = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
-    shard_paths("train", text)  # raises where there is no text, before a model is made
+    source = TextSource(tokenizer, "train", text, expected=None if config.shards == -1 else config.shards,
+                        say=print if ranks.is_main else lambda text: None)  # now: without text, no model is made
 
     with torch.device("meta"):
         num_iterations = horizon(config, GPT(shape))
@@ -162,7 +165,8 @@ def run(config: Config, ranks: Ranks) -> None:
     model = origin.model
     if compiled:
         model.compile_blocks(B, T)
-    loader = PackedLoader(TextSource(tokenizer, "train", text), B, T, ranks=ranks, state=loader_state(origin, ranks))
+    ahead = 4 if source.shards == source.planned else max(4, 3 * micro_batches)  # so that a run without text can save
+    loader = PackedLoader(source, B, T, ranks=ranks, state=loader_state(origin, ranks), prefetch=ahead)
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),
                         muon_momentum=BASE.momentum)

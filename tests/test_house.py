@@ -22,6 +22,7 @@ COVERED_BY = {
     "nanochat": "test_house",
     "nanochat.attention": "test_kernel_attention",
     "nanochat.cache": "test_new_mixer",
+    "nanochat.dataset.arrival": "test_download",
     "nanochat.dataset.documents": "test_dataset",
     "nanochat.dataset.importing": "test_dataset",
     "nanochat.dataset.readers": "test_dataset",
