@@ -236,7 +236,7 @@ def _train_on(ranks, base, flags, out):
     from nanochat.cli import parse
     from nanochat.dataset import arrival
     from scripts import base_train as script
-    dataloader.BUFFER_DOCUMENTS = 8
+    dataloader.BUFFER_DOCUMENTS = 4
     arrival.START_SECONDS = arrival.POLL_SECONDS = 0.05
     config = parse(script.Config, flags)
     try:
@@ -264,18 +264,18 @@ def test_a_run_whose_text_stops_to_arrive_saves_and_resumes(tiny, tmp_path, monk
     folder.mkdir(parents=True)
     (base / "tokenizer").symlink_to(tiny / "tokenizer")
     writer = ShardWriter(folder)
-    for text in texts[:30]:
+    for text in texts[:16]:
         writer.add(text)
-    for text in texts[30:60]:
+    for text in texts[16:60]:
         writer.add_validation(text)
     writer.close()
     shutil.copyfile(next((tiny / "base_data").glob("shard_00001*")), folder / shard_name(1822))
     (folder / shard_name(1)).rename(folder / "late")
     write_source(folder, {"source": "fineweb-edu"})
-    flags = [*TINY, "--shards=2", "--eval-every=-1"]
+    flags = [*TINY, "--shards=2", "--eval-every=-1", "--save-every=-1"]
     start_ranks(world, _train_on, base, flags, tmp_path / "told.json")
     told = json.loads((tmp_path / "told.json").read_text())
-    assert 2 <= told["step"] < 12 and told["step"] % 5, told
+    assert told["step"] is not None and 2 <= told["step"] < 12, told
     assert any("shard_00001.parquet of the 2 planned shards is not in" in end for end in told["ends"]), told
     assert_same(weights(base), weights(base, tag="whole"))
 
