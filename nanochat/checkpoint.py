@@ -22,7 +22,7 @@ How a save survives being killed at any moment:
 
 So a checkpoint that is saved again is at every moment either the old one or the new one. A deletion goes the other way:
 the meta file is renamed to `.gone`, the other files are deleted, then the meta file. Only one process may write to a
-folder at a time; any number may read, and reading changes nothing.
+folder at a time; any number may read, and reading changes nothing. Training saves in a thread: nanochat/saving.py.
 """
 
 import dataclasses

@@ -116,9 +116,8 @@ class Documents:
             if here is not None and not path.exists():
                 break
             self._add()
-        if not self.paths or self.shards == len(self.paths) and not self.count:
-            where = self.paths[0].parent if self.paths else "an empty list"
-            raise UserError(f"the shards in {where} hold no document: {GET_TEXT}.")
+        if not self.paths:
+            raise UserError(f"the shards in an empty list hold no document: {GET_TEXT}.")
 
     @property
     def shards(self) -> int:
@@ -139,6 +138,8 @@ class Documents:
             order.append((shard, group))
             ends.append(self.count)
         self._rows.append(rows)
+        if self.shards == len(self.paths) and not self.count:
+            raise UserError(f"the shards in {path.parent} hold no document: {GET_TEXT}.")
 
     def _reach(self, number: int) -> bool:
         """Return whether the place of a document is known. Where its shard is still to come, wait a moment."""
