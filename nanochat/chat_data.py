@@ -51,7 +51,7 @@ class ConversationSource(Conversations):
 
     split = "train"
     folder = Path("conversations")  # named in PackedLoader's messages
-    shards = 1
+    shards = planned = 1
 
     def __init__(self, tokenizer: Any, task: Any, seed: int = 0):
         super().__init__(task, seed)

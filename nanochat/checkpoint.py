@@ -22,7 +22,7 @@ How a save survives being killed at any moment:
 
 So a checkpoint that is saved again is at every moment either the old one or the new one. A deletion goes the other way:
 the meta file is renamed to `.gone`, the other files are deleted, then the meta file. Only one process may write to a
-folder at a time; any number may read, and reading changes nothing.
+folder at a time; any number may read, and reading changes nothing. Training saves in a thread: nanochat/saving.py.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
+from nanochat.distributed import Ranks, broadcast_object, gather_objects
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, free_name, need_disk, sweep, sync_folder, to_json
+from nanochat.files import atomic_write, free_name, need_disk, sha256_of_rest, sweep, sync_folder, to_json
 from nanochat.stages import STAGES, stage_of_folder
 
 META = re.compile(r"meta_(\d{6}|[1-9]\d{6,})\.json(\.new)?")  # as %06d writes it
@@ -107,8 +109,9 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
         _finish(folder)
     need_disk(folder, sum(_bytes_in(part) for part in contents.values()), f"the checkpoint of step {step}")
     try:
-        for name, part in contents.items():
-            meta["files"][name] = _write_tensors(folder / f"{name}.new", part)
+        with ThreadPoolExecutor(len(contents)) as writers:  # hashing limits the speed of one
+            written = writers.map(lambda name: _write_tensors(folder / f"{name}.new", contents[name]), contents)
+            meta["files"] = dict(zip(contents, written))
         with atomic_write(folder / f"meta_{step:06d}.json.new", "w") as file:
             file.write(to_json(meta, indent=2))
     finally:
@@ -119,8 +122,8 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
 
 def _write_tensors(path: Path, part: dict) -> dict[str, Any]:
     """Write one file of tensors; return its size in bytes and sha256."""
-    with atomic_write(path) as file:
-        hashed = _Hashed(file)
+    with atomic_write(path) as file, ThreadPoolExecutor(1) as hasher:
+        hashed = _Hashed(file, hasher)
         try:
             torch.save(part, hashed)
         except RuntimeError:
@@ -131,19 +134,27 @@ def _write_tensors(path: Path, part: dict) -> dict[str, Any]:
 
 
 class _Hashed:
-    """A file to write to that computes the SHA-256 of what is written."""
+    """A file to write to that computes the SHA-256 of what is written, in the thread of `hasher` while it is written.
 
-    def __init__(self, file: IO):
-        self.file, self.size, self.digest, self.error = file, 0, hashlib.sha256(), None
+    torch.save writes a tensor in one piece, and its memory may be gone when `write` returns.
+    """
 
-    def write(self, data: bytes) -> int:
+    def __init__(self, file: IO, hasher: ThreadPoolExecutor):
+        self.file, self.hasher, self.size, self.digest, self.error = file, hasher, 0, hashlib.sha256(), None
+
+    def write(self, data: memoryview) -> int:
+        hashing = self.hasher.submit(self.digest.update, data) if len(data) >= 1 << 16 else None
         try:
             self.file.write(data)
         except OSError as error:
             self.error = error
             raise
+        finally:
+            if hashing is not None:
+                hashing.result()
+        if hashing is None:
+            self.digest.update(data)
         self.size += len(data)
-        self.digest.update(data)
         return len(data)
 
     def flush(self) -> None:
@@ -244,8 +255,9 @@ def latest_step(folder: str | Path) -> int | None:
 
 
 def load_checkpoint(folder: str | Path, step: int | None = None, *, device: str | torch.device = "cpu",
-                    weights: bool = True, optimizer: bool = False) -> Checkpoint:
-    """Read and verify a checkpoint.
+                    weights: bool = True, optimizer: bool = False, verify: bool = True, mapped: bool = False
+                    ) -> Checkpoint:
+    """Read and verify a checkpoint. Without `weights` and `optimizer` this reads the meta file alone.
 
     Args:
         folder: with checkpoints in it.
@@ -258,15 +270,15 @@ def load_checkpoint(folder: str | Path, step: int | None = None, *, device: str 
     Raises:
         UserError: the checkpoint of `step` is missing or corrupt, or without a step, there is no valid one.
     """
-    folder = Path(folder)
+    folder, how = Path(folder), _Reading(device, verify, mapped)
 
     def chosen() -> Checkpoint:
-        return _load(folder, step, _read_meta(folder, step), device, weights, optimizer)
+        return _load(folder, step, _read_meta(folder, step), weights, optimizer, how)
 
     def newest() -> Checkpoint:
         for step, meta in _valid(folder, optimizer):
             try:
-                return _load(folder, step, meta, device, weights, optimizer)
+                return _load(folder, step, meta, weights, optimizer, how)
             except Corrupt as error:
                 log.warning("skipping the checkpoint of step %d: %s", step, error)
         raise Corrupt(nothing_found(folder))
@@ -278,6 +290,35 @@ def load_checkpoint(folder: str | Path, step: int | None = None, *, device: str 
         raise UserError(f"no checkpoint of step {step} in {folder}: "
                         + (f"there are those of {there}." if there else "there is none of any step."))
     return _retry_while_changing(folder, chosen)
+
+
+def load_on_ranks(folder: str | Path, step: int | None, ranks: Ranks, *, device: str | torch.device = "cpu",
+                  weights: bool = True, optimizer: bool = False, mapped: bool = False) -> Checkpoint:
+    """Load a checkpoint as `load_checkpoint` does, on every rank; each machine verifies it once. Collective.
+
+    Rank 0 chooses the checkpoint. The rank with local rank 0 of each machine reads all bytes and checks their SHA-256;
+    the others read what they need of the same files, which the system then has in memory. With `mapped` that is what
+    they touch: 8 ranks that each take their part of an optimizer state hold it once, not eight times.
+
+    Raises:
+        UserError: on every rank, where one of the ranks that verify cannot load it.
+    """
+    def attempt(step: int | None) -> tuple[Checkpoint | None, str]:
+        try:
+            return load_checkpoint(folder, step, device=device, weights=weights, optimizer=optimizer,
+                                   mapped=mapped), ""
+        except UserError as error:
+            return None, str(error)
+
+    found, problem = attempt(step) if ranks.is_main else (None, "")
+    step, problem = broadcast_object((found.step if found is not None else None, problem), ranks)
+    if not problem and ranks.local_rank == 0 and not ranks.is_main:
+        found, problem = attempt(step)
+    problems = [problem for problem in gather_objects(problem, ranks) if problem]
+    if problems:
+        raise UserError(problems[0])
+    return found or load_checkpoint(folder, step, device=device, weights=weights, optimizer=optimizer, verify=False,
+                                    mapped=mapped)
 
 
 def _retry_while_changing(folder: Path, read: Callable[[], R]) -> R:
@@ -295,11 +336,19 @@ def _retry_while_changing(folder: Path, read: Callable[[], R]) -> R:
     raise Corrupt(f"{folder} changes faster than it can be read.")
 
 
-def _load(folder: Path, step: int, meta: dict, device: str | torch.device, weights: bool, optimizer: bool
-          ) -> Checkpoint:
+@dataclass(frozen=True)
+class _Reading:
+    """How files of tensors are read; see `load_checkpoint`."""
+
+    device: str | torch.device
+    verify: bool
+    mapped: bool
+
+
+def _load(folder: Path, step: int, meta: dict, weights: bool, optimizer: bool, how: _Reading) -> Checkpoint:
     model_name, optim_name = f"model_{step:06d}.pt", f"optim_{step:06d}.pt"
     loaded = Checkpoint(step, {}, meta, folder=folder)
-    state = _read_tensors(folder, model_name, meta, device) if weights else {}
+    state = _read_tensors(folder, model_name, meta, how) if weights else {}
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         raise Corrupt(f"{folder / model_name} does not hold weights by name.")
     for name, tensor in state.items():
@@ -310,23 +359,22 @@ def _load(folder: Path, step: int, meta: dict, device: str | torch.device, weigh
     elif optimizer and optim_name not in meta["files"]:
         loaded.no_optimizer = "the checkpoint was saved without"
     elif optimizer:
-        loaded.optimizer_state = _read_tensors(folder, optim_name, meta, "cpu")
+        loaded.optimizer_state = _read_tensors(folder, optim_name, meta, dataclasses.replace(how, device="cpu"))
     return loaded
 
 
-def _read_tensors(folder: Path, name: str, meta: dict, device: str | torch.device) -> dict:
+def _read_tensors(folder: Path, name: str, meta: dict, how: _Reading) -> dict:
     """Verify a file of tensors against the meta, then read it. Only tensors and plain values are unpickled."""
     path = folder / name
     try:
         with _open(folder, name, meta) as file:
-            if "files" in meta:
-                digest = hashlib.sha256()
-                while piece := file.read(1 << 22):
-                    digest.update(piece)
-                if digest.hexdigest() != meta["files"][name]["sha256"]:
+            if how.verify and "files" in meta:
+                if sha256_of_rest(file) != meta["files"][name]["sha256"]:
                     raise Corrupt(f"{path} is damaged: its sha256 is not the one written in its meta file.")
                 file.seek(0)
-            part = torch.load(file, map_location=device, weights_only=True)
+            part = _mapped(file, how) if how.mapped and "files" in meta else None
+            if part is None:
+                part = torch.load(file, map_location=how.device, weights_only=True)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # PyTorch raises many kinds of error for damaged or hostile files
@@ -336,6 +384,17 @@ def _read_tensors(folder: Path, name: str, meta: dict, device: str | torch.devic
         raise Corrupt(f"{path} cannot be read, it is damaged or no file of weights: {why}") from error
     if not isinstance(part, dict):
         raise Corrupt(f"{path} holds a {type(part).__name__}, where weights by name were expected.")
+    return part
+
+
+def _mapped(file: IO, how: _Reading) -> Any:
+    """Map an open file of tensors; None where the file system cannot. PyTorch opens it again, by its name."""
+    try:
+        part = torch.load(file.name, map_location=how.device, weights_only=True, mmap=True)
+    except RuntimeError:
+        return None
+    if not os.path.samestat(os.stat(file.name), os.fstat(file.fileno())):
+        raise Corrupt(f"{file.name} was replaced while it was read.")
     return part
 
 

@@ -28,7 +28,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from nanochat.dataset import Documents, shard_paths
+from nanochat.dataset import Documents, data_dir, shard_paths
+from nanochat.dataset.arrival import planned_shards
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 
@@ -51,19 +52,22 @@ class DocumentSource(Protocol):
     A pass has `count` documents; document number n belongs to pass n div count. Rank r of W reads the numbers r, r + W,
     … so one number is an exact position. What a document is (text, a conversation) is the source's own affair.
 
-    split: "train" or "val". folder: where the documents come from, for messages. shards: files that hold them.
+    split: "train" or "val". folder: where the documents come from, for messages. shards: files that hold them, and are
+    known; planned: those that will be, more than `shards` while text still arrives, which no pass ends before.
     bos: the token that precedes each document. tokenizer_fingerprint: None where the tokenizer has none.
     """
 
     split: str
     folder: Path
     shards: int
+    planned: int
     count: int
     bos: int
     tokenizer_fingerprint: str | None
 
     def walk(self, start: int, step: int, stop: int | None) -> Iterator[tuple[list[int], list[Any]]]:
-        """Yield (numbers, documents) of start, start + step, … below `stop` (endless where None), in small pieces."""
+        """Yield (numbers, documents) of start, start + step, … below `stop` (endless where None), in small pieces; an
+        empty piece where text has to arrive first."""
 
     def pick(self, numbers: Sequence[int]) -> dict[int, Any]:
         """Return some documents by number."""
@@ -76,12 +80,27 @@ class DocumentSource(Protocol):
 
 
 class TextSource(Documents):
-    """The text shards of a split as a DocumentSource. Raises UserError where there is no text or it is corrupt."""
+    """The text shards of a split as a DocumentSource.
 
-    def __init__(self, tokenizer: Any, split: Literal["train", "val"], folder: str | Path | None = None):
-        super().__init__(shard_paths(split, folder))
+    Args:
+        tokenizer: encodes the texts. split: "train" or "val". folder: defaults to data_dir().
+        expected: training shards that are planned, where some may still arrive: the order of the documents is that of
+            the plan. None reads those that are there.
+        say: prints a line to the user.
+
+    Raises:
+        UserError: there is no text, it is corrupt, or a planned shard does not arrive.
+    """
+
+    def __init__(self, tokenizer: Any, split: Literal["train", "val"], folder: str | Path | None = None, *,
+                 expected: int | None = None, say: Callable[[str], None] = print):
+        if expected is None:
+            super().__init__(shard_paths(split, folder))
+        else:
+            paths, arrival = planned_shards(expected, Path(folder) if folder is not None else data_dir(), say)
+            super().__init__(paths, arrival.here if arrival is not None else None)
         self.tokenizer, self.split = tokenizer, split
-        self.folder, self.shards = self.paths[0].parent, len(self.paths)
+        self.folder, self.planned = self.paths[0].parent, len(self.paths)
         self.bos = tokenizer.get_bos_token_id()
         self.tokenizer_fingerprint = tokenizer.fingerprint() if hasattr(tokenizer, "fingerprint") else None
 
@@ -191,13 +210,15 @@ class PackedLoader:
         for name, value in (("batch_size", batch_size), ("sequence_len", sequence_len), ("prefetch", prefetch)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
+        if not loop and source.shards < source.planned:
+            raise ValueError("one pass needs the whole text, and some of it still arrives")
         self._source, self._shape, self._ranks = source, (batch_size, sequence_len), ranks
         self._prefetch, self._loop, self._cut = prefetch, loop, cut
         self._about = {
             "split": source.split, "rank": ranks.rank, "world_size": ranks.world_size, "batch_size": batch_size,
-            "sequence_len": sequence_len, "shards": source.shards, "documents": source.count,
-            "data": source.fingerprint(), "tokenizer": source.tokenizer_fingerprint,
+            "sequence_len": sequence_len, "tokenizer": source.tokenizer_fingerprint,
         }
+        self._text = self._about_text()
         self._next, self._waiting = ranks.rank, np.zeros((0, 2), dtype=np.int64)
         if state is not None:
             self._check(state)
@@ -214,7 +235,7 @@ class PackedLoader:
     @property
     def passes(self) -> int:
         """Completed passes over the documents."""
-        return self._next // self._source.count
+        return 0 if self._source.shards < self._source.planned else self._next // self._source.count
 
     def __iter__(self) -> "PackedLoader":
         return self
@@ -222,10 +243,7 @@ class PackedLoader:
     def __next__(self) -> PackedBatch:
         if self._end is not None:
             raise self._end
-        if self._thread is None or self._thread.process != os.getpid():  # a fork has no thread: start one
-            self._thread = _Thread(self._prefetch, self._make)
-            weakref.finalize(self, self._thread.stop)
-        made = self._thread.out.get()
+        made = self._running().out.get()
         if isinstance(made, BaseException):
             self._thread.stop()
             self._end = made
@@ -234,9 +252,47 @@ class PackedLoader:
         tensor = tensor.to(self._ranks.device, non_blocking=True)  # from pinned memory: the host does not wait
         return PackedBatch(tensor[0], tensor[1])
 
+    def prepare(self, batches: int, interrupted: Callable[[], bool] = lambda: False) -> UserError | None:
+        """Wait until so many batches are made, while text still arrives. So a step that has begun can end, and some
+        more, though the text may stop to arrive meanwhile.
+
+        Args:
+            batches: at most `prefetch`. interrupted: ends the wait where it returns True.
+
+        Returns:
+            The error that `next` will raise after the batches that are made; None while there is none.
+        """
+        if self._text["shards"] == self._source.planned or self._end is not None:
+            return None
+        out, batches = self._running().out, min(batches, self._prefetch)
+
+        def ready() -> bool:
+            return len(out.queue) >= batches or bool(out.queue) and isinstance(out.queue[-1], BaseException)
+
+        with out.not_empty:  # the condition that each put notifies
+            while not out.not_empty.wait_for(ready, timeout=0.2) and not interrupted():
+                pass
+            last = out.queue[-1] if out.queue else None
+        self._text = self._about_text()
+        return last if isinstance(last, UserError) else None
+
     def state_dict(self) -> dict:
         """Return the position behind the last batch handed out (prefetch does not count) as plain JSON."""
-        return self._about | {"next": int(self._next), "waiting": self._waiting.tolist()}
+        if self._text["shards"] < self._source.planned:
+            self._text = self._about_text()
+        return self._about | self._text | {"next": int(self._next), "waiting": self._waiting.tolist()}
+
+    def _about_text(self) -> dict:
+        """Return what a state says of the text: of the shards that are known, and how many more are planned."""
+        shards = self._source.shards  # first: the thread may add some now
+        planned = {"planned": self._source.planned} if shards < self._source.planned else {}
+        return {"shards": shards, "documents": self._source.count, "data": self._source.fingerprint(shards)} | planned
+
+    def _running(self) -> "_Thread":
+        if self._thread is None or self._thread.process != os.getpid():  # a fork has no thread: start one
+            self._thread = _Thread(self._prefetch, self._make)
+            weakref.finalize(self, self._thread.stop)
+        return self._thread
 
     def close(self) -> None:
         """End the thread. Later calls of `next` raise ValueError."""
@@ -251,15 +307,15 @@ class PackedLoader:
         self.close()
 
     @property
-    def _make(self) -> Callable[[], Iterator]:
+    def _make(self) -> Callable[[Callable[[], bool]], Iterator]:
         """The thread's work, as a function that holds no reference to the loader: a dropped loader ends its thread."""
         task = (self._source, self._shape, self._ranks, self._loop, self._cut, self._next, self._waiting)
-        return lambda: _batches(*task)
+        return lambda stopped: _batches(*task, stopped)
 
     def _check(self, state: dict) -> None:
-        about, source = self._about, self._source
+        about, source = self._about | self._text, self._source
         try:
-            known = {key: state[key] for key in about.keys() - {"batch_size", "sequence_len"}}
+            known = {key: state[key] for key in about.keys() - {"batch_size", "sequence_len", "planned"}}
             last = max([state["next"] - 1, *(number for number, _ in state["waiting"])])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this is no state of a loader: {error!r}.") from error
@@ -272,14 +328,14 @@ class PackedLoader:
         if known["tokenizer"] != about["tokenizer"]:
             raise UserError("the loader's state was made with another tokenizer: a run resumes with the tokenizer it "
                             "began with.")
-        if known["data"] != about["data"]:
-            shards = known["shards"]
-            grown = shards < about["shards"] and source.fingerprint(shards) == known["data"]
-            if not grown or last >= known["documents"]:
-                only_first = ", and shards can be added during the first pass only" if grown else ""
-                raise UserError(f"the text in {source.folder} is not what it was when the loader's state was made "
-                                f"({shards} shards of {known['documents']} documents then, {about['shards']} of "
-                                f"{about['documents']} now){only_first}: put the same shards back, or begin a new run.")
+        shards, planned = known["shards"], state.get("planned", known["shards"])
+        same = shards <= source.planned and source.fingerprint(shards) == known["data"]
+        if not same or planned == shards < source.planned and last >= known["documents"]:
+            only_first = ", and shards can be added during the first pass only" if same else ""
+            raise UserError(f"the text in {source.folder} is not what it was when the loader's state was made "
+                            f"({shards} shards of {known['documents']} documents then, {source.shards} of "
+                            f"{source.count} now){only_first}: put the same shards back, or begin a new run.")
+        self._text = self._about_text()
 
 
 def reshard(states: Sequence[dict], world_size: int) -> list[dict]:
@@ -297,20 +353,29 @@ def reshard(states: Sequence[dict], world_size: int) -> list[dict]:
     if world_size < 1 or [state["rank"] for state in states] != list(range(old)):
         raise UserError(f"the loader's states of all {old} ranks are needed to resume on {world_size}; "
                         f"given are those of ranks {[state['rank'] for state in states]}.")
-    if len({(state["data"], state["tokenizer"], state["split"]) for state in states}) > 1:
+    widest = max(states, key=lambda state: state["shards"])  # while text arrives, each rank has come to another shard
+    if (len({(state["tokenizer"], state["split"]) for state in states}) > 1
+            or any(state["data"] != widest["data"] for state in states
+                   if state["shards"] == widest["shards"] or "planned" not in state)):
         raise UserError("the loader's states are not of one run: their text or tokenizer differ.")
     start = max(state["next"] for state in states)
     pending = [entry for state in states for entry in state["waiting"]]
     pending += [[number, 0] for state in states for number in range(state["next"], start, old)]
     pending.sort()
-    return [states[0] | {"rank": rank, "world_size": world_size, "next": start + (rank - start) % world_size,
+    return [widest | {"rank": rank, "world_size": world_size, "next": start + (rank - start) % world_size,
                          "waiting": pending[rank::world_size]} for rank in range(world_size)]
 
 
-def _stream(source: DocumentSource, start: int, step: int, stop: int | None) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number, tokens) from document `start` on, without empty documents."""
+def _stream(source: DocumentSource, start: int, step: int, stop: int | None, stopped: Callable[[], bool]
+            ) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (number, tokens) from document `start` on, without empty documents. stopped: whether to end the wait for
+    text."""
     empty = 0
     for numbers, documents in source.walk(start, step, stop):
+        if not numbers:
+            if stopped():
+                return
+            continue
         for number, tokens in zip(numbers, source.encode(documents)):
             if len(tokens):
                 empty = 0
@@ -322,12 +387,12 @@ def _stream(source: DocumentSource, start: int, step: int, stop: int | None) -> 
 
 
 def _batches(source: DocumentSource, shape: tuple[int, int], ranks: Ranks, loop: bool, cut: bool, start: int,
-             waiting: np.ndarray) -> Iterator[tuple[torch.Tensor, int, np.ndarray, dict]]:
+             waiting: np.ndarray, stopped: Callable[[], bool]) -> Iterator[tuple[torch.Tensor, int, np.ndarray, dict]]:
     """Yield (tensor, next document, buffer, counts): inputs and targets as (2, B, T), and the position behind them."""
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)  # otherwise pinning would make a context on the first GPU
     stop = None if loop else source.count
-    packer = Packer(_stream(source, start, ranks.world_size, stop), source.bos, shape[1] + 1, cut)
+    packer = Packer(_stream(source, start, ranks.world_size, stop, stopped), source.bos, shape[1] + 1, cut)
     packer.last = start - ranks.world_size
     documents = source.pick(waiting[:, 0].tolist())
     for number, offset in waiting.tolist():
@@ -351,16 +416,16 @@ def _batches(source: DocumentSource, shape: tuple[int, int], ranks: Ranks, loop:
 class _Thread:
     """Runs an iterator in a thread, up to `ahead` results in advance; an exception ends the queue `out`."""
 
-    def __init__(self, ahead: int, make: Callable[[], Iterator]):
+    def __init__(self, ahead: int, make: Callable[[Callable[[], bool]], Iterator]):
         self.out: queue.Queue = queue.Queue(ahead)
         self.process = os.getpid()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(make,), name="loader", daemon=True)
         self._thread.start()
 
-    def _run(self, make: Callable[[], Iterator]) -> None:
+    def _run(self, make: Callable[[Callable[[], bool]], Iterator]) -> None:
         try:
-            for made in make():
+            for made in make(self._stopped.is_set):
                 self._put(made)
                 if self._stopped.is_set():
                     return

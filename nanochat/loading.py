@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import load_checkpoint, nothing_found, steps_in
-from nanochat.distributed import compute_dtype
+from nanochat.checkpoint import load_on_ranks, nothing_found, steps_in
+from nanochat.distributed import Ranks, compute_dtype
 from nanochat.engine.quantize import quantize as quantized
 from nanochat.errors import UserError
 from nanochat.files import base_dir
@@ -58,7 +58,7 @@ def _choose_folder(source: str | Path, model_tag: str | None) -> tuple[Path, str
 
 
 def load_model(source: str | Path, device: str | torch.device, *, model_tag: str | None = None,
-               step: int | None = None) -> tuple[GPT, Any, dict[str, Any]]:
+               step: int | None = None, ranks: Ranks | None = None) -> tuple[GPT, Any, dict[str, Any]]:
     """Load a model with its tokenizer, in eval mode and with float32 weights. NANOCHAT_KERNELS counts from now on.
 
     Args:
@@ -66,6 +66,7 @@ def load_model(source: str | Path, device: str | torch.device, *, model_tag: str
         device: where the weights go.
         model_tag: which model of the stage; see `checkpoint_dir` for what is taken without one.
         step: which checkpoint; None takes the newest valid one.
+        ranks: where all ranks load the same model; one rank of each machine then verifies it. Collective.
 
     Returns:
         The model; the tokenizer in the checkpoint's folder, or where there is none the one of base_dir(); and the meta
@@ -76,7 +77,7 @@ def load_model(source: str | Path, device: str | torch.device, *, model_tag: str
     """
     apply_wish(wish_of_environment())
     folder, why = _choose_folder(source, model_tag)
-    checkpoint = load_checkpoint(folder, step, device=device)
+    checkpoint = load_on_ranks(folder, step, ranks or Ranks(0, 0, 1, torch.device(device)), device=device)
     meta = {**checkpoint.meta, "folder": str(folder), "loaded": f"step {checkpoint.step} of {folder} ({why})"}
     model = model_from_state(meta["model_config"], checkpoint.model_state, what=str(folder))
 
@@ -93,9 +94,10 @@ def load_model(source: str | Path, device: str | torch.device, *, model_tag: str
 
 
 def load_for_decoding(source: str | Path, device: str | torch.device, *, model_tag: str | None = None,
-                      step: int | None = None, quantize: str = "none") -> tuple[GPT, Any, dict[str, Any]]:
+                      step: int | None = None, quantize: str = "none", ranks: Ranks | None = None
+                      ) -> tuple[GPT, Any, dict[str, Any]]:
     """Load a model as `load_model` does, and prepare it with `ready_to_decode`; it cannot be trained any more."""
-    model, tokenizer, meta = load_model(source, device, model_tag=model_tag, step=step)
+    model, tokenizer, meta = load_model(source, device, model_tag=model_tag, step=step, ranks=ranks)
     return ready_to_decode(model, quantize), tokenizer, meta
 
 

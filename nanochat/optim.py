@@ -313,10 +313,15 @@ class MuonAdamW:
                                "no more: move and cast the model before")
 
     @torch.no_grad()
-    def state_dict(self) -> dict[str, dict[str, Tensor]] | None:
+    def state_dict(self, to_host: Callable[[str, Tensor], Tensor] = lambda name, part: part.to("cpu", copy=True)
+                   ) -> dict[str, dict[str, Tensor]] | None:
         """Gather the whole state, which any number of ranks can load. Collective.
 
         The device needs memory for the largest bucket only.
+
+        Args:
+            to_host: copies a tensor, which has this name, to the CPU. It may return before the copy is complete; the
+                tensor's memory is used again by later work of the device's stream.
 
         Returns:
             On rank 0: of each parameter, by name, {"momentum"} for Muon, {"exp_avg", "exp_avg_sq", "step"} for AdamW.
@@ -328,7 +333,7 @@ class MuonAdamW:
                 gathered = bucket.gather_state(key)
                 if self.ranks.is_main:
                     for name, tensor in zip(bucket.names, gathered):
-                        whole.setdefault(name, {})[key] = tensor.to("cpu", copy=True)
+                        whole.setdefault(name, {})[key] = to_host(f"{name} {key}", tensor)
             if self.ranks.is_main and bucket.group["kind"] == "adamw":
                 for name in bucket.names:
                     whole[name]["step"] = torch.tensor(self.steps)

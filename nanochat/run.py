@@ -7,7 +7,8 @@
         run.train(batches, plan, [PeriodicAction(config.eval_every, evaluate, at_zero=True)])
         run.finish("validation bpb 0.8")
 
-The same command resumes a run where it stopped, bit for bit. Ctrl-C and SIGTERM save first.
+The same command resumes a run where it stopped, bit for bit. Ctrl-C and SIGTERM save first. Checkpoints are written
+beside training (nanochat/saving.py).
 """
 
 import os
@@ -20,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from nanochat.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from nanochat.checkpoint import latest_step, load_checkpoint, load_on_ranks
 from nanochat.cli import flag, parse
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import (
@@ -43,6 +44,7 @@ from nanochat.loading import checkpoint_dir, load_model
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import override, published
+from nanochat.saving import BackgroundSaver
 from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
 
@@ -194,19 +196,26 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     step = resume_step(folder, config.fresh, ranks) or 0
     parent_step = None if config.model_step < 0 else config.model_step
     name, wanted = (stage.name, step) if step else (source, parent_step)
-    model, tokenizer, meta = load_model(name, ranks.device, model_tag=tag, step=wanted)
+    model, tokenizer, meta = load_model(name, ranks.device, model_tag=tag, step=wanted, ranks=ranks)
     model.compute_dtype = compute_dtype(ranks.device)
 
-    parent = load_checkpoint(parent_folder, parent_step).meta if step else meta
-    files = parent.get("files") or {}
-    weights = next((about["sha256"] for name, about in files.items() if name.startswith("model_")), None)
-    begun_from = {"stage": source, "step": parent["step"], "weights": weights}
+    begun_from = _described(source, load_checkpoint(parent_folder, parent_step, weights=False).meta if step else meta)
+    if step and meta.get("from", begun_from) != begun_from:
+        # the newest may have a damaged file, so that the run began from the one before
+        begun_from = _described(source, load_on_ranks(parent_folder, parent_step, ranks, mapped=True).meta)
     if step and meta.get("from", begun_from) != begun_from:
         raise UserError(f"{folder} was trained from another model than {parent_folder} holds now (step "
-                        f"{meta['from'].get('step')} then, {parent['step']} now, or other weights of that step). "
+                        f"{meta['from'].get('step')} then, {begun_from['step']} now, or other weights of that step). "
                         "--fresh moves it aside and trains anew.")
     return Origin(stage=stage, folder=folder, step=step, model=model, tokenizer=tokenizer, meta=meta,
                   loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from})
+
+
+def _described(stage: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells a checkpoint from others: its stage, step and the SHA-256 of its weights as the meta says."""
+    files = meta.get("files") or {}
+    weights = next((about["sha256"] for name, about in files.items() if name.startswith("model_")), None)
+    return {"stage": stage, "step": meta["step"], "weights": weights}
 
 
 def chat_data_choice(config: ChatStageFlags, meta: dict[str, Any]) -> ChatDataChoice:
@@ -257,7 +266,7 @@ def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
     optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks,
                           reduce_dtype=getattr(torch, config.reduce_dtype))
     if origin.step:
-        found = load_checkpoint(origin.folder, origin.step, weights=False, optimizer=True)
+        found = load_on_ranks(origin.folder, origin.step, ranks, weights=False, optimizer=True, mapped=True)
         if found.optimizer_state is None:
             raise cannot_resume(origin.folder, found.no_optimizer)
         optimizer.load_state_dict(found.optimizer_state)
@@ -321,6 +330,7 @@ class StageRun:
     loader: PackedLoader | None
     kernels: Choice
     results: dict[str, Any]
+    saver: BackgroundSaver = field(default_factory=BackgroundSaver)
     began: float = field(default_factory=time.time)
 
     @property
@@ -366,17 +376,24 @@ class StageRun:
             mfu: whether the tokens of a step are all that the model reads, so that the MFU can be told from them.
 
         Raises:
-            UserError: training has diverged. SystemExit: the process was asked to stop; a checkpoint is saved.
+            UserError: training has diverged, a checkpoint could not be written, or text does not arrive any more (then
+                a checkpoint is saved). SystemExit: the process was asked to stop; a checkpoint is saved.
         """
+        def await_data(received: list[int]) -> UserError | None:
+            if self.loader is None:
+                return None
+            return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
+
         train(self.model, self.optimizer, batches, plan, self.ranks, self.log,
               flops_per_token=self.model.flops_per_token(self.max_seq_len),
               peak=peak_flops(self.ranks.device, self.model.compute_dtype) if mfu else None,
-              start=self.origin.step, before_step=self._before_step(actions), save=self.save)
+              start=self.origin.step, before_step=self._before_step(actions), save=self._save_and_wait,
+              await_data=await_data)
 
     def train_by(self, one_step: Callable[[int, bool], bool], actions: Sequence[PeriodicAction]) -> None:
         """Train like `train`, with a step of another kind: one_step as `nanochat.training.run_steps` takes it."""
         run_steps(one_step, self.origin.step, self.num_iterations, self.log, before_step=self._before_step(actions),
-                  save=self.save)
+                  save=self._save_and_wait)
 
     def _before_step(self, actions: Sequence[PeriodicAction]) -> Callable[[int], None]:
         end = self.num_iterations
@@ -384,28 +401,48 @@ class StageRun:
         saves = PeriodicAction(self.config.save_every, lambda step: self.save(step, None if step == end else keep))
 
         def before_step(step: int) -> None:
+            self._report(self.saver.finished())
             for action in (*actions, saves):
                 if is_due(action, step, self.origin.step, end):
                     self.optimizer.wait()  # so that an action may read weights in any way
                     action.run(step)
+            if step == end:
+                self.wait_for_save()
 
         return before_step
 
     def save(self, step: int, keep: int | None = None) -> None:
-        """Write a checkpoint of `step` finished steps. Collective; rank 0 writes. keep: see `save_checkpoint`."""
-        optimizer_state = self.optimizer.state_dict()
+        """Start to save a checkpoint of `step` finished steps. Collective; a thread of rank 0 writes it.
+
+        keep: see `save_checkpoint`. Raises UserError where the checkpoint before could not be written.
+        """
+        self._report(self.saver.wait())
+        optimizer_state = self.optimizer.state_dict(self.saver.host_copy)
         position = gather_objects(self.loader.state_dict() if self.loader is not None else None, self.ranks)
         if self.ranks.is_main:
-            save_checkpoint(self.origin.folder, step, self.model.state_dict(), {
+            weights = {name: self.saver.host_copy(name, tensor) for name, tensor in self.model.state_dict().items()}
+            self.saver.write(self.origin.folder, step, weights, {
                 **self.results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
                 "device_batch_size": self.config.device_batch_size, "max_seq_len": self.max_seq_len,
                 "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(),
                 "world_size": self.ranks.world_size, **self.origin.provenance,
                 **({"loader": position} if self.loader is not None else {}),
             }, optimizer_state, keep=keep)
+
+    def wait_for_save(self) -> None:
+        """Wait until the checkpoint that is being written is on disk. Collective. Raises UserError where it is not."""
+        self._report(self.saver.wait())
+        barrier(self.ranks)
+
+    def _save_and_wait(self, step: int) -> None:
+        self.save(step)
+        self.wait_for_save()
+
+    def _report(self, written: Sequence[int]) -> None:
+        """Print and record that the checkpoints of these steps are on disk."""
+        for step in written:
             self.log.say(f"step {step:05d} | saved {self.origin.folder}")
             self.log.record("checkpoint", step=step, folder=str(self.origin.folder))
-        barrier(self.ranks)
 
     def evaluate_bpb(self, step: int, rows: Iterable[Any], token_bytes: torch.Tensor) -> None:
         """Print and record the bits per byte on `rows`; later checkpoints say it as val_bpb. Collective."""
@@ -443,7 +480,9 @@ class StageRun:
 @contextmanager
 def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, kernels: Choice,
              loader: PackedLoader | None = None, **results: Any) -> Iterator[StageRun]:
-    """Make the optimizer, open the log and yield the run; the log is closed at the end of the block.
+    """Make the optimizer, open the log and yield the run.
+
+    The end of the block, however it ends, waits for the checkpoint that is being written, and closes the log.
 
     Args:
         num_iterations: optimizer steps of the whole run.
@@ -454,5 +493,14 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
     optimizer = make_optimizer(origin, config, ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
                 enabled=ranks.is_main) as log:
-        yield StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
+        run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
                        log=log, loader=loader, kernels=kernels, results=results)
+        try:
+            yield run
+        except BaseException:  # training has diverged, for example: the last checkpoint before that is not lost
+            try:
+                run._report(run.saver.wait())
+            except UserError as error:
+                log.say(f"besides: {error}")
+            raise
+        run._report(run.saver.wait())

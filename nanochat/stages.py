@@ -47,7 +47,7 @@ STAGES = {stage.name: stage for stage in (
           column="BASE", graded_by="base_eval",
           settings=("total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "grad_clip",
                     "reduce_dtype", "warmup_ratio", "warmdown_ratio", "final_lr_frac", "num_iterations", "target_flops",
-                    "target_param_data_ratio", "data_dir", "seed")),
+                    "target_param_data_ratio", "data_dir", "shards", "seed")),
     Stage("mid", "mid-training", "scripts.mid_train", "mid_checkpoints",
           page="has seen conversations and the calculator",
           starts_from=("base",),

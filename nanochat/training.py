@@ -176,7 +176,8 @@ def stop_signals() -> Iterator[list[int]]:
 
 def run_steps(one_step: Callable[[int, bool], bool], start: int, num_iterations: int, log: RunLog, *,
               before_step: Callable[[int], None], save: Callable[[int], None],
-              flush: Callable[[], None] = lambda: None) -> None:
+              flush: Callable[[], None] = lambda: None,
+              await_data: Callable[[list[int]], UserError | None] = lambda received: None) -> None:
     """Run optimizer steps start … num_iterations − 1, and save and exit when the process is asked to stop.
 
     Args:
@@ -186,17 +187,25 @@ def run_steps(one_step: Callable[[int, bool], bool], start: int, num_iterations:
         save: writes a checkpoint of that many finished steps.
         flush: reports the steps that are done and not reported yet. Called after the last step, and before a save on
             request.
+        await_data: called before each step with the signals that came so far, a list that grows. Waits until there is
+            data for this step and two more, and returns the error that ends the run where there will be no more: as
+            many steps pass until all ranks have stopped.
 
     Raises:
+        UserError: after saving, what await_data returned on this rank.
         SystemExit: with 128 + the signal's number, after saving, where a rank was asked to stop (SIGTERM, Ctrl-C).
     """
+    failure: UserError | None = None
     with stop_signals() as received:
         for step in range(start, num_iterations):
             before_step(step)
-            if one_step(step, bool(received)):
+            failure = failure or await_data(received)
+            if one_step(step, bool(received) or failure is not None):
                 flush()
                 log.say(f"asked to stop: saving step {step + 1}")
                 save(step + 1)
+                if failure is not None:
+                    raise failure
                 raise SystemExit(128 + (received[0] if received else signal.SIGTERM))
         flush()
         before_step(num_iterations)
@@ -205,17 +214,18 @@ def run_steps(one_step: Callable[[int, bool], bool], start: int, num_iterations:
 def train(model: torch.nn.Module, optimizer: MuonAdamW, batches: Callable[[int], Iterable[Any]], plan: TrainingPlan,
           ranks: Ranks, log: RunLog, *, flops_per_token: float, peak: float | None, start: int = 0,
           before_step: Callable[[int], None] = lambda step: None,
-          save: Callable[[int], None] = lambda step: None) -> None:
+          save: Callable[[int], None] = lambda step: None,
+          await_data: Callable[[list[int]], UserError | None] = lambda received: None) -> None:
     """Train with `train_step` from step `start` to plan.num_iterations.
 
     Args:
         batches: given a step, this rank's micro-batches of it, as `train_step` takes them.
         flops_per_token: of the model's forward and backward pass.
         peak: FLOP/s of one device, for the MFU; None for no MFU.
-        before_step, save: see `run_steps`. The time of before_step does not count in tokens per second.
+        before_step, save, await_data: see `run_steps`. The time of before_step does not count in tokens per second.
 
     Raises:
-        UserError: the loss or gradient norm of a step is not finite.
+        UserError: the loss or gradient norm of a step is not finite, or there is no more data.
         SystemExit: the process was asked to stop; see `run_steps`.
     """
     reports = _StepReports(plan, ranks, log, start, flops_per_token, peak)
@@ -241,7 +251,8 @@ def train(model: torch.nn.Module, optimizer: MuonAdamW, batches: Callable[[int],
             before_step(step)
             reports.exclude(time.perf_counter() - began)
 
-        run_steps(one_step, start, plan.num_iterations, log, before_step=paused, save=save, flush=flush)
+        run_steps(one_step, start, plan.num_iterations, log, before_step=paused, save=save, flush=flush,
+                  await_data=await_data)
 
 
 class _StepReports:

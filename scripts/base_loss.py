@@ -79,7 +79,7 @@ def run(config: Config, stage: str, then: Callable[..., object]) -> None:
     with joined_ranks(config.device_type) as ranks:
         model, tokenizer, meta = load_for_decoding("base", ranks.device, model_tag=config.model_tag or None,
                                                    step=None if config.model_step < 0 else config.model_step,
-                                                   quantize=config.quantize)
+                                                   quantize=config.quantize, ranks=ranks)
         with RunLog(stage, Path(meta["folder"]).name, asdict(config), enabled=ranks.is_main) as log:
             log.say(meta["loaded"])
             then(model, tokenizer, meta, ranks, log)

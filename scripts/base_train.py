@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat.checkpoint import load_checkpoint
+from nanochat.checkpoint import load_checkpoint, load_on_ranks
 from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader, TextSource
-from nanochat.dataset import data_dir, shard_paths
+from nanochat.dataset import data_dir
 from nanochat.dataset.shards import read_source
 from nanochat.distributed import Ranks, compute_dtype
 from nanochat.errors import UserError
@@ -27,6 +27,7 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loading import model_from_state
 from nanochat.recipe import Horizon, RateSchedule, published
 from nanochat.run import (
     REDUCE_DTYPE,
@@ -90,6 +91,8 @@ class Config:
     keep: int = flag(BASE.keep, "periodical checkpoints to keep; the last one always stays")
     model_tag: str = flag("", "name of the checkpoint folder; unset is d<depth>")
     data_dir: str = flag("", "folder of shards; unset is base_data")
+    shards: int = flag(-1, "training shards that are planned: it begins with the first while a download brings the "
+                           "rest; -1 = those that are there")
     seed: int = flag(BASE.seed, "of the initial weights")
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
     kernels: str = kernels_flag()
@@ -125,26 +128,29 @@ def horizon(config: Config, model: GPT) -> int:
     return steps
 
 
-def origin_of(config: Config, model: GPT, tokenizer: Any, text: Path, ranks: Ranks) -> Origin:
-    """Return what the run starts from: the new model, or the checkpoint of the same tag.
+def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, ranks: Ranks) -> Origin:
+    """Return what the run starts from: a new model of this shape, or the checkpoint of the same tag. Collective.
 
     Raises:
         UserError: the folder holds a model of another shape or tokenizer.
     """
     folder = base_dir() / STAGES["base"].folder / (config.model_tag or f"d{config.depth}")
     step, meta = resume_step(folder, config.fresh, ranks), {}
-    if step is not None:
-        found = load_checkpoint(folder, step)
-        meta, way_out = found.meta, "Use another --model-tag, or --fresh to move it aside and start anew."
-        old, new = meta["model_config"], model.config.to_dict()
+    if step is None:
+        torch.manual_seed(config.seed)  # initialised on the CPU: the same weights for every device and number of ranks
+        model = GPT(shape).to(ranks.device)
+    else:
+        meta = load_checkpoint(folder, step, weights=False).meta
+        way_out = "Use another --model-tag, or --fresh to move it aside and start anew."
+        old, new = meta["model_config"], shape.to_dict()
         if old != new:
             differ = ", ".join(f"{name} {old.get(name)} there, {new.get(name)} here" for name in old | new
                                if old.get(name) != new.get(name))
             raise UserError(f"{folder} holds a model of another shape ({differ}). {way_out}")
         if meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
             raise UserError(f"{folder} was trained with another tokenizer. {way_out}")
-        model.load_state_dict(found.model_state)
-    model.to(ranks.device)
+        found = load_on_ranks(folder, step, ranks, device=ranks.device)  # straight to the device, tensor by tensor
+        meta, model = found.meta, model_from_state(new, found.model_state, what=str(folder))
     model.compute_dtype = compute_dtype(ranks.device)
     return Origin(stage=STAGES["base"], folder=folder, step=step or 0, model=model, tokenizer=tokenizer, meta=meta,
                   loaded="", provenance={"data": read_source(text)})
@@ -162,18 +168,20 @@ def run(config: Config, ranks: Ranks) -> None:
         check_bundle(bundle, config.core_metric_max_per_task, ranks)
     micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
     text = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
-    shard_paths("train", text)  # raises where there is no text, before a model is made
+    source = TextSource(tokenizer, "train", text, expected=None if config.shards == -1 else config.shards,
+                        say=print if ranks.is_main else lambda text: None)  # now: without text, no model is made
 
-    torch.manual_seed(config.seed)  # initialised on the CPU: the same weights for every device and number of ranks
-    model = GPT(shape)
-    num_iterations = horizon(config, model)
-    origin = origin_of(config, model, tokenizer, text, ranks)
+    with torch.device("meta"):
+        num_iterations = horizon(config, GPT(shape))
+    origin = origin_of(config, shape, tokenizer, text, ranks)
     if is_trained(origin, num_iterations, ranks):
         return
+    model = origin.model
     kernels = choose_kernels(config, model, B, T, compiled, ranks)
     if compiled:
         model.compile_blocks(B, T)
-    loader = PackedLoader(TextSource(tokenizer, "train", text), B, T, ranks=ranks, state=loader_state(origin, ranks))
+    ahead = 4 if source.shards == source.planned else max(4, 3 * micro_batches)  # so that a run without text can save
+    loader = PackedLoader(source, B, T, ranks=ranks, state=loader_state(origin, ranks), prefetch=ahead)
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),
                         muon_momentum=BASE.momentum)

@@ -90,7 +90,7 @@ def run(config: Config, ranks) -> None:
     if min(config.num_samples, config.batch_size, config.max_new_tokens) < 1:
         raise UserError("--num-samples, --batch-size and --max-new-tokens must be at least 1")
     model, tokenizer, meta = load_for_decoding(config.source, ranks.device, model_tag=config.model_tag or None,
-                                               step=None if config.step < 0 else config.step)
+                                               step=None if config.step < 0 else config.step, ranks=ranks)
     about = meta.get("data") or {}
     data = config.data if config.data != "auto" else "small-world" if about.get("source") == "small-world" else "hub"
     tasks = select_tasks(config.task_name, data, about.get("seed", 0))

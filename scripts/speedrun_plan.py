@@ -188,7 +188,8 @@ class Command:
     """One command of a speedrun.
 
     title: what is printed above it. module, flags: what Python runs, under torchrun where there are several GPUs.
-    beside: it runs beside the command after it; both must end before the one after that.
+    beside: it runs in the background, beside the commands after it.
+    awaits: what runs in the background must have ended before the command after this one.
     grades: the stage whose checkpoint it evaluates. Such a command leaves no checkpoint that says it is done.
     """
 
@@ -197,6 +198,7 @@ class Command:
     flags: tuple[str, ...] = ()
     gpus: int = 0
     beside: bool = False
+    awaits: bool = False
     grades: str = ""
 
     def argv(self) -> list[str]:
@@ -232,7 +234,8 @@ def commands(plan: RunPlan) -> list[Command]:
         Command("tokenizer", "scripts.tok_train", (*changed_flags(recipe.tokenizer, published.tokenizer),)),
         Command("base model", STAGES["base"].script,
                 (f"--depth={plan.depth}", *(flag for flag in changed_flags(base, published.base)
-                                            if not flag.startswith("--depth=")), *wandb), gpus),
+                                            if not flag.startswith("--depth=")),
+                 *((f"--shards={plan.shards}",) if plan.source == "fineweb-edu" else ()), *wandb), gpus, awaits=True),
         Command("evaluation of the base model", "scripts.base_eval",
                 (tag, *changed_flags(base_eval, published.base_eval)), gpus, grades="base"),
     ]
@@ -250,7 +253,8 @@ def commands(plan: RunPlan) -> list[Command]:
 
 
 def _text(plan: RunPlan) -> list[Command]:
-    """Return the commands for the text. FineWeb-Edu is fetched while the tokenizer trains on the first shards."""
+    """Return the commands for the text. The first shards of FineWeb-Edu are enough for the tokenizer and the base model
+    to begin; the others are fetched meanwhile."""
     module = "nanochat.dataset"
     if plan.source == "import":
         return [Command("text", module, ("import", *plan.text))]

@@ -8,22 +8,30 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanochat import files
-from nanochat.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from nanochat import checkpoint, files
+from nanochat.checkpoint import latest_step, load_checkpoint, load_on_ranks, save_checkpoint
+from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.loading import load_model
+from nanochat.optim import MuonAdamW
+from nanochat.saving import BackgroundSaver
+from tests.test_distributed import start_ranks
 
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 CONFIG = {"sequence_len": 8, "vocab_size": 16, "n_layer": 1, "layer_pattern": None}
 META = {"model_config": CONFIG, "val_bpb": 1.5, "user_config": {"depth": 1}, "device_batch_size": 4, "max_seq_len": 8}
 
@@ -122,11 +130,18 @@ def write_for_ever(folder, first, kind, said, largest=None):
     torch.set_num_threads(1)
     if largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    saver = BackgroundSaver()
     try:
         for value in itertools.count(first):
-            step = value if kind == "new" else 7
-            save_checkpoint(folder, step, weights(value, 100000), META | {"value": value}, momenta(value, 100000),
-                            keep=2)
+            step = 7 if kind == "same" else value
+            whole, optimizer_state = weights(value, 100000), momenta(value, 100000)
+            if kind == "thread":  # the main thread trains on, in the memory that was copied
+                for done in saver.wait():
+                    said.send(done)
+                whole = {name: saver.host_copy(name, tensor) for name, tensor in whole.items()}
+                saver.write(folder, step, whole, META | {"value": value}, optimizer_state, keep=2)
+                continue
+            save_checkpoint(folder, step, whole, META | {"value": value}, optimizer_state, keep=2)
             said.send(value)
     except UserError as error:
         said.send(str(error))
@@ -135,7 +150,7 @@ def write_for_ever(folder, first, kind, said, largest=None):
 def start(*args):
     """Start write_for_ever; returns the process and what it says. PyTorch is imported once, not in every process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "nanochat.checkpoint"])
+    context.set_forkserver_preload(["torch", "nanochat.saving"])
     hears, says = context.Pipe(duplex=False)
     process = context.Process(target=write_for_ever, args=(*args[:3], says, *args[3:]))
     process.start()
@@ -143,7 +158,7 @@ def start(*args):
     return process, hears
 
 
-@pytest.mark.parametrize("kind", ["new", "same"])
+@pytest.mark.parametrize("kind", ["new", "same", "thread"])
 def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_valid(tmp_path, kind, caplog):
     chance, value = random.Random(0), 0
     for _ in range(8):
@@ -160,14 +175,14 @@ def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_valid(tmp_path, kind,
         loaded = load_checkpoint(tmp_path, optimizer=True)
         assert loaded.meta["value"] in (value, value + 1)  # +1: saved, but killed before it said so
         assert is_whole(loaded, loaded.meta["value"])
-        assert latest_step(tmp_path) == loaded.step == (loaded.meta["value"] if kind == "new" else 7)
+        assert latest_step(tmp_path) == loaded.step == (7 if kind == "same" else loaded.meta["value"])
         assert not caplog.records
         value = loaded.meta["value"]
         for rest in tmp_path.glob(".*.tmp"):
             os.utime(rest, (1, 1))
-    step = value + 1 if kind == "new" else 7
+    step = 7 if kind == "same" else value + 1
     save(tmp_path, step, value + 1, keep=2)
-    assert inside(tmp_path) == names(*([value, value + 1] if kind == "new" else [7]))  # nothing that the kills left
+    assert inside(tmp_path) == names(*([7] if kind == "same" else [value, value + 1]))  # nothing that the kills left
 
 
 class Killed(BaseException):
@@ -311,6 +326,79 @@ def test_a_meta_file_cannot_name_files_of_others(tmp_path):
     (folder / "meta_000005.json.gone").write_text(json.dumps(meta))
     save(folder, 20, keep=1)
     assert (tmp_path / "precious").exists() and latest_step(folder) == 20
+
+
+# ---- several ranks
+
+def memory(kind):
+    """Bytes of this process that are in memory: RssAnon its own, RssFile pages of files, shared with others."""
+    return 1024 * int(re.search(rf"{kind}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def parameters_of_optimizer():
+    torch.manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(1024, 2048)) for _ in range(4)]
+    common = {"lr": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.9), "eps": 1e-8}
+    return [{"kind": "muon", "names": list("abcd"), "params": matrices, **common},
+            {"kind": "adamw", "names": ["e"], "params": [torch.nn.Parameter(torch.zeros(4_000_001))], **common}]
+
+
+def _resume(ranks, folder, torn, out):
+    ranks = replace(ranks, local_rank=ranks.rank % 2)  # two machines with two ranks each
+    hashed, real = [], checkpoint.sha256_of_rest
+    checkpoint.sha256_of_rest = lambda file: hashed.append(Path(file.name).name) or real(file)
+    optimizer = MuonAdamW(parameters_of_optimizer(), ranks)
+    before = {kind: memory(kind) for kind in ("RssAnon", "RssFile")} if sys.platform == "linux" else {}
+    found = load_on_ranks(folder, None, ranks, weights=False, optimizer=True, mapped=True)
+    optimizer.load_state_dict(found.optimizer_state)
+    grown = {kind: memory(kind) - value for kind, value in before.items()}
+    told = {"step": found.step, "hashed": [*hashed], "grown": grown,
+            "state": [bucket.state for bucket in optimizer.buckets]}
+    with pytest.raises(UserError, match="optim_000001.pt is damaged"):  # on every rank
+        load_on_ranks(torn, 1, ranks, weights=False, optimizer=True, mapped=True)
+    torch.save(told, out / f"{ranks.rank}.pt")
+
+
+def test_one_rank_of_a_machine_verifies_a_checkpoint_and_each_takes_its_part_of_the_optimizer_state(tmp_path):
+    optimizer = MuonAdamW(parameters_of_optimizer(), ALONE)
+    for bucket in optimizer.buckets:
+        for part in bucket.state.values():
+            part.normal_()
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "whole", step, weights(), META, optimizer.state_dict())
+    size = (tmp_path / "whole" / "optim_000002.pt").stat().st_size
+    shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+    with open(tmp_path / "torn" / "optim_000001.pt", "r+b") as file:
+        file.seek(size // 2)
+        file.write(b"\1\2\3\4")
+    with open(tmp_path / "whole" / "optim_000002.pt", "r+b") as file:  # rank 0 chooses the one before
+        file.seek(size // 3)
+        file.write(b"\1\2\3\4")
+    start_ranks(4, _resume, tmp_path / "whole", tmp_path / "torn", tmp_path)
+    told = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(4)]
+    assert [rank["step"] for rank in told] == [1] * 4
+    assert [rank["hashed"] for rank in told] == [["optim_000002.pt", "optim_000001.pt"], [], ["optim_000001.pt"], []]
+    for number, bucket in enumerate(optimizer.buckets):
+        for key, whole in bucket.state.items():
+            parts = torch.cat([rank["state"][number][key] for rank in told])
+            assert torch.equal(parts, whole)
+    for rank in told:
+        # a quarter of the state each, held by the optimizer before; the whole would be 65 MB
+        grown = rank["grown"]
+        assert grown.get("RssAnon", 0) < size / 2 and grown.get("RssFile", 0) < 0.7 * size, grown
+
+
+def test_a_mapped_checkpoint_is_the_one_that_is_read(three, caplog):
+    read, mapped = (load_checkpoint(three, optimizer=True, mapped=mapped) for mapped in (False, True))
+    assert read.model_state.keys() == mapped.model_state.keys() and is_whole(mapped, 30)
+    for name, tensor in read.model_state.items():
+        assert torch.equal(tensor, mapped.model_state[name]) and tensor.dtype == mapped.model_state[name].dtype
+    path = three / "model_000030.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert load_checkpoint(three, mapped=True).step == 20
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(UserError, match="model_000030.pt cannot be read"):
+        load_checkpoint(three, 30, mapped=True, verify=False)
 
 
 # ---- a full disk

@@ -1,21 +1,26 @@
-"""nanochat/dataset/download.py, against a server on this machine that answers like the hub and fails like a network."""
+"""nanochat/dataset/download.py, against a server on this machine that answers like the hub and fails like a network.
+
+Covers nanochat/dataset/arrival.py too: text that is read while it arrives."""
 
 import hashlib
 import json
 import os
 import random
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import close_session, constants
 
-from nanochat.dataset import download, iter_documents, shard_paths
+from nanochat.dataloader import PackedLoader, TextSource, reshard
+from nanochat.dataset import arrival, download, iter_documents, shard_paths
 from nanochat.dataset.__main__ import main
 from nanochat.dataset.download import REPO, fetch
-from nanochat.dataset.shards import ShardWriter, data_dir, shard_name, shards_in, write_source
+from nanochat.dataset.shards import ShardWriter, being_written, data_dir, shard_name, shards_in, write_source, writing
 from nanochat.errors import UserError
+from tests.test_dataloader import ByteTokenizer, make_text, one_of, rows_of, small  # noqa: F401 (fixture)
 
 COMMIT, NEWER = "a" * 40, "b" * 40
 LAST = shard_name(1822)
@@ -27,6 +32,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.asked, self.commit, self.api_faults = {}, {}, [], COMMIT, []
+        self.gates = {}  # {name: event that its bytes wait for}
         dice = random.Random(0)
         for name in [*map(shard_name, range(4)), LAST]:
             self.files[name] = dice.randbytes(200_000 + dice.randrange(1000))
@@ -83,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
                                X_Linked_Etag=f'"{hashlib.sha256(hub.files[name]).hexdigest()}"')
         assert path.startswith("/store/"), path
         hub.asked.append((name, self.headers))
+        if name in hub.gates:
+            assert hub.gates[name].wait(60)
         data, fault = hub.files[name], (hub.faults.get(name) or [None]).pop(0)
         start = 0
         if fault in (503, 429, 403, 404):
@@ -299,7 +307,10 @@ def test_too_little_disk_is_said_before_the_start(hub, tmp_path, monkeypatch):
 
 
 def test_a_second_writer_is_told_to_wait(hub, tmp_path):
-    from nanochat.dataset.shards import writing
+    assert not being_written(tmp_path)
+    with writing(tmp_path):
+        assert being_written(tmp_path)
+    assert not being_written(tmp_path)
     with writing(tmp_path), pytest.raises(UserError, match="another process"):
         run(1, tmp_path)
 
@@ -329,3 +340,143 @@ def test_published_command_line_fetches_text_that_can_be_read(hub, tmp_path, cap
         shard_paths("train")
     main(["--num-files=1", "-w", "2"])
     assert list(iter_documents("val")) == ["the last"]
+
+
+# ---- text that is read while it arrives
+
+@pytest.fixture
+def text(hub, tmp_path, small, monkeypatch):  # noqa: F811
+    """Let the hub serve small shards of text; return the names of those to train on."""
+    monkeypatch.setattr(arrival, "POLL_SECONDS", 0.01)
+    make_text(tmp_path / "made", 400)
+    *train, val = shards_in(tmp_path / "made")
+    hub.files = {path.name: path.read_bytes() for path in train} | {LAST: val.read_bytes()}
+    assert len(train) > 3
+    return [path.name for path in train]
+
+
+def loaders(folder, world_size, states=None, **options):
+    return [PackedLoader(TextSource(ByteTokenizer(), "train", folder, **options), 3, 24, prefetch=6,
+                         ranks=one_of(rank, world_size), state=states and states[rank]) for rank in range(world_size)]
+
+
+def position(state):
+    return {key: state[key] for key in ("rank", "world_size", "next", "waiting")}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_order_of_documents_does_not_depend_on_when_they_arrive(hub, tmp_path, text, world_size):
+    run(len(text), tmp_path / "whole")
+    batches = 230 // world_size  # more than one pass
+    expected, wholes = [], []
+    for loader in loaders(tmp_path / "whole", world_size):
+        expected.append(rows_of(loader, batches))
+        assert loader.passes == 1
+        loader.close()
+
+    part, dice, said = tmp_path / "part", random.Random(world_size), []
+    run(1, part)
+    hub.gates = {name: threading.Event() for name in text[1:]}
+    late = dice.sample(text[1:], len(text) - 1)
+    fetching = threading.Thread(target=run, args=(len(text), part), kwargs={"workers": len(text)})
+    fetching.start()
+    reading = loaders(part, world_size, expected=len(text), say=said.append)
+    assert all(loader.state_dict()["shards"] == 1 and loader.passes == 0 for loader in reading)
+
+    def release():  # a slow network
+        for name in late:
+            time.sleep(dice.uniform(0, 0.1))
+            hub.gates[name].set()
+    releasing = threading.Thread(target=release)
+    releasing.start()
+    got, saved = [[] for _ in reading], {}
+    for batch in range(batches):
+        for rank, loader in enumerate(reading):
+            assert batch % 3 or loader.prepare(3) is None
+            got[rank] += rows_of(loader, 1)
+        if batch % 10 == 0:
+            saved[batch + 1] = [json.loads(json.dumps(loader.state_dict())) for loader in reading]
+    fetching.join()
+    releasing.join()
+    assert got == expected
+    assert len(said) == world_size and all("waiting for shard_" in line for line in said)  # once each
+    for loader in reading:
+        loader.close()
+
+    # every state resumes as that of a run that had all text
+    first = {state["shards"] for states in saved.values() for state in states}
+    assert min(first) < len(text) == max(first)
+    for batch in [number for number, states in saved.items() if states[0]["shards"] < len(text)][:3] + [max(saved)]:
+        for options in ({}, {"expected": len(text)}):
+            for rank, loader in enumerate(loaders(part, world_size, saved[batch], **options)):
+                assert rows_of(loader, 3) == expected[rank][3 * batch:3 * batch + 9] or batch == max(saved)
+                loader.close()
+        wholes = loaders(tmp_path / "whole", world_size)
+        for loader in wholes:
+            rows_of(loader, batch)
+        plain = reshard([loader.state_dict() for loader in wholes], 3)
+        assert list(map(position, reshard(saved[batch], 3))) == list(map(position, plain))
+        for loader in wholes:
+            loader.close()
+
+
+def test_a_resumed_run_waits_for_the_shards_it_has_read(hub, tmp_path, text):
+    run(len(text), tmp_path / "whole")
+    [loader] = loaders(tmp_path / "whole", 1, expected=len(text))
+    rows_of(loader, 100)
+    state, expected = loader.state_dict(), rows_of(loader, 5)
+    loader.close()
+    hub.gates = {text[1]: threading.Event()}
+    fetching = threading.Thread(target=run, args=(len(text), tmp_path / "part"))
+    fetching.start()
+    opening = threading.Timer(0.1, hub.gates[text[1]].set)
+    opening.start()
+    [loader] = loaders(tmp_path / "part", 1, [state], expected=len(text))
+    assert rows_of(loader, 5) == expected
+    loader.close()
+    fetching.join()
+
+
+def test_text_that_will_not_come_is_told_after_what_is_there(hub, tmp_path, text, monkeypatch):
+    monkeypatch.setattr(arrival, "START_SECONDS", 0.05)
+    with pytest.raises(UserError, match=f"{LAST} of the 3 planned shards is not in .*no download is running.*-n 3"):
+        loaders(tmp_path / "part", 1, expected=3)
+    run(1, tmp_path / "part")
+    [whole], [loader] = loaders(tmp_path / "part", 1), loaders(tmp_path / "part", 1, expected=3)
+    got = []
+    while (error := loader.prepare(2)) is None:
+        got += rows_of(loader, 1)
+    got += rows_of(loader, 1)  # what it had prepared, one of two
+    assert text[1] in str(error) and got == rows_of(whole, len(got) // 3)
+    with pytest.raises(UserError, match=f"{text[1]} of the 3 planned shards.*no download is running"):
+        rows_of(loader, 100)
+    whole.close()
+
+    monkeypatch.setattr(arrival, "SHARD_SECONDS", 0.05)
+    with writing(tmp_path / "part"):  # a download that brings nothing
+        [loader] = loaders(tmp_path / "part", 1, expected=3)
+        with pytest.raises(UserError, match="has not come .* is the network gone.*-n 3"):
+            rows_of(loader, 100)
+
+
+def test_a_loader_that_waits_for_text_can_be_closed_and_interrupted(hub, tmp_path, text):
+    run(1, tmp_path / "part")
+    with writing(tmp_path / "part"):
+        [loader] = loaders(tmp_path / "part", 1, expected=3)
+        asked = []
+        while not asked:
+            loader.prepare(3, lambda: bool(asked.append(1)) or True)
+            if not asked:
+                rows_of(loader, 1)
+        loader.close()
+        assert not [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+def test_planned_shards_of_text_that_is_complete(tmp_path, small):  # noqa: F811
+    make_text(tmp_path / "made", 400)
+    there = len(shards_in(tmp_path / "made")) - 1
+    assert TextSource(ByteTokenizer(), "train", tmp_path / "made", expected=2).planned == 2
+    with pytest.raises(UserError, match=f"--shards is 99, but .* holds {there} training shards, and they are all"):
+        TextSource(ByteTokenizer(), "train", tmp_path / "made", expected=99)
+    with pytest.raises(UserError, match="--shards is 0"):
+        TextSource(ByteTokenizer(), "train", tmp_path / "made", expected=0)

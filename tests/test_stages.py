@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from nanochat import checkpoint
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import read_log
@@ -70,7 +71,11 @@ def test_a_stage_resumes_bit_for_bit_and_then_is_done(base, monkeypatch, capsys,
     whole = weights(base, stage, steps)
     for path in (base / folder / "d2").glob(f"*_{steps:06d}*"):
         path.unlink()
+    read, real = [], checkpoint._read_tensors
+    monkeypatch.setattr(checkpoint, "_read_tensors", lambda *args: read.append(args[:2]) or real(*args))
     script.main(flags)
+    own = base / folder / "d2"  # nothing of the model it began from but its meta file
+    assert read == [(own, f"model_{steps // 2:06d}.pt"), (own, f"optim_{steps // 2:06d}.pt")]
     assert f"resuming from step {steps // 2}" in capsys.readouterr().out
     assert_same(weights(base, stage, steps), whole)
     before = weights(base, stage, steps // 2)

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanochat.distributed import Ranks
+from nanochat.checkpoint import latest_step
+from nanochat.dataset import iter_documents
+from nanochat.dataset.shards import ShardWriter, shard_name, write_source
+from nanochat.distributed import Ranks, barrier, gather_objects
 from nanochat.errors import UserError
 from nanochat.logs import RunLog, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
@@ -223,6 +227,57 @@ def test_one_two_and_three_ranks_give_the_same_weights(tmp_path):
         # only the order of float32 sums differs; where a gradient is near zero, Adam enlarges the difference to a
         # fraction of its learning rate (0.05 here)
         assert_same(state, results[0][1], rtol=2e-3, atol=2e-4)
+
+
+def _train_on(ranks, base, flags, out):
+    """Train with text of which a part is missing, then with all of it. Tell how each rank ended the first time."""
+    os.environ.update(NANOCHAT_BASE_DIR=str(base), NANOCHAT_DTYPE="float32")
+    from nanochat import dataloader
+    from nanochat.cli import parse
+    from nanochat.dataset import arrival
+    from scripts import base_train as script
+    dataloader.BUFFER_DOCUMENTS = 4
+    arrival.START_SECONDS = arrival.POLL_SECONDS = 0.05
+    config = parse(script.Config, flags)
+    try:
+        script.run(config, ranks)
+        end = "done"
+    except (UserError, SystemExit) as error:
+        end = str(error)
+    ends = gather_objects(end, ranks)
+    if ranks.is_main:
+        step = latest_step(base / "base_checkpoints" / "d2")
+        (base / "base_data" / "late").rename(base / "base_data" / shard_name(1))
+    barrier(ranks)
+    script.run(config, ranks)
+    script.run(replace(config, model_tag="whole"), ranks)
+    if ranks.is_main:
+        out.write_text(json.dumps({"ends": ends, "step": step}))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_whose_text_stops_to_arrive_saves_and_resumes(tiny, tmp_path, monkeypatch, world):
+    texts = list(iter_documents("train", tiny / "base_data"))
+    base = tmp_path / "other"
+    folder = base / "base_data"
+    folder.mkdir(parents=True)
+    (base / "tokenizer").symlink_to(tiny / "tokenizer")
+    writer = ShardWriter(folder)
+    for text in texts[:16]:
+        writer.add(text)
+    for text in texts[16:60]:
+        writer.add_validation(text)
+    writer.close()
+    shutil.copyfile(next((tiny / "base_data").glob("shard_00001*")), folder / shard_name(1822))
+    (folder / shard_name(1)).rename(folder / "late")
+    write_source(folder, {"source": "fineweb-edu"})
+    flags = [*TINY, "--shards=2", "--eval-every=-1", "--save-every=-1"]
+    start_ranks(world, _train_on, base, flags, tmp_path / "told.json")
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["step"] is not None and 2 <= told["step"] < 12, told
+    assert any("shard_00001.parquet of the 2 planned shards is not in" in end for end in told["ends"]), told
+    assert_same(weights(base), weights(base, tag="whole"))
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -1,7 +1,8 @@
 """Read the text to train on: the shards of a split, and the documents in them.
 
 The document stream of a split is endless. With D documents on disk, number p of the stream is document p mod D of
-epoch p div D. Epoch 0 follows the order of the files. Later epochs shuffle the shards, and the row groups in each
+epoch p div D. Epoch 0 follows the order of the files, so that the last of them may still be on their way
+(nanochat/dataset/arrival.py). Later epochs shuffle the shards, and the row groups in each
 shard; the order depends on the epoch alone. Rank r of W ranks reads the numbers p with p mod W = r. One integer is
 therefore an exact position in the stream.
 """
@@ -9,7 +10,7 @@ therefore an exact position in the stream.
 import bisect
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
@@ -89,40 +90,82 @@ def _reading(path: Path) -> Iterator[None]:
 class Documents:
     """The endless document stream of some shards, read by document number. Not thread-safe.
 
-    Attributes:
+    Args:
         paths: the shards, in order.
-        count: documents in one epoch.
+        here: where the last of them may still arrive, a function that says whether a shard is there, after a moment
+            where it is not (`Arrival.here`). A shard is then opened when the stream comes to it, so that all of them
+            are known before the first epoch ends.
+
+    Attributes:
+        paths: the shards, in order; the planned ones.
+        shards: how many of them are known, the first ones.
+        count: documents in these; in one epoch when all are known.
 
     Raises:
-        UserError: a shard is corrupt, a shard has no column `text`, or there is no document at all.
+        UserError: a shard is corrupt, a shard has no column `text`, there is no document at all, or what `here` raises.
     """
 
-    def __init__(self, paths: Sequence[Path]):
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], here: Callable[[Path], bool] | None = None):
+        self.paths, self._here = list(paths), here
+        self.count = 0
         self._open: tuple[int, object] | None = None
         self._group: tuple[tuple[int, int], list[str | None]] | None = None
         self._rows: list[list[int]] = []  # [shard][row group] -> documents
-        for shard, path in enumerate(self.paths):
-            with _reading(path):
-                metadata = self._file(shard).metadata
-                if COLUMN not in (names := metadata.schema.names):
-                    raise UserError(f"{path} has no column `{COLUMN}`, only {', '.join(names) or 'none'}. "
-                                    "Make shards of it: `python -m nanochat.dataset import PATH --text-column NAME`.")
-                self._rows.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
-        self.count = sum(map(sum, self._rows))
-        if self.count == 0:
-            where = self.paths[0].parent if self.paths else "an empty list"
-            raise UserError(f"the shards in {where} hold no document: {GET_TEXT}.")
-        self._orders: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
+        self._orders: dict[int, tuple[list[tuple[int, int]], list[int]]] = {0: ([], [])}
+        for path in self.paths:
+            if here is not None and not path.exists():
+                break
+            self._add()
+        if not self.paths:
+            raise UserError(f"the shards in an empty list hold no document: {GET_TEXT}.")
+
+    @property
+    def shards(self) -> int:
+        return len(self._rows)
+
+    def _add(self) -> None:
+        """Open the next shard, and append it to the order of epoch 0."""
+        shard, path = self.shards, self.paths[self.shards]
+        with _reading(path):
+            metadata = self._file(shard).metadata
+            if COLUMN not in (names := metadata.schema.names):
+                raise UserError(f"{path} has no column `{COLUMN}`, only {', '.join(names) or 'none'}. "
+                                "Make shards of it: `python -m nanochat.dataset import PATH --text-column NAME`.")
+            rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        order, ends = self._orders[0]
+        for group, size in enumerate(rows):
+            self.count += size
+            order.append((shard, group))
+            ends.append(self.count)
+        self._rows.append(rows)
+        if self.shards == len(self.paths) and not self.count:
+            raise UserError(f"the shards in {path.parent} hold no document: {GET_TEXT}.")
+
+    def _reach(self, number: int) -> bool:
+        """Return whether the place of a document is known. Where its shard is still to come, wait a moment."""
+        while number >= self.count and self.shards < len(self.paths):
+            if not self._here(self.paths[self.shards]):
+                return False
+            self._add()
+        return True
 
     def fingerprint(self, shards: int | None = None) -> str:
-        """Return 16 hex digits of names, sizes and row counts of the first `shards` shards (default: of all)."""
-        pairs = list(zip(self.paths, self._rows))[:shards]
-        facts = [(path.name, path.stat().st_size, sum(rows)) for path, rows in pairs]
+        """Return 16 hex digits of names, sizes and row counts of the first `shards` shards (default: of the known).
+
+        It waits for those that are still to come.
+        """
+        shards = self.shards if shards is None else min(shards, len(self.paths))
+        while self.shards < shards:
+            if self._here(self.paths[self.shards]):
+                self._add()
+        facts = [(path.name, path.stat().st_size, sum(rows))
+                 for path, rows in zip(self.paths[:shards], self._rows[:shards])]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def walk(self, start: int = 0, step: int = 1, stop: int | None = None) -> Iterator[tuple[list[int], list[str]]]:
         """Yield the documents start, start + step, ... in pieces of at most PIECE_DOCUMENTS, as (numbers, texts).
+
+        A piece is empty where the next shard has not arrived yet: the caller may stop there.
 
         Args:
             start: first document number.
@@ -131,6 +174,9 @@ class Documents:
         """
         number = start
         while stop is None or number < stop:
+            if not self._reach(number):
+                yield [], []
+                continue
             row_group, offset = self._locate(number)
             end = number - offset  # the number after the row group's last document
             numbers = range(number, end if stop is None else min(end, stop), step)
@@ -159,7 +205,9 @@ class Documents:
 
     def _locate(self, number: int) -> tuple[tuple[int, int], int]:
         """Return the (shard, row group) of a document, and its offset from the row group's end, a negative number."""
-        epoch, place = divmod(number, self.count)
+        while not self._reach(number):
+            pass
+        epoch, place = divmod(number, self.count) if number >= self.count else (0, number)
         order, ends = self._order(epoch)
         i = bisect.bisect_right(ends, place)
         return order[i], place - ends[i]
@@ -170,15 +218,13 @@ class Documents:
             rng = random.Random(f"pass {epoch}")
             shards = list(range(len(self._rows)))
             order = []
-            if epoch > 0:
-                rng.shuffle(shards)
+            rng.shuffle(shards)
             for shard in shards:
                 groups = list(range(len(self._rows[shard])))
-                if epoch > 0:
-                    rng.shuffle(groups)
+                rng.shuffle(groups)
                 order += [(shard, group) for group in groups]
-            if len(self._orders) > 2:
-                self._orders.clear()
+            if len(self._orders) > 3:
+                self._orders = {0: self._orders[0]}
             self._orders[epoch] = order, list(accumulate(self._rows[shard][group] for shard, group in order))
         return self._orders[epoch]
 

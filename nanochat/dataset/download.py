@@ -61,7 +61,7 @@ def fetch(count: int, folder: Path, *, workers: int = 4, revision: str = "main",
         raise UserError(f"-n is {count} and -w is {workers}: -n is the number of training shards (-1 for all "
                         f"{LAST_SHARD}), -w the number of parallel downloads, 1 or more.")
     wanted = LAST_SHARD if count == -1 else min(count, LAST_SHARD)
-    names = [*map(shard_name, range(wanted)), shard_name(LAST_SHARD)]
+    names = [shard_name(LAST_SHARD), *map(shard_name, range(wanted))]  # validation first: training starts with it
     with writing(folder):
         folder.mkdir(exist_ok=True)
         Downloader(folder, workers, revision, say).run(names)

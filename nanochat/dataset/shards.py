@@ -11,9 +11,11 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from nanochat.errors import UserError
 from nanochat.files import FULL, atomic_write, base_dir, sync_folder, to_json
@@ -209,17 +211,35 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise _cannot_write(folder, error) from error
     with lock:
-        try:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no flock: nothing guards against two writers there
-            pass
-        except BlockingIOError:
-            raise UserError(f"another process is writing into {folder}: wait for it to end, or stop it.") from None
-        except OSError:  # a file system without locks
-            pass
+        for _ in range(5):
+            if _try_lock(lock) is not False:
+                break
+            time.sleep(0.1)  # it may be `being_written`, which holds it for a moment
+        else:
+            raise UserError(f"another process is writing into {folder}: wait for it to end, or stop it.")
         recover(folder)
         yield
+
+
+def being_written(folder: Path) -> bool:
+    """Return whether a process writes into `folder`, so that shards may still come; True where that cannot be told."""
+    try:
+        with open(folder.parent / f".{folder.name}.lock", "r+b") as lock:
+            return not _try_lock(lock)
+    except OSError:
+        return False
+
+
+def _try_lock(lock: IO) -> bool | None:
+    """Lock an open file as the only process. Return False where another one has, None where there are no locks."""
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, or a file system without locks: nothing guards against two writers there
+        return None
+    return True
 
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:
