@@ -14,7 +14,8 @@ The choice, which `path` tells:
 - CPUs, causal, float32 or bfloat16: the kernels of cpu.py, which compute nothing that the mask hides and store no
   scores. Saved for backward: q, k, v, y and the log-sum-exp of each query's scores, (B, H, T) in float32. A position's
   result depends neither on the other rows nor on later positions. They have no second derivative.
-- Everything else, and CPUs under torch.compile: PyTorch's scaled_dot_product_attention.
+- Everything else, and CPUs under torch.compile: PyTorch's scaled_dot_product_attention; outside of a compiled step
+  never by cuDNN, which would plan every shape anew (nanochat/kernels/sdpa.py).
 """
 
 import os
@@ -23,10 +24,10 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.dispatch import fused
+from nanochat.kernels.sdpa import sdpa
 
 FLASH3, NATIVE, PYTORCH = "FlashAttention 3", "native", "PyTorch"
 
@@ -130,5 +131,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tenso
         return fused("attention", "attend", q, k, v)(q, k, v, window)
     if window is not None:
         causal, mask = False, (causal_mask if torch.compiler.is_compiling() else _cached_mask)(T, window, q.device)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                          is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    return sdpa(q, k, v, causal=causal, mask=mask)
