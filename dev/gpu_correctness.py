@@ -39,7 +39,8 @@ class Run:
     tiny: bool                 # use shapes that a CPU computes in a second
     compiled: bool             # whether sections may compile
     golden: Path | None        # folder of golden values
-    deadline: float            # in time.monotonic()
+    deadline: float            # in time.monotonic(), of this process
+    save: Callable[[], None] = lambda: None  # writes down what a part has found so far
 
     @property
     def ranks(self) -> Ranks:

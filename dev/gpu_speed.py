@@ -7,8 +7,6 @@ measurement.
 import gc
 import json
 import os
-import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -23,12 +21,8 @@ from dev.gpu_correctness import Report, Run, Skipped, setting, syncs
 from nanochat.distributed import compute_dtype, peak_flops
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loading import ready_to_decode
-from nanochat.logs import machine, versions
 
 STEP_TOKENS = 524_288  # of the published recipe; tokens/s are those of one device that does such steps
-NVIDIA_SMI = ("name", "driver_version", "memory.total", "memory.used", "power.limit", "clocks.sm", "clocks.max.sm",
-              "clocks.mem",
-              "clocks.max.mem", "temperature.gpu")
 
 
 def clean(run: Run) -> None:
@@ -42,25 +36,6 @@ def clean(run: Run) -> None:
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def environment(run: Run, out: Report) -> None:
-    """The machine, its software and its state."""
-    out.numbers |= {**versions(), **machine(), "cuda": torch.version.cuda,
-                    "compute_dtype": str(compute_dtype(run.device)).removeprefix("torch.")}
-    try:
-        import triton
-        out.numbers["triton"] = triton.__version__
-    except ImportError:
-        out.numbers["triton"] = None
-    if run.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(run.device)
-        out.numbers |= {"memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count,
-                        "capability": f"{properties.major}.{properties.minor}"}
-    if shutil.which("nvidia-smi") and run.device.type == "cuda":
-        ask = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader"]
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=30)
-        out.numbers["nvidia_smi"] = dict(zip(NVIDIA_SMI, map(str.strip, done.stdout.strip().split("\n")[0].split(","))))
 
 
 def ceilings(run: Run, out: Report) -> None:

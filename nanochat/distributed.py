@@ -27,17 +27,26 @@ from nanochat.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world_size`, `local_rank` on its machine, and its own device."""
+    """This process among all: `rank` of `world_size`, `local_rank` on its machine, and its own device.
+
+    collectives: call collectives although there is one rank, to try them out on a machine with one GPU.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    collectives: bool = False
 
     @property
     def is_main(self) -> bool:
         """True for the one rank that prints and writes files."""
         return self.rank == 0
+
+    @property
+    def communicates(self) -> bool:
+        """Whether collectives are called, rather than the short cut of a single process taken."""
+        return self.world_size > 1 or self.collectives
 
 
 def _ranks_of_environment() -> tuple[int, int, int]:
@@ -146,7 +155,7 @@ def joined_ranks(device_type: str = "") -> Iterator[Ranks]:
 
 def all_reduce_sum(x: Tensor, ranks: Ranks) -> Tensor:
     """Return the sum of `x` over all ranks, without changing `x`; in a single process `x` itself."""
-    if ranks.world_size == 1:
+    if not ranks.communicates:
         return x
     total = x.clone()
     dist.all_reduce(total)
@@ -155,13 +164,13 @@ def all_reduce_sum(x: Tensor, ranks: Ranks) -> Tensor:
 
 def barrier(ranks: Ranks) -> None:
     """Wait until every rank has called this."""
-    if ranks.world_size > 1:
+    if ranks.communicates:
         dist.barrier(device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
 
 
 def broadcast_object(obj: Any, ranks: Ranks) -> Any:
     """Return rank 0's `obj` on every rank (pickled between our own processes)."""
-    if ranks.world_size == 1:
+    if not ranks.communicates:
         return obj
     box = [obj]
     dist.broadcast_object_list(box, src=0, device=ranks.device)
@@ -170,7 +179,7 @@ def broadcast_object(obj: Any, ranks: Ranks) -> Any:
 
 def gather_objects(obj: Any, ranks: Ranks) -> list[Any]:
     """Return the list of every rank's `obj`, in the order of ranks, on every rank."""
-    if ranks.world_size == 1:
+    if not ranks.communicates:
         return [obj]
     box: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(box, obj)

@@ -152,7 +152,7 @@ class _Bucket:
         if self.padding:
             pieces.append(pieces[0].new_zeros(self.padding))
         buffer = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if self.ranks.world_size == 1:
+        if not self.ranks.communicates:
             return lambda: buffer
         part = buffer.new_empty(self.slice_size)
         work = dist.reduce_scatter_tensor(part, buffer, async_op=True)
@@ -171,7 +171,7 @@ class _Bucket:
         mine = buffer[self.ranks.rank * self.slice_size:][:self.slice_size]
         if parts:
             torch.cat(parts, out=mine[:self.stop - self.start])
-        work = dist.all_gather_into_tensor(buffer, mine, async_op=True) if self.ranks.world_size > 1 else None
+        work = dist.all_gather_into_tensor(buffer, mine, async_op=True) if self.ranks.communicates else None
 
         def finish() -> list[Tensor]:
             if work is not None:
@@ -275,7 +275,7 @@ class MuonAdamW:
                 if decay := bucket.group["weight_decay"]:
                     torch._foreach_mul_(weights, 1 - rate * decay)
                 torch._foreach_sub_(weights, change.split([view.numel() for view in weights]))
-            if self.ranks.world_size > 1:
+            if self.ranks.communicates:
                 gathers.append(bucket.gather(weights))
         for bucket, finish in zip(self.buckets, gathers):
             torch._foreach_copy_([p.detach() for p in bucket.params], finish())
