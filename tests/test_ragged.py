@@ -13,8 +13,8 @@ from nanochat import chat_data, ragged
 from nanochat.chat_data import SupervisedSteps
 from nanochat.distributed import Ranks
 from nanochat.engine import Engine, Row
-from nanochat.evaluation.chat import evaluate_task
 from nanochat.evaluation import core
+from nanochat.evaluation.chat import evaluate_task
 from nanochat.evaluation.core import Question, score_questions
 from nanochat.evaluation.loss import log_likelihoods
 from nanochat.ragged import length_on, padded, round_length, round_rows
