@@ -107,7 +107,7 @@ def init_ranks(device_type: str = "") -> Ranks:
     rank, local_rank, world_size = _ranks_of_environment()
     device = _device_of(device_type, local_rank, world_size)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        use_gpu(device)
     elif device.type == "cpu":
         _tune_cpu()
     if world_size > 1 and not dist.is_initialized():
@@ -120,6 +120,22 @@ def init_ranks(device_type: str = "") -> Ranks:
             raise UserError(f"rank {rank} of {world_size} could not join the others at {address} ({error}). "
                             "Check that all ranks run and can reach that address.") from error
     return Ranks(rank, local_rank, world_size, device)
+
+
+def use_gpu(device: torch.device) -> None:
+    """Make `device` the current GPU, and let the segments of PyTorch's allocator grow; to be called before any tensor.
+
+    Segments of a fixed size leave gaps that no later tensor fits, where batches differ in size. The allocator reads
+    PYTORCH_ALLOC_CONF at a moment that depends on the version (2.9 did not read it at all for this), so it is told by a
+    call. A user's own setting stays as it is.
+    """
+    own = any(os.environ.get(f"PYTORCH_{part}ALLOC_CONF") for part in ("", "CUDA_", "HIP_"))
+    if sys.platform == "linux" and torch.version.hip is None and not own:
+        apply = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # public under no name yet
+        if apply is None:  # before torch 2.10
+            apply = torch.cuda.memory._set_allocator_settings
+        apply("expandable_segments:True")
+    torch.cuda.set_device(device)
 
 
 def _tune_cpu() -> None:
