@@ -326,7 +326,8 @@ def test_small_disk_is_said_before_anything_is_fetched(project):
 
 
 @pytest.mark.parametrize("driver, capability, build", [
-    ("550.54.15", "9.0", "cu126"), ("525.60.13", "8.0", "cu126"), ("580.65.06", "7.0", "cu126"), ("535.1", "5.0", "cu126"),
+    ("550.54.15", "9.0", "cu126"), ("525.60.13", "8.0", "cu126"), ("580.65.06", "7.0", "cu126"),
+    ("535.1", "5.0", "cu126"),
     ("580.65.06", "9.0\n6.1\n9.0", "cu126"), ("575.57.08", "12.0", "cu128"), ("570.86.10", "10.0\n9.0", "cu128"),
 ])
 def test_a_driver_or_gpu_too_old_for_the_pinned_torch_gets_the_newest_build_that_fits(project, driver, capability,
