@@ -12,17 +12,19 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.errors import UserError
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,25 @@ def gather_objects(obj: Any, ranks: Ranks) -> list[Any]:
     box: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(box, obj)
     return box
+
+
+def machine_first(work: Callable[[], R], ranks: Ranks) -> R:
+    """Call `work` on all ranks, on the first one of each machine before the others, and return its result. Collective.
+
+    What the first rank downloads or writes, the others find. Its UserError is raised on all ranks.
+    """
+    if ranks.world_size == 1:
+        return work()
+    result, error = None, ""
+    if ranks.local_rank == 0:
+        try:
+            result = work()
+        except UserError as problem:
+            error = str(problem)
+    barrier(ranks)
+    if errors := [error for error in gather_objects(error, ranks) if error]:
+        raise UserError(errors[0])
+    return result if ranks.local_rank == 0 else work()
 
 
 # ---- precision

@@ -20,6 +20,7 @@ from nanochat.distributed import (
     compute_dtype,
     gather_objects,
     init_ranks,
+    machine_first,
     peak_flops,
 )
 from nanochat.errors import UserError
@@ -140,6 +141,26 @@ def _talk(ranks: Ranks) -> None:
     assert broadcast_object({"from": rank}, ranks) == {"from": 0}
     assert gather_objects({"from": rank}, ranks) == [{"from": 0}, {"from": 1}]
     barrier(ranks)
+
+
+def _fetch(ranks: Ranks, path) -> None:
+    def work():
+        found = path.exists()
+        path.touch()
+        return found
+
+    assert machine_first(work, ranks) == (ranks.rank == 1)
+
+    def fails():
+        raise UserError(f"rank {ranks.rank} cannot reach the hub")
+
+    with pytest.raises(UserError, match="rank 0 cannot reach"):
+        machine_first(fails, ranks)
+
+
+def test_the_first_rank_of_a_machine_fetches_what_the_others_find(tmp_path):
+    start_ranks(2, _fetch, tmp_path / "fetched")
+    assert machine_first(lambda: 5, Ranks(0, 0, 1, torch.device("cpu"))) == 5
 
 
 def test_two_ranks_sum_and_hear_rank_0():

@@ -159,7 +159,8 @@ def test_a_source_that_is_too_short_makes_no_rows(tokenizer):
     assert list(rows) == list(EvalRows(TextSource(tokenizer, "val"), 5000, 500, 1, ranks=ALONE)) == []
 
 
-def _share(ranks, tokenizer):
+def _share(ranks, tokenizer, base):
+    os.environ["NANOCHAT_BASE_DIR"] = str(base)  # the processes come from a server with the environment of its start
     rows = EvalRows(Told(tokenizer, "val"), 2, 30, 7 * 60, ranks=ranks)
     same(rows, plain(TextSource(tokenizer, "val"), 2, 30, 7, True)[ranks.rank::ranks.world_size])
     source = ConversationSource(tokenizer, WorldQuestions("test", size=30))
@@ -175,5 +176,5 @@ def _share(ranks, tokenizer):
 
 
 def test_two_ranks_tokenise_once_and_share(tokenizer):
-    start_ranks(2, _share, tokenizer)
+    start_ranks(2, _share, tokenizer, base_dir())
     assert encoded() == 1 and len(files()) == 1

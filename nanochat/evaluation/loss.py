@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.distributed import Ranks, all_reduce_sum, barrier, broadcast_object, gather_objects
+from nanochat.distributed import Ranks, all_reduce_sum, barrier, broadcast_object, machine_first
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, base_dir, sweep, to_json
 from nanochat.ragged import length_on, padded
@@ -100,18 +100,14 @@ class EvalRows:
             about.append(broadcast_object(uuid.uuid4().hex, ranks))
         name = hashlib.sha256(to_json(about).encode()).hexdigest()[:20]
         path = base_dir() / "eval_rows" / f"{name}.npy"
-        error = ""
-        if ranks.local_rank == 0 and _read_rows(path) is None:
-            try:
+
+        def rows() -> np.ndarray:
+            if (found := _read_rows(path)) is None:
                 _write_rows(path, _packed_rows(source, batch_size, sequence_len, count, cut))
-            except UserError as problem:
-                error = str(problem)
-        if errors := [error for error in gather_objects(error, ranks) if error]:
-            raise UserError(errors[0])
-        self._rows = _read_rows(path)  # (batches, B, T + 1), PADDING where there is no token
-        if self._rows is None:
-            raise UserError(f"{path}, which the first rank of this machine wrote, cannot be read by rank {ranks.rank}: "
-                            "all ranks of a machine need the same NANOCHAT_BASE_DIR.")
+                found = _read_rows(path)
+            return found
+
+        self._rows = machine_first(rows, ranks)  # (batches, B, T + 1), −1 where there is no token
         if not keeps:
             barrier(ranks)
             path.unlink(missing_ok=True)  # who has opened it keeps it
