@@ -201,10 +201,10 @@ def test_samples_of_one_prompt_and_likelihoods_are_the_same(few_shapes, world):
     assert sum(wide[1], []) == pytest.approx(sum(plain[1], []), abs=1e-4)
 
 
-def serve(world, chunk=64):
-    scheduler = Scheduler(Engine(*world), chunk=chunk, max_rows=4)
+def serve_prompts(scheduler, vocab=256):
+    """Return the events of prompts of one to three chunks of 64, some with the same beginning."""
     rng = random.Random(3)
-    begin = [rng.randrange(256) for _ in range(70)]
+    begin = [rng.randrange(vocab) for _ in range(70)]
     for number, n in enumerate((1, 5, 64, 65, 100, 118)):
         prompt = [*begin, *range(n)][:n]
         scheduler.submit(RowRequest(str(number), prompt, 9, Settings(0), logprobs=2, prompt_logprobs=n > 90))
@@ -213,6 +213,10 @@ def serve(world, chunk=64):
         for event in scheduler.step():
             told.setdefault(event.id, []).append(event)
     return told
+
+
+def serve(world, chunk=64):
+    return serve_prompts(Scheduler(Engine(*world), chunk=chunk, max_rows=4))
 
 
 def test_the_server_says_the_same(few_shapes, world):
