@@ -221,3 +221,17 @@ def test_peak_of_a_cpu_is_measured_once_and_of_other_devices_unknown():
     first = peak_flops("cpu", torch.float32)
     assert first > 1e8 and peak_flops("cpu", torch.float32) == first
     assert peak_flops("mps", torch.float32) is None
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_users_own_settings_of_the_allocator_stay(monkeypatch, own):
+    told = []
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:512")
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setattr(distributed.sys, "platform", "linux")
+    distributed.use_gpu(torch.device("cuda", 1))
+    assert told == ([] if own else ["expandable_segments:True"]) + [torch.device("cuda", 1)]
