@@ -54,7 +54,8 @@ def ragged_stages():
     tokenizer = RustBPETokenizer.train_from_iterator(["some words to make a few tokens of"] * 3, 300)
     V = tokenizer.get_vocab_size()
     with ranks.device:
-        model = GPT(GPTConfig(sequence_len=512, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=256))
+        model = GPT(GPTConfig(sequence_len=512, vocab_size=V, n_layer=1, layer_pattern="A", n_head=4, n_kv_head=2,
+                              n_embd=256))
     model.compute_dtype = torch.bfloat16
     found = {}
 
@@ -85,7 +86,8 @@ def ragged_stages():
         stage("rollouts", rollouts)
         stage("core", lambda: score_questions(model, random_questions(40, rng, V), 2048))
         stage("choices", lambda: evaluate_task(model, tokenizer, WorldChoice("test", size=20), ranks, batch_size=8))
-        stage("server", lambda: serve_prompts(Scheduler(Engine(model, tokenizer, graphs=False), chunk=64, max_rows=4), V))
+        server = Scheduler(Engine(model, tokenizer, graphs=False), chunk=64, max_rows=4)
+        stage("server", lambda: serve_prompts(server, V))
         stage("generate", lambda: list(model.generate(torch.ones(1, 9, dtype=torch.long), 4)))
     met.clear()  # last, what a compiled step asks for after all these: the choice is as PyTorch would make it
     sdpa.torch = SimpleNamespace(compiler=SimpleNamespace(is_compiling=lambda: True))
