@@ -7,11 +7,14 @@
 # the packages of requirements.lock, and our own crates, rustbpe and cpukernels, built here in release mode. A second
 # run takes well under a second.
 #
+# With an NVIDIA GPU, the Python must have its header, Python.h, and the build of torch must fit driver and GPU: without
+# a suitable Python, uv fetches one; where the pinned torch does not fit, the newest build that does is taken.
+#
 #     NANOCHAT_PYTHON=/path/to/python    the Python to use, instead of the first suitable one
-#     NANOCHAT_TORCH=cu126|cpu|...       another build of torch than the pinned one: a value of
+#     NANOCHAT_TORCH=cu126|cpu|...       another build of torch than the one that is chosen: a value of
 #                                        `uv pip install --torch-backend`. Remembered in .venv;
 #                                        NANOCHAT_TORCH=pinned returns to the pinned build.
-#     NANOCHAT_SKIP_CHECKS=1             do not check the free disk space and the NVIDIA driver
+#     NANOCHAT_SKIP_CHECKS=1             do not check the free disk space, the NVIDIA driver and Python.h
 #
 # Must run with bash 3.2, the version that macOS has.
 set -euo pipefail
@@ -80,16 +83,8 @@ fetch() { # fetch URL FILE
 
 # ---- what is installed, and is it up to date?
 
-torch_choice() { # prints the build of torch that is asked for, now or the last time
-    if [ -n "${NANOCHAT_TORCH:-}" ]; then
-        echo "$NANOCHAT_TORCH"
-    else
-        cat "$TORCH_CHOICE" 2>/dev/null || echo pinned
-    fi
-}
-
 packages_key() { # includes the folder: programs in .venv/bin contain its path, so a moved project needs a new .venv
-    printf 'lock %s\ntorch %s\nfolder %s\n' "$(sha256 <requirements.lock)" "$(torch_choice)" "$ROOT"
+    printf 'lock %s\ntorch %s\nfolder %s\n' "$(sha256 <requirements.lock)" "$TORCH" "$ROOT"
 }
 
 crates_key() {
@@ -105,7 +100,7 @@ has_torch() {
 
 packages_ready() {
     [ "$(cat "$PACKAGES_STAMP" 2>/dev/null)" = "$(packages_key)" ] &&
-        python_fits "$PYTHON" && wanted_python && has_torch
+        python_fits "$PYTHON" && wanted_python && has_torch && suits_gpu "$PYTHON"
 }
 
 crates_import() { "$PYTHON" -I -c 'from rustbpe import Tokenizer; from cpukernels import runs_on'; }
@@ -123,30 +118,73 @@ wanted_python() { # true if .venv has the Python version that NANOCHAT_PYTHON as
     [ -z "${NANOCHAT_PYTHON:-}" ] || [ "$(version_of "$NANOCHAT_PYTHON")" = "$(version_of "$PYTHON")" ]
 }
 
-find_python() { # sets BASE_PYTHON
-    local name path found=""
+# Triton compiles a small program against Python.h before it starts its first kernel, also our own ones.
+has_header() {
+    "$1" -I -c 'import os, sysconfig as s; raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
+        2>/dev/null
+}
+
+suits_gpu() { ! careful || has_header "$1" || ! gpu_here; }
+
+# no_header PYTHON REST...: die because it has no Python.h
+no_header() {
+    local python=$1 version
+    version=$(version_of "$python" | cut -d. -f1,2)
+    shift
+    die "there is a GPU here, and $python has no Python.h, which Triton needs for every kernel:" \
+        "apt-get install python$version-dev (dnf install python$version-devel)$*"
+}
+
+find_python() { # sets BASE_PYTHON, and FETCH_PYTHON=1 if uv must fetch one because this one has no Python.h
+    local name path found="" bare=""
+    FETCH_PYTHON=""
     if [ -n "${NANOCHAT_PYTHON:-}" ]; then
         found=$(version_of "$NANOCHAT_PYTHON") || found="not a Python that runs"
         python_fits "$NANOCHAT_PYTHON" ||
             die "NANOCHAT_PYTHON=$NANOCHAT_PYTHON is $found; Python 3.10 to 3.14 is needed."
+        suits_gpu "$NANOCHAT_PYTHON" || no_header "$NANOCHAT_PYTHON" ", or unset NANOCHAT_PYTHON."
         BASE_PYTHON=$NANOCHAT_PYTHON
         return
     fi
     for name in python3.13 python3.12 python3.11 python3.10 python3 python3.14 python; do
         for path in "$(command -v $name || true)" "$HOME/.local/bin/$name"; do
             [ -x "$path" ] || continue
-            if python_fits "$path"; then BASE_PYTHON=$path; return; fi
-            found="$found $name=$(version_of "$path" || echo broken)"
+            if ! python_fits "$path"; then
+                found="$found $name=$(version_of "$path" || echo broken)"
+            elif suits_gpu "$path"; then
+                BASE_PYTHON=$path
+                return
+            else
+                bare=${bare:-$path}
+            fi
         done
     done
     if find_uv && path=$("$UV" python find --no-python-downloads '>=3.10,<3.15' 2>/dev/null) &&
-        python_fits "$path"; then
+        python_fits "$path" && suits_gpu "$path"; then
         BASE_PYTHON=$path
+        return
+    fi
+    if [ -n "$bare" ]; then
+        BASE_PYTHON=$bare
+        FETCH_PYTHON=1
         return
     fi
     die "no Python 3.10 to 3.14 (found:${found:- none}). Install one (apt-get install python3," \
         "brew install python@3.13, or uv python install 3.13)," \
         "or name one: NANOCHAT_PYTHON=/path/to/python bash dev/setup.sh"
+}
+
+fetch_python() { # sets BASE_PYTHON to a Python of uv's, which brings Python.h
+    local path
+    say "no Python here has Python.h, which Triton needs on a GPU: fetching one (uv python install 3.12)"
+    "$UV" python install -q 3.12 >"$TOOLS/failed.log" 2>&1 || true
+    if path=$("$UV" python find --managed-python 3.12 2>>"$TOOLS/failed.log") && python_fits "$path" &&
+        has_header "$path"; then
+        BASE_PYTHON=$path
+    else
+        no_header "$BASE_PYTHON" ", or name a Python that has it: NANOCHAT_PYTHON=/path/to/python. (uv could not" \
+            "fetch one; details in $TOOLS/failed.log.)"
+    fi
 }
 
 # ---- uv
@@ -191,6 +229,18 @@ check_compiler() { # links a program: rustc calls `cc` to link, which fails if h
     done
     die "no working C compiler (cc, gcc or clang), which is needed to build $CRATES: apt-get install build-essential," \
         "dnf install gcc, or xcode-select --install."
+}
+
+check_gpu_compiler() { # Triton takes $CC, else gcc, else clang, at run time; it does not look for `cc`
+    local name=${CC:-}
+    gpu_here || return 0
+    if [ -z "$name" ]; then if have gcc; then name=gcc; else name=clang; fi; fi
+    printf 'int f(void) { return 0; }\n' >"$TOOLS/link.c"
+    if ! $name -shared -fPIC "$TOOLS/link.c" -o "$TOOLS/link.out" >"$TOOLS/failed.log" 2>&1; then
+        die "there is a GPU here, and $name, with which Triton builds what every kernel needs, does not work or is" \
+            "missing: apt-get install gcc, or name a C compiler in the environment: CC=cc."
+    fi
+    rm -f "$TOOLS"/link.*
 }
 
 # good_rust FOLDER: true if rustc and cargo in the folder ("": on PATH) are new enough for the crates. Sets CARGO_DIR.
@@ -240,7 +290,7 @@ get_rust() {
 # ---- disk space and driver
 
 need_gb() { # torch for Linux includes CUDA; if a torch is installed, an update replaces only a part
-    if [ "$(uname -s)" = Linux ] && [ "$(torch_choice)" != cpu ] && ! has_torch; then echo 7; else echo 2; fi
+    if [ "$(uname -s)" = Linux ] && [ "$TORCH" != cpu ] && ! has_torch; then echo 7; else echo 2; fi
 }
 
 check_disk() { # uv unpacks into its cache and links from there; with the cache on another disk, both hold everything
@@ -255,32 +305,86 @@ check_disk() { # uv unpacks into its cache and links from there; with the cache 
     done
 }
 
-# The pinned torch is built with CUDA 13: it needs a driver of 580 or newer and a GPU of compute capability 7.5 or
-# newer. torch 2.14 is the last version with a build for CUDA 12 (cu126), which works with older drivers and GPUs.
-check_driver() {
-    local driver oldest way
-    way="NANOCHAT_TORCH=cu126 bash dev/setup.sh installs torch 2.14 for CUDA 12, NANOCHAT_TORCH=cpu one without CUDA."
-    if [ "$(torch_choice)" != pinned ] || ! have nvidia-smi; then return; fi
-    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 1p) || true
-    case $driver in
-        [0-9]*) ;;
-        *) say "nvidia-smi is installed but lists no GPU: continuing without a GPU"; return ;;
+# ---- GPU and torch
+
+careful() { [ "${NANOCHAT_SKIP_CHECKS:-}" != 1 ]; }
+
+GPU_DRIVER=unknown
+gpu_here() { # true if nvidia-smi lists a GPU; sets GPU_DRIVER ("" without a GPU), once
+    if [ "$GPU_DRIVER" = unknown ]; then
+        GPU_DRIVER=""
+        if have nvidia-smi; then
+            GPU_DRIVER=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 1p) || true
+            case $GPU_DRIVER in
+                [0-9]*) ;;
+                *) GPU_DRIVER=""; say "nvidia-smi is installed but lists no GPU: continuing without a GPU" ;;
+            esac
+        fi
+    fi
+    [ -n "$GPU_DRIVER" ]
+}
+
+# Builds of torch, by what NVIDIA says of minor versions (a CUDA release runs on each driver of its major version) and
+# by the architectures each is built for:
+#     pinned   CUDA 13           driver 580   compute capability 7.5 and newer
+#     cu126    torch up to 2.14  driver 525   5.0 to 9.0
+#     cu128    torch up to 2.11  driver 525   7.5 to 12.0
+fit_torch() { # sets TORCH to the newest build that fits driver and GPUs, and TORCH_WHY where that is not the pinned one
+    local all oldest newest
+    TORCH=pinned
+    all=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9]' | sort -t. -k1n -k2n) ||
+        true
+    oldest=$(printf '%s\n' "$all" | sed -n 1p)
+    newest=$(printf '%s\n' "$all" | sed -n '$p')
+    TORCH_WHY=""
+    if ! at_least "${oldest:-7.5}" 7.5; then
+        TORCH_WHY="a GPU here has compute capability $oldest and the pinned torch (CUDA 13) needs 7.5 or newer"
+    elif ! at_least "$GPU_DRIVER" 580; then
+        TORCH_WHY="the NVIDIA driver is $GPU_DRIVER and the pinned torch (CUDA 13) needs 580 or newer"
+    else
+        return 0
+    fi
+    at_least "$GPU_DRIVER" 525 ||
+        die "the NVIDIA driver is $GPU_DRIVER; even torch for CUDA 12 needs 525 or newer. Upgrade the driver, or" \
+            "NANOCHAT_TORCH=cpu bash dev/setup.sh installs torch without CUDA."
+    if ! at_least "${newest:-9.0}" 10.0; then
+        TORCH=cu126
+    elif at_least "$oldest" 7.5; then
+        TORCH=cu128
+    else
+        die "the GPUs here have compute capabilities from $oldest to $newest, and no build of torch has both. Choose:" \
+            "NANOCHAT_TORCH=cu126 bash dev/setup.sh for the older ones, NANOCHAT_TORCH=cu130 for the newer."
+    fi
+    at_least "${oldest:-7.5}" 5.0 ||
+        die "$TORCH_WHY; torch for CUDA 12 needs 5.0. NANOCHAT_TORCH=cpu bash dev/setup.sh installs torch without CUDA."
+}
+
+choose_torch() { # sets TORCH and TORCH_SAVED, the line that remembers it: "auto cu126" where the driver decided
+    TORCH_SAVED=${NANOCHAT_TORCH:-$(cat "$TORCH_CHOICE" 2>/dev/null || echo pinned)}
+    TORCH=${TORCH_SAVED#auto }
+    case $TORCH_SAVED in
+        auto\ *) if careful && gpu_here; then fit_torch; fi ;; # the driver may be a newer one now
     esac
-    at_least "$driver" 580 ||
-        die "the NVIDIA driver is $driver and the pinned torch (CUDA 13) needs 580 or newer." \
-            "Upgrade the driver, or: $way"
-    oldest=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | sed -n 1p) || true
-    case $oldest in
-        [0-9]*) at_least "$oldest" 7.5 ||
-            die "a GPU here has compute capability $oldest and the pinned torch (CUDA 13) needs 7.5 or newer. $way" ;;
-    esac
+}
+
+check_driver() { # where nobody has chosen a build, let the driver decide
+    case $TORCH_SAVED in pinned | auto\ *) ;; *) return ;; esac
+    if ! gpu_here; then return; fi
+    fit_torch
+    TORCH_SAVED=$TORCH
+    if [ "$TORCH" != pinned ]; then
+        [ "${NANOCHAT_TORCH:-}" != pinned ] ||
+            die "$TORCH_WHY. Without NANOCHAT_TORCH, set-up takes $TORCH, which fits; or upgrade the driver."
+        TORCH_SAVED="auto $TORCH"
+        say "$TORCH_WHY: torch is the newest build that fits, $TORCH. After an upgrade of the driver, run this again." \
+            "(NANOCHAT_TORCH=cpu|cu126|... chooses another one.)"
+    fi
 }
 
 # ---- the two steps
 
 install_packages() {
-    local choice key filtered
-    choice=$(torch_choice)
+    local key filtered
     key=$(packages_key)
     rm -f "$PACKAGES_STAMP" "$CRATES_STAMP" # so that an interrupted installation counts as not done
     if [ "$(need_gb)" = 7 ]; then
@@ -289,12 +393,12 @@ install_packages() {
     else
         say "installing the packages of requirements.lock"
     fi
-    if ! python_fits "$PYTHON" || ! wanted_python || ! grep -qsF "$ROOT/.venv" .venv/bin/activate; then
+    if ! python_fits "$PYTHON" || ! wanted_python || ! suits_gpu "$PYTHON" || ! grep -qsF "$ROOT/.venv" .venv/bin/activate; then
         attempt "making .venv" "$UV" venv -q --clear --python "$BASE_PYTHON" .venv
     fi
-    printf '%s\n' "$choice" >"$TORCH_CHOICE"
+    printf '%s\n' "$TORCH_SAVED" >"$TORCH_CHOICE"
     # --no-build: a package without a wheel for this Python fails at once, instead of compiling for an hour
-    if [ "$choice" = pinned ]; then
+    if [ "$TORCH" = pinned ]; then
         attempt "installing the packages" "$UV" pip sync --python "$PYTHON" --require-hashes --no-build \
             requirements.lock
     else
@@ -302,8 +406,8 @@ install_packages() {
         awk '/^[a-z]/ { keep = !/^(torch|triton|nvidia-[a-z0-9-]*|cuda-[a-z-]*)==/ } keep' \
             requirements.lock >"$filtered"
         attempt "installing the packages" "$UV" pip sync --python "$PYTHON" --require-hashes --no-build "$filtered"
-        attempt "installing torch ($choice)" "$UV" pip install --python "$PYTHON" --no-build \
-            --torch-backend "$choice" "torch>=2.11"
+        attempt "installing torch ($TORCH)" "$UV" pip install --python "$PYTHON" --no-build \
+            --torch-backend "$TORCH" "torch>=2.11"
     fi
     printf '%s\n' "$key" >"$PACKAGES_STAMP"
 }
@@ -339,6 +443,7 @@ for crate in $CRATES; do
     [ -f "$crate/Cargo.toml" ] ||
         die "$crate/Cargo.toml is missing: this copy of the project is incomplete. Clone it again."
 done
+choose_torch
 if packages_ready && crates_ready; then
     say "ready (.venv)"
     exit
@@ -347,26 +452,21 @@ fi
 mkdir -p "$TOOLS"
 if have flock; then # of two set-ups at once, the second waits and then finds the work done
     exec 9>"$TOOLS/lock"
-    flock -n 9 || { say "another set-up is running here; waiting for it"; flock 9; }
+    flock -n 9 || { say "another set-up is running here; waiting for it"; flock 9; choose_torch; }
 fi
 todo=""
 if ! packages_ready; then todo="packages crates"; elif ! crates_ready; then todo=crates; fi
 wants() { case $todo in *$1*) ;; *) return 1 ;; esac; }
-careful() { [ "${NANOCHAT_SKIP_CHECKS:-}" != 1 ]; }
 
 # first all checks, then all work that takes long
 if wants packages; then find_python; else BASE_PYTHON=$PYTHON; fi
 if wants crates; then check_compiler; fi
-if wants packages && careful; then check_driver; fi
+if wants packages && careful; then check_gpu_compiler; check_driver; fi
 if [ -n "$todo" ]; then get_uv; fi
+if wants packages && [ -n "$FETCH_PYTHON" ]; then fetch_python; fi
 if wants packages && careful; then check_disk; fi
 if wants crates; then get_rust; fi
 if wants packages; then install_packages; fi
 if wants crates; then install_crates; fi
 torch_version=$("$PYTHON" -I -c 'from importlib.metadata import version; print(version("torch"))') || true
 say "ready: .venv with Python $(version_of "$PYTHON"), torch $torch_version"
-has_header='import os, sysconfig as s; raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))'
-if have nvidia-smi && ! "$PYTHON" -I -c "$has_header"; then
-    say "note: this Python has no Python.h, which torch.compile needs on a GPU:" \
-        "apt-get install python3-dev (or the package for your version)"
-fi

@@ -21,6 +21,7 @@ from torch import Tensor
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.files import to_json
+from nanochat.ragged import has_few_shapes, length_on
 
 PIECE = 64       # conversations that `ConversationSource.walk` yields at a time
 SAMPLE = 1000    # conversations counted where counting all takes too long
@@ -101,7 +102,8 @@ class SupervisedSteps:
     Args:
         task: the conversations. seed: of their order.
         examples_per_step: conversations of all ranks in an optimizer step.
-        device_batch_size: conversations of a micro-batch at most, padded to the longest.
+        device_batch_size: conversations of a micro-batch at most, padded to the longest; on a GPU to one of seven
+            lengths from max_tokens / 8 on.
         max_tokens: tokens at which a conversation is cut.
 
     Raises:
@@ -131,8 +133,14 @@ class SupervisedSteps:
         made = self._ahead[1] if ready else self._thread.submit(self._make, step)
         rows = made.result()
         self._ahead = (step + 1, self._thread.submit(self._make, step + 1))
-        for i in range(0, len(rows), self.device_batch_size):
-            yield batch_of(rows[i:i + self.device_batch_size], self.tokenizer.get_bos_token_id(), self.ranks.device)
+        yield from self.micro_batches(rows)
+
+    def micro_batches(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the (inputs, targets) of this rank's rows of a step, (ids, mask) each."""
+        full = min(self.device_batch_size, -(-self.examples_per_step // self.ranks.world_size))
+        for i in range(0, len(rows), full):
+            yield batch_of(rows[i:i + full], self.tokenizer.get_bos_token_id(), self.ranks.device, full,
+                           least=64 * -(-self.max_tokens // 512), most=self.max_tokens)
 
     def close(self) -> None:
         """End the thread."""
@@ -160,21 +168,24 @@ class SupervisedSteps:
                         "nothing to learn: raise --max-seq-len, or look at the conversations.")
 
 
-def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device | str
-             ) -> tuple[Tensor, Tensor]:
-    """Pad rows on the right to one batch.
+def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device | str, full: int, *,
+             least: int = 64, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Pad rows on the right to one batch; on a GPU so that few shapes occur (nanochat/ragged.py).
 
     Args:
         rows: (ids, mask) each; mask 1 where a token is trained on.
         pad: the token that fills the inputs.
+        full: rows of every batch on a GPU, at least len(rows): those behind have no target.
+        least, most: tokens of the shortest and the longest batch on a GPU.
 
     Returns:
-        inputs and targets, both (B, T) int64 on the device, T the longest row less one. Targets are −1 where the mask
-        is 0 and in the padding.
+        inputs and targets, both (B, T) int64 on the device; on a CPU, B is len(rows) and T the longest row less one.
+        Targets are −1 where the mask is 0 and in the padding.
     """
-    T = max(len(ids) for ids, _ in rows) - 1
-    inputs = torch.full((len(rows), T), pad, dtype=torch.long)
-    targets = torch.full((len(rows), T), -1, dtype=torch.long)
+    B = full if has_few_shapes(device) else len(rows)
+    T = length_on(device, max(len(ids) for ids, _ in rows) - 1, least, most)
+    inputs = torch.full((B, T), pad, dtype=torch.long)
+    targets = torch.full((B, T), -1, dtype=torch.long)
     for i, (ids, mask) in enumerate(rows):
         row, learnt = torch.tensor(ids), torch.tensor(mask)
         inputs[i, :len(ids) - 1] = row[:-1]

@@ -12,17 +12,19 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.errors import UserError
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def init_ranks(device_type: str = "") -> Ranks:
     rank, local_rank, world_size = _ranks_of_environment()
     device = _device_of(device_type, local_rank, world_size)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        use_gpu(device)
     elif device.type == "cpu":
         _tune_cpu()
     if world_size > 1 and not dist.is_initialized():
@@ -120,6 +122,22 @@ def init_ranks(device_type: str = "") -> Ranks:
             raise UserError(f"rank {rank} of {world_size} could not join the others at {address} ({error}). "
                             "Check that all ranks run and can reach that address.") from error
     return Ranks(rank, local_rank, world_size, device)
+
+
+def use_gpu(device: torch.device) -> None:
+    """Make `device` the current GPU, and let the segments of PyTorch's allocator grow; to be called before any tensor.
+
+    Segments of a fixed size leave gaps that no later tensor fits, where batches differ in size. The allocator reads
+    PYTORCH_ALLOC_CONF at a moment that depends on the version (2.9 did not read it at all for this), so it is told by a
+    call. A user's own setting stays as it is.
+    """
+    own = any(os.environ.get(f"PYTORCH_{part}ALLOC_CONF") for part in ("", "CUDA_", "HIP_"))
+    if sys.platform == "linux" and torch.version.hip is None and not own:
+        apply = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # public under no name yet
+        if apply is None:  # before torch 2.10
+            apply = torch.cuda.memory._set_allocator_settings
+        apply("expandable_segments:True")
+    torch.cuda.set_device(device)
 
 
 def _tune_cpu() -> None:
@@ -184,6 +202,25 @@ def gather_objects(obj: Any, ranks: Ranks) -> list[Any]:
     box: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(box, obj)
     return box
+
+
+def machine_first(work: Callable[[], R], ranks: Ranks) -> R:
+    """Call `work` on all ranks, on the first one of each machine before the others, and return its result. Collective.
+
+    What the first rank downloads or writes, the others find. Its UserError is raised on all ranks.
+    """
+    if ranks.world_size == 1:
+        return work()
+    result, error = None, ""
+    if ranks.local_rank == 0:
+        try:
+            result = work()
+        except UserError as problem:
+            error = str(problem)
+    barrier(ranks)
+    if errors := [error for error in gather_objects(error, ranks) if error]:
+        raise UserError(errors[0])
+    return result if ranks.local_rank == 0 else work()
 
 
 # ---- precision

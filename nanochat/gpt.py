@@ -8,7 +8,7 @@ Parameter names and numbers are those of the published checkpoints, which load w
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from nanochat.kernels.relu2 import relu_squared
 from nanochat.kernels.rms_norm import rms_norm
 from nanochat.layers import Linear, init_linear, is_plain
 from nanochat.positions import Positions, Rope, rope_table
+from nanochat.ragged import cached_on
 from nanochat.sampling import Sampler, Settings
 from nanochat.slc2 import SLC2
 
@@ -90,16 +91,6 @@ class GPTConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for a meta file. Unset ones are left out, since published code does not know them."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, list[int]]:
-    """Return ids (B, T) of rows of different lengths, padded with zeros on the right, and each row's length (the
-    model's `counts`)."""
-    counts = [len(row) for row in rows]
-    ids = torch.zeros(len(rows), max(counts), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, :counts[i]] = torch.tensor(row)
-    return ids.to(device), counts
 
 
 class MLP(nn.Module):
@@ -263,9 +254,11 @@ class GPT(nn.Module):
             for block in self._blocks():
                 x, h = (block if compiled else block.forward)(x, h, positions)
         else:
-            cache.reserve(T)
+            cached = max(cache.lengths)
+            end = cached_on(self.device, cached + T) if cached and T > 1 else cached + T
+            cache.reserve(end - cached)
             positions = Positions.after_cache(
-                self.rope(max(cache.lengths) + T), cache.lengths, T, batch_invariant=cache.batch_invariant,
+                self.rope(cached + T), cache.lengths, T, batch_invariant=cache.batch_invariant, end=end,
                 counts=None if counts is None else torch.tensor(counts, device=self.device))
             for block, layer in zip(self._blocks(), cache.view(cache.rows, cache.max_len)):
                 x, h = block.forward(x, h, positions, layer)

@@ -38,8 +38,8 @@ class Positions:
         counts: how many of the T tokens of each row are real, (B,) int64 on the device; the rest, on the right, is
             padding. None where all are real.
         index: if static, the position of each row's token, (B,) int64 on the device; else None.
-        end: positions of the cache that may be read: up to the end of the longest row, these tokens included; if
-            static, the positions of the bucket.
+        end: positions of the cache that may be read: up to the end of the longest row, these tokens included, or beyond
+            where a mask hides the rest; if static, the positions of the bucket.
         batch_invariant: whether the result of a row must not depend, to the last bit, on the rows beside it.
     """
 
@@ -60,15 +60,19 @@ class Positions:
 
     @classmethod
     def after_cache(cls, table: Rope, lengths: Sequence[int], T: int, counts: Tensor | None = None,
-                    batch_invariant: bool = False) -> "Positions":
-        """The next T positions of rows that have `lengths` tokens in the cache; other arguments as the attributes."""
+                    batch_invariant: bool = False, end: int | None = None) -> "Positions":
+        """The next T positions of rows that have `lengths` tokens in the cache; other arguments as the attributes.
+
+        end: may be beyond the end of the longest row where several tokens follow a cache that is not empty: there is a
+            mask then.
+        """
         device = table[0].device
         if min(lengths) == max(lengths):
             indices = torch.arange(lengths[0], lengths[0] + T, device=device)
         else:
             indices = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
         return cls((table[0][indices], table[1][indices]), T, lengths=lengths, indices=indices, counts=counts,
-                   batch_invariant=batch_invariant)
+                   batch_invariant=batch_invariant, end=end)
 
     @classmethod
     def static(cls, table: Rope, index: Tensor, end: int) -> "Positions":
@@ -85,7 +89,7 @@ class Positions:
     def write(self, buffer: Tensor, new: Tensor) -> None:
         """Write the tokens' entries `new` (B, T, …) to their positions in `buffer` (B, S, …), a per-token tensor."""
         if self._uniform:
-            buffer[:, self.lengths[0]:self.end] = new
+            buffer[:, self.lengths[0]:self.lengths[0] + self.T] = new
         else:
             buffer[self._rows, self._indices] = new.to(buffer.dtype)
 

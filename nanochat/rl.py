@@ -102,8 +102,9 @@ def batches(groups: Sequence[AnswerGroup], device_batch_size: int, pad: int, dev
     for start in range(0, len(answers), device_batch_size):
         part = answers[start:start + device_batch_size]
         rows = [([*row.prompt, *row.tokens], [0] * len(row.prompt) + row.mask) for row, _ in part]
-        inputs, targets = batch_of(rows, pad, device)
-        factors = torch.tensor([advantage for _, advantage in part], device=inputs.device)
+        inputs, targets = batch_of(rows, pad, device, device_batch_size)
+        advantages = [advantage for _, advantage in part]
+        factors = torch.tensor(advantages + [0.0] * (len(inputs) - len(part)), device=inputs.device)
         yield inputs, targets, factors.unsqueeze(1).expand(targets.shape)
 
 

@@ -11,7 +11,6 @@ The same command resumes a run where it stopped, bit for bit. Ctrl-C and SIGTERM
 beside training (nanochat/saving.py).
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,7 +88,6 @@ class ChatStageFlags:
 
 def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] | None, description: str) -> None:
     """Parse the command line, join the ranks and call run(config, ranks): the `main` of every training script."""
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     config = parse(flags, argv, description)
     parse_wish(config.kernels)  # raises for names that do not exist, before anything is loaded
     try:

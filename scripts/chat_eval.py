@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat.cli import flag, parse, run_main
-from nanochat.distributed import joined_ranks
+from nanochat.distributed import joined_ranks, machine_first
 from nanochat.errors import UserError
 from nanochat.evaluation.chat import chatcore, evaluate_task
 from nanochat.files import atomic_write, base_dir, to_json
@@ -112,7 +112,7 @@ def run(config: Config, ranks) -> None:
                     last_line = time.time()
                     log.say(f"  {name:16s} {done}/{count}, {correct / done:.1%} so far")
 
-            result = evaluate_task(model, tokenizer, make(), ranks, batch_size=config.batch_size,
+            result = evaluate_task(model, tokenizer, machine_first(make, ranks), ranks, batch_size=config.batch_size,
                                    max_problems=config.max_problems, num_samples=config.num_samples,
                                    max_tokens=config.max_new_tokens, temperature=config.temperature,
                                    top_k=config.top_k, seed=config.seed, progress=progress)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from nanochat.chat_data import Conversations
 from nanochat.cli import flag, run_main
-from nanochat.distributed import Ranks
+from nanochat.distributed import Ranks, machine_first
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.recipe import published
@@ -75,8 +75,9 @@ def run(config: Config, ranks: Ranks) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}")
     origin = start_from_checkpoint(STAGE, config.source, config, ranks)
     data = chat_data_choice(config, origin.meta)
-    problems = Conversations(recipes.rl(data.source, "train", seed=data.seed), config.seed)
-    test = recipes.rl(data.source, "test", seed=data.seed)
+    train, test = machine_first(lambda: [recipes.rl(data.source, split, seed=data.seed) for split in ("train", "test")],
+                                ranks)
+    problems = Conversations(train, config.seed)
     num_iterations = config.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))

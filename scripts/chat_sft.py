@@ -16,7 +16,7 @@ from typing import Literal
 
 from nanochat.chat_data import SupervisedSteps
 from nanochat.cli import flag, run_main
-from nanochat.distributed import Ranks
+from nanochat.distributed import Ranks, machine_first
 from nanochat.errors import UserError
 from nanochat.evaluation.chat import evaluate_task
 from nanochat.evaluation.loss import evaluate_loss
@@ -71,7 +71,7 @@ def run(config: Config, ranks: Ranks) -> None:
     origin = start_from_checkpoint(STAGE, config.source, config, ranks)
     model, tokenizer, T = origin.model, origin.tokenizer, tokens_of_row(config, origin.model)
     data = chat_data_choice(config, origin.meta)
-    train_task, val_task = recipes.sft(data.source, seed=data.seed, extra=data.extra)
+    train_task, val_task = machine_first(lambda: recipes.sft(data.source, seed=data.seed, extra=data.extra), ranks)
     shape = {"examples_per_step": config.target_examples_per_step, "device_batch_size": config.device_batch_size,
              "max_tokens": T, "ranks": ranks}
     steps = SupervisedSteps(tokenizer, train_task, seed=config.seed, **shape)
@@ -101,7 +101,7 @@ def run(config: Config, ranks: Ranks) -> None:
 
         def grade(step: int) -> None:
             for name, make in graded.items():
-                task = make()
+                task = machine_first(make, ranks)
                 if task.kind == "categorical":
                     result = evaluate_task(model, tokenizer, task, ranks, max_problems=config.eval_metrics_max_problems)
                     log.say(f"step {step:05d} | {name} {result.accuracy:.1%}")

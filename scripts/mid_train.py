@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from nanochat.chat_data import ConversationSource, count_tokens
 from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader
-from nanochat.distributed import Ranks, broadcast_object
+from nanochat.distributed import Ranks, broadcast_object, machine_first
 from nanochat.evaluation.loss import EvalRows
 from nanochat.recipe import published
 from nanochat.run import (
@@ -65,7 +65,7 @@ def run(config: Config, ranks: Ranks) -> None:
     B, T = config.device_batch_size, tokens_of_row(config, model)
     micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
     data = chat_data_choice(config, origin.meta)
-    train_task, val_task = recipes.mid(data.source, seed=data.seed, extra=data.extra)
+    train_task, val_task = machine_first(lambda: recipes.mid(data.source, seed=data.seed, extra=data.extra), ranks)
     num_iterations = config.num_iterations
     if num_iterations <= 0:
         tokens = broadcast_object(count_tokens(train_task, tokenizer) if ranks.is_main else 0, ranks)

@@ -115,7 +115,7 @@ def test_epochs_have_orders_of_their_own():
 def test_supervised_targets_are_the_assistants_tokens_alone(tokenizer):
     chat = chats([(3, 4)])[0]
     ids, mask = tokenizer.render_conversation(chat)
-    inputs, targets = batch_of([(ids, mask), (ids[:9], [0] * 8 + [1])], 7, "cpu")
+    inputs, targets = batch_of([(ids, mask), (ids[:9], [0] * 8 + [1])], 7, "cpu", 2)
     assert inputs[0].tolist() == ids[:-1] and inputs[1, 8:].eq(7).all()
     for position, (token, learnt) in enumerate(zip(ids[1:], mask[1:])):
         assert targets[0, position] == (token if learnt else -1)

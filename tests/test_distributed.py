@@ -20,6 +20,7 @@ from nanochat.distributed import (
     compute_dtype,
     gather_objects,
     init_ranks,
+    machine_first,
     peak_flops,
 )
 from nanochat.errors import UserError
@@ -142,6 +143,26 @@ def _talk(ranks: Ranks) -> None:
     barrier(ranks)
 
 
+def _fetch(ranks: Ranks, path) -> None:
+    def work():
+        found = path.exists()
+        path.touch()
+        return found
+
+    assert machine_first(work, ranks) == (ranks.rank == 1)
+
+    def fails():
+        raise UserError(f"rank {ranks.rank} cannot reach the hub")
+
+    with pytest.raises(UserError, match="rank 0 cannot reach"):
+        machine_first(fails, ranks)
+
+
+def test_the_first_rank_of_a_machine_fetches_what_the_others_find(tmp_path):
+    start_ranks(2, _fetch, tmp_path / "fetched")
+    assert machine_first(lambda: 5, Ranks(0, 0, 1, torch.device("cpu"))) == 5
+
+
 def test_two_ranks_sum_and_hear_rank_0():
     start_ranks(2, _talk)
 
@@ -200,3 +221,17 @@ def test_peak_of_a_cpu_is_measured_once_and_of_other_devices_unknown():
     first = peak_flops("cpu", torch.float32)
     assert first > 1e8 and peak_flops("cpu", torch.float32) == first
     assert peak_flops("mps", torch.float32) is None
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_users_own_settings_of_the_allocator_stay(monkeypatch, own):
+    told = []
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:512")
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setattr(distributed.sys, "platform", "linux")
+    distributed.use_gpu(torch.device("cuda", 1))
+    assert told == ([] if own else ["expandable_segments:True"]) + [torch.device("cuda", 1)]

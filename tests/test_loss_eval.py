@@ -1,14 +1,25 @@
-"""Bits per byte and likelihoods of choices, against their definitions written out."""
+"""Bits per byte, likelihoods of choices, the rows of a validation, against their definitions written out."""
 
 import math
+import os
 
 import pytest
 import torch
 
+from nanochat.chat_data import ConversationSource
+from nanochat.dataloader import PackedLoader, TextSource
+from nanochat.dataset.__main__ import main as dataset
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
-from nanochat.evaluation.loss import evaluate_bpb, log_likelihoods
+from nanochat.evaluation import loss
+from nanochat.evaluation.loss import EvalRows, evaluate_bpb, log_likelihoods
+from nanochat.files import base_dir
+from nanochat.tokenizer import RustBPETokenizer
+from tasks.small_world import WorldQuestions
 from tests.helpers import small_model
+from tests.test_distributed import start_ranks
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
 class DigraphTokenizer:
@@ -59,3 +70,111 @@ def test_likelihoods_are_those_of_one_choice_at_a_time(logits_per_batch):
             with torch.no_grad():
                 logp = model(torch.tensor([ids])).log_softmax(-1)[0]
             assert value == pytest.approx(sum(float(logp[i - 1, ids[i]]) for i in range(start, len(ids))), abs=1e-3)
+
+
+# ---- the rows of a validation
+
+class Told(TextSource):
+    """Writes down each call of `encode`."""
+
+    def encode(self, texts):
+        with open(base_dir() / "encoded", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return super().encode(texts)
+
+
+def encoded():
+    path = base_dir() / "encoded"
+    processes = set(path.read_text().split()) if path.exists() else set()
+    path.unlink(missing_ok=True)
+    return len(processes)
+
+
+def files():
+    return sorted((base_dir() / "eval_rows").glob("*"))
+
+
+@pytest.fixture
+def tokenizer():
+    dataset(["small-world", "--docs=200"])
+    return RustBPETokenizer.train_from_iterator(["the house of the family is in the town by the river"] * 3, 290)
+
+
+def plain(source, B, T, count, cut):
+    with PackedLoader(source, B, T, ranks=ALONE, loop=False, cut=cut) as loader:
+        return [batch for _, batch in zip(range(count), loader)]
+
+
+def same(rows, batches):
+    rows = list(rows)
+    assert len(rows) == len(batches)
+    for (inputs, targets), wanted in zip(rows, batches):
+        assert torch.equal(inputs, wanted.inputs) and torch.equal(targets, wanted.targets)
+        assert inputs.dtype == torch.int64 and targets.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["text", "conversations"])
+def test_eval_rows_are_those_of_a_loader(tokenizer, kind):
+    source, cut = TextSource(tokenizer, "val"), True
+    if kind == "conversations":
+        source, cut = ConversationSource(tokenizer, WorldQuestions("test", size=9)), False
+    batches = plain(source, 3, 40, 5, cut)
+    assert kind == "text" or (batches[-1].targets[-1] == -1).all()  # the last batch is filled up
+    rows = EvalRows(source, 3, 40, 3 * 40 * 5 + 7, ranks=ALONE, cut=cut)
+    for _ in range(2):
+        same(rows, batches)
+    assert len(files()) == (kind == "text")
+
+
+def test_text_is_tokenised_again_only_for_other_rows(tokenizer):
+    def made(B=2, T=30, tokens=600, tokenizer=tokenizer):
+        same(EvalRows(Told(tokenizer, "val"), B, T, tokens, ranks=ALONE),
+             plain(TextSource(tokenizer, "val"), B, T, tokens // (B * T), True))
+        return encoded()
+
+    assert [made(), made()] == [1, 0]
+    assert [made(B=3), made(T=20), made(tokens=300), made()] == [1, 1, 1, 0]
+    other = RustBPETokenizer.train_from_iterator(["other words"] * 3, 270)
+    assert [made(tokenizer=other), made(), made(tokenizer=other)] == [1, 0, 0]
+    files()[0].write_bytes(files()[0].read_bytes()[:1000])
+    files()[1].write_bytes(b"")
+    assert sum([made(), made(B=3), made(T=20), made(tokens=300), made(tokenizer=other)]) == 2
+    shard = Told(tokenizer, "val").paths[-1]
+    os.utime(shard, ns=(1, 1))  # as if it were another file of the same size
+    assert [made(), made()] == [1, 0]
+
+
+def test_old_rows_are_removed(tokenizer, monkeypatch):
+    monkeypatch.setattr(loss, "KEPT_EVAL_ROWS", 2)
+    for T in (20, 21, 22, 23):
+        EvalRows(TextSource(tokenizer, "val"), 1, T, 100, ranks=ALONE)
+        os.utime(max(files(), key=lambda path: path.stat().st_mtime_ns), ns=(T, T))
+    assert sorted(path.stat().st_mtime_ns for path in files()) == [22, 23]
+
+
+def test_a_source_that_is_too_short_makes_no_rows(tokenizer):
+    source = ConversationSource(tokenizer, WorldQuestions("test", size=1))
+    assert list(EvalRows(source, 50, 500, 50 * 500, ranks=ALONE, cut=True)) == []
+    rows = EvalRows(TextSource(tokenizer, "val"), 5000, 500, 1, ranks=ALONE)
+    assert list(rows) == list(EvalRows(TextSource(tokenizer, "val"), 5000, 500, 1, ranks=ALONE)) == []
+
+
+def _share(ranks, tokenizer, base):
+    os.environ["NANOCHAT_BASE_DIR"] = str(base)  # the processes come from a server with the environment of its start
+    rows = EvalRows(Told(tokenizer, "val"), 2, 30, 7 * 60, ranks=ranks)
+    same(rows, plain(TextSource(tokenizer, "val"), 2, 30, 7, True)[ranks.rank::ranks.world_size])
+    source = ConversationSource(tokenizer, WorldQuestions("test", size=30))
+    rows = EvalRows(source, 2, 60, 5 * 120, ranks=ranks, cut=False)
+    same(rows, plain(source, 2, 60, 5, False)[ranks.rank::ranks.world_size])
+
+    class Broken(Told):
+        def encode(self, texts):
+            raise UserError("this text is broken")
+
+    with pytest.raises(UserError, match="this text is broken"):
+        EvalRows(Broken(tokenizer, "val"), 3, 30, 700, ranks=ranks)
+
+
+def test_two_ranks_tokenise_once_and_share(tokenizer):
+    start_ranks(2, _share, tokenizer, base_dir())
+    assert encoded() == 1 and len(files()) == 1

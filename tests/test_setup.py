@@ -99,6 +99,7 @@ class Project:
         self.fake("df", f"echo head; echo 'disk 1 1 {gigabytes * 1000000} 1% /'")
 
     def gpu(self, driver: str, capability: str = "9.0") -> None:
+        self.fake("gcc", "exit 0")
         self.fake("nvidia-smi", f'case "$*" in *driver*) echo "{driver}" ;; *) echo "{capability}" ;; esac')
 
     def start(self, script: str = "dev/setup.sh", *arguments: str, **environment: str) -> subprocess.Popen:
@@ -324,14 +325,113 @@ def test_small_disk_is_said_before_anything_is_fetched(project):
     project.refuses("too little disk", "2 GB")
 
 
-def test_old_driver_is_said_with_the_ways_out(project):
+@pytest.mark.parametrize("driver, capability, build", [
+    ("550.54.15", "9.0", "cu126"), ("525.60.13", "8.0", "cu126"), ("580.65.06", "7.0", "cu126"),
+    ("535.1", "5.0", "cu126"),
+    ("580.65.06", "9.0\n6.1\n9.0", "cu126"), ("575.57.08", "12.0", "cu128"), ("570.86.10", "10.0\n9.0", "cu128"),
+])
+def test_a_driver_or_gpu_too_old_for_the_pinned_torch_gets_the_newest_build_that_fits(project, driver, capability,
+                                                                                     build):
+    project.gpu(driver, capability)
+    output = project.succeeds()
+    assert f"the newest build that fits, {build}" in output and "NANOCHAT_TORCH" in output
+    assert any(f"--torch-backend {build} torch>=" in call for call in project.calls())
+    assert project.succeeds() == "set-up: ready (.venv)\n" and project.calls() == []
+
+
+@pytest.mark.parametrize("driver, capability", [("580.65.06", "7.5"), ("580.65.06", "12.0\n9.0"), ("610.1", "9.0"),
+                                                ("580.65.06", "[N/A]")])
+def test_a_new_driver_gets_the_pinned_torch(project, driver, capability):
+    project.gpu(driver, capability)
+    assert "newest build" not in project.succeeds()
+    assert not any("--torch-backend" in call for call in project.calls())
+
+
+def test_after_an_upgrade_of_the_driver_the_pinned_torch_comes_by_itself(project):
     project.gpu("550.54.15")
-    project.refuses("driver is 550.54.15", "580", "NANOCHAT_TORCH=cu126")
-    assert project.calls() == []
-    project.gpu("580.65.06", "7.0")
-    project.refuses("compute capability 7.0", "NANOCHAT_TORCH=cu126")
-    project.gpu("580.65.06", "7.5")
     project.succeeds()
+    project.calls()
+    project.gpu("580.65.06")
+    project.succeeds()
+    calls = project.calls()
+    assert any("pip sync" in call for call in calls) and not any("--torch-backend" in call for call in calls)
+    project.gpu("550.54.15")
+    assert project.succeeds() == "set-up: ready (.venv)\n"  # it is installed; nothing asks the driver any more
+
+
+def test_where_no_build_fits_the_ways_out_are_said_before_anything_is_fetched(project):
+    for driver, capability, words in [("470.1", "8.0", ["470.1", "525", "NANOCHAT_TORCH=cpu"]),
+                                      ("550.54.15", "3.5", ["3.5", "NANOCHAT_TORCH=cpu"]),
+                                      ("580.65.06", "7.0\n12.0", ["from 7.0 to 12.0", "NANOCHAT_TORCH=cu126"])]:
+        project.gpu(driver, capability)
+        project.refuses(*words)
+    assert project.calls() == []
+
+
+def test_a_choice_of_the_user_wins_over_the_drivers(project):
+    project.gpu("550.54.15")
+    assert "newest build" not in project.succeeds(NANOCHAT_TORCH="cpu")
+    assert any("--torch-backend cpu" in call for call in project.calls())
+    project.refuses("driver is 550.54.15", "580", "Without NANOCHAT_TORCH", NANOCHAT_TORCH="pinned")
+    project.succeeds(NANOCHAT_TORCH="pinned", NANOCHAT_SKIP_CHECKS="1")
+    assert not any("--torch-backend" in call for call in project.calls())
+
+
+# ---- what Triton needs on a GPU
+
+BARE = 'case "$*" in *Python.h*) exit 1 ;; *) echo 3.11.4 ;; esac'  # a Python without its header
+
+
+def test_without_a_gpu_no_header_is_needed(project):
+    project.fake("python3", BARE)
+    project.succeeds()
+
+
+def test_a_python_with_its_header_is_preferred_on_a_gpu(project):
+    project.gpu("580.65.06")
+    project.fake("python3.13", BARE)
+    project.succeeds()
+    assert any("/python3 " in call for call in project.calls() if call.startswith("uv venv"))
+
+
+def test_a_missing_header_makes_uv_fetch_a_python(project):
+    project.gpu("580.65.06")
+    project.fake("python3", BARE)
+    project.fake("managed", "echo 3.12.9")
+    fetched = '    "python find --managed-python"*) [ -f fetched ] && echo "$(dirname "$0")/managed"; exit ;;\n'
+    project.fake("uv", UV.replace('    "python find"*', fetched + '    "python find"*')
+                 .replace('case "$*" in\n    venv*', 'case "$*" in "python install"*) touch fetched ;;\n    venv*'))
+    assert "fetching one" in project.succeeds()
+    assert any("/managed " in call for call in project.calls() if call.startswith("uv venv"))
+
+
+def test_a_header_that_cannot_be_had_is_an_error_before_anything_long(project):
+    project.gpu("580.65.06")
+    project.fake("python3", BARE)
+    project.refuses("Python.h", "apt-get install python3.11-dev", "NANOCHAT_PYTHON=")
+    assert not any("pip sync" in call or "venv" in call for call in project.calls())
+    project.fake("mine", BARE)
+    project.refuses("mine has no Python.h", "python3.11-dev", "unset NANOCHAT_PYTHON",
+                    NANOCHAT_PYTHON=str(project.bin / "mine"))
+    project.succeeds(NANOCHAT_SKIP_CHECKS="1")
+
+
+def test_a_venv_without_the_header_is_made_anew_on_a_gpu(project):
+    project.write("venv_python", VENV_PYTHON.replace('case "$*" in', 'case "$*" in *Python.h*) [ -f good ] ;;', 1))
+    project.succeeds()
+    assert project.succeeds() == "set-up: ready (.venv)\n"
+    project.calls()
+    project.gpu("580.65.06")
+    project.succeeds()
+    assert any(call.startswith("uv venv") for call in project.calls())
+
+
+def test_triton_needs_a_compiler_of_its_own_names(project):
+    project.gpu("580.65.06")
+    (project.bin / "gcc").unlink()
+    project.refuses("Triton", "apt-get install gcc", "CC=cc")
+    assert project.calls() == []
+    project.succeeds(CC="cc")
 
 
 def test_driver_without_a_gpu_is_no_hindrance(project):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nanochat.cache import Cache
 from nanochat.engine.cuda_graphs import MIN_LENGTH, StaticDecoder, bucket
 from nanochat.engine.row import Row, scored
-from nanochat.gpt import padded
+from nanochat.ragged import length_on, padded
 from nanochat.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -81,19 +81,21 @@ class Batch:
         heads = rows[::samples]
         while heads:
             count, longest = 0, 0
-            while count < len(heads) and (
-                    not count or max(longest, len(heads[count].prompt)) * (count + 1) <= PREFILL_TOKENS):
-                longest = max(longest, len(heads[count].prompt))
-                count += 1
+            while count < len(heads):
+                longer = max(longest, length_on(self.model.device, len(heads[count].prompt)))
+                if count and longer * (count + 1) > PREFILL_TOKENS:
+                    break
+                longest, count = longer, count + 1
             self._prefill(heads[:count], rows[:count * samples], samples)
             heads, rows = heads[count:], rows[count * samples:]
 
     def _prefill(self, heads: list[Row], rows: list[Row], samples: int) -> None:
         """Prefill one prompt for each of `heads`, and add `rows`: `samples` for each of them."""
-        ids, counts = padded([row.prompt for row in heads], self.model.device)
-        cache = self.model.new_cache(len(heads), max(counts) + min(max(row.max_tokens for row in rows), 128))
-        ragged = counts if min(counts) < max(counts) else None
-        logits = self.model(ids, cache=cache, counts=ragged, last_only=True)[:, -1]
+        ids, counts = padded([row.prompt for row in heads], self.model.device, PREFILL_TOKENS)
+        cache = self.model.new_cache(len(ids), ids.shape[1] + min(max(row.max_tokens for row in rows), 128))
+        ragged = counts if min(counts) < ids.shape[1] else None
+        logits = self.model(ids, cache=cache, counts=ragged, last_only=True)[:len(heads), -1]
+        cache.resize(len(heads))
         if samples > 1:
             cache, logits = cache.fork(samples), logits.repeat_interleave(samples, dim=0)
         self.add_prefilled(rows, cache, logits)

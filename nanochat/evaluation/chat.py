@@ -17,7 +17,7 @@ import torch
 from nanochat.distributed import Ranks, gather_objects
 from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.gpt import padded
+from nanochat.ragged import length_on, padded
 
 BATCH_TOKENS = 1 << 14  # of multiple-choice prompts in one forward, padding included
 
@@ -110,10 +110,10 @@ def _grade_choices(model, tokenizer, task: Any, indices: range, batch_size: int)
         prompts[index] = conversation, tokenizer.render_for_completion(conversation)
     waiting = sorted(prompts, key=lambda index: -len(prompts[index][1]))
     while waiting:
-        longest = len(prompts[waiting[0]][1])
+        longest = length_on(model.device, len(prompts[waiting[0]][1]))
         B = max(1, min(batch_size, BATCH_TOKENS // longest))
         batch, waiting = waiting[:B], waiting[B:]
-        ids, counts = padded([prompts[index][1] for index in batch], model.device)
+        ids, counts = padded([prompts[index][1] for index in batch], model.device, BATCH_TOKENS, batch_size)
         logits = model(ids, counts=counts, last_only=True)[:, 0].cpu()
         for i, index in enumerate(batch):
             conversation = prompts[index][0]

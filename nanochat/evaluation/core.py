@@ -28,7 +28,7 @@ from torch import Tensor
 from nanochat.distributed import Ranks, broadcast_object, gather_objects
 from nanochat.errors import UserError
 from nanochat.evaluation.core_bundle import Bundle, CoreTask, open_bundle
-from nanochat.gpt import padded
+from nanochat.ragged import length_on, padded
 
 ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 MAX_LENGTH_FACTOR = 10  # longest prompt in units of sequence_len, as published; longer ones failed there, ours are cut
@@ -319,34 +319,37 @@ def _forward(model, groups: Iterator[tuple[int, list[_Sequence]]], budget: int
     Yields (sequences, hidden states (B, T, E), offsets). Id t of a sequence is at position t − offset: the first
     `offset` ids are the prefix of its group, which is prefilled once. The cache is then copied for each sequence.
     """
+    device = model.device
     single, grouped = [], []
     for shared, group in groups:
         (grouped if shared else single).append((shared, group))
     single.sort(key=lambda entry: -len(entry[1][0].ids))
-    for batch in _batches(single, lambda batch: len(batch) * len(batch[0][1][0].ids) <= budget):
+    for batch in _batches(single, lambda batch: len(batch) * length_on(device, len(batch[0][1][0].ids)) <= budget):
         sequences = [sequence for _, (sequence,) in batch]
-        ids, counts = padded([sequence.ids for sequence in sequences], model.device)
+        ids, counts = padded([sequence.ids for sequence in sequences], device, budget)
         yield sequences, model.hidden(ids, counts=counts), [0] * len(sequences)
     grouped.sort(key=lambda entry: -entry[0])
-    for batch in _batches(grouped, lambda batch: _fits(batch, budget)):
+    for batch in _batches(grouped, lambda batch: _fits(batch, budget, device)):
         prefixes = [group[0].ids[:shared] for shared, group in batch]
         longest = max(len(sequence.ids) for _, group in batch for sequence in group)
-        cache = model.new_cache(len(batch), max_len=longest)
-        ids, counts = padded(prefixes, model.device)
+        ids, counts = padded(prefixes, device, budget)
+        cache = model.new_cache(len(ids), max_len=max(longest, ids.shape[1]))
         model.hidden(ids, cache, counts)
-        cache = cache.select([i for i, (_, group) in enumerate(batch) for _ in group])
         sequences = [sequence for _, group in batch for sequence in group]
         offsets = [shared for shared, group in batch for _ in group]
-        ids, counts = padded([sequence.ids[offset:] for sequence, offset in zip(sequences, offsets)], model.device)
+        ids, counts = padded([sequence.ids[offset:] for sequence, offset in zip(sequences, offsets)], device, budget)
+        rows = [i for i, (_, group) in enumerate(batch) for _ in group]
+        cache = cache.select(rows + rows[-1:] * (len(ids) - len(rows)))
         yield sequences, model.hidden(ids, cache, counts), offsets
 
 
-def _fits(batch: list[tuple[int, list[_Sequence]]], budget: int) -> bool:
+def _fits(batch: list[tuple[int, list[_Sequence]]], budget: int, device: torch.device) -> bool:
     """Does each of the two forwards of these groups fit the budget of tokens, and their cache four times the budget?"""
     count = sum(len(group) for _, group in batch)
-    rest = max(len(sequence.ids) - shared for shared, group in batch for sequence in group)
+    rest = length_on(device, max(len(sequence.ids) - shared for shared, group in batch for sequence in group))
     longest = max(len(sequence.ids) for _, group in batch for sequence in group)
-    return len(batch) * batch[0][0] <= budget and count * rest <= budget and count * longest <= 4 * budget
+    prefixes = len(batch) * length_on(device, batch[0][0])
+    return prefixes <= budget and count * rest <= budget and count * longest <= 4 * budget
 
 
 def _batches(entries: list, fits: Callable[[list], bool]) -> Iterator[list]:

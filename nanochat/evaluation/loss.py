@@ -3,14 +3,25 @@
 Bits per byte is the loss in a unit that does not depend on the tokenizer: models with different vocabularies compare.
 """
 
+import hashlib
 import math
+import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.distributed import Ranks, all_reduce_sum
+from nanochat.distributed import Ranks, all_reduce_sum, barrier, broadcast_object, machine_first
 from nanochat.errors import UserError
+from nanochat.files import atomic_write, base_dir, sweep, to_json
+from nanochat.ragged import length_on, padded
+
+EVAL_ROWS_FORMAT = 1  # higher after a change of what a file of rows holds, or of how documents are packed
+KEPT_EVAL_ROWS = 8    # files; 42 MB each in the published recipe
 
 
 @torch.no_grad()
@@ -59,10 +70,13 @@ def evaluate_loss(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor
 
 
 class EvalRows:
-    """The first tokens of a document source as packed batches, kept in host memory. Iterating gives those of this rank.
+    """The first tokens of a document source as packed batches. Iterating gives those of this rank. Collective to make.
 
     Rank r has every world_size-th batch, starting with batch r. The batches do not depend on the number of ranks, so
     that the bits per byte do not either.
+
+    The documents are tokenised once a machine, by its first rank, into a file in base_dir()/eval_rows that all ranks
+    read. Rows of text are kept there, and a later run of the same text, tokenizer and shape finds them.
 
     Args:
         source: as PackedLoader takes it.
@@ -70,28 +84,72 @@ class EvalRows:
         tokens: of all batches together; fewer where the source is shorter.
         ranks: this rank, and the device that batches are moved to.
         cut: as PackedLoader takes it.
+
+    Raises:
+        UserError: on all ranks, where the rows of a machine cannot be made or written.
     """
 
     def __init__(self, source, batch_size: int, sequence_len: int, tokens: int, *, ranks: Ranks, cut: bool = True):
-        from nanochat.dataloader import PackedLoader  # not at the top: a model can be evaluated where there is no text
+        self.ranks, self.bos = ranks, source.bos
+        count = max(1, tokens // (batch_size * sequence_len))
+        paths = [(path.name, path.stat().st_mtime_ns) for path in getattr(source, "paths", ())]
+        about = [EVAL_ROWS_FORMAT, source.fingerprint(), paths, source.tokenizer_fingerprint, source.bos, batch_size,
+                 sequence_len, count, cut]
+        keeps = bool(paths) and source.tokenizer_fingerprint is not None  # else its fingerprint does not say all
+        if not keeps:
+            about.append(broadcast_object(uuid.uuid4().hex, ranks))
+        name = hashlib.sha256(to_json(about).encode()).hexdigest()[:20]
+        path = base_dir() / "eval_rows" / f"{name}.npy"
 
-        one_rank = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-        loader = PackedLoader(source, batch_size, sequence_len, ranks=one_rank, loop=False, cut=cut)
-        self.device, self.batches = ranks.device, []
-        try:
-            for number in range(max(1, tokens // (batch_size * sequence_len))):
-                try:
-                    inputs, targets = next(loader)
-                except StopIteration:
-                    break
-                if number % ranks.world_size == ranks.rank:
-                    self.batches.append((inputs.to(torch.int32), targets.to(torch.int32)))
-        finally:
-            loader.close()
+        def rows() -> np.ndarray:
+            if (found := _read_rows(path)) is None:
+                _write_rows(path, _packed_rows(source, batch_size, sequence_len, count, cut))
+                found = _read_rows(path)
+            return found
+
+        self._rows = machine_first(rows, ranks)  # (batches, B, T + 1), −1 where there is no token
+        if not keeps:
+            barrier(ranks)
+            path.unlink(missing_ok=True)  # who has opened it keeps it
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for inputs, targets in self.batches:
-            yield inputs.to(self.device).long(), targets.to(self.device).long()
+        for number in range(self.ranks.rank, len(self._rows), self.ranks.world_size):
+            rows = torch.from_numpy(np.array(self._rows[number])).to(self.ranks.device).long()
+            inputs = rows[:, :-1]
+            yield torch.where(inputs < 0, self.bos, inputs), rows[:, 1:].contiguous()
+
+
+def _packed_rows(source, batch_size: int, sequence_len: int, count: int, cut: bool) -> np.ndarray:
+    """Return the first `count` batches of a source, fewer where it ends: (batches, B, T + 1), −1 where there is no
+    token."""
+    from nanochat.dataloader import PackedLoader  # not at the top: a model can be evaluated where there is no text
+
+    one_rank = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    batches = np.empty((count, batch_size, sequence_len + 1), dtype=np.int32)
+    made = 0
+    with PackedLoader(source, batch_size, sequence_len, ranks=one_rank, loop=False, cut=cut) as loader:
+        for inputs, targets in islice(loader, count):
+            batches[made, :, 0], batches[made, :, 1:] = inputs[:, 0], targets
+            made += 1
+    return batches[:made]
+
+
+def _read_rows(path: Path) -> np.ndarray | None:
+    """Return the array of a file, mapped into memory; None where there is no such file, or it is broken."""
+    for mode in ("r", None):  # an array without entries cannot be mapped
+        with suppress(OSError, ValueError, EOFError):
+            return np.load(path, mmap_mode=mode)
+    return None
+
+
+def _write_rows(path: Path, rows: np.ndarray) -> None:
+    """Write a file of rows, and remove the oldest ones beside it."""
+    with atomic_write(path) as file:
+        np.save(file, rows)
+    sweep(path.parent)
+    with suppress(OSError):  # another run may remove the same ones
+        for old in sorted(path.parent.glob("*.npy"), key=lambda path: -path.stat().st_mtime)[KEPT_EVAL_ROWS:]:
+            old.unlink()
 
 
 @torch.no_grad()
@@ -127,13 +185,11 @@ def log_likelihoods(model: torch.nn.Module, tokenizer, prompts: list[str], choic
     V = model.config.vocab_size
     while waiting:
         B = 1
-        while B < len(waiting) and len(waiting[B][0]) * (B + 1) * V <= logits_per_batch:
+        while B < len(waiting) and length_on(model.device, len(waiting[B][0])) * (B + 1) * V <= logits_per_batch:
             B += 1
         batch, waiting = waiting[:B], waiting[B:]
-        inputs = torch.zeros(B, len(batch[-1][0]), dtype=torch.long)
-        for i, (ids, _) in enumerate(batch):
-            inputs[i, :len(ids)] = torch.tensor(ids)
-        logp = model(inputs.to(model.device)).log_softmax(-1)
+        inputs, _ = padded([ids for ids, _ in batch], model.device, logits_per_batch // V)
+        logp = model(inputs).log_softmax(-1)
         for i, (ids, start) in enumerate(batch):
             shared = sum(float(logp[i, j - 1, ids[j]]) for j in range(start, len(ids)))
             last = logp[i, len(ids) - 1].cpu()

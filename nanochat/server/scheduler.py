@@ -24,6 +24,7 @@ import torch
 
 from nanochat.engine import Batch, Engine, Row, scored
 from nanochat.errors import UserError
+from nanochat.ragged import length_on
 from nanochat.server.messages import Event, RowRequest, Scores
 from nanochat.server.prefix_cache import PrefixCache
 
@@ -209,9 +210,12 @@ class Scheduler:
         """Prefill the next chunk of a row's tokens; after the last one, self._logits (1, V) are for its next token."""
         ids, begin = row.prefill, row.prefilled
         end = min(begin + self.chunk, len(ids))
-        chunk = torch.tensor([ids[begin:end]], device=self.model.device)
+        # the last chunk of a prompt, on a GPU: few lengths
+        T = length_on(self.model.device, end - begin, most=min(self.chunk, self.context - begin))
+        chunk = torch.tensor([ids[begin:end] + [0] * (T - (end - begin))], device=self.model.device)
+        counts = [end - begin] if T > end - begin else None
         if row.prompt_logprobs and row.logprobs is not None:
-            logits = self.model(chunk, cache=self._buffer)[0]
+            logits = self.model(chunk, cache=self._buffer, counts=counts)[0, :end - begin]
             for i in range(begin, end):
                 if len(row.prompt_scores) <= i + 1 < len(row.prompt):
                     row.prompt_scores.append(scored(logits[i - begin], ids[i + 1], row.logprobs))
@@ -219,9 +223,9 @@ class Scheduler:
                 self._events.append(Event(row.id, "prompt", prompt_logprobs=row.prompt_scores))
             self._logits = logits[-1:]
         elif end < len(ids):
-            self.model.hidden(chunk, self._buffer)
+            self.model.hidden(chunk, self._buffer, counts)
         else:
-            self._logits = self.model(chunk, cache=self._buffer, last_only=True)[:, -1]
+            self._logits = self.model(chunk, cache=self._buffer, counts=counts, last_only=True)[:, -1]
         if end % self.chunk == 0:
             self.prefix.keep(ids[:end], self._buffer)
         row.prefilled = end

@@ -93,7 +93,7 @@ class ModelHost:
 
     def __init__(self, config: WorkerConfig, inbox: queue.SimpleQueue):
         """Choose the device. Raises UserError if it is missing. inbox: where loading threads put ("loaded", ...)."""
-        from nanochat.distributed import init_ranks
+        from nanochat.distributed import init_ranks, use_gpu
 
         self.config, self.inbox = config, inbox
         kind, _, number = config.device.partition(":")
@@ -103,7 +103,7 @@ class ModelHost:
                 raise UserError(f"there is no {config.device}: this machine shows {torch.cuda.device_count()} GPUs; "
                                 "see --num-gpus")
             self.device = torch.device(config.device)
-            torch.cuda.set_device(self.device)
+            use_gpu(self.device)
         else:
             self.device = init_ranks(kind).device
         self.schedulers: dict[ModelKey, Scheduler] = {}     # the least recently used first

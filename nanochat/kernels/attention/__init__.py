@@ -15,7 +15,8 @@ fastest there: flash3, or one of PyTorch's cudnn, flash and efficient, or what P
 - CPUs, causal, float32 or bfloat16: the kernels of cpu.py, which compute nothing that the mask hides and store no
   scores. Saved for backward: q, k, v, y and the log-sum-exp of each query's scores, (B, H, T) in float32. A position's
   result depends neither on the other rows nor on later positions. They have no second derivative.
-- Everything else, and CPUs under torch.compile: PyTorch's scaled_dot_product_attention.
+- Everything else, and CPUs under torch.compile: PyTorch's scaled_dot_product_attention; outside of a compiled step
+  never by cuDNN, which would plan every shape anew (nanochat/kernels/sdpa.py).
 """
 
 import os
@@ -24,7 +25,6 @@ from collections.abc import Callable
 from functools import cache, lru_cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.cpu import ready as cpu_ready
@@ -38,6 +38,7 @@ from nanochat.kernels.dispatch import (
     default_backend,
     kernels_of,
 )
+from nanochat.kernels.sdpa import sdpa
 
 FLASH3, NATIVE, PYTORCH = "flash3", "cpu", "torch"
 
@@ -146,8 +147,7 @@ def _run_pytorch(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | N
     if window is not None:
         T, causal = q.shape[1], False
         mask = (causal_mask if torch.compiler.is_compiling() else _cached_mask)(T, window, q.device)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                          is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    return sdpa(q, k, v, causal=causal, mask=mask)
 
 
 def _on_cuda(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, window: int | None) -> bool:

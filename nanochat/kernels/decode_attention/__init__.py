@@ -11,11 +11,11 @@ ms.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.dispatch import fused
 from nanochat.kernels.rope_norm import rope_norm_twin
+from nanochat.kernels.sdpa import sdpa
 
 
 def decode_attention_twin(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -26,8 +26,7 @@ def decode_attention_twin(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None =
         k, v: (B, S, G, D); H/G neighbouring query heads share a key head
         mask: bool (B, 1, 1, S), the keys that count; None for all
     """
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                          enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    return sdpa(q, k, v, mask=mask)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
