@@ -200,18 +200,19 @@ class _Bucket:
 class MuonAdamW:
     """The optimizer of a whole model, for any number of ranks; the top of this file says how it works."""
 
-    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks):
+    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks, dtype: torch.dtype | None = None):
         """Lay out buckets and this rank's part of the state.
 
         Args:
             groups: from `parameter_groups`, the same on every rank.
             ranks: who shares the work.
+            dtype: of Newton-Schulz; None takes the device's `compute_dtype`.
 
         Raises:
             ValueError: a parameter was given twice, or is not contiguous float32 on the ranks' kind of device. The
                 weights that are trained are float32, whatever the precision of the matrix products.
         """
-        self.ranks, self.steps, self.dtype = ranks, 0, compute_dtype(ranks.device)
+        self.ranks, self.steps, self.dtype = ranks, 0, dtype or compute_dtype(ranks.device)
         self.buckets: list[_Bucket] = []
         seen: set[int | str] = set()
         for group in groups:

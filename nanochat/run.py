@@ -27,10 +27,11 @@ from nanochat.distributed import (
     Ranks,
     barrier,
     broadcast_object,
-    compute_dtype,
+    dtype_of_run,
     gather_objects,
     joined_ranks,
     peak_flops,
+    precision_note,
 )
 from nanochat.engine import Engine
 from nanochat.errors import UserError
@@ -155,7 +156,7 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     parent_step = None if config.model_step < 0 else config.model_step
     name, wanted = (stage.name, step) if step else (source, parent_step)
     model, tokenizer, meta = load_model(name, ranks.device, model_tag=tag, step=wanted)
-    model.compute_dtype = compute_dtype(ranks.device)
+    model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype") if step else None)
 
     parent = load_checkpoint(parent_folder, parent_step).meta if step else meta
     files = parent.get("files") or {}
@@ -214,7 +215,7 @@ def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
     groups = override(published.groups, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr,
                       unembedding_lr=config.unembedding_lr, weight_decay=config.weight_decay,
                       lr_frac=getattr(config, "init_lr_frac", 1.0))
-    optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks)
+    optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks, origin.model.compute_dtype)
     if origin.step:
         found = load_checkpoint(origin.folder, origin.step, weights=False, optimizer=True)
         if found.optimizer_state is None:
@@ -305,6 +306,8 @@ class StageRun:
             self.log.say(f"{self.origin.loaded}: {parameters:,} parameters")
         for line in lines:
             self.log.say(line)
+        if note := precision_note(self.ranks.device, self.model.compute_dtype):
+            self.log.say(note)
         if self.origin.step:
             self.log.say(f"resuming from step {self.origin.step} of {self.origin.folder}")
         self.log.record("model", parameters=parameters, num_iterations=self.num_iterations,
@@ -352,6 +355,7 @@ class StageRun:
             save_checkpoint(self.origin.folder, step, self.model.state_dict(), {
                 **self.results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
                 "device_batch_size": self.config.device_batch_size, "max_seq_len": self.max_seq_len,
+                "compute_dtype": str(self.model.compute_dtype).removeprefix("torch."),
                 "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(),
                 "world_size": self.ranks.world_size, **self.origin.provenance,
                 **({"loader": position} if self.loader is not None else {}),

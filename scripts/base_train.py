@@ -21,7 +21,7 @@ from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir, shard_paths
 from nanochat.dataset.shards import read_source
-from nanochat.distributed import Ranks, compute_dtype
+from nanochat.distributed import Ranks, dtype_of_run
 from nanochat.errors import UserError
 from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_core
 from nanochat.evaluation.loss import EvalRows
@@ -131,7 +131,7 @@ def origin_of(config: Config, model: GPT, tokenizer: Any, text: Path, ranks: Ran
             raise UserError(f"{folder} was trained with another tokenizer. {way_out}")
         model.load_state_dict(found.model_state)
     model.to(ranks.device)
-    model.compute_dtype = compute_dtype(ranks.device)
+    model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype"))
     return Origin(stage=STAGES["base"], folder=folder, step=step or 0, model=model, tokenizer=tokenizer, meta=meta,
                   loaded="", provenance={"data": read_source(text)})
 
