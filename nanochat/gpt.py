@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Attention
 from nanochat.cache import Cache, LayerCache
@@ -144,13 +145,15 @@ class GPT(nn.Module):
     """Token ids to logits or loss.
 
     Weights stay in the dtype they have (float32 in training). Activations are in `compute_dtype`, or in the weights'
-    dtype where it is None.
+    dtype where it is None. With `recompute`, training keeps the input of each block alone, and backward computes the
+    block again (activation checkpointing): a third more products for a fraction of the memory, and equal gradients.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self.recompute = False
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList([Block(config, letter) for letter in config.pattern()]),
@@ -237,8 +240,12 @@ class GPT(nn.Module):
         if cache is None:
             positions = Positions.of_full_rows(self.rope(T), T)
             compiled = tuple(ids.shape) == self._compiled_for
+            recompute = self.recompute and torch.is_grad_enabled()
             for block in self.transformer.h:
-                x = (block if compiled else block.forward)(x, positions)
+                run = block if compiled else block.forward
+                # nothing in a block is random, so the random state need not be kept for the second time
+                x = (checkpoint(run, x, positions, use_reentrant=False, preserve_rng_state=False) if recompute
+                     else run(x, positions))
         else:
             cache.reserve(T)
             positions = Positions.after_cache(
