@@ -193,6 +193,8 @@ class GPT(nn.Module):
     def compile_blocks(self, B: int, T: int) -> None:
         """Compile the blocks for batches of exactly (B, T) without a cache; other shapes run eagerly. Names do not
         change."""
+        if self._compiled_for == (B, T):
+            return
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self._compiled_for = (B, T)

@@ -29,6 +29,7 @@ from nanochat.distributed import (
     broadcast_object,
     dtype_of_run,
     gather_objects,
+    has_triton,
     joined_ranks,
     peak_flops,
     precision_note,
@@ -40,8 +41,9 @@ from nanochat.files import base_dir, free_name
 from nanochat.gpt import GPT
 from nanochat.loading import checkpoint_dir, load_model
 from nanochat.logs import RunLog
+from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.recipe import override, published
+from nanochat.recipe import Recompute, override, published
 from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
 
@@ -69,6 +71,7 @@ class ChatStageFlags:
     init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates")
     weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps")
     grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit")
+    recompute: Recompute = flag(published.mid.recompute, RECOMPUTE_HELP)
     save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only")
     keep: int = flag(published.mid.keep, "periodical checkpoints to keep; the last one always stays")
     seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled")
@@ -84,10 +87,20 @@ def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] 
 
 
 def compile_wanted(choice: str, ranks: Ranks) -> bool:
-    """Return whether the blocks are to be compiled, by the flag --compile: yes, no, or auto (on GPUs)."""
+    """Return whether the blocks are to be compiled, by the flag --compile: yes, no, or auto (on GPUs that can)."""
     if choice not in ("auto", "yes", "no"):
         raise UserError(f"--compile is yes, no or auto, not {choice!r}")
-    return choice == "yes" or choice == "auto" and ranks.device.type == "cuda"
+    if choice == "no" or ranks.device.type != "cuda":
+        return choice == "yes"
+    if torch.version.hip is None and not has_triton(ranks.device, (7, 0)):
+        why = ("torch.compile needs Triton and a GPU of compute capability 7.0 or later; this is "
+               f"{torch.cuda.get_device_name(ranks.device)}")
+        if choice == "yes":
+            raise UserError(f"--compile=yes, but {why}. Use --compile=auto or --compile=no.")
+        if ranks.is_main:
+            print(f"note: {why}: the blocks run uncompiled, slower")
+        return False
+    return True
 
 
 # ---- what a run starts from
@@ -325,15 +338,17 @@ class StageRun:
         Raises:
             UserError: training has diverged. SystemExit: the process was asked to stop; a checkpoint is saved.
         """
-        train(self.model, self.optimizer, batches, plan, self.ranks, self.log,
-              flops_per_token=self.model.flops_per_token(self.max_seq_len),
-              peak=peak_flops(self.ranks.device, self.model.compute_dtype) if mfu else None,
-              start=self.origin.step, before_step=self._before_step(actions), save=self.save)
+        with explained_out_of_memory(self.config.device_batch_size, self.model.recompute):
+            train(self.model, self.optimizer, batches, plan, self.ranks, self.log,
+                  flops_per_token=self.model.flops_per_token(self.max_seq_len),
+                  peak=peak_flops(self.ranks.device, self.model.compute_dtype) if mfu else None,
+                  start=self.origin.step, before_step=self._before_step(actions), save=self.save)
 
     def train_by(self, one_step: Callable[[int, bool], bool], actions: Sequence[PeriodicAction]) -> None:
         """Train like `train`, with a step of another kind: one_step as `nanochat.training.run_steps` takes it."""
-        run_steps(one_step, self.origin.step, self.num_iterations, self.log, before_step=self._before_step(actions),
-                  save=self.save)
+        with explained_out_of_memory(self.config.device_batch_size, self.model.recompute):
+            run_steps(one_step, self.origin.step, self.num_iterations, self.log,
+                      before_step=self._before_step(actions), save=self.save)
 
     def _before_step(self, actions: Sequence[PeriodicAction]) -> Callable[[int], None]:
         end = self.num_iterations
@@ -355,6 +370,7 @@ class StageRun:
             save_checkpoint(self.origin.folder, step, self.model.state_dict(), {
                 **self.results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
                 "device_batch_size": self.config.device_batch_size, "max_seq_len": self.max_seq_len,
+                "recompute": self.config.recompute,
                 "compute_dtype": str(self.model.compute_dtype).removeprefix("torch."),
                 "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(),
                 "world_size": self.ranks.world_size, **self.origin.provenance,

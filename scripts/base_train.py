@@ -27,7 +27,8 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.recipe import Horizon, RateSchedule, published
+from nanochat.memory import RECOMPUTE_HELP, fit_batch
+from nanochat.recipe import MOST_ROWS, Horizon, RateSchedule, Recompute, Rows, published
 from nanochat.run import Origin, PeriodicAction, compile_wanted, is_trained, launch, loader_state, open_run, resume_step
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -54,8 +55,9 @@ class Config:
                                "optimizer steps; counts before the next two; -1 = unset")
     target_flops: float = flag(BASE.horizon.target_flops, "train until this many FLOPs are done; -1 = unset")
     target_param_data_ratio: float = flag(BASE.horizon.target_param_data_ratio, "train on this many tokens a parameter")
-    device_batch_size: int = flag(BASE.device_batch_size,
-                                  "rows a device takes at a time; lower it when memory does not suffice")
+    device_batch_size: Rows = flag(BASE.device_batch_size,
+                                   "rows a device takes at a time; auto is what fits its memory")
+    recompute: Recompute = flag(BASE.recompute, RECOMPUTE_HELP)
     total_batch_size: int = flag(BASE.total_batch_size, "tokens of all devices in an optimizer step")
     embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)")
     unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)")
@@ -139,14 +141,14 @@ def origin_of(config: Config, model: GPT, tokenizer: Any, text: Path, ranks: Ran
 def run(config: Config, ranks: Ranks) -> None:
     """Run base training on these ranks."""
     compiled = compile_wanted(config.compile, ranks)
-    B, T = config.device_batch_size, config.max_seq_len
+    T = config.max_seq_len
+    share_of_micro_batches(config.total_batch_size, config.device_batch_size, T, ranks)  # raises before a model is made
     tokenizer = get_tokenizer()
     shape = model_shape(config, tokenizer.get_vocab_size())
     bundle = None
     if config.core_metric_every > 0:  # find what is wrong with it at the start, not after thousands of steps
         bundle = bundle_of_ranks(None, ranks)
         check_bundle(bundle, config.core_metric_max_per_task, ranks)
-    micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
     text = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
     shard_paths("train", text)  # raises where there is no text, before a model is made
 
@@ -156,8 +158,10 @@ def run(config: Config, ranks: Ranks) -> None:
     origin = origin_of(config, model, tokenizer, text, ranks)
     if is_trained(origin, num_iterations, ranks):
         return
-    if compiled:
-        model.compile_blocks(B, T)
+    config = fit_batch(config, model, T, config.total_batch_size // T, MOST_ROWS["base"], ranks, meta=origin.meta,
+                       compiled=compiled)
+    B = config.device_batch_size
+    micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
     loader = PackedLoader(TextSource(tokenizer, "train", text), B, T, ranks=ranks, state=loader_state(origin, ranks))
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),

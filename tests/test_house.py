@@ -92,7 +92,7 @@ FLOORS = [
     ["kernels"],
     ["layers", "positions", "cache", "mixer", "slc2", "attention", "sampling"],
     ["gpt"],
-    ["optim", "training", "engine", "evaluation", "checkpoint", "loading", "rl"],
+    ["optim", "memory", "training", "engine", "evaluation", "checkpoint", "loading", "rl"],
     ["run", "llm", "server"],
 ]
 OUTSIDE = {"scripts", "tasks", "tests", "bench", "dev"}  # what the library never imports
