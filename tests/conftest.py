@@ -134,6 +134,15 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def nullgpu(make_once):
+    """The null GPU, `tests.nullgpu.NullGPU`, built once; compiled kernels stay in its folder for all processes."""
+    from tests import nullgpu
+    if reason := nullgpu.missing():
+        pytest.skip(reason)
+    return nullgpu.NullGPU(make_once("nullgpu", nullgpu.build))
+
+
+@pytest.fixture(scope="session")
 def triton_interprets():
     """Skips where there is no Triton, or one whose interpreter cannot read the numbers of this numpy."""
     pytest.importorskip("triton")

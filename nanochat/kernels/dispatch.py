@@ -1,6 +1,7 @@
 """How an operation finds its kernel, and how an operation becomes a torch operator."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -37,6 +38,15 @@ def _module(operation: str, backend: str) -> ModuleType | None:
         return import_module(f"nanochat.kernels.{operation}.{backend}")
     except ImportError:
         return None
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Return the context for a Triton launch on x's device: Triton launches on the current one.
+
+    Without it a kernel for cuda:1 runs on cuda:0, on a stream that knows nothing of the other device's work. It is a
+    `with` around every launch, since there are no other ways to say it.
+    """
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()  # on a CPU Triton interprets
 
 
 def define_operator(name: str, schema: str, run: Callable, shapes: Callable, backward: Callable | None = None,

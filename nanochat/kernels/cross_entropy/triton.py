@@ -10,12 +10,12 @@ the rounding of bfloat16 logits. For float32 logits near 0, where that is not sm
 used.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.cross_entropy import IGNORE, SOFTCAP
+from nanochat.kernels.dispatch import on_device_of
 
 BLOCK = 8192  # logits that a program works on at a time: 16 for each of 512 threads
 CAP = tl.constexpr(SOFTCAP)
@@ -81,6 +81,6 @@ def softcapped_cross_entropy_(z: Tensor, targets: Tensor, factors: Tensor | None
     N, V = z.shape
     block = min(BLOCK, triton.next_power_of_2(V))
     if N:
-        with torch.cuda.device_of(z):  # Triton launches on the current device
+        with on_device_of(z):
             _row[(N,)](z, targets, targets if factors is None else factors, losses, V, z.stride(0),
                        FACTORED=factors is not None, WANT_GRAD=want_grad, BLOCK=block, num_warps=max(1, block // 512))

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanochat.kernels.dispatch import on_device_of
+
 PROGRAMS = 512       # wanted at least: a few for each multiprocessor
 SPLIT = 64, 1024     # keys of a range, at least and at most
 SPLITS = 128         # ranges of a row, at most: one program combines them
@@ -144,13 +146,14 @@ def append_and_attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tenso
         parts, tops, sums = (torch.empty(B, H, splits, *shape, device=q.device) for shape in ((D,), (), ()))
     window, warps = S if window is None else window, 4
     cos, sin = rope
-    _split[B, G, splits](
-        q, k, v, cos, sin, keys, values, positions, y, parts, tops, sums, D ** -0.5, window, q.stride(0), q.stride(2),
-        k.stride(0), k.stride(2), v.stride(0), v.stride(2), cos.stride(0), sin.stride(0), *keys.stride()[:3],
-        *values.stride()[:3], SHARED=shared, D=D, SPLIT=split, N=N,
-        BLOCK_H=1 if shared == 1 else max(16, triton.next_power_of_2(shared)), BLOCK_D=wide, ONE=splits == 1,
-        num_warps=warps)
-    if splits > 1:
-        _combine[B, H](parts, tops, sums, positions, y, window, splits, H=H, D=D, SPLIT=split,
-                       SPLITS=triton.next_power_of_2(splits), BLOCK_D=wide, num_warps=warps)
+    with on_device_of(q):
+        _split[B, G, splits](
+            q, k, v, cos, sin, keys, values, positions, y, parts, tops, sums, D ** -0.5, window, q.stride(0),
+            q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), cos.stride(0), sin.stride(0),
+            *keys.stride()[:3], *values.stride()[:3], SHARED=shared, D=D, SPLIT=split, N=N,
+            BLOCK_H=1 if shared == 1 else max(16, triton.next_power_of_2(shared)), BLOCK_D=wide, ONE=splits == 1,
+            num_warps=warps)
+        if splits > 1:
+            _combine[B, H](parts, tops, sums, positions, y, window, splits, H=H, D=D, SPLIT=split,
+                           SPLITS=triton.next_power_of_2(splits), BLOCK_D=wide, num_warps=warps)
     return y

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanochat.kernels.dispatch import on_device_of
+
 TILE = 8192  # elements of the matrix in one load
 WIDEST = 2048  # elements of x in one tile, at most
 
@@ -61,7 +63,8 @@ def fused_matvec(x: Tensor, weight: Tensor, add: Tensor | None = None, *, normed
     N, K = weight.shape
     y = torch.empty(1, 1, N, dtype=x.dtype, device=x.device)
     block_n, block_k = sizes(K)
-    _fused_matvec[(triton.cdiv(N, block_n),)](
-        x, weight, add, y, N, weight.stride(0), K=K, NORMED=normed, ACTIVATED=activated, ADD=add is not None,
-        BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
+    with on_device_of(x):
+        _fused_matvec[(triton.cdiv(N, block_n),)](
+            x, weight, add, y, N, weight.stride(0), K=K, NORMED=normed, ACTIVATED=activated, ADD=add is not None,
+            BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
     return y

@@ -17,12 +17,12 @@ A d20 in bfloat16 moves 7,956 bytes a token forward and 13,352 backward. What pr
 the partial sums of dtaps, add at most 2 % and 7 %.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from nanochat.kernels.dispatch import on_device_of
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -257,10 +257,6 @@ def _step(x, B, A, alpha, taps, past, y, blocks, x_b, B_b, A_b, alpha_b, past_b,
     tl.store(y + b * E + e, _read(B + b * B_b + e, inside).to(tl.float32) * c * _sigmoid(c), mask=inside)
 
 
-def _on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _tile(table: dict, x: Tensor, D: int) -> dict:
     """Return the launch parameters of a kernel over x (B, T, E) with heads of width D."""
     channels, rows, ahead, warps = table[x.element_size()]
@@ -286,7 +282,7 @@ def forward(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: 
         tile = _tile(FORWARD, x, D)
         blocks = triton.cdiv(T, tile["ROWS"] * tile["SEGMENTS"])
         first = x if past is None else past
-        with _on(x):
+        with on_device_of(x):
             _forward[(rows * blocks,)](x, B, A, alpha, taps.t().contiguous(), first, y, T, blocks,
                                        *_strides(x, B, A, alpha, first, y),
                                        H=H, D=D, K=K, PAST=past is not None, **tile)
@@ -317,7 +313,7 @@ def backward(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: T
     programs = triton.cdiv(total, chain)
     dtaps = torch.empty(programs, K, E, dtype=torch.float32, device=x.device)
     first = x if past is None else past
-    with _on(x):
+    with on_device_of(x):
         _backward[(programs,)](
             dy, x, B, A, alpha, taps.t().contiguous(), first, dx, dB, dA, dalpha, dtaps,
             dtaps if dpast is None else dpast, T, blocks, total, chain, pad,
@@ -336,7 +332,7 @@ def step(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Ten
     blocks = triton.cdiv(E, STEP)
     strides = _strides(x, B, A, alpha, past)
     if rows:
-        with _on(x):
+        with on_device_of(x):
             _step[(rows * blocks,)](x, B, A, alpha, taps.contiguous(), past, y, blocks, *strides[:8:2], *strides[8:],
                                     E=E, D=D, K=K, BLOCK=STEP, enable_fp_fusion=True)
     return y
