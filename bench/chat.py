@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         about = provenance(command_line("bench.chat", argv))
         model = random_model(shape, ranks.device).eval()
-        model.compute_dtype = compute_dtype(ranks.device)
+        model.compute_dtype = compute_dtype(ranks.device, training=False)
         rows = compare(model, tokenizer, small_world_tasks(), ranks, config.problems, config.max_tokens, config.rounds)
     finally:
         close_ranks()

@@ -191,7 +191,7 @@ def compare(shape: GPTConfig, config: Config, batches: list[int], device: torch.
     twin.load_state_dict(exact.state_dict())
     compared, bandwidth, rows = min(16, config.new_tokens), copy_bandwidth(device), []
     agreed = agreement(exact, twin, config.prompt, compared)
-    models = models_of(shape, exact, device, compute_dtype(device))
+    models = models_of(shape, exact, device, compute_dtype(device, training=False))
     for B in batches:
         naive = naive_seconds(twin, B, config.prompt, config.new_tokens, config.naive_points)
         naive_speed = B / (sum(naive) / len(naive))

@@ -107,7 +107,7 @@ def ratio_row(what: str, ours: float, beside: str, theirs: float, agree: str) ->
 
 def bpb_rows(shape: GPTConfig, config: Config, ranks: Ranks) -> list[dict[str, Any]]:
     """Tokens a second of bits per byte."""
-    device, dtype = ranks.device, compute_dtype(ranks.device)
+    device, dtype = ranks.device, compute_dtype(ranks.device, training=False)
     name, what = str(dtype).removeprefix("torch."), "bits per byte, tokens/s"
     batches = list(islice(text_batches(config.device_batch_size, config.max_seq_len, device), 2))
     attention = random_model(GPTConfig(**{**shape.to_dict(), "layer_pattern": "A" * shape.n_layer}), device).eval()
@@ -156,7 +156,7 @@ def chat_row(shape: GPTConfig, config: Config, tokenizer, ranks: Ranks) -> dict[
     """Problems a second of tasks with generated answers. The model has the vocabulary of the tokenizer."""
     shape = GPTConfig(**{**shape.to_dict(), "vocab_size": tokenizer.get_vocab_size()})
     model = random_model(shape, ranks.device).eval()
-    model.compute_dtype = compute_dtype(ranks.device)
+    model.compute_dtype = compute_dtype(ranks.device, training=False)
     tasks = [task for task in chat.small_world_tasks() if task.kind == "generative"]
     rows = chat.compare(model, tokenizer, tasks, ranks, config.problems, config.max_tokens, 1)
     problems, together, alone, same = (sum(row[key] for row in rows)

@@ -59,6 +59,10 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
+def _or_word(words: Sequence[str], parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return (lambda text: text if text in words else parse(text)) if words else parse
+
+
 def _program() -> str | None:
     """Return `python -m scripts.x` if the program was started so; None leaves the name to argparse."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
@@ -66,14 +70,19 @@ def _program() -> str | None:
 
 
 def parser_of(config_class: type, description: str = "") -> argparse.ArgumentParser:
-    """Return the argparse parser of a dataclass of flags, of type bool, int, float, str, Literal, or `X | None`."""
+    """Return the argparse parser of a dataclass of flags, of type bool, int, float, str, Literal,
+    `X | None` or `X | Literal[...]`."""
     parser = argparse.ArgumentParser(prog=_program(), description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
+        words: tuple[str, ...] = ()
         if typing.get_origin(hint) in (typing.Union, types.UnionType):  # `int | None`: the flag is the int
-            hint = next(part for part in typing.get_args(hint) if part is not type(None))
+            words = next((typing.get_args(part) for part in typing.get_args(hint)
+                          if typing.get_origin(part) is typing.Literal), ())  # `int | Literal["auto"]`: or this word
+            hint = next(part for part in typing.get_args(hint)
+                        if part is not type(None) and typing.get_origin(part) is not typing.Literal)
         names = [f"--{field.name.replace('_', '-')}"]
         if "_" in field.name:
             names.append(f"--{field.name}")
@@ -85,8 +94,8 @@ def parser_of(config_class: type, description: str = "") -> argparse.ArgumentPar
         if typing.get_origin(hint) is typing.Literal:
             how["choices"] = typing.get_args(hint)
         else:
-            how["type"] = {bool: _boolean, int: _count, float: _number}.get(hint, hint)
-            how["metavar"] = hint.__name__.upper()
+            how["type"] = _or_word(words, {bool: _boolean, int: _count, float: _number}.get(hint, hint))
+            how["metavar"] = "|".join([hint.__name__.upper(), *words])
         if hint is bool:
             how |= {"nargs": "?", "const": True}
         if field.default is not dataclasses.MISSING:

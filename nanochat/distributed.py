@@ -8,6 +8,7 @@ A single process makes no process group; the collectives here then return their 
 
 import ctypes
 import functools
+import importlib.util
 import os
 import re
 import sys
@@ -245,21 +246,96 @@ def _cpu_has_bfloat16() -> bool:
     return flags is not None and not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(flags[1].split())
 
 
-def compute_dtype(device: torch.device | str) -> torch.dtype:
-    """Return the precision of matrix products on `device`: bfloat16 where the hardware does it well, else float32.
+@functools.lru_cache
+def _cpu_trains_faster_in_bfloat16(threads: int) -> bool:
+    """Return whether this CPU's bfloat16 products take less than 0.8 of the time of its float32 ones: 20 ms, once.
 
-    NANOCHAT_DTYPE=float32 or bfloat16 overrides. cuda: bfloat16 from compute capability 8.0 (Ampere) on; cpu: where it
-    is native; mps: float32. Raises UserError for any other value of NANOCHAT_DTYPE.
+    Having the instructions does not say it: with AMX bfloat16 is several times as fast, with AVX512_BF16 alone float32
+    trains faster on some CPUs (dev/LOG.md). The rest of a step, casts of the weights above all, is slower in bfloat16,
+    hence 0.8; so a tie, or noise around one, gives float32.
+    """
+    seconds = {}
+    pairs = {dtype: torch.ones(2, 512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for _ in range(6):  # in turns, so that both meet the same noise; the first one warms up
+        for dtype, (a, b) in pairs.items():
+            start = time.perf_counter()
+            a @ b
+            seconds.setdefault(dtype, []).append(time.perf_counter() - start)
+    return min(seconds[torch.bfloat16][1:]) < 0.8 * min(seconds[torch.float32][1:])
+
+
+def compute_dtype(device: torch.device | str, training: bool = True) -> torch.dtype:
+    """Return the precision of matrix products on `device`.
+
+    NANOCHAT_DTYPE=float32 or bfloat16 overrides (float16 too, for inference on GPUs). Else, on cuda: bfloat16 from
+    compute capability 8.0 (Ampere) on; torch emulates it below, slowly. On 7.0 and 7.5 (V100, T4), float32 for training
+    and float16 for inference: gradients in float16 need a loss scale and have overflows, and no such card has shown us
+    that a run survives them. On cpu: bfloat16 for inference where the hardware multiplies it, since reading the weights
+    is what takes time; for training where a measurement finds it faster, too. mps: float32.
+
+    Args:
+        device: where the products are done.
+        training: whether there are gradients.
+
+    Raises:
+        UserError: NANOCHAT_DTYPE is none of these.
     """
     device = torch.device(device)
     wish = os.environ.get("NANOCHAT_DTYPE", "")
     if wish:
-        if wish not in ("float32", "bfloat16"):
+        if wish == "float16" and (training or device.type != "cuda"):
+            raise UserError("NANOCHAT_DTYPE is 'float16', which is for inference on GPUs alone: use float32 or "
+                            "bfloat16 here, or unset it for the device's best.")
+        if wish not in ("float32", "bfloat16", "float16"):
             raise UserError(f"NANOCHAT_DTYPE is {wish!r}: use float32 or bfloat16, or unset it for the device's best.")
-        return torch.float32 if wish == "float32" else torch.bfloat16
+        return getattr(torch, wish)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float32 if training or capability < (7, 0) else torch.float16
+    if device.type != "cpu" or not _cpu_has_bfloat16():
+        return torch.float32
+    return torch.bfloat16 if not training or _cpu_trains_faster_in_bfloat16(torch.get_num_threads()) else torch.float32
+
+
+def dtype_of_run(ranks: Ranks, recorded: str | None) -> torch.dtype:
+    """Return the precision of a training run, the same on all ranks. Collective.
+
+    Args:
+        ranks: this process among all.
+        recorded: that of the checkpoint to resume from ("float32"), which is kept where NANOCHAT_DTYPE does not say
+            another and the device has it; None for a new run.
+    """
+    chosen = compute_dtype(ranks.device)
+    if not os.environ.get("NANOCHAT_DTYPE"):
+        if recorded == "float32":
+            chosen = torch.float32
+        elif recorded == "bfloat16" and ranks.device.type == "cpu" and _cpu_has_bfloat16():
+            chosen = torch.bfloat16  # a GPU that has it has chosen it
+    return broadcast_object(chosen, ranks)  # each rank of a CPU has measured for itself
+
+
+def precision_note(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Return a sentence on the precision of training where the GPU has no bfloat16 products; "" elsewhere."""
+    device = torch.device(device)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no bfloat16 products"
+    if dtype == torch.bfloat16:
+        return f"note: {name}: they are emulated, slowly, since NANOCHAT_DTYPE asks for them"
+    return f"note: {name}: this trains in float32, because float16 would need loss scaling"
+
+
+@functools.cache
+def has_triton(device: torch.device | str, least: tuple[int, int] = (8, 0)) -> bool:
+    """Return whether Triton is installed and this is an NVIDIA GPU of compute capability `least` or later.
+
+    8.0 is what our kernels need, and what Triton promises to support; torch.compile needs 7.0.
+    """
+    return (torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
+            and torch.version.hip is None and torch.cuda.get_device_capability(device) >= least)
 
 
 # ---- peak FLOP/s
@@ -276,6 +352,7 @@ _DATA_CENTRE = (
     (r"A10", 125, 31.2), (r"A10G", 70, 35), (r"RTX A6000", 154.8, 38.7),
     (r"L4", 121, 30.3), (r"L40", 181, 90.5), (r"L40S", 362, 91.6),                   # Ada data sheets
     (r"RTX 6000 Ada Generation", 364.2, 91.1),
+    (r"RTX PRO 6000 Blackwell Workstation Edition", 503.8, 126), (r"RTX PRO 6000 Blackwell Max-Q.*", 438.9, 110),
     (r"V100-SXM.*", None, 15.7), (r"V100-PCIE.*", None, 14), (r"T4", None, 8.1),     # before Ampere: no bfloat16
     (r"Instinct MI3(00|25)X.*", 1307.4, 163.4),                                      # CDNA 3 data sheets
 )

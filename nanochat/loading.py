@@ -110,7 +110,7 @@ def ready_to_decode(model: GPT, quantize: str = "none") -> GPT:
     for an unknown `quantize`.
     """
     model = quantized(model, quantize).eval().requires_grad_(False)
-    model.compute_dtype = compute_dtype(model.device)
+    model.compute_dtype = compute_dtype(model.device, training=False)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(model.compute_dtype)
     for block in model.transformer.h:

@@ -113,8 +113,8 @@ def direction(bucket: Bucket, gradient: Tensor, momentum: float, step: int, dtyp
 class MuonAdamW:
     """The optimizer of a whole model, for any number of ranks; the top of this file says how it works."""
 
-    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks, *, reduce_dtype: torch.dtype = torch.float32,
-                 bucket_elements: int = BUCKET_ELEMENTS):
+    def __init__(self, groups: list[dict[str, Any]], ranks: Ranks, dtype: torch.dtype | None = None, *,
+                 reduce_dtype: torch.dtype = torch.float32, bucket_elements: int = BUCKET_ELEMENTS):
         """Lay out buckets and this rank's part of the state.
 
         With several ranks, the parameters are moved into buffers of the optimizer. Whatever gives them other memory, as
@@ -123,6 +123,7 @@ class MuonAdamW:
         Args:
             groups: from `parameter_groups`, the same on every rank.
             ranks: who shares the work.
+            dtype: of Newton-Schulz; None takes the device's `compute_dtype`.
             reduce_dtype: what gradients are sent in; each rank sums what it receives in float32.
             bucket_elements: numbers that are sent at once, at least.
 
@@ -130,7 +131,7 @@ class MuonAdamW:
             ValueError: a parameter was given twice, or is not contiguous float32 on the ranks' kind of device. The
                 weights that are trained are float32, whatever the precision of the matrix products.
         """
-        self.ranks, self.steps, self.dtype = ranks, 0, compute_dtype(ranks.device)
+        self.ranks, self.steps, self.dtype = ranks, 0, dtype or compute_dtype(ranks.device)
         seen: set[int | str] = set()
         for group in groups:
             if group["kind"] not in STATE:

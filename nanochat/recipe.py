@@ -18,6 +18,12 @@ from typing import Any, Literal
 
 BATCH = 524_288  # tokens in an optimizer step of the published runs, 2^19
 
+# Rows of a micro-batch, or "auto": as many as fit the device's memory, but no more than these. 65,536 tokens fill any
+# GPU. Conversations are padded to the longest, so the fewer together the less padding.
+Rows = int | Literal["auto"]
+MOST_ROWS = {"base": 32, "mid": 32, "sft": 4, "rl": 8}
+Recompute = Literal["auto", "none", "blocks"]  # activation checkpointing
+
 
 # ---- how weights are changed
 
@@ -133,7 +139,8 @@ class BaseRecipe:
     shape: Shape
     horizon: Horizon
     total_batch_size: int
-    device_batch_size: int
+    device_batch_size: Rows
+    recompute: Recompute
     rates: RateSchedule
     momentum: MomentumSchedule
     eval_every: int
@@ -159,7 +166,8 @@ class MidRecipe:
     num_epochs: float
     max_seq_len: int
     total_batch_size: int
-    device_batch_size: int
+    device_batch_size: Rows
+    recompute: Recompute
     init_lr_frac: float
     rates: RateSchedule
     momentum: MomentumSchedule
@@ -180,7 +188,8 @@ class FineTuningRecipe:
     num_epochs: float
     max_seq_len: int
     target_examples_per_step: int
-    device_batch_size: int
+    device_batch_size: Rows
+    recompute: Recompute
     init_lr_frac: float
     rates: RateSchedule
     momentum: MomentumSchedule
@@ -203,7 +212,8 @@ class ReinforcementRecipe:
     num_epochs: float
     examples_per_step: int
     num_samples: int
-    device_batch_size: int
+    device_batch_size: Rows
+    recompute: Recompute
     rollout_batch_size: int
     max_new_tokens: int
     temperature: float
@@ -306,7 +316,8 @@ published = Recipe(
         # 20 tokens a parameter is compute-optimal: Hoffmann et al., arXiv 2203.15556
         horizon=Horizon(num_iterations=-1, target_flops=-1.0, target_param_data_ratio=20.0),
         total_batch_size=BATCH,
-        device_batch_size=32,      # fits 80 GB at depth 20, by estimate
+        device_batch_size="auto",
+        recompute="auto",
         rates=RateSchedule(warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0),
         momentum=_RISING,
         eval_every=250,
@@ -325,7 +336,8 @@ published = Recipe(
         num_epochs=1.0,
         max_seq_len=-1,
         total_batch_size=BATCH,
-        device_batch_size=32,
+        device_batch_size="auto",
+        recompute="auto",
         init_lr_frac=1.0,
         rates=RateSchedule(warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0),
         momentum=_RISING,
@@ -342,7 +354,8 @@ published = Recipe(
         num_epochs=1.0,
         max_seq_len=-1,
         target_examples_per_step=32,
-        device_batch_size=4,
+        device_batch_size="auto",
+        recompute="auto",
         init_lr_frac=0.02,         # so that the model forgets little
         rates=RateSchedule(warmup_ratio=0.0, warmdown_ratio=1.0, final_lr_frac=0.0),
         momentum=_RISING,
@@ -361,7 +374,8 @@ published = Recipe(
         num_epochs=1.0,
         examples_per_step=16,
         num_samples=16,
-        device_batch_size=8,
+        device_batch_size="auto",
+        recompute="auto",
         rollout_batch_size=128,
         max_new_tokens=256,
         temperature=1.0,

@@ -27,10 +27,12 @@ from nanochat.distributed import (
     Ranks,
     barrier,
     broadcast_object,
-    compute_dtype,
+    dtype_of_run,
     gather_objects,
+    has_triton,
     joined_ranks,
     peak_flops,
+    precision_note,
 )
 from nanochat.engine import Engine
 from nanochat.errors import UserError
@@ -41,8 +43,9 @@ from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish
 from nanochat.kernels.dispatch import TrainingShape
 from nanochat.loading import checkpoint_dir, load_model
 from nanochat.logs import RunLog
+from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.recipe import override, published
+from nanochat.recipe import Recompute, override, published
 from nanochat.saving import BackgroundSaver
 from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
@@ -79,6 +82,7 @@ class ChatStageFlags:
     weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps")
     grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit")
     reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
+    recompute: Recompute = flag(published.mid.recompute, RECOMPUTE_HELP)
     save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only")
     keep: int = flag(published.mid.keep, "periodical checkpoints to keep; the last one always stays")
     seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled")
@@ -98,10 +102,20 @@ def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] 
 
 
 def compile_wanted(choice: str, ranks: Ranks) -> bool:
-    """Return whether the blocks are to be compiled, by the flag --compile: yes, no, or auto (on GPUs)."""
+    """Return whether the blocks are to be compiled, by the flag --compile: yes, no, or auto (on GPUs that can)."""
     if choice not in ("auto", "yes", "no"):
         raise UserError(f"--compile is yes, no or auto, not {choice!r}")
-    return choice == "yes" or choice == "auto" and ranks.device.type == "cuda"
+    if choice == "no" or ranks.device.type != "cuda":
+        return choice == "yes"
+    if torch.version.hip is None and not has_triton(ranks.device, (7, 0)):
+        why = ("torch.compile needs Triton and a GPU of compute capability 7.0 or later; this is "
+               f"{torch.cuda.get_device_name(ranks.device)}")
+        if choice == "yes":
+            raise UserError(f"--compile=yes, but {why}. Use --compile=auto or --compile=no.")
+        if ranks.is_main:
+            print(f"note: {why}: the blocks run uncompiled, slower")
+        return False
+    return True
 
 
 def choose_kernels(config: Any, model: GPT, B: int, T: int, compiled: bool, ranks: Ranks) -> Choice:
@@ -123,10 +137,29 @@ def choose_kernels(config: Any, model: GPT, B: int, T: int, compiled: bool, rank
         V=shape.vocab_size, window=shape.window, matrices=-(-shape.n_layer // ranks.world_size))
     choice = None
     if ranks.is_main:
-        choice = choose(wish, sizes, ranks.device, compute_dtype(ranks.device), compiled)
+        choice = choose(wish, sizes, ranks.device, model.dtype, compiled)
     choice = broadcast_object(choice, ranks)
     choice.apply()
     return choice
+
+
+def fit_and_choose(config: Any, model: GPT, T: int, total_rows: int | None, most: int, ranks: Ranks, *,
+                   meta: dict[str, Any], compiled: bool = False) -> tuple[Any, Choice]:
+    """Decide rows, activation checkpointing and kernels, and prepare the model for them. Collective.
+
+    Kernels are chosen between counting the rows and trying them, since nothing is compiled before they are.
+
+    Args:
+        config: the flags. They are not changed.
+        model, T, total_rows, most, meta, compiled: as in `nanochat.memory.fit_batch`.
+
+    Returns:
+        The flags as `fit_batch` returns them, and the choice of kernels.
+    """
+    kernels: list[Choice] = []
+    config = fit_batch(config, model, T, total_rows, most, ranks, meta=meta, compiled=compiled,
+                       ready=lambda rows: kernels.append(choose_kernels(config, model, rows, T, compiled, ranks)))
+    return config, kernels[0]
 
 
 # ---- what a run starts from
@@ -195,7 +228,7 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     parent_step = None if config.model_step < 0 else config.model_step
     name, wanted = (stage.name, step) if step else (source, parent_step)
     model, tokenizer, meta = load_model(name, ranks.device, model_tag=tag, step=wanted, ranks=ranks)
-    model.compute_dtype = compute_dtype(ranks.device)
+    model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype") if step else None)
 
     begun_from = _described(source, load_checkpoint(parent_folder, parent_step, weights=False).meta if step else meta)
     if step and meta.get("from", begun_from) != begun_from:
@@ -261,7 +294,7 @@ def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
     groups = override(published.groups, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr,
                       unembedding_lr=config.unembedding_lr, weight_decay=config.weight_decay,
                       lr_frac=getattr(config, "init_lr_frac", 1.0))
-    optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks,
+    optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks, origin.model.compute_dtype,
                           reduce_dtype=getattr(torch, config.reduce_dtype))
     if origin.step:
         found = load_on_ranks(origin.folder, origin.step, ranks, weights=False, optimizer=True, mapped=True)
@@ -356,6 +389,8 @@ class StageRun:
             self.log.say(f"{self.origin.loaded}: {parameters:,} parameters")
         for line in lines:
             self.log.say(line)
+        if note := precision_note(self.ranks.device, self.model.compute_dtype):
+            self.log.say(note)
         for line in self.kernels.lines():
             self.log.say(line)
         if self.origin.step:
@@ -382,16 +417,18 @@ class StageRun:
                 return None
             return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
 
-        train(self.model, self.optimizer, batches, plan, self.ranks, self.log,
-              flops_per_token=self.model.flops_per_token(self.max_seq_len),
-              peak=peak_flops(self.ranks.device, self.model.compute_dtype) if mfu else None,
-              start=self.origin.step, before_step=self._before_step(actions), save=self._save_and_wait,
-              await_data=await_data)
+        with explained_out_of_memory(self.config.device_batch_size, self.model.recompute):
+            train(self.model, self.optimizer, batches, plan, self.ranks, self.log,
+                  flops_per_token=self.model.flops_per_token(self.max_seq_len),
+                  peak=peak_flops(self.ranks.device, self.model.compute_dtype) if mfu else None,
+                  start=self.origin.step, before_step=self._before_step(actions), save=self._save_and_wait,
+                  await_data=await_data)
 
     def train_by(self, one_step: Callable[[int, bool], bool], actions: Sequence[PeriodicAction]) -> None:
         """Train like `train`, with a step of another kind: one_step as `nanochat.training.run_steps` takes it."""
-        run_steps(one_step, self.origin.step, self.num_iterations, self.log, before_step=self._before_step(actions),
-                  save=self._save_and_wait)
+        with explained_out_of_memory(self.config.device_batch_size, self.model.recompute):
+            run_steps(one_step, self.origin.step, self.num_iterations, self.log,
+                      before_step=self._before_step(actions), save=self._save_and_wait)
 
     def _before_step(self, actions: Sequence[PeriodicAction]) -> Callable[[int], None]:
         end = self.num_iterations
@@ -422,6 +459,8 @@ class StageRun:
             self.saver.write(self.origin.folder, step, weights, {
                 **self.results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
                 "device_batch_size": self.config.device_batch_size, "max_seq_len": self.max_seq_len,
+                "recompute": self.config.recompute,
+                "compute_dtype": str(self.model.compute_dtype).removeprefix("torch."),
                 "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(),
                 "world_size": self.ranks.world_size, **self.origin.provenance,
                 **({"loader": position} if self.loader is not None else {}),

@@ -25,7 +25,7 @@ from nanochat.distributed import Ranks, all_reduce_sum
 from nanochat.errors import UserError
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW
-from nanochat.recipe import MomentumSchedule, RateSchedule, published
+from nanochat.recipe import MomentumSchedule, RateSchedule, Rows, published
 
 SMOOTHING = 0.9        # decay of the moving average of the loss on the console, per step
 CONSOLE_SECONDS = 2.0  # at least, between console lines after the first ten steps; the log on disk has every step
@@ -59,18 +59,19 @@ class TrainingPlan:
         return self.muon_momentum.at(step)
 
 
-def share_of_micro_batches(total_batch_size: int, device_batch_size: int, T: int, ranks: Ranks) -> int:
+def share_of_micro_batches(total_batch_size: int, device_batch_size: Rows, T: int, ranks: Ranks) -> int:
     """Return how many micro-batches this rank runs in an optimizer step.
 
     Args:
         total_batch_size: tokens of all ranks in a step.
-        device_batch_size: rows of a micro-batch.
+        device_batch_size: rows of a micro-batch; "auto", where it is not chosen yet, is one row.
         T: tokens of a row.
         ranks: this process among all.
 
     Raises:
         UserError: the batch does not divide into micro-batches, or there are fewer of them than ranks.
     """
+    device_batch_size = 1 if device_batch_size == "auto" else device_batch_size
     micro = device_batch_size * T
     if device_batch_size < 1 or total_batch_size < 1:
         raise UserError(f"device_batch_size ({device_batch_size}) and total_batch_size ({total_batch_size}) must be at "

@@ -21,20 +21,21 @@ from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir
 from nanochat.dataset.shards import read_source
-from nanochat.distributed import Ranks, compute_dtype
+from nanochat.distributed import Ranks, dtype_of_run
 from nanochat.errors import UserError
 from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_core
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loading import model_from_state
-from nanochat.recipe import Horizon, RateSchedule, published
+from nanochat.memory import RECOMPUTE_HELP
+from nanochat.recipe import MOST_ROWS, Horizon, RateSchedule, Recompute, Rows, published
 from nanochat.run import (
     REDUCE_DTYPE,
     Origin,
     PeriodicAction,
-    choose_kernels,
     compile_wanted,
+    fit_and_choose,
     is_trained,
     kernels_flag,
     launch,
@@ -67,8 +68,9 @@ class Config:
                                "optimizer steps; counts before the next two; -1 = unset")
     target_flops: float = flag(BASE.horizon.target_flops, "train until this many FLOPs are done; -1 = unset")
     target_param_data_ratio: float = flag(BASE.horizon.target_param_data_ratio, "train on this many tokens a parameter")
-    device_batch_size: int = flag(BASE.device_batch_size,
-                                  "rows a device takes at a time; lower it when memory does not suffice")
+    device_batch_size: Rows = flag(BASE.device_batch_size,
+                                   "rows a device takes at a time; auto is what fits its memory")
+    recompute: Recompute = flag(BASE.recompute, RECOMPUTE_HELP)
     total_batch_size: int = flag(BASE.total_batch_size, "tokens of all devices in an optimizer step")
     embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)")
     unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)")
@@ -151,7 +153,7 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
             raise UserError(f"{folder} was trained with another tokenizer. {way_out}")
         found = load_on_ranks(folder, step, ranks, device=ranks.device)  # straight to the device, tensor by tensor
         meta, model = found.meta, model_from_state(new, found.model_state, what=str(folder))
-    model.compute_dtype = compute_dtype(ranks.device)
+    model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype"))
     return Origin(stage=STAGES["base"], folder=folder, step=step or 0, model=model, tokenizer=tokenizer, meta=meta,
                   loaded="", provenance={"data": read_source(text)})
 
@@ -159,14 +161,14 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
 def run(config: Config, ranks: Ranks) -> None:
     """Run base training on these ranks."""
     compiled = compile_wanted(config.compile, ranks)
-    B, T = config.device_batch_size, config.max_seq_len
+    T = config.max_seq_len
+    share_of_micro_batches(config.total_batch_size, config.device_batch_size, T, ranks)  # raises before a model is made
     tokenizer = get_tokenizer()
     shape = model_shape(config, tokenizer.get_vocab_size())
     bundle = None
     if config.core_metric_every > 0:  # find what is wrong with it at the start, not after thousands of steps
         bundle = bundle_of_ranks(None, ranks)
         check_bundle(bundle, config.core_metric_max_per_task, ranks)
-    micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
     text = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
     source = TextSource(tokenizer, "train", text, expected=None if config.shards == -1 else config.shards,
                         say=print if ranks.is_main else lambda text: None)  # now: without text, no model is made
@@ -177,9 +179,10 @@ def run(config: Config, ranks: Ranks) -> None:
     if is_trained(origin, num_iterations, ranks):
         return
     model = origin.model
-    kernels = choose_kernels(config, model, B, T, compiled, ranks)
-    if compiled:
-        model.compile_blocks(B, T)
+    config, kernels = fit_and_choose(config, model, T, config.total_batch_size // T, MOST_ROWS["base"], ranks,
+                                     meta=origin.meta, compiled=compiled)
+    B = config.device_batch_size
+    micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
     ahead = 4 if source.shards == source.planned else max(4, 3 * micro_batches)  # so that a run without text can save
     loader = PackedLoader(source, B, T, ranks=ranks, state=loader_state(origin, ranks), prefetch=ahead)
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,

@@ -17,18 +17,17 @@ from nanochat.cli import flag, run_main
 from nanochat.distributed import Ranks, machine_first
 from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.recipe import published
+from nanochat.recipe import MOST_ROWS, Rows, published
 from nanochat.rl import batches, pass_rates, rollout_stats, rollouts
 from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
     chat_data_choice,
-    choose_kernels,
+    fit_and_choose,
     is_trained,
     launch,
     open_run,
     start_from_checkpoint,
-    tokens_of_row,
 )
 from nanochat.stages import STAGES
 from nanochat.training import TrainingPlan, check_finite, clock, train_step
@@ -44,7 +43,8 @@ class Config(ChatStageFlags):
 
     source: Literal[STAGE.starts_from] = flag(STAGE.starts_from[0], "stage to start from")
     num_epochs: float = flag(RL.num_epochs, "how often to go through the problems")
-    device_batch_size: int = flag(RL.device_batch_size, "answers a device learns from at a time")
+    device_batch_size: Rows = flag(RL.device_batch_size,
+                                   "answers a device learns from at a time; auto is what fits its memory")
     rollout_batch_size: int = flag(RL.rollout_batch_size, "answers a device writes at a time")
     examples_per_step: int = flag(RL.examples_per_step, "problems of all devices in an optimizer step")
     num_samples: int = flag(RL.num_samples,
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config, ranks: Ranks) -> None:
     """Run reinforcement learning on these ranks."""
     for name, least in AT_LEAST.items():
-        if getattr(config, name) < least:
+        if getattr(config, name) != "auto" and getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}")
     origin = start_from_checkpoint(STAGE, config.source, config, ranks)
     data = chat_data_choice(config, origin.meta)
@@ -83,8 +83,8 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))
     if is_trained(origin, num_iterations, ranks):
         return
-    kernels = choose_kernels(config, origin.model, config.device_batch_size, tokens_of_row(config, origin.model), False,
-                             ranks)
+    config, kernels = fit_and_choose(config, origin.model, origin.model.config.sequence_len, None, MOST_ROWS["rl"],
+                                     ranks, meta=origin.meta if origin.step else {})
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, rates=RL.rates,
                         muon_momentum=RL.momentum)
     sampling = {"max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,

@@ -20,12 +20,12 @@ from nanochat.distributed import Ranks, machine_first
 from nanochat.errors import UserError
 from nanochat.evaluation.chat import evaluate_task
 from nanochat.evaluation.loss import evaluate_loss
-from nanochat.recipe import published
+from nanochat.recipe import MOST_ROWS, Rows, published
 from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
     chat_data_choice,
-    choose_kernels,
+    fit_and_choose,
     is_trained,
     launch,
     open_run,
@@ -46,7 +46,8 @@ class Config(ChatStageFlags):
     source: Literal[STAGE.starts_from] = flag(STAGE.starts_from[0], "stage to start from")
     num_epochs: float = flag(SFT.num_epochs, "how often to go through the data")
     max_seq_len: int = flag(SFT.max_seq_len, "tokens at which a conversation is cut; -1 = the model's own")
-    device_batch_size: int = flag(SFT.device_batch_size, "conversations a device takes at a time")
+    device_batch_size: Rows = flag(SFT.device_batch_size,
+                                   "conversations a device takes at a time; auto is what fits its memory")
     target_examples_per_step: int = flag(SFT.target_examples_per_step,
                                          "conversations of all devices in an optimizer step")
     init_lr_frac: float = flag(SFT.init_lr_frac, "factor of all learning rates")
@@ -72,6 +73,8 @@ def run(config: Config, ranks: Ranks) -> None:
     model, tokenizer, T = origin.model, origin.tokenizer, tokens_of_row(config, origin.model)
     data = chat_data_choice(config, origin.meta)
     train_task, val_task = machine_first(lambda: recipes.sft(data.source, seed=data.seed, extra=data.extra), ranks)
+    config, kernels = fit_and_choose(config, model, T, None, MOST_ROWS["sft"], ranks,
+                                     meta=origin.meta if origin.step else {})
     shape = {"examples_per_step": config.target_examples_per_step, "device_batch_size": config.device_batch_size,
              "max_tokens": T, "ranks": ranks}
     steps = SupervisedSteps(tokenizer, train_task, seed=config.seed, **shape)
@@ -81,7 +84,6 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * len(steps)))
     if is_trained(origin, num_iterations, ranks):
         return
-    kernels = choose_kernels(config, model, config.device_batch_size, T, False, ranks)
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None,
                         rates=replace(SFT.rates, warmdown_ratio=config.warmdown_ratio), muon_momentum=SFT.momentum)
     graded = recipes.graded(data.source, seed=data.seed)

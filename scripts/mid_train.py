@@ -16,13 +16,13 @@ from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader
 from nanochat.distributed import Ranks, broadcast_object, machine_first
 from nanochat.evaluation.loss import EvalRows
-from nanochat.recipe import published
+from nanochat.recipe import MOST_ROWS, Rows, published
 from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
     chat_data_choice,
-    choose_kernels,
     compile_wanted,
+    fit_and_choose,
     is_trained,
     launch,
     loader_state,
@@ -43,8 +43,8 @@ class Config(ChatStageFlags):
 
     num_epochs: float = flag(MID.num_epochs, "how often to go through the data")
     max_seq_len: int = flag(MID.max_seq_len, "tokens in a row; -1 = as the base model")
-    device_batch_size: int = flag(MID.device_batch_size,
-                                  "rows a device takes at a time; lower it when memory does not suffice")
+    device_batch_size: Rows = flag(MID.device_batch_size,
+                                   "rows a device takes at a time; auto is what fits its memory")
     total_batch_size: int = flag(MID.total_batch_size, "tokens of all devices in an optimizer step")
     warmdown_ratio: float = flag(MID.rates.warmdown_ratio, "part of the steps over which the learning rates fall")
     eval_every: int = flag(MID.eval_every, "steps from one validation to the next; -1 = at the end only")
@@ -62,8 +62,8 @@ def run(config: Config, ranks: Ranks) -> None:
     compiled = compile_wanted(config.compile, ranks)
     origin = start_from_checkpoint(STAGES["mid"], "base", config, ranks)
     model, tokenizer = origin.model, origin.tokenizer
-    B, T = config.device_batch_size, tokens_of_row(config, model)
-    micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
+    T = tokens_of_row(config, model)
+    share_of_micro_batches(config.total_batch_size, config.device_batch_size, T, ranks)  # raises early
     data = chat_data_choice(config, origin.meta)
     train_task, val_task = machine_first(lambda: recipes.mid(data.source, seed=data.seed, extra=data.extra), ranks)
     num_iterations = config.num_iterations
@@ -72,9 +72,10 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * tokens / config.total_batch_size))
     if is_trained(origin, num_iterations, ranks):
         return
-    kernels = choose_kernels(config, model, B, T, compiled, ranks)
-    if compiled:
-        model.compile_blocks(B, T)
+    config, kernels = fit_and_choose(config, model, T, config.total_batch_size // T, MOST_ROWS["mid"], ranks,
+                                     meta=origin.meta if origin.step else {}, compiled=compiled)
+    B = config.device_batch_size
+    micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
     source = ConversationSource(tokenizer, train_task, config.seed)
     loader = PackedLoader(source, B, T, ranks=ranks, cut=False, state=loader_state(origin, ranks))
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,

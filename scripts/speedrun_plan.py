@@ -22,14 +22,14 @@ from nanochat.distributed import compute_dtype, peak_flops
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.recipe import PROFILES, Recipe, changed_flags, published
+from nanochat.memory import MicroBatch, choose_batch, rows_that_divide
+from nanochat.recipe import MOST_ROWS, PROFILES, Recipe, Rows, changed_flags, published
 from nanochat.stages import CHAT_STAGES, STAGES, Stage
 
 CHARS_PER_TOKEN = 4.8                      # of FineWeb-Edu, with 65,536 tokens
 SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
 TOKENIZER_SHARDS = 8                       # hold the 2 billion characters that the tokenizer is trained on
 EXPECTED_MFU = 0.5
-MEMORY_OF_32_ROWS = {20: 70e9, 26: 130e9, 32: 210e9}  # bytes on a GPU at 32 rows of 2048, by depth: estimated
 
 
 @dataclass
@@ -90,6 +90,7 @@ class RunPlan:
 
     profile: name of the recipe. source: of the text, "small-world", "import" or "fineweb-edu"; text: paths to import.
     steps: optimizer steps of the base model. device_batch: rows a device takes at a time in base and mid-training.
+    batch: the micro-batch of base training that is expected with "auto".
     shards: of FineWeb-Edu. seconds: of base training, None where the device's speed is not known. disk: bytes.
     chat: data of the chat stages, "small-world", "hub", or "" where there are none, for the reason why_no_chat.
     """
@@ -100,7 +101,8 @@ class RunPlan:
     source: str
     text: list[str]
     steps: int
-    device_batch: int
+    device_batch: Rows
+    batch: MicroBatch
     shards: int
     seconds: float | None
     disk: float
@@ -146,7 +148,8 @@ def make_plan(machine: Machine) -> RunPlan:
     steps = _number("SPEEDRUN_STEPS", base.horizon.steps(parameters, flops, base.total_batch_size))
     tokens = steps * base.total_batch_size
     shards = _number("SPEEDRUN_SHARDS", math.ceil(1.03 * tokens * CHARS_PER_TOKEN / SHARD_CHARS))
-    device_batch = _number("SPEEDRUN_DEVICE_BATCH", batch_for(recipe, machine))
+    batch = batch_for(recipe, machine, model)
+    device_batch = _number("SPEEDRUN_DEVICE_BATCH", 0) or base.device_batch_size
     device = "cuda" if machine.gpus else "cpu"
     peak = peak_flops(device, compute_dtype(device))
     seconds = None
@@ -159,18 +162,18 @@ def make_plan(machine: Machine) -> RunPlan:
     elif chat == "hub" and not os.environ.get("NANOCHAT_TASK_DATA") and not hub_reachable():
         chat = ""
         why = "the Hugging Face hub cannot be reached, and NANOCHAT_TASK_DATA names no mirror of its data sets"
-    return RunPlan(name, recipe, machine, source, text, steps, device_batch, shards, seconds, disk, chat, why)
+    return RunPlan(name, recipe, machine, source, text, steps, device_batch, batch, shards, seconds, disk, chat, why)
 
 
-def batch_for(recipe: Recipe, machine: Machine) -> int:
-    """Return the rows a device takes at a time: on GPUs the largest power of two, up to 32, that fits the memory."""
-    depth = recipe.base.shape.depth
-    if depth not in MEMORY_OF_32_ROWS:
-        return recipe.base.device_batch_size
-    if not machine.gpus:
-        return 1
-    rows = 32 * machine.gpu_memory / MEMORY_OF_32_ROWS[depth]
-    return max(1, min(32, 1 << int(math.log2(max(rows, 1)))))
+def batch_for(recipe: Recipe, machine: Machine, model: GPT) -> MicroBatch:
+    """Return the micro-batch that the base model's training will choose, by the memory of the GPUs."""
+    base, gpus = recipe.base, max(1, len(machine.gpus))
+    total = base.total_batch_size // base.shape.max_seq_len
+    given = base.device_batch_size
+    candidates = rows_that_divide(total, gpus, MOST_ROWS["base"]) if given == "auto" else [given]
+    device = "cuda" if machine.gpus else "cpu"
+    return choose_batch(model.config, base.shape.max_seq_len, candidates, gpus, dtype=compute_dtype(device),
+                        memory=machine.gpu_memory or None, total_rows=total, recompute=base.recompute)
 
 
 def chat_stages(plan: RunPlan) -> list[Stage]:
@@ -223,7 +226,8 @@ def commands(plan: RunPlan) -> list[Command]:
     recipe, gpus = plan.recipe, len(plan.machine.gpus)
     base = replace(recipe.base, horizon=replace(recipe.base.horizon, num_iterations=plan.steps),
                    device_batch_size=plan.device_batch)
-    base_eval = replace(recipe.base_eval, device_batch_size=plan.device_batch)
+    rows = plan.batch.rows if plan.device_batch == "auto" else plan.device_batch
+    base_eval = replace(recipe.base_eval, device_batch_size=rows)
     parts = {"base": base, "mid": replace(recipe.mid, device_batch_size=plan.device_batch),  # rows as the base model's
              "sft": recipe.sft, "rl": recipe.rl}
     wandb = (f"--run={os.environ['WANDB_RUN']}",) if os.environ.get("WANDB_RUN") else ()

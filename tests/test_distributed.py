@@ -1,6 +1,7 @@
 """Ranks, devices, precision and peak speed."""
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,10 +19,12 @@ from nanochat.distributed import (
     broadcast_object,
     close_ranks,
     compute_dtype,
+    dtype_of_run,
     gather_objects,
     init_ranks,
     machine_first,
     peak_flops,
+    precision_note,
 )
 from nanochat.errors import UserError
 from tests.helpers import free_port
@@ -176,11 +179,69 @@ def test_dtype_follows_the_variable_and_nonsense_is_refused(monkeypatch):
         compute_dtype("cpu")
 
 
-def test_dtype_is_bfloat16_where_the_gpu_has_it(monkeypatch):
-    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert compute_dtype("cuda") == dtype
-    assert compute_dtype("mps") == torch.float32
+def test_float16_is_for_inference_on_gpus_alone(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
+    assert compute_dtype("cuda", training=False) == torch.float16
+    for device, training in (("cuda", True), ("cpu", False), ("mps", False)):
+        with pytest.raises(UserError, match="inference on GPUs alone: use float32 or bfloat16"):
+            compute_dtype(device, training)
+
+
+@pytest.mark.parametrize("capability, training, inference, said", [
+    ((6, 1), torch.float32, torch.float32, "trains in float32"), ((7, 0), torch.float32, torch.float16, "in float32"),
+    ((7, 5), torch.float32, torch.float16, r"\(compute capability 7.5\) has no bfloat16 products: .* float32"),
+    ((8, 0), torch.bfloat16, torch.bfloat16, ""), ((8, 9), torch.bfloat16, torch.bfloat16, ""),
+    ((12, 0), torch.bfloat16, torch.bfloat16, ""),
+])
+def test_dtype_is_what_the_gpu_multiplies(monkeypatch, capability, training, inference, said):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    assert (compute_dtype("cuda"), compute_dtype("cuda", training=False)) == (training, inference)
+    note = precision_note("cuda", training)
+    assert re.search(said, note) if said else note == ""
+    assert precision_note("cpu", torch.float32) == precision_note("mps", torch.float32) == ""
+    if capability < (8, 0):
+        assert "emulated" in precision_note("cuda", torch.bfloat16)
+
+
+def test_mps_keeps_float32(monkeypatch):
+    assert compute_dtype("mps") == compute_dtype("mps", training=False) == torch.float32
+
+
+@pytest.mark.parametrize("native, faster, training, inference", [
+    (False, None, torch.float32, torch.float32), (True, False, torch.float32, torch.bfloat16),
+    (True, True, torch.bfloat16, torch.bfloat16),
+])
+def test_a_cpu_trains_in_bfloat16_only_where_it_is_found_faster(monkeypatch, native, faster, training, inference):
+    monkeypatch.setattr(distributed, "_cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(distributed, "_cpu_trains_faster_in_bfloat16", lambda threads: faster)
+    assert (compute_dtype("cpu"), compute_dtype("cpu", training=False)) == (training, inference)
+
+
+@pytest.mark.parametrize("slower, faster", [({torch.float32}, True), ({torch.bfloat16}, False), (set(), False)])
+def test_the_measurement_of_a_cpu_compares_its_products(monkeypatch, slower, faster):
+    clock, product = [0.0], torch.Tensor.__matmul__
+
+    def timed(a, b):
+        clock[0] += 2 if a.dtype in slower else 1
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
+    monkeypatch.setattr(distributed.time, "perf_counter", lambda: clock[0])
+    assert distributed._cpu_trains_faster_in_bfloat16.__wrapped__(1) == faster
+
+
+def test_a_resumed_run_keeps_its_precision(monkeypatch):
+    monkeypatch.setattr(distributed, "_cpu_has_bfloat16", lambda: True)
+    cpu = Ranks(0, 0, 1, torch.device("cpu"))
+    for measured in (False, True):
+        monkeypatch.setattr(distributed, "_cpu_trains_faster_in_bfloat16", lambda threads, measured=measured: measured)
+        assert dtype_of_run(cpu, "float32") == torch.float32 and dtype_of_run(cpu, "bfloat16") == torch.bfloat16
+        assert dtype_of_run(cpu, None) == (torch.bfloat16 if measured else torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # moved to a card that has none
+    assert dtype_of_run(Ranks(0, 0, 1, torch.device("cuda")), "bfloat16") == torch.float32
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    assert dtype_of_run(cpu, "bfloat16") == torch.float32
 
 
 @pytest.mark.parametrize("cpuinfo, native", [
@@ -203,6 +264,8 @@ def test_cpu_flags_say_whether_bfloat16_is_native(monkeypatch, cpuinfo, native):
     ("NVIDIA GeForce RTX 3090", 71.2, 35.6), ("NVIDIA GeForce RTX 5090", 209.6, 104.8), ("Tesla T4", None, 8.1),
     ("Tesla V100-SXM2-32GB", None, 15.7), ("AMD Instinct MI300X", 1307.4, 163.4),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None), ("NVIDIA GeForce RTX 5090 D", None, None),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8, 126),
+    ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9, 110),
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None), ("NVIDIA Thing 9000", None, None),
 ])
 def test_peak_of_a_gpu_is_its_dense_data_sheet_figure(name, bf16, fp32):

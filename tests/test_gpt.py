@@ -268,3 +268,40 @@ def test_a_model_that_has_generated_can_be_trained():
     ids = torch.randint(97, (2, 40))
     model(ids, ids).backward()
     assert model.lm_head.weight.grad is not None
+
+
+def _gradients(model, batches):
+    model.zero_grad()
+    for ids, targets in batches:
+        model(ids, targets, "sum").backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+def test_activation_checkpointing_changes_no_gradient_and_keeps_less(dtype, window):
+    model = small_model(window=window).train()
+    model.compute_dtype = dtype
+    ids = torch.randint(97, (4, 25))
+    batches = [(part[:, :-1], torch.where(part[:, 1:] < 20, -1, part[:, 1:])) for part in ids.split([3, 1])]
+    kept, calls = [], []
+    handle = model.transformer.h[1].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+
+    def pack(x):
+        kept.append(x.untyped_storage().nbytes())
+        return x
+
+    found = []
+    for model.recompute in (False, True):
+        kept.clear(), calls.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            gradients = _gradients(model, batches)
+        found.append((gradients, sum(kept), len(calls)))
+    handle.remove()
+    for name, gradient in found[0][0].items():
+        assert gradient.any() and torch.equal(gradient, found[1][0][name]), name
+    assert found[1][1] < 0.5 * found[0][1], "what is kept for backward"
+    assert (found[0][2], found[1][2]) == (2, 4), "each block is computed twice"
+    with torch.no_grad():  # nothing is kept, so nothing is computed again
+        calls.clear()
+        assert torch.isfinite(model(*batches[0]))

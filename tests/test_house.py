@@ -103,7 +103,7 @@ FLOORS = [
     ["kernels"],
     ["layers", "positions", "cache", "ragged", "mixer", "slc2", "attention", "sampling"],
     ["gpt"],
-    ["optim", "training", "engine", "evaluation", "checkpoint", "loading", "saving", "rl"],
+    ["optim", "memory", "training", "engine", "evaluation", "checkpoint", "loading", "saving", "rl"],
     ["run", "llm", "server"],
 ]
 OUTSIDE = {"scripts", "tasks", "tests", "bench", "dev"}  # what the library never imports

@@ -174,7 +174,7 @@ def test_a_gradient_reaches_each_joined_matrix():
 
 @pytest.fixture
 def bfloat16(monkeypatch):
-    monkeypatch.setattr(loading, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(loading, "compute_dtype", lambda device, training: torch.bfloat16)
 
 
 def test_a_quantised_model_has_int8_matrices_and_nearly_the_same_losses(monkeypatch):

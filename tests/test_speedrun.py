@@ -36,7 +36,8 @@ def test_without_a_gpu_the_small_profile_on_the_small_world():
 
 def test_eight_gpus_get_the_published_recipe():
     plan = make_plan(H100)
-    assert (plan.profile, plan.source, plan.device_batch) == ("d20", "fineweb-edu", 32)
+    assert (plan.profile, plan.source, plan.device_batch, plan.batch.rows) == ("d20", "fineweb-edu", "auto", 32)
+    assert not [flag for command in commands(plan) for flag in command.flags if "batch-size" in flag]  # the defaults
     assert plan.steps * 524288 == pytest.approx(10.84e9, rel=0.001)
     assert 200 <= plan.shards <= 240  # the publication fetched 240
     assert 1.5 < plan.seconds / 3600 < 3
@@ -44,7 +45,10 @@ def test_eight_gpus_get_the_published_recipe():
 
 
 def test_a_small_gpu_gets_a_smaller_device_batch():
-    assert [make_plan(Machine(["x"], int(size * 1e9), 8)).device_batch for size in (140, 80, 40, 24)] == [32, 32, 16, 8]
+    plans = [make_plan(Machine(["x"], int(size * 1e9), 8)) for size in (140, 80, 40, 24)]
+    assert [plan.batch.rows for plan in plans] == [32, 32, 8, 4]
+    assert [flag for flag in commands(plans[-1])[3].flags if "batch" in flag] == []  # the script chooses by itself
+    assert "--device-batch-size=4" in next(c for c in commands(plans[-1]) if c.module == "scripts.base_eval").flags
 
 
 def test_larger_tiers_by_name(monkeypatch):

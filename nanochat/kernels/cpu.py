@@ -51,7 +51,8 @@ def differentiable(forward: Callable[..., Tensor], backward: Callable[..., Tenso
         @staticmethod
         @once_differentiable
         def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-            return backward(dy, *ctx.saved_tensors), *[None] * (len(ctx.saved_tensors) - 1)
+            saved = ctx.saved_tensors  # read only once: activation checkpointing demands it
+            return backward(dy, *saved), *[None] * (len(saved) - 1)
 
     def run(x: Tensor, *others: Tensor) -> Tensor:
         return (Function.apply if torch.is_grad_enabled() and x.requires_grad else forward)(x, *others)
