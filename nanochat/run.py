@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import torch
 
@@ -26,17 +26,18 @@ from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import (
     Ranks,
     barrier,
-    broadcast_object,
     compute_dtype,
     gather_objects,
     joined_ranks,
+    on_main,
     peak_flops,
 )
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.evaluation.loss import evaluate_bpb
-from nanochat.files import base_dir, free_name
+from nanochat.files import base_dir, free_name, lock
 from nanochat.gpt import GPT
+from nanochat.launcher import saving
 from nanochat.loading import checkpoint_dir, load_model
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW, parameter_groups
@@ -100,6 +101,7 @@ class Origin:
     model: on the device. tokenizer: its own. meta: of the checkpoint the model was loaded from; empty for a new model.
     loaded: which checkpoint that is and why, in words.
     provenance: meta fields of every checkpoint the run writes ("data", and "from" where it began from a checkpoint).
+    lock: on rank 0, of `lock_run`: no other run writes to the folder as long as this file is open.
     """
 
     stage: Stage
@@ -110,6 +112,7 @@ class Origin:
     meta: dict[str, Any]
     loaded: str
     provenance: dict[str, Any]
+    lock: IO | None = None
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,25 @@ def resume_step(folder: Path, fresh: bool, ranks: Ranks) -> int | None:
 
     fresh: move the folder aside first, so that the run is a new one.
     """
-    if fresh and ranks.is_main:
-        move_aside(folder)
-    return broadcast_object(latest_step(folder) if ranks.is_main else None, ranks)
+    def look() -> int | None:
+        if fresh:
+            move_aside(folder)
+        return latest_step(folder)
+
+    return on_main(f"looking for a checkpoint in {folder}", look, ranks)
+
+
+def lock_run(folder: Path, ranks: Ranks) -> IO | None:
+    """Keep other runs from writing to a folder of checkpoints, as long as the returned file is open. Collective.
+
+    Raises UserError where another run does.
+    """
+    files = []
+    way_out = ("Two runs cannot write to one folder: wait until it ends, or stop it with `kill {pid}` (it saves "
+               "first); another --model-tag trains beside it.")
+    path = base_dir() / "locks" / f"{folder.parent.name}_{folder.name}.lock"
+    on_main(f"locking {folder}", lambda: files.append(lock(path, f"{folder} is in use by a run", way_out)), ranks)
+    return files[0] if files else None
 
 
 def move_aside(folder: Path) -> None:
@@ -151,6 +170,7 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     parent_folder = checkpoint_dir(source, config.model_tag or None)
     tag = parent_folder.name
     folder = base_dir() / stage.folder / tag
+    file = lock_run(folder, ranks)
     step = resume_step(folder, config.fresh, ranks) or 0
     parent_step = None if config.model_step < 0 else config.model_step
     name, wanted = (stage.name, step) if step else (source, parent_step)
@@ -166,7 +186,8 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
                         f"{meta['from'].get('step')} then, {parent['step']} now, or other weights of that step). "
                         "--fresh moves it aside and trains anew.")
     return Origin(stage=stage, folder=folder, step=step, model=model, tokenizer=tokenizer, meta=meta,
-                  loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from})
+                  loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from},
+                  lock=file)
 
 
 def chat_data_choice(config: ChatStageFlags, meta: dict[str, Any]) -> ChatDataChoice:
@@ -349,16 +370,17 @@ class StageRun:
         optimizer_state = self.optimizer.state_dict()
         position = gather_objects(self.loader.state_dict() if self.loader is not None else None, self.ranks)
         if self.ranks.is_main:
-            save_checkpoint(self.origin.folder, step, self.model.state_dict(), {
-                **self.results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
-                "device_batch_size": self.config.device_batch_size, "max_seq_len": self.max_seq_len,
-                "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(),
-                "world_size": self.ranks.world_size, **self.origin.provenance,
-                **({"loader": position} if self.loader is not None else {}),
-            }, optimizer_state, keep=keep)
+            with saving(f"step {step}"):
+                save_checkpoint(self.origin.folder, step, self.model.state_dict(), {
+                    **self.results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
+                    "device_batch_size": self.config.device_batch_size, "max_seq_len": self.max_seq_len,
+                    "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(),
+                    "world_size": self.ranks.world_size, **self.origin.provenance,
+                    **({"loader": position} if self.loader is not None else {}),
+                }, optimizer_state, keep=keep)
             self.log.say(f"step {step:05d} | saved {self.origin.folder}")
             self.log.record("checkpoint", step=step, folder=str(self.origin.folder))
-        barrier(self.ranks)
+        barrier(self.ranks, f"saving the checkpoint of step {step}")
 
     def evaluate_bpb(self, step: int, rows: Iterable[Any], token_bytes: torch.Tensor) -> None:
         """Print and record the bits per byte on `rows`; later checkpoints say it as val_bpb. Collective."""
@@ -374,15 +396,17 @@ class StageRun:
         self.log.record("samples", step=step, texts=texts)
 
     def sample_answers(self, step: int, task: Any, count: int = 4, max_tokens: int = 160) -> None:
-        """Let the model answer the first few conversations of a task, print and record them. Only rank 0 does it."""
-        if not self.ranks.is_main:
-            return
-        engine, texts = Engine(self.model, self.tokenizer, graphs=False), []
-        for i in range(min(count, len(task))):
-            prompt = self.tokenizer.render_for_completion(task[i])
-            rows, _ = engine.generate_batch(prompt, max_tokens=max_tokens, temperature=0)
-            texts.append(self.tokenizer.decode(rows[0]).replace("\n", " ⏎ "))
-        self.show_samples(step, texts)
+        """Let the model answer the first few conversations of a task, print and record them. Collective; rank 0 does
+        it."""
+        def answer() -> None:
+            engine, texts = Engine(self.model, self.tokenizer, graphs=False), []
+            for i in range(min(count, len(task))):
+                prompt = self.tokenizer.render_for_completion(task[i])
+                rows, _ = engine.generate_batch(prompt, max_tokens=max_tokens, temperature=0)
+                texts.append(self.tokenizer.decode(rows[0]).replace("\n", " ⏎ "))
+            self.show_samples(step, texts)
+
+        on_main("sample answers", answer, self.ranks)
 
     def finish(self, text: str, **results: Any) -> None:
         """Print and record that the run is done. text: the result in words. results: fields of the record."""

@@ -21,14 +21,24 @@ from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir, shard_paths
 from nanochat.dataset.shards import read_source
-from nanochat.distributed import Ranks, compute_dtype
+from nanochat.distributed import Ranks, compute_dtype, on_main
 from nanochat.errors import UserError
 from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_core
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import Horizon, RateSchedule, published
-from nanochat.run import Origin, PeriodicAction, compile_wanted, is_trained, launch, loader_state, open_run, resume_step
+from nanochat.run import (
+    Origin,
+    PeriodicAction,
+    compile_wanted,
+    is_trained,
+    launch,
+    loader_state,
+    lock_run,
+    open_run,
+    resume_step,
+)
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import TrainingPlan, clock, share_of_micro_batches
@@ -118,6 +128,7 @@ def origin_of(config: Config, model: GPT, tokenizer: Any, text: Path, ranks: Ran
         UserError: the folder holds a model of another shape or tokenizer.
     """
     folder = base_dir() / STAGES["base"].folder / (config.model_tag or f"d{config.depth}")
+    file = lock_run(folder, ranks)
     step, meta = resume_step(folder, config.fresh, ranks), {}
     if step is not None:
         found = load_checkpoint(folder, step)
@@ -133,7 +144,7 @@ def origin_of(config: Config, model: GPT, tokenizer: Any, text: Path, ranks: Ran
     model.to(ranks.device)
     model.compute_dtype = compute_dtype(ranks.device)
     return Origin(stage=STAGES["base"], folder=folder, step=step or 0, model=model, tokenizer=tokenizer, meta=meta,
-                  loaded="", provenance={"data": read_source(text)})
+                  loaded="", provenance={"data": read_source(text)}, lock=file)
 
 
 def run(config: Config, ranks: Ranks) -> None:
@@ -184,8 +195,7 @@ def run(config: Config, ranks: Ranks) -> None:
             log.record("core", step=step, **result.record())
 
         def sample(step: int) -> None:
-            if ranks.is_main:
-                run.show_samples(step, samples(model, tokenizer, prompts))
+            on_main("samples", lambda: run.show_samples(step, samples(model, tokenizer, prompts)), ranks)
 
         actions = [PeriodicAction(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows(), token_bytes),
                                   at_zero=True)]
