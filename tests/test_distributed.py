@@ -2,7 +2,9 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,8 @@ from nanochat.distributed import (
     compute_dtype,
     gather_objects,
     init_ranks,
+    joined_ranks,
+    on_main,
     peak_flops,
 )
 from nanochat.errors import UserError
@@ -47,7 +51,10 @@ def test_one_process_makes_no_group_and_hands_everything_back():
     assert broadcast_object("as it is", ranks) == "as it is"
     assert gather_objects("as it is", ranks) == ["as it is"]
     barrier(ranks)
+    assert on_main("work", lambda: 3, ranks) == 3
     close_ranks()
+    with pytest.raises(ZeroDivisionError), joined_ranks("cpu"):
+        1 / 0  # noqa: B018
 
 
 def test_torchrun_with_one_process_makes_no_group(monkeypatch):
@@ -141,6 +148,72 @@ def _talk(ranks: Ranks) -> None:
 
 def test_two_ranks_sum_and_hear_rank_0():
     start_ranks(2, _talk)
+
+
+def _wait_for_main(ranks: Ranks) -> None:
+    threads = []
+
+    def work() -> dict:
+        threads.append(ranks.rank)
+        time.sleep(1)
+        return {"from": ranks.rank}
+
+    assert on_main("some work", work, ranks) == {"from": 0} and threads == [0] * ranks.is_main
+    with pytest.raises(UserError, match="^a mistake$"):
+        on_main("a mistake", _mistake, ranks)
+    began = time.monotonic()
+    barrier(ranks, "the end")  # the next one has its own key, also where one of the ranks is late
+    if ranks.rank == 1:
+        with pytest.raises(TimeoutError, match="rank 1 has waited 0.005 minutes for this to end: nothing"):
+            on_main("nothing", list, ranks, minutes=0.005)
+        assert time.monotonic() - began < 60
+    else:
+        time.sleep(2)
+        assert on_main("nothing", list, ranks) == []
+    barrier(ranks, "the end")
+
+
+def _mistake() -> None:
+    raise UserError("a mistake")
+
+
+def test_ranks_wait_for_rank_0_with_a_name_and_a_time_limit():
+    start_ranks(3, _wait_for_main)
+
+
+class _Ended(Exception):
+    pass
+
+
+def _end_by(ranks: Ranks, error: BaseException, capture) -> None:
+    def end(code: int) -> None:
+        raise _Ended(code)
+
+    distributed.os._exit, real = end, distributed.os._exit
+    distributed.dist.destroy_process_group, destroy = None, distributed.dist.destroy_process_group  # may wait
+    try:
+        with pytest.raises(_Ended) as ended, joined_ranks("cpu"):
+            raise error
+    finally:
+        distributed.os._exit, distributed.dist.destroy_process_group = real, destroy
+    capture.append(ended.value.args[0])
+
+
+def _fail_alone(ranks: Ranks, folder) -> None:
+    codes: list[int] = []
+    if ranks.rank == 1:
+        with open(folder / "err.txt", "w") as file, redirect_stderr(file):
+            for error in (UserError("no text"), RuntimeError("far from here"), SystemExit(143), KeyboardInterrupt()):
+                _end_by(ranks, error, codes)
+        (folder / "codes.txt").write_text(str(codes))
+
+
+def test_a_rank_that_fails_says_so_and_ends_without_waiting_for_the_others(tmp_path):
+    start_ranks(2, _fail_alone, tmp_path)
+    lines = (tmp_path / "err.txt").read_text().splitlines()
+    assert lines[:2] == ["rank 1 of 2: error: no text", "rank 1 of 2: Traceback (most recent call last):"]
+    assert lines[-1] == "RuntimeError: far from here"
+    assert (tmp_path / "codes.txt").read_text() == "[1, 1, 143, 130]"
 
 
 def test_dtype_follows_the_variable_and_nonsense_is_refused(monkeypatch):

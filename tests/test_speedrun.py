@@ -166,6 +166,7 @@ def test_a_run_waits_for_its_text_before_it_trains(monkeypatch):
     class Background(Owner):
         def start(self, title, argv):
             events.append("fetch")
+            return title
 
         def wait(self, job):
             events.append("wait")
