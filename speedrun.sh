@@ -2,13 +2,30 @@
 # From nothing to a trained model, graded, in one command. Run it again after an interruption: what is done is skipped.
 #
 #     bash speedrun.sh                            # looks at the machine, says what it will do, does it
+#     bash speedrun.sh --dry-run                  # says what it would do, and prints the commands
 #     WANDB_RUN=name bash speedrun.sh             # with wandb
 #     SPEEDRUN_PROFILE=d26 bash speedrun.sh       # small, d20, d26 or d32 instead of what fits the machine
 #     SPEEDRUN_TEXT="notes/ log.txt.gz" bash speedrun.sh     # your own text instead of FineWeb-Edu or the small world
 #
 # All settings: .venv/bin/python -m scripts.speedrun --help
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh speedrun.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+file=$0
+while [ -L "$file" ]; do # a link to this file
+    link=$(readlink "$file")
+    case $link in /*) file=$link ;; *) file=$(dirname "$file")/$link ;; esac
+done
+cd "$(dirname "$file")"
 SECONDS=0
-bash dev/setup.sh
-exec .venv/bin/python -m scripts.speedrun --setup-seconds="$SECONDS"
+
+# The set-up runs in a process group of its own: a signal that reaches this shell alone ends all of it.
+set -m
+bash dev/setup.sh &
+setup=$!
+set +m
+for number in 1 2 15; do # HUP, INT, TERM
+    trap "kill -$number -- -$setup 2>/dev/null || true; wait $setup || true; exit $((128 + number))" $number
+done
+wait $setup || exit $?
+trap - HUP INT TERM
+exec .venv/bin/python -m scripts.speedrun --setup-seconds="$SECONDS" "$@"

@@ -18,6 +18,8 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
 from nanochat.errors import UserError
+from nanochat.launcher import obey_owner, tell_owner
+from nanochat.logs import print_line
 
 C = TypeVar("C")
 
@@ -129,12 +131,21 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, description:
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a script's main. A UserError prints one line to stderr and exits with 1; Ctrl-C exits with 130."""
+    """Run a script's main. A UserError prints one line to stderr and exits with 1; Ctrl-C exits with 130.
+
+    Where the script was started by an owner (nanochat.launcher), it ends with that and tells it why it fails.
+    """
+    obey_owner()
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", sys.stderr)
+        tell_owner(reason=str(error))
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if not tell_owner():  # an owner says it, once for all ranks
+            print_line("interrupted", sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        tell_owner(reason=f"{type(error).__name__}: {error}")
+        raise

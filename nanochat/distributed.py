@@ -1,21 +1,30 @@
 """The ranks of a run: which one this process is, its device, the precision of its matrix products, its peak FLOP/s.
 
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train      # sets RANK, LOCAL_RANK, WORLD_SIZE; all we read
+    python -m scripts.launch --ranks=8 scripts.base_train               # sets RANK, LOCAL_RANK, WORLD_SIZE; all we read
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train      # so does this
     NANOCHAT_DTYPE=float32 python -m scripts.base_train                 # float32 instead of the device's best precision
 
 A single process makes no process group; the collectives here then return their argument.
+
+Where rank 0 works alone for longer than moments, the others wait in `barrier` or `on_main`, which name what they wait
+for and have a generous time limit of their own. In a collective of NCCL they would spin on their GPUs and give up after
+COLLECTIVE_MINUTES.
 """
 
 import ctypes
 import functools
 import importlib.util
+import itertools
 import os
+import pickle
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +33,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.errors import UserError
+from nanochat.launcher import MASTER, tell_owner
+from nanochat.logs import print_line
+
+JOIN_MINUTES = 10        # for all ranks to start
+COLLECTIVE_MINUTES = 20  # between the first and the last rank to come to a collective; the first step compiles
+MAIN_MINUTES = 120       # for rank 0 to finish what the others wait for, unless the call says otherwise
+LEAVE_SECONDS = 60.0     # for the last rank to come to the end of the run
+WAIT_SAID_AFTER = 60.0   # seconds, and again after each so many
 
 R = TypeVar("R")
 
@@ -117,6 +134,8 @@ def init_ranks(device_type: str = "") -> Ranks:
         on_gpu = device.type == "cuda"
         try:
             dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world_size,
+                                    store=_meeting_point(rank, world_size),
+                                    timeout=timedelta(minutes=COLLECTIVE_MINUTES),
                                     device_id=device if on_gpu else None)
         except dist.DistError as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -141,6 +160,17 @@ def use_gpu(device: torch.device) -> None:
     torch.cuda.set_device(device)
 
 
+def _meeting_point(rank: int, world_size: int) -> dist.Store:
+    """Return the store that the ranks share, at MASTER_ADDR and MASTER_PORT."""
+    limit = timedelta(minutes=JOIN_MINUTES)
+    listening = os.environ.pop(MASTER, "")  # of nanochat.launcher: rank 0 inherits the socket
+    if listening:
+        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, True, limit,
+                             wait_for_workers=False, master_listen_fd=int(listening))
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
+    return store
+
+
 def _tune_cpu() -> None:
     """Keep freed memory in the process, and round denormal numbers to zero.
 
@@ -159,17 +189,60 @@ def _tune_cpu() -> None:
 def close_ranks() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
+        _leave_store(LEAVE_SECONDS)
         dist.destroy_process_group()
+
+
+def _leave_store(seconds: float) -> None:
+    """Say that this rank needs the store no more. Rank 0, whose process may hold it, waits for the others to say so."""
+    store = dist.distributed_c10d._get_default_store()
+    with suppress(dist.DistError):
+        left, began = store.add("nanochat/left", 1), time.monotonic()
+        while dist.get_rank() == 0 and left < dist.get_world_size() and time.monotonic() - began < seconds:
+            time.sleep(0.005)
+            left = store.add("nanochat/left", 0)
 
 
 @contextmanager
 def joined_ranks(device_type: str = "") -> Iterator[Ranks]:
-    """Call init_ranks at the beginning of the block and close_ranks at its end."""
-    ranks = init_ranks(device_type)
+    """Call init_ranks at the beginning of the block and close_ranks at its end.
+
+    An error on one of several ranks is told at once, with the rank, and ends this process without waiting for the
+    others: they may be in a collective that this rank never comes to.
+    """
+    ranks = None
     try:
+        ranks = init_ranks(device_type)
         yield ranks
+    except BaseException as error:
+        if ranks is not None and ranks.world_size > 1:
+            _end_rank(ranks, error)
+        raise
+    try:
+        barrier(ranks, "the end of the run")  # rank 0 may be at its last evaluation
     finally:
         close_ranks()
+
+
+def _end_rank(ranks: Ranks, error: BaseException) -> None:
+    """Tell an error of this rank and end the process."""
+    code = 1
+    if isinstance(error, KeyboardInterrupt):
+        code = 130
+    elif isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    else:
+        text = f"error: {error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        if not tell_owner(error=text):  # which prints it; one that all ranks have once
+            print_line(f"rank {ranks.rank} of {ranks.world_size}: {text.rstrip()}", sys.stderr)
+    if isinstance(error, SystemExit | KeyboardInterrupt):  # the other ranks are asked to stop too
+        _leave_store(LEAVE_SECONDS / 10)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    # No clean-up from here on: closing NCCL may wait for the other ranks until its time limit. The files are closed, as
+    # the run's own context managers have ended, and the system frees the GPU with the process.
+    os._exit(code)
 
 
 def all_reduce_sum(x: Tensor, ranks: Ranks) -> Tensor:
@@ -181,10 +254,66 @@ def all_reduce_sum(x: Tensor, ranks: Ranks) -> Tensor:
     return total
 
 
-def barrier(ranks: Ranks) -> None:
-    """Wait until every rank has called this."""
-    if ranks.communicates:
-        dist.barrier(device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None)
+# ---- waiting for rank 0, through the store: no GPU waits, and a signal is heard meanwhile
+
+_meetings = itertools.count()  # all ranks come to the same barriers in the same order
+
+
+def _key() -> tuple[dist.Store, str]:
+    return dist.distributed_c10d._get_default_store(), f"nanochat/{next(_meetings)}"
+
+
+def _wait_for(store: dist.Store, key: str, what: str, ranks: Ranks, minutes: float) -> None:
+    """Wait until a key is in the store. Rank 1, as one of those that wait, says what for."""
+    began = time.monotonic()
+    said, pause = began, 0.001
+    while not store.check([key]):
+        now = time.monotonic()
+        if now - began > 60 * minutes:
+            raise TimeoutError(f"rank {ranks.rank} has waited {minutes:g} minutes for this to end: {what}")
+        if ranks.rank == 1 and now - said > WAIT_SAID_AFTER:
+            said = now
+            print_line(f"the ranks wait for this to end: {what} ({now - began:.0f} s of at most {60 * minutes:.0f})")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+def barrier(ranks: Ranks, what: str = "work of other ranks", minutes: float = MAIN_MINUTES) -> None:
+    """Wait until every rank has called this, with its own time limit. what: the ranks wait for, in words.
+
+    It orders what the processes do on the host, such as writing files; work on the GPU may still be going on.
+    """
+    if ranks.world_size == 1:
+        return
+    store, key = _key()
+    if store.add(f"{key}/came", 1) == ranks.world_size:
+        store.set(f"{key}/all", b"")
+    _wait_for(store, f"{key}/all", what, ranks, minutes)
+
+
+def on_main(what: str, work: Callable[[], R], ranks: Ranks, minutes: float = MAIN_MINUTES) -> R:
+    """Call `work` on rank 0 and return its result on all ranks, or raise its UserError on all. Collective.
+
+    Args:
+        what: the work in words.
+        work: a function whose result can be pickled; the others wait for it without using their device.
+        minutes: its time limit.
+    """
+    if ranks.world_size == 1:
+        return work()
+    store, key = _key()
+    if ranks.is_main:
+        try:
+            result, error = work(), None
+        except UserError as problem:
+            result, error = None, problem
+        store.set(key, pickle.dumps((result, error)))
+    else:
+        _wait_for(store, key, what, ranks, minutes)
+        result, error = pickle.loads(store.get(key))
+    if error is not None:
+        raise error
+    return result
 
 
 def broadcast_object(obj: Any, ranks: Ranks) -> Any:

@@ -10,7 +10,10 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
+import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -111,6 +114,45 @@ def _lock(file: IO) -> bool:
     except OSError:  # a file system without locks
         return False
     return True
+
+
+def lock(path: Path, what: str, way_out: str) -> IO | None:
+    """Lock a file for this process and return it open; the lock ends with the process, or when the file is closed.
+
+    Where the system has no locks, nothing is locked. A process that this one forks does not hold the lock.
+
+    Args:
+        path: the file; created if absent. It says who holds it.
+        what: what another process has taken, for the message.
+        way_out: what to do; {pid} in it stands for that process.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. Correct that, or set NANOCHAT_BASE_DIR to another "
+                        "folder.") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+            return file
+        with file:
+            file.seek(0)
+            pid, _, about = file.read().partition("\n")
+        raise UserError(f"{what}: process {pid}, {' '.join(about.split())}. {way_out.format(pid=pid)}") from error
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n{shlex.join(sys.orig_argv)}\non {socket.gethostname()} since "
+               f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
 
 
 def sync_folder(folder: Path) -> None:

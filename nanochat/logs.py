@@ -9,19 +9,48 @@ JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinit
 these back into numbers.
 """
 
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nanochat.errors import UserError
 from nanochat.files import base_dir, to_json
 
 NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+CONSOLE_GONE = (errno.EIO, errno.EPIPE)  # a closed terminal; a pipe whose reader Ctrl-C ended before us, such as tee
+
+
+def print_line(text: str, stream: TextIO | None = None) -> None:
+    """Print a line at once, to standard output or `stream`. A console that is gone or full is no error: a run that was
+    asked to stop has yet to save."""
+    stream = sys.stdout if stream is None else stream
+    with _console_may_be_gone(stream):
+        try:
+            print(text, file=stream, flush=True)
+        except UnicodeEncodeError:  # a sample of a model may contain characters that this console cannot show
+            encoding = stream.encoding or "ascii"
+            print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+@contextmanager
+def _console_may_be_gone(stream: TextIO) -> Iterator[None]:
+    """Pass over errors of writing to the console. Where it is gone for good, the stream leads nowhere from now on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in CONSOLE_GONE:
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 class RunLog:
@@ -94,36 +123,37 @@ class RunLog:
         """Print a line, above the progress bar if there is one."""
         if not self.enabled:
             return
-        if self._bar is not None:
-            self._bar.clear()
-        try:
-            print(text, flush=True)
-        except UnicodeEncodeError:  # a sample of a model may contain characters that this console cannot show
-            encoding = sys.stdout.encoding or "ascii"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-        if self._bar is not None:
-            self._bar.refresh()
+        with _console_may_be_gone(sys.stderr):
+            if self._bar is not None:
+                self._bar.clear()
+        print_line(text)
+        with _console_may_be_gone(sys.stderr):
+            if self._bar is not None:
+                self._bar.refresh()
 
     def progress(self, done: int, total: int, text: str = "") -> None:
         """Show a progress bar: `done` of `total` steps, followed by `text`. Only on a terminal and without
         NANOCHAT_PROGRESS=0."""
         if not self._bar_wanted:
             return
-        if self._bar is None:
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                self._bar_wanted = False
-                return
-            self._bar = tqdm(initial=done, total=total, dynamic_ncols=True, miniters=1, file=sys.stderr, leave=False)
-        self._bar.total = total
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(done - self._bar.n)
+        with _console_may_be_gone(sys.stderr):
+            if self._bar is None:
+                try:
+                    from tqdm import tqdm
+                except ImportError:
+                    self._bar_wanted = False
+                    return
+                self._bar = tqdm(initial=done, total=total, dynamic_ncols=True, miniters=1, file=sys.stderr,
+                                 leave=False)
+            self._bar.total = total
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(done - self._bar.n)
 
     def close(self, exit_code: int = 0) -> None:
         """End the log. exit_code: 0 for success; wandb shows others as crashed. A second call does nothing."""
         if self._bar is not None:
-            self._bar.close()
+            with _console_may_be_gone(sys.stderr):
+                self._bar.close()
             self._bar, self._bar_wanted = None, False
         if self._file is not None:
             self.record("end", exit_code=exit_code)

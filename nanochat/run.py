@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import torch
 
@@ -26,18 +26,18 @@ from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import (
     Ranks,
     barrier,
-    broadcast_object,
     dtype_of_run,
     gather_objects,
     has_triton,
     joined_ranks,
+    on_main,
     peak_flops,
     precision_note,
 )
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.evaluation.loss import evaluate_bpb
-from nanochat.files import base_dir, free_name
+from nanochat.files import base_dir, free_name, lock
 from nanochat.gpt import GPT
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape
@@ -135,10 +135,7 @@ def choose_kernels(config: Any, model: GPT, B: int, T: int, compiled: bool, rank
     sizes = TrainingShape(
         B=B, T=T, E=shape.n_embd, H=shape.n_head, G=shape.n_kv_head, D=shape.n_embd // shape.n_head, K=shape.n_kernel,
         V=shape.vocab_size, window=shape.window, matrices=-(-shape.n_layer // ranks.world_size))
-    choice = None
-    if ranks.is_main:
-        choice = choose(wish, sizes, ranks.device, model.dtype, compiled)
-    choice = broadcast_object(choice, ranks)
+    choice = on_main("measuring kernels", lambda: choose(wish, sizes, ranks.device, model.dtype, compiled), ranks)
     choice.apply()
     return choice
 
@@ -173,6 +170,7 @@ class Origin:
     model: on the device. tokenizer: its own. meta: of the checkpoint the model was loaded from; empty for a new model.
     loaded: which checkpoint that is and why, in words.
     provenance: meta fields of every checkpoint the run writes ("data", and "from" where it began from a checkpoint).
+    lock: on rank 0, of `lock_run`: no other run writes to the folder as long as this file is open.
     """
 
     stage: Stage
@@ -183,6 +181,7 @@ class Origin:
     meta: dict[str, Any]
     loaded: str
     provenance: dict[str, Any]
+    lock: IO | None = None
 
 
 @dataclass(frozen=True)
@@ -202,9 +201,25 @@ def resume_step(folder: Path, fresh: bool, ranks: Ranks) -> int | None:
 
     fresh: move the folder aside first, so that the run is a new one.
     """
-    if fresh and ranks.is_main:
-        move_aside(folder)
-    return broadcast_object(latest_step(folder) if ranks.is_main else None, ranks)
+    def look() -> int | None:
+        if fresh:
+            move_aside(folder)
+        return latest_step(folder)
+
+    return on_main(f"looking for a checkpoint in {folder}", look, ranks)
+
+
+def lock_run(folder: Path, ranks: Ranks) -> IO | None:
+    """Keep other runs from writing to a folder of checkpoints, as long as the returned file is open. Collective.
+
+    Raises UserError where another run does.
+    """
+    files = []
+    way_out = ("Two runs cannot write to one folder: wait until it ends, or stop it with `kill {pid}` (it saves "
+               "first); another --model-tag trains beside it.")
+    path = base_dir() / "locks" / f"{folder.parent.name}_{folder.name}.lock"
+    on_main(f"locking {folder}", lambda: files.append(lock(path, f"{folder} is in use by a run", way_out)), ranks)
+    return files[0] if files else None
 
 
 def move_aside(folder: Path) -> None:
@@ -224,6 +239,7 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     parent_folder = checkpoint_dir(source, config.model_tag or None)
     tag = parent_folder.name
     folder = base_dir() / stage.folder / tag
+    file = lock_run(folder, ranks)
     step = resume_step(folder, config.fresh, ranks) or 0
     parent_step = None if config.model_step < 0 else config.model_step
     name, wanted = (stage.name, step) if step else (source, parent_step)
@@ -239,7 +255,8 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
                         f"{meta['from'].get('step')} then, {begun_from['step']} now, or other weights of that step). "
                         "--fresh moves it aside and trains anew.")
     return Origin(stage=stage, folder=folder, step=step, model=model, tokenizer=tokenizer, meta=meta,
-                  loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from})
+                  loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from},
+                  lock=file)
 
 
 def _described(stage: str, meta: dict[str, Any]) -> dict[str, Any]:
@@ -469,7 +486,7 @@ class StageRun:
     def wait_for_save(self) -> None:
         """Wait until the checkpoint that is being written is on disk. Collective. Raises UserError where it is not."""
         self._report(self.saver.wait())
-        barrier(self.ranks)
+        barrier(self.ranks, "saving the last checkpoint")
 
     def _save_and_wait(self, step: int) -> None:
         self.save(step)
@@ -495,15 +512,17 @@ class StageRun:
         self.log.record("samples", step=step, texts=texts)
 
     def sample_answers(self, step: int, task: Any, count: int = 4, max_tokens: int = 160) -> None:
-        """Let the model answer the first few conversations of a task, print and record them. Only rank 0 does it."""
-        if not self.ranks.is_main:
-            return
-        engine, texts = Engine(self.model, self.tokenizer, graphs=False), []
-        for i in range(min(count, len(task))):
-            prompt = self.tokenizer.render_for_completion(task[i])
-            rows, _ = engine.generate_batch(prompt, max_tokens=max_tokens, temperature=0)
-            texts.append(self.tokenizer.decode(rows[0]).replace("\n", " ⏎ "))
-        self.show_samples(step, texts)
+        """Let the model answer the first few conversations of a task, print and record them. Collective; rank 0 does
+        it."""
+        def answer() -> None:
+            engine, texts = Engine(self.model, self.tokenizer, graphs=False), []
+            for i in range(min(count, len(task))):
+                prompt = self.tokenizer.render_for_completion(task[i])
+                rows, _ = engine.generate_batch(prompt, max_tokens=max_tokens, temperature=0)
+                texts.append(self.tokenizer.decode(rows[0]).replace("\n", " ⏎ "))
+            self.show_samples(step, texts)
+
+        on_main("sample answers", answer, self.ranks)
 
     def finish(self, text: str, **results: Any) -> None:
         """Print and record that the run is done. text: the result in words. results: fields of the record."""

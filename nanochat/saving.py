@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint import save_checkpoint
+from nanochat.launcher import saving
 
 
 class BackgroundSaver:
@@ -66,7 +67,8 @@ class BackgroundSaver:
             try:
                 if copied is not None:
                     copied.synchronize()
-                save_checkpoint(folder, step, model_state, meta, optimizer_state, keep)
+                with saving(f"step {step}"):
+                    save_checkpoint(folder, step, model_state, meta, optimizer_state, keep)
             except BaseException as error:
                 self._error = error
 

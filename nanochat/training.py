@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nanochat.distributed import Ranks, all_reduce_sum
 from nanochat.errors import UserError
+from nanochat.launcher import stop_signals
 from nanochat.logs import RunLog
 from nanochat.optim import MuonAdamW
 from nanochat.recipe import MomentumSchedule, RateSchedule, Rows, published
@@ -158,23 +159,6 @@ def freeze_garbage_collector() -> Iterator[None]:
         gc.unfreeze()
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Within the block, SIGTERM and SIGINT (Ctrl-C) append their number to the yielded list and end nothing."""
-    received: list[int] = []
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        try:
-            before[number] = signal.signal(number, lambda number, frame: received.append(number))
-        except ValueError:  # not the main thread, which then handles signals itself
-            break
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run_steps(one_step: Callable[[int, bool], bool], start: int, num_iterations: int, log: RunLog, *,
               before_step: Callable[[int], None], save: Callable[[int], None],
               flush: Callable[[], None] = lambda: None,
@@ -194,7 +178,8 @@ def run_steps(one_step: Callable[[int, bool], bool], start: int, num_iterations:
 
     Raises:
         UserError: after saving, what await_data returned on this rank.
-        SystemExit: with 128 + the signal's number, after saving, where a rank was asked to stop (SIGTERM, Ctrl-C).
+        SystemExit: with 128 + the signal's number, after saving, where a rank was asked to stop (Ctrl-C, SIGTERM,
+            SIGHUP).
     """
     failure: UserError | None = None
     with stop_signals() as received:

@@ -21,7 +21,7 @@ from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir
 from nanochat.dataset.shards import read_source
-from nanochat.distributed import Ranks, dtype_of_run
+from nanochat.distributed import Ranks, dtype_of_run, on_main
 from nanochat.errors import UserError
 from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_core
 from nanochat.evaluation.loss import EvalRows
@@ -40,6 +40,7 @@ from nanochat.run import (
     kernels_flag,
     launch,
     loader_state,
+    lock_run,
     open_run,
     resume_step,
 )
@@ -137,6 +138,7 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
         UserError: the folder holds a model of another shape or tokenizer.
     """
     folder = base_dir() / STAGES["base"].folder / (config.model_tag or f"d{config.depth}")
+    file = lock_run(folder, ranks)
     step, meta = resume_step(folder, config.fresh, ranks), {}
     if step is None:
         torch.manual_seed(config.seed)  # initialised on the CPU: the same weights for every device and number of ranks
@@ -155,7 +157,7 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
         meta, model = found.meta, model_from_state(new, found.model_state, what=str(folder))
     model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype"))
     return Origin(stage=STAGES["base"], folder=folder, step=step or 0, model=model, tokenizer=tokenizer, meta=meta,
-                  loaded="", provenance={"data": read_source(text)})
+                  loaded="", provenance={"data": read_source(text)}, lock=file)
 
 
 def run(config: Config, ranks: Ranks) -> None:
@@ -211,8 +213,7 @@ def run(config: Config, ranks: Ranks) -> None:
             log.record("core", step=step, **result.record())
 
         def sample(step: int) -> None:
-            if ranks.is_main:
-                run.show_samples(step, samples(model, tokenizer, prompts))
+            on_main("samples", lambda: run.show_samples(step, samples(model, tokenizer, prompts)), ranks)
 
         actions = [PeriodicAction(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows(), token_bytes),
                                   at_zero=True)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from nanochat.chat_data import ConversationSource, count_tokens
 from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader
-from nanochat.distributed import Ranks, broadcast_object, machine_first
+from nanochat.distributed import Ranks, machine_first, on_main
 from nanochat.evaluation.loss import EvalRows
 from nanochat.recipe import MOST_ROWS, Rows, published
 from nanochat.run import (
@@ -68,7 +68,7 @@ def run(config: Config, ranks: Ranks) -> None:
     train_task, val_task = machine_first(lambda: recipes.mid(data.source, seed=data.seed, extra=data.extra), ranks)
     num_iterations = config.num_iterations
     if num_iterations <= 0:
-        tokens = broadcast_object(count_tokens(train_task, tokenizer) if ranks.is_main else 0, ranks)
+        tokens = on_main("counting the tokens of the conversations", lambda: count_tokens(train_task, tokenizer), ranks)
         num_iterations = max(1, round(config.num_epochs * tokens / config.total_batch_size))
     if is_trained(origin, num_iterations, ranks):
         return

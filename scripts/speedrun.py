@@ -5,7 +5,9 @@ report.
     python -m scripts.speedrun --dry-run    # says what would be done and prints the commands, and does nothing
 
 It looks at the machine, says what it will do, how long that takes and how much disk it needs, and does it. A stage that
-is done is skipped, so the same command resumes after an interruption. Settings, all optional, from the environment:
+is done is skipped, so the same command resumes after an interruption. Ctrl-C, SIGTERM and a closed terminal let the
+stage save and end first (nanochat/launcher.py); Ctrl-C again ends it at once. Settings, all optional, from the
+environment:
 
     SPEEDRUN_PROFILE=small|d20|d26|d32    the recipe (nanochat/recipe.py): small is for a CPU, on the built-in small
                                           world; the others are the published one at three depths, for GPUs. Unset: d20
@@ -24,9 +26,9 @@ is done is skipped, so the same command resumes after an interruption. Settings,
 
 import json
 import shlex
-import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +36,9 @@ from nanochat.checkpoint import latest_step
 from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import shard_paths
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, base_dir, need_disk
-from nanochat.logs import read_log
+from nanochat.files import atomic_write, base_dir, lock, need_disk
+from nanochat.launcher import Job, Owner
+from nanochat.logs import print_line, read_log
 from nanochat.small_world import facts
 from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
@@ -91,36 +94,39 @@ def print_commands(plan: RunPlan) -> None:
 
 
 def run_commands(plan: RunPlan) -> None:
-    """Run all commands of the run that are not done. Raises UserError at the first that fails."""
-    background: subprocess.Popen | None = None
-    try:
+    """Run all commands of the run that are not done.
+
+    Raises:
+        UserError: at the first that fails. SystemExit: Ctrl-C, SIGTERM or SIGHUP came, and all have ended.
+    """
+    with Owner() as owner:
+        background: Job | None = None
         for command in commands(plan):
-            print(f"\n== {command.title} ({time.strftime('%H:%M:%S')})", flush=True)
+            print_line(f"\n== {command.title} ({time.strftime('%H:%M:%S')})")
             if is_done(plan, command):
-                print("done before")
+                print_line("done before")
             elif command.beside:
-                background = subprocess.Popen(command.argv())
+                background = owner.start(command.title, command.argv())
                 continue
             else:
-                execute(command)
+                execute(owner, command)
                 if command.grades:
                     remember(plan, command)
             if background is not None and command.awaits:
-                if background.wait():
-                    print("note: not all text could be fetched; the base model has been trained without the rest")
+                if owner.wait(background):
+                    print_line("note: not all text could be fetched; the base model has been trained without the rest")
                 background = None
-    finally:
-        if background is not None and background.poll() is None:
-            background.terminate()
-            background.wait()
 
 
-def execute(command: Command) -> None:
-    """Run a command in a process of its own. Raises UserError where it fails."""
-    code = subprocess.run(command.argv()).returncode
+def execute(owner: Owner, command: Command) -> None:
+    """Run a command in processes of its own. Raises UserError where it fails, and what `Owner.wait` raises."""
+    job = owner.start(command.title, command.argv())
+    code = owner.wait(job)
     if code:
-        mend = "" if code in (130, 143) else "mend what it says, then "  # stopped by Ctrl-C or SIGTERM: nothing to mend
-        raise UserError(f"{command.module} ended with exit code {code}; {mend}`bash speedrun.sh` resumes from here.")
+        mend = "" if code in (130, 143) else "mend what it says, then "  # stopped by itself: nothing to mend
+        why = f" ({job.reason.rstrip('.')})" if job.reason else ""
+        raise UserError(f"{command.module} ended with exit code {code}{why}; {mend}`bash speedrun.sh` resumes from "
+                        "here.")
 
 
 def is_done(plan: RunPlan, command: Command) -> bool:
@@ -236,7 +242,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.dry_run:
         print_commands(plan)
         return
-    run_commands(plan)
+    way_out = "Wait until it ends, or stop it with `kill {pid}`; another NANOCHAT_BASE_DIR lets two run side by side."
+    file = lock(base_dir() / "locks" / "speedrun.lock", f"{base_dir()} is in use by a speedrun", way_out)
+    with file or nullcontext():
+        run_commands(plan)
     conclude(plan, time.time() - began)
 
 

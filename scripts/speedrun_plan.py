@@ -190,7 +190,7 @@ def chat_stages(plan: RunPlan) -> list[Stage]:
 class Command:
     """One command of a speedrun.
 
-    title: what is printed above it. module, flags: what Python runs, under torchrun where there are several GPUs.
+    title: what is printed above it. module, flags: what Python runs, one process a GPU where there are several.
     beside: it runs in the background, beside the commands after it.
     awaits: what runs in the background must have ended before the command after this one.
     grades: the stage whose checkpoint it evaluates. Such a command leaves no checkpoint that says it is done.
@@ -206,18 +206,15 @@ class Command:
 
     def argv(self) -> list[str]:
         """Return the command for subprocess, with this Python."""
-        if self.gpus > 1:
-            return [sys.executable, "-m", "torch.distributed.run", *self._arguments()]
         return [sys.executable, *self._arguments()]
 
     def shell(self) -> str:
         """Return the command as it is typed where the virtual environment is active."""
-        start = "torchrun" if self.gpus > 1 else "python"
-        return shlex.join([start, *self._arguments()]) + (" &" if self.beside else "")
+        return shlex.join(["python", *self._arguments()]) + (" &" if self.beside else "")
 
     def _arguments(self) -> list[str]:
         if self.gpus > 1:
-            return ["--standalone", f"--nproc_per_node={self.gpus}", "-m", self.module, "--", *self.flags]
+            return ["-m", "scripts.launch", f"--ranks={self.gpus}", self.module, "--", *self.flags]
         return ["-m", self.module, *self.flags]
 
 

@@ -4,10 +4,13 @@ import importlib
 import itertools
 import os
 import socket
+import subprocess
+from dataclasses import replace
 
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.recipe import Recipe, small
 
 _ports = itertools.count()
 
@@ -51,3 +54,24 @@ def module_of(command: str):
     """Return the module that `python -m command` runs."""
     module = importlib.import_module(command)
     return importlib.import_module(f"{command}.__main__") if hasattr(module, "__path__") else module
+
+
+def tiny_profile() -> Recipe:
+    """Return the recipe `small`, so small that all its stages take seconds."""
+    few = {"num_iterations": 2, "eval_every": -1}
+    base = replace(small.base, shape=replace(small.base.shape, depth=2, max_seq_len=128), total_batch_size=512,
+                   horizon=replace(small.base.horizon, num_iterations=3), eval_tokens=1000)
+    return replace(
+        small, docs=600, tokenizer=replace(small.tokenizer, vocab_size=300), base=base,
+        base_eval=replace(small.base_eval, split_tokens=1000), identity=replace(small.identity, count=20),
+        mid=replace(small.mid, **few, total_batch_size=512, eval_tokens=1000),
+        sft=replace(small.sft, **few, target_examples_per_step=4, eval_steps=1),
+        rl=replace(small.rl, **few, examples_per_step=1, num_samples=2, max_new_tokens=4, eval_examples=2,
+                   eval_samples=1),
+        chat_eval=replace(small.chat_eval, max_problems=2, max_new_tokens=4))
+
+
+def running(pid: int) -> bool:
+    """Return whether a process runs; one that has ended and that nobody waits for does not."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(found) and not found.startswith("Z")

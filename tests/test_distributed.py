@@ -3,8 +3,9 @@
 import os
 import re
 import socket
+import time
 from collections.abc import Callable
-from datetime import timedelta
+from contextlib import redirect_stderr
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,9 @@ from nanochat.distributed import (
     dtype_of_run,
     gather_objects,
     init_ranks,
+    joined_ranks,
     machine_first,
+    on_main,
     peak_flops,
     precision_note,
 )
@@ -52,7 +55,10 @@ def test_one_process_makes_no_group_and_hands_everything_back():
     assert broadcast_object("as it is", ranks) == "as it is"
     assert gather_objects("as it is", ranks) == ["as it is"]
     barrier(ranks)
+    assert on_main("work", lambda: 3, ranks) == 3
     close_ranks()
+    with pytest.raises(ZeroDivisionError), joined_ranks("cpu"):
+        1 / 0  # noqa: B018
 
 
 def test_torchrun_with_one_process_makes_no_group(monkeypatch):
@@ -108,9 +114,7 @@ def test_ranks_that_never_come_are_reported(monkeypatch):
         taken.bind(("127.0.0.1", 0))  # bound, never listening: rank 1 finds no rank 0 there
         set_ranks(monkeypatch, RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
                   MASTER_PORT=taken.getsockname()[1])
-        join = torch.distributed.init_process_group
-        monkeypatch.setattr(torch.distributed, "init_process_group",
-                            lambda *args, **kwargs: join(*args, **kwargs, timeout=timedelta(seconds=1)))
+        monkeypatch.setattr(distributed, "JOIN_MINUTES", 1 / 60)
         with pytest.raises(UserError, match="rank 1 of 2 could not join"):
             init_ranks("cpu")
 
@@ -168,6 +172,72 @@ def test_the_first_rank_of_a_machine_fetches_what_the_others_find(tmp_path):
 
 def test_two_ranks_sum_and_hear_rank_0():
     start_ranks(2, _talk)
+
+
+def _wait_for_main(ranks: Ranks) -> None:
+    threads = []
+
+    def work() -> dict:
+        threads.append(ranks.rank)
+        time.sleep(1)
+        return {"from": ranks.rank}
+
+    assert on_main("some work", work, ranks) == {"from": 0} and threads == [0] * ranks.is_main
+    with pytest.raises(UserError, match="^a mistake$"):
+        on_main("a mistake", _mistake, ranks)
+    began = time.monotonic()
+    barrier(ranks, "the end")  # the next one has its own key, also where one of the ranks is late
+    if ranks.rank == 1:
+        with pytest.raises(TimeoutError, match="rank 1 has waited 0.005 minutes for this to end: nothing"):
+            on_main("nothing", list, ranks, minutes=0.005)
+        assert time.monotonic() - began < 60
+    else:
+        time.sleep(2)
+        assert on_main("nothing", list, ranks) == []
+    barrier(ranks, "the end")
+
+
+def _mistake() -> None:
+    raise UserError("a mistake")
+
+
+def test_ranks_wait_for_rank_0_with_a_name_and_a_time_limit():
+    start_ranks(3, _wait_for_main)
+
+
+class _Ended(Exception):
+    pass
+
+
+def _end_by(ranks: Ranks, error: BaseException, capture) -> None:
+    def end(code: int) -> None:
+        raise _Ended(code)
+
+    distributed.os._exit, real = end, distributed.os._exit
+    distributed.dist.destroy_process_group, destroy = None, distributed.dist.destroy_process_group  # may wait
+    try:
+        with pytest.raises(_Ended) as ended, joined_ranks("cpu"):
+            raise error
+    finally:
+        distributed.os._exit, distributed.dist.destroy_process_group = real, destroy
+    capture.append(ended.value.args[0])
+
+
+def _fail_alone(ranks: Ranks, folder) -> None:
+    codes: list[int] = []
+    if ranks.rank == 1:
+        with open(folder / "err.txt", "w") as file, redirect_stderr(file):
+            for error in (UserError("no text"), RuntimeError("far from here"), SystemExit(143), KeyboardInterrupt()):
+                _end_by(ranks, error, codes)
+        (folder / "codes.txt").write_text(str(codes))
+
+
+def test_a_rank_that_fails_says_so_and_ends_without_waiting_for_the_others(tmp_path):
+    start_ranks(2, _fail_alone, tmp_path)
+    lines = (tmp_path / "err.txt").read_text().splitlines()
+    assert lines[:2] == ["rank 1 of 2: error: no text", "rank 1 of 2: Traceback (most recent call last):"]
+    assert lines[-1] == "RuntimeError: far from here"
+    assert (tmp_path / "codes.txt").read_text() == "[1, 1, 143, 130]"
 
 
 def test_dtype_follows_the_variable_and_nonsense_is_refused(monkeypatch):

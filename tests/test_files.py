@@ -17,7 +17,8 @@ import torch
 
 from nanochat import files
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, base_dir, free_name, in_words, need_disk, sha256_of, sweep, to_json
+from nanochat.files import atomic_write, base_dir, free_name, in_words, lock, need_disk, sha256_of, sweep, to_json
+from tests.conftest import ROOT
 
 
 def inside(folder):
@@ -157,3 +158,27 @@ def test_json_is_strict_and_takes_what_runs_hold():
     assert math.isnan(float(back["nan"])) and float(back["inf"][1]) == -math.inf
     with pytest.raises(TypeError):
         to_json({"a": object()})
+
+
+HOLD = """if True:
+    import sys
+    from pathlib import Path
+    from nanochat.files import lock
+    file = lock(Path(sys.argv[1]), "the folder is in use", "Stop it with `kill {pid}`.")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_is_another_processes_until_that_ends_and_says_which_one_it_is(tmp_path):
+    path = tmp_path / "locks" / "it.lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    told = rf"the folder is in use: process {holder.pid}, .*-c.* on .* since .*\. Stop it with `kill {holder.pid}`\."
+    with pytest.raises(UserError, match=told):
+        lock(path, "the folder is in use", "Stop it with `kill {pid}`.")
+    holder.kill()
+    holder.communicate()
+    with lock(path, "the folder is in use", ""):
+        assert path.read_text().startswith(f"{os.getpid()}\n")

@@ -280,3 +280,30 @@ def test_wandb_offline_keeps_the_run_here_and_reaches_out_to_nobody(tmp_path, mo
     with pytest.raises(BlockingIOError):  # nobody called
         server.accept()
     server.close()
+
+
+GONE = """if True:
+    import os, sys
+    from nanochat.logs import RunLog, print_line
+    with RunLog("base", "gone", {}) as log:
+        sys.stdin.read(1)  # until nobody reads our output
+        for step in range(3):
+            log.say(f"step {step}")
+            log.progress(step, 3, "x")
+            print_line("an error", sys.stderr)
+            log.record("train", step=step)
+    open(sys.argv[1], "w").write("saved")
+"""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_goes_on_where_its_console_is_gone(tmp_path, terminal):
+    """Ctrl-C ends `tee` before the run that writes to it; a closed terminal answers every write with an error."""
+    ours, theirs = os.openpty() if terminal else os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", GONE, str(tmp_path / "saved")], cwd=ROOT, stdin=subprocess.PIPE,
+                               stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    os.close(ours)
+    process.communicate(b"x", timeout=60)
+    assert process.returncode == 0 and (tmp_path / "saved").exists()
+    assert len([row for row in read_log(logs.base_dir() / "logs" / "base_gone.jsonl") if row["kind"] == "train"]) == 3

@@ -4,16 +4,16 @@ Covers scripts/speedrun_plan.py too."""
 
 import json
 import shlex
-from dataclasses import replace
 
 import pytest
 import torch
 
 from nanochat.errors import UserError
-from nanochat.recipe import PROFILES, small
+from nanochat.launcher import Owner
+from nanochat.recipe import PROFILES
 from scripts import speedrun, speedrun_plan
 from scripts.speedrun_plan import Command, Machine, commands, make_plan
-from tests.helpers import module_of
+from tests.helpers import module_of, tiny_profile
 
 H100 = Machine(["NVIDIA H100 80GB HBM3"] * 8, 80 * 10**9, 64)
 
@@ -103,20 +103,9 @@ def test_an_unreachable_hub_is_seen(monkeypatch):
 
 @pytest.mark.long
 def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path):
-    few = {"num_iterations": 2, "eval_every": -1}
-    base = replace(small.base, shape=replace(small.base.shape, depth=2, max_seq_len=128), total_batch_size=512,
-                   horizon=replace(small.base.horizon, num_iterations=3), eval_tokens=1000)
-    tiny = replace(
-        small, docs=600, tokenizer=replace(small.tokenizer, vocab_size=300), base=base,
-        base_eval=replace(small.base_eval, split_tokens=1000), identity=replace(small.identity, count=20),
-        mid=replace(small.mid, **few, total_batch_size=512, eval_tokens=1000),
-        sft=replace(small.sft, **few, target_examples_per_step=4, eval_steps=1),
-        rl=replace(small.rl, **few, examples_per_step=1, num_samples=2, max_new_tokens=4, eval_examples=2,
-                   eval_samples=1),
-        chat_eval=replace(small.chat_eval, max_problems=2, max_new_tokens=4))
-    monkeypatch.setitem(PROFILES, "small", tiny)
+    monkeypatch.setitem(PROFILES, "small", tiny_profile())
     # in this process: each of the stages' own would import torch anew
-    monkeypatch.setattr(speedrun, "execute", lambda command: module_of(command.module).main(list(command.flags)))
+    monkeypatch.setattr(speedrun, "execute", lambda _, command: module_of(command.module).main(list(command.flags)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speedrun, "find_machine", lambda: Machine([], 0, 1))
     monkeypatch.setenv("SPEEDRUN_DEVICE_BATCH", "4")
@@ -135,7 +124,10 @@ def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path
 def test_a_stage_that_fails_ends_the_run_and_says_how_to_go_on():
     with pytest.raises(UserError, match="nanochat.dataset ended with exit code 2; "
                                         "mend what it says, then `bash speedrun.sh` resumes"):
-        speedrun.execute(Command("text", "nanochat.dataset", ("small-world", "--nonsense")))
+        with Owner() as owner:
+            speedrun.execute(owner, Command("text", "nanochat.dataset", ("small-world", "--nonsense")))
+    with pytest.raises(UserError, match=r"exit code 1 \(docs is 0; it must be at least 1\); mend"), Owner() as owner:
+        speedrun.execute(owner, Command("text", "nanochat.dataset", ("small-world", "--docs=0")))
 
 
 def printed(capsys) -> list[str]:
@@ -147,7 +139,7 @@ def printed(capsys) -> list[str]:
 def test_a_dry_run_prints_the_commands_that_a_run_runs(monkeypatch, capsys):
     monkeypatch.setattr(speedrun, "find_machine", lambda: Machine([], 0, 2))
     ran = []
-    monkeypatch.setattr(speedrun, "execute", ran.append)
+    monkeypatch.setattr(speedrun, "execute", lambda _, command: ran.append(command))
     monkeypatch.setattr(speedrun, "remember", lambda *_: None)
     monkeypatch.setattr(speedrun, "is_done", lambda *_: False)
     monkeypatch.setenv("WANDB_RUN", "a name")
@@ -158,18 +150,18 @@ def test_a_dry_run_prints_the_commands_that_a_run_runs(monkeypatch, capsys):
     assert [command.argv()[1:] for command in ran] == [shlex.split(line)[1:] for line in lines]
 
 
-def test_several_gpus_train_under_torchrun_and_text_is_fetched_beside_tokenizer_and_base_model(monkeypatch, capsys):
+def test_several_gpus_train_under_our_launcher_and_text_is_fetched_beside_tokenizer_and_base_model(monkeypatch, capsys):
     monkeypatch.setattr(speedrun, "find_machine", lambda: H100)
     monkeypatch.setattr(speedrun, "need_disk", lambda *_: None)
     lines = printed(capsys)
     shards = make_plan(H100).shards
     assert lines[:3] == ["python -m nanochat.dataset -n 8", f"python -m nanochat.dataset -n {shards} &",
                          "python -m scripts.tok_train"]
-    assert lines[3] == ("torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 "
+    assert lines[3] == ("python -m scripts.launch --ranks=8 scripts.base_train -- --depth=20 "
                         f"--num-iterations={make_plan(H100).steps} --shards={shards}")
     assert lines[4] == "wait" and lines.count("wait") == 1
     base = next(command for command in commands(make_plan(H100)) if command.module == "scripts.base_train")
-    assert base.argv()[1:] == ["-m", "torch.distributed.run", *shlex.split(lines[3])[1:]]
+    assert base.argv()[1:] == shlex.split(lines[3])[1:]
 
 
 @pytest.mark.parametrize("fails", [None, "scripts.base_train"])
@@ -180,23 +172,21 @@ def test_the_base_model_trains_while_its_text_is_fetched_and_a_download_that_fai
     monkeypatch.setattr(speedrun, "remember", lambda *_: None)
     events = []
 
-    class Background:
-        def __init__(self, argv):
+    class Background(Owner):
+        def start(self, title, argv):
             events.append("fetch")
+            return title
 
-        def wait(self):
+        def wait(self, job):
             events.append("wait")
             return 1
 
-        def poll(self):
-            return 1
-
-    def execute(command):
+    def execute(_, command):
         events.append(command.module)
         if command.module == fails:
             raise UserError("shard_00012 will not come")
 
-    monkeypatch.setattr(speedrun.subprocess, "Popen", Background)
+    monkeypatch.setattr(speedrun, "Owner", Background)
     monkeypatch.setattr(speedrun, "execute", execute)
     monkeypatch.setattr(speedrun, "conclude", lambda *_: None)
     began = ["nanochat.dataset", "fetch", "scripts.tok_train", "scripts.base_train"]

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.distributed import Ranks, broadcast_object, gather_objects
+from nanochat.distributed import Ranks, gather_objects, on_main
 from nanochat.errors import UserError
 from nanochat.evaluation.core_bundle import Bundle, CoreTask, open_bundle
 from nanochat.ragged import length_on, padded
@@ -93,7 +93,7 @@ def bundle_of_ranks(folder: str | Path | None, ranks: Ranks, *, fetch: bool = Tr
 
     An error is raised on all ranks.
     """
-    return _on_main(lambda: open_bundle(folder, fetch=fetch, say=say), ranks)
+    return on_main("fetching the tasks of CORE", lambda: open_bundle(folder, fetch=fetch, say=say), ranks)
 
 
 def check_bundle(bundle: Bundle, max_per_task: int, ranks: Ranks = ONE_RANK) -> None:
@@ -105,21 +105,7 @@ def check_bundle(bundle: Bundle, max_per_task: int, ranks: Ranks = ONE_RANK) -> 
         bundle.check()
         for task in bundle.tasks:
             load_examples(task, max_per_task)
-    _on_main(read, ranks)
-
-
-def _on_main(fn: Callable[[], Any], ranks: Ranks) -> Any:
-    """Call fn on rank 0; return its result, or raise its UserError, on all ranks."""
-    result = None
-    if ranks.is_main:
-        try:
-            result = fn()
-        except UserError as error:
-            result = error
-    result = broadcast_object(result, ranks)
-    if isinstance(result, UserError):
-        raise result
-    return result
+    on_main("reading the tasks of CORE", read, ranks)
 
 
 # ---- prompts
