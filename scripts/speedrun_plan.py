@@ -24,12 +24,12 @@ from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recipe import PROFILES, Recipe, changed_flags, published
 from nanochat.stages import CHAT_STAGES, STAGES, Stage
+from scripts.step_memory import ROW, most_rows
 
 CHARS_PER_TOKEN = 4.8                      # of FineWeb-Edu, with 65,536 tokens
 SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
 TOKENIZER_SHARDS = 8                       # hold the 2 billion characters that the tokenizer is trained on
 EXPECTED_MFU = 0.5
-MEMORY_OF_32_ROWS = {20: 70e9, 26: 130e9, 32: 210e9}  # bytes on a GPU at 32 rows of 2048, by depth: estimated
 
 
 @dataclass
@@ -164,13 +164,12 @@ def make_plan(machine: Machine) -> RunPlan:
 
 def batch_for(recipe: Recipe, machine: Machine) -> int:
     """Return the rows a device takes at a time: on GPUs the largest power of two, up to 32, that fits the memory."""
-    depth = recipe.base.shape.depth
-    if depth not in MEMORY_OF_32_ROWS:
+    shape = recipe.base.shape
+    if shape.max_seq_len != ROW or recipe.tokenizer.vocab_size != published.tokenizer.vocab_size:
         return recipe.base.device_batch_size
     if not machine.gpus:
         return 1
-    rows = 32 * machine.gpu_memory / MEMORY_OF_32_ROWS[depth]
-    return max(1, min(32, 1 << int(math.log2(max(rows, 1)))))
+    return max(1, most_rows(shape.depth, machine.gpu_memory, len(machine.gpus)))
 
 
 def chat_stages(plan: RunPlan) -> list[Stage]:
