@@ -20,7 +20,7 @@ from scripts import step_memory
 from tests.nullgpu import Face, NullGPU, build, missing
 from tests.nullgpu.programs import training
 
-DEPTHS = 4, 8, 12, 16, 20, 24, 26, 32
+DEPTHS = 4, 12, 20, 26, 32
 ROWS = 1, 8, 32       # the optimizer's part; two points of a line
 RANKS = 1, 2, 8
 LARGE = Face("a card with much memory", "9.0", 900, 132, 50)  # no card yet holds all of them

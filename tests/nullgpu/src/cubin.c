@@ -37,7 +37,6 @@ struct kernel *kernel_in(const void *cubin, const char *name) {
     for (int i = 0; i < header->e_shnum; i++) {
         const char *title = titles + sections[i].sh_name;
         bool own = !strncmp(title, ".nv.info.", 9) && !strcmp(title + 9, name);
-        if (!strncmp(title, ".nv.shared.", 11) && !strcmp(title + 11, name)) k->shared = sections[i].sh_size;
         if (!own && strcmp(title, ".nv.info")) continue;
         const uint8_t *p = start + sections[i].sh_offset, *end = p + sections[i].sh_size;
         while (p + 4 <= end) {

@@ -173,15 +173,16 @@ API CUresult cuModuleGetLoadingMode(CUmoduleLoadingMode *mode) {
 }
 
 API CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-    *function = (CUfunction)kernel_in(module, name);
-    return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+    struct kernel *k = kernel_in(module, name);
+    record("\"event\": \"kernel\", \"name\": \"%.900s\", \"registers\": %d, \"local\": %d", name, k->registers, k->local);
+    *function = (CUfunction)k;
+    return CUDA_SUCCESS;
 }
 
 API CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfunction function) {
     const struct kernel *k = (const struct kernel *)function;
     *value = which == CU_FUNC_ATTRIBUTE_NUM_REGS ? k->registers
            : which == CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES ? k->local
-           : which == CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES ? k->shared
            : which == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ? k->max_dynamic
            : which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
     return CUDA_SUCCESS;
@@ -190,9 +191,9 @@ API CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfuncti
 API CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
     struct kernel *k = (struct kernel *)function;
     if (which != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
-    if (value + k->shared > face.shared_block)
+    if (value > face.shared_block)
         return (CUresult)refuse(CUDA_ERROR_INVALID_VALUE, "%.200s asks for %d bytes of shared memory; the card has %d",
-                                k->name, value + k->shared, face.shared_block);
+                                k->name, value, face.shared_block);
     k->max_dynamic = value;
     return CUDA_SUCCESS;
 }
@@ -228,13 +229,13 @@ static CUresult launch_kernel(CUfunction function, dim3 grid, dim3 block, unsign
                               void **values) {
     const struct kernel *k = (const struct kernel *)function;
     unsigned threads = block.x * block.y * block.z;
-    if (shared + k->shared > 49152 && shared > (unsigned)k->max_dynamic)
+    if (shared > 49152 && shared > (unsigned)k->max_dynamic)
         return (CUresult)refuse(CUDA_ERROR_INVALID_VALUE, "%.200s takes %u bytes of shared memory without asking first",
                                 k->name, shared);
     if (k->registers * ((threads + 31) / 32 * 32) > 65536)
         return (CUresult)refuse(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "%.200s: %u threads of %d registers", k->name,
                                 threads, k->registers);
-    return (CUresult)launch("triton", k->name, grid, block, shared + k->shared, stream, pointers_on(k, values));
+    return (CUresult)launch("triton", k->name, grid, block, shared, stream, pointers_on(k, values));
 }
 
 API CUresult cuLaunchKernelEx(const CUlaunchConfig *how, CUfunction function, void **values, void **extra) {

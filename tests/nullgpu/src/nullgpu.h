@@ -70,7 +70,8 @@ int launch(const char *how, const char *name, dim3 grid, dim3 block, size_t shar
 #define MAX_PARAMETERS 256
 struct kernel {
     char name[256];
-    int registers, local, shared, max_dynamic, parameters;
+    int registers, local;             /* registers of a thread, bytes of its stack */
+    int max_dynamic, parameters;      /* bytes of shared memory it has asked for: Triton's is all dynamic */
     uint8_t size[MAX_PARAMETERS]; /* bytes of each parameter */
 };
 struct kernel *kernel_in(const void *cubin, const char *name); /* sizes are 0 where the file does not say */

@@ -1,0 +1,86 @@
+"""Our Triton kernels as ptxas compiles them for each kind of card: they fit its shared memory, and their registers and
+spills are as recorded."""
+
+import ast
+
+import pytest
+import torch
+
+from nanochat.kernels.decode_attention import append_and_attend
+from nanochat.positions import rope_table
+from tests.conftest import ROOT
+from tests.nullgpu import FACES
+from tests.nullgpu.inside import recorded
+from tests.nullgpu.programs import decoding, training
+
+SOURCES = sorted(ROOT.glob("nanochat/kernels/*/triton.py"))
+
+# Registers of a thread and bytes of its stack, at most, for compute capability 9.0 and bfloat16 at the shapes of d20,
+# d26 and d32. A stack is where registers are spilled to. What exceeds a limit is slower: look at it before raising one.
+LIMITS = {"_forward": (112, 0), "_backward": (255, 96), "_step": (32, 0), "_row": (40, 0), "_split": (112, 0),
+          "_combine": (56, 0), "_fused_matvec": (104, 8)}
+
+
+def entries() -> set[str]:
+    """Return the names of the kernels that are launched: all `name[grid](...)` of our Triton sources."""
+    return {node.func.value.id for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+            and isinstance(node.func.value, ast.Name)}
+
+
+def compile_all(depths: list[int]) -> dict:
+    """Train and decode with two layers of each depth's width; return our kernels and what was refused.
+
+    Training is one step of a few long rows, with both mixers. Decoding is one row and many, with graphs, at few and at
+    many positions, and with shared key heads.
+    """
+    names, found = entries(), {}
+    with recorded() as seen:
+        for depth in depths:
+            shape = {"n_layer": 2, "layer_pattern": "SA"}
+            training(depth, 2, compiled=False, steps=1, **shape)
+            decoding(depth, [1, 3], 2, **shape)
+        with torch.inference_mode():
+            grouped()
+    for event in seen.of("kernel", "launch"):
+        if event["name"] in names:
+            most = found.setdefault(event["name"], {"registers": 0, "local": 0, "shared": 0})
+            for key in most:
+                most[key] = max(most[key], event.get(key, 0))
+    return {"kernels": found, "refused": [event["why"] for event in seen.of("refused")]}
+
+
+def grouped() -> None:
+    """Attend with query heads that share a key head, over many positions: the products of a decode step."""
+    dtypes = (torch.float16,) if torch.cuda.get_device_capability() < (8, 0) else (torch.bfloat16, torch.float16)
+    for dtype in (torch.float32, *dtypes):
+        B, S, H, G, D = 2, 4096, 8, 2, 128
+        q, k, v = (torch.zeros(B, 1, heads, D, dtype=dtype, device="cuda") for heads in (H, G, G))
+        keys, values = (torch.zeros(B, S, G, D, dtype=dtype, device="cuda") for _ in range(2))
+        rope = tuple(table[:B].unsqueeze(1) for table in rope_table(S, D, "cuda"))
+        append_and_attend(q, k, v, rope, keys, values, torch.zeros(B, dtype=torch.long, device="cuda"))
+
+
+def check(found: dict, face: str) -> None:
+    assert found["refused"] == []
+    for name, kernel in found["kernels"].items():
+        assert 0 < kernel["registers"] <= 255 and kernel["shared"] <= FACES[face].shared_block, (name, kernel)
+
+
+@pytest.mark.long
+def test_on_an_h100_registers_and_spills_are_as_recorded(nullgpu):
+    found = nullgpu.run(compile_all, face="H100", depths=[20, 26, 32])
+    check(found, "H100")
+    assert found["kernels"].keys() == entries() == LIMITS.keys(), "a kernel has no limit here, or nothing launches it"
+    for name, kernel in found["kernels"].items():
+        registers, local = LIMITS[name]
+        assert kernel["registers"] <= registers and kernel["local"] <= local, (name, kernel)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("face", ["T4", "RTX 5090", *(
+    pytest.param(face, marks=pytest.mark.slow) for face in ("A100-40", "RTX 3090", "L4", "B200"))])
+def test_every_kernel_compiles_for_other_cards_and_fits_their_shared_memory(nullgpu, face):
+    found = nullgpu.run(compile_all, face=face, depths=[20])
+    check(found, face)
+    assert found["kernels"].keys() == entries() - ({"_forward", "_backward", "_step"} if face == "T4" else set())
