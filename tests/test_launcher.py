@@ -16,7 +16,7 @@ import pytest
 from nanochat import launcher
 from nanochat.launcher import Owner
 from tests.conftest import ROOT
-from tests.helpers import running
+from tests.helpers import gone, running
 
 CHILD = """
 import os, signal, sys, time
@@ -86,16 +86,6 @@ def pids_in(lines: list[str]) -> list[int]:
     return [int(pid) for line in lines if line.startswith("pids") for pid in line.split()[1:]]
 
 
-def gone(pids: list[int], seconds: float = 30) -> bool:
-    """Whether all of these end within some seconds."""
-    limit = time.monotonic() + seconds
-    while still := [pid for pid in pids if running(pid)]:
-        if time.monotonic() > limit:
-            return not still
-        time.sleep(0.05)
-    return True
-
-
 @pytest.fixture(autouse=True)
 def from_root(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -154,7 +144,7 @@ def test_an_error_of_all_ranks_is_told_once_and_those_that_follow_from_another_i
         if os.environ['RANK'] == '0':
             os.kill(os.getpid(), signal.SIGSEGV)
         time.sleep(1)
-        tell_owner(error='Traceback: far\\\\nConnectionError: rank 0 is gone')
+        tell_owner(error='Traceback: far\\nConnectionError: rank 0 is gone')
         os._exit(1)
     """), ranks=2)
     err = capfd.readouterr().err.splitlines()
