@@ -171,7 +171,7 @@ class _Member:
     reason: str = ""
     since: float = field(default_factory=time.monotonic)  # of the last change of these
     asked: int = 0  # the signal that it was sent
-    hastened: bool = False
+    hastened: float = 0.0  # when Ctrl-C was last handed on to end it without a save
     killed: bool = False
     silent: bool = False  # its line has ended
     code: int | None = None  # exit code as a shell has it: 128 + the signal's number where a signal ended it
@@ -417,7 +417,9 @@ class Owner:
         if self._hasten:
             for member in running:
                 if not member.hastened:
-                    member.hastened, member.since = True, now
+                    member.since = now
+                if now - member.hastened > 2 * BOUNCE:  # repeated, as one may have come too soon after the first
+                    member.hastened = now
                     member.signal(signal.SIGINT)
                 if not member.owns or now - member.since > GRACE:  # an owner kills its own processes first
                     member.kill()
