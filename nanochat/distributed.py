@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.errors import UserError
-from nanochat.launcher import MASTER, tell_owner
+from nanochat.launcher import MASTER, obey_owner, tell_owner
 from nanochat.logs import print_line
 
 JOIN_MINUTES = 10        # for all ranks to start
@@ -211,6 +211,7 @@ def joined_ranks(device_type: str = "") -> Iterator[Ranks]:
     others: they may be in a collective that this rank never comes to.
     """
     ranks = None
+    obey_owner()
     try:
         ranks = init_ranks(device_type)
         yield ranks
@@ -233,7 +234,7 @@ def _end_rank(ranks: Ranks, error: BaseException) -> None:
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     else:
         text = f"error: {error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        if not tell_owner(error=text):  # which prints it; one that all ranks have once
+        if not tell_owner(error=text[-20_000:]):  # which prints it; one that all ranks have once
             print_line(f"rank {ranks.rank} of {ranks.world_size}: {text.rstrip()}", sys.stderr)
     if isinstance(error, SystemExit | KeyboardInterrupt):  # the other ranks are asked to stop too
         _leave_store(LEAVE_SECONDS / 10)

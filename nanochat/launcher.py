@@ -61,11 +61,15 @@ _sending = threading.Lock()
 def obey_owner() -> None:
     """Where this process was started by an Owner, end when that ends, and let signals end Python in good order.
 
-    SIGTERM and SIGHUP raise SystemExit, so that `finally` blocks run, as they do for Ctrl-C.
+    SIGTERM and SIGHUP raise SystemExit, so that `finally` blocks run, as they do for Ctrl-C. A process of torchrun
+    ends with torchrun. A second call does nothing.
     """
     global _line
     number = os.environ.pop(LINE, "")  # not for the processes that this one starts
     if not number:
+        if _line is None and os.environ.get("TORCHELASTIC_RUN_ID") and not _told:
+            _told["ready"] = True
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="owner", daemon=True).start()
         return
     _line = socket.socket(fileno=int(number))
     _line.set_inheritable(False)
@@ -84,6 +88,16 @@ def _end_with_owner(line: socket.socket) -> None:
     with suppress(OSError):
         while line.recv(4096):
             pass
+    _end_orphaned()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    _end_orphaned()
+
+
+def _end_orphaned() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHANED if any(_told.get(name) for name in ("saves", "saving", "owns")) else GRACE)
     if os.getpgrp() == os.getpid():
@@ -102,9 +116,9 @@ def tell_owner(**news: Any) -> bool:
         error: a text that the owner prints, with the name of the rank.
         reason: why this process fails, in a line, for the owner's last line. An error's last line is one too.
     """
+    _told.update(news)
     if _line is None:
         return False
-    _told.update(news)
     with _sending, suppress(OSError):  # the owner is gone, or stopped and its buffer full
         _line.send(json.dumps(news).encode() + b"\n", socket.MSG_DONTWAIT)
     return True
@@ -157,7 +171,7 @@ class _Member:
     reason: str = ""
     since: float = field(default_factory=time.monotonic)  # of the last change of these
     asked: int = 0  # the signal that it was sent
-    hastened: bool = False
+    hastened: float = 0.0  # when Ctrl-C was last handed on to end it without a save
     killed: bool = False
     silent: bool = False  # its line has ended
     code: int | None = None  # exit code as a shell has it: 128 + the signal's number where a signal ended it
@@ -322,7 +336,7 @@ class Owner:
         job.reminded_at = job.stopped_at
         for member in job.running:
             self._ask(member, number)
-        if any(member.saves for member in job.running):
+        if _line is None and any(member.saves for member in job.running):  # else the owner of this owner says it
             print_line(f"\n{signal.Signals(number).name}: {job.title} is asked to save and end; waiting for it. "
                        "Ctrl-C again ends it without a save.", sys.stderr)
 
@@ -372,7 +386,10 @@ class Owner:
             member.silent = True
         *whole, member.unread = member.unread.split(b"\n")
         for text in whole:
-            news = json.loads(text)
+            try:
+                news = json.loads(text)
+            except ValueError:  # cut off by a full buffer
+                continue
             member.since = time.monotonic()
             for name in ("ready", "saves", "saving", "owns", "reason"):
                 setattr(member, name, news.get(name, getattr(member, name)))
@@ -400,7 +417,9 @@ class Owner:
         if self._hasten:
             for member in running:
                 if not member.hastened:
-                    member.hastened, member.since = True, now
+                    member.since = now
+                if now - member.hastened > 2 * BOUNCE:  # repeated, as one may have come too soon after the first
+                    member.hastened = now
                     member.signal(signal.SIGINT)
                 if not member.owns or now - member.since > GRACE:  # an owner kills its own processes first
                     member.kill()
@@ -414,7 +433,7 @@ class Owner:
             saves = member.saving or (member.saves and not failing) or member.owns
             if now - since > (PATIENCE if saves else GRACE):
                 member.kill()
-        if now - job.reminded_at > REMIND and job.stopped:
+        if now - job.reminded_at > REMIND and job.stopped and _line is None:
             job.reminded_at = now
             what = next((f" to save {member.saving}" for member in running if member.saving), "")
             print_line(f"waiting for {job.title}{what} ({now - job.stopped_at:.0f} s). Ctrl-C again ends it without a "

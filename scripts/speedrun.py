@@ -245,7 +245,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     way_out = "Wait until it ends, or stop it with `kill {pid}`; another NANOCHAT_BASE_DIR lets two run side by side."
     file = lock(base_dir() / "locks" / "speedrun.lock", f"{base_dir()} is in use by a speedrun", way_out)
     with file or nullcontext():
-        run_commands(plan)
+        try:
+            run_commands(plan)
+        except SystemExit:
+            print_line("\nstopped; `bash speedrun.sh` resumes from here.")
+            raise
     conclude(plan, time.time() - began)
 
 

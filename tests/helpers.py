@@ -5,6 +5,7 @@ import itertools
 import os
 import socket
 import subprocess
+import time
 from dataclasses import replace
 
 import torch
@@ -75,3 +76,13 @@ def running(pid: int) -> bool:
     """Return whether a process runs; one that has ended and that nobody waits for does not."""
     found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
     return bool(found) and not found.startswith("Z")
+
+
+def gone(pids: list[int], seconds: float = 30) -> bool:
+    """Whether all of these end within some seconds."""
+    limit = time.monotonic() + seconds
+    while still := [pid for pid in pids if running(pid)]:
+        if time.monotonic() > limit:
+            return not still
+        time.sleep(0.05)
+    return True

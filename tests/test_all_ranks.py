@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from nanochat.checkpoint import latest_step
 from nanochat.logs import read_log
 from nanochat.stages import STAGES
 from tests.conftest import ROOT
@@ -32,6 +33,7 @@ SCRIPTS = [
     ["scripts.tok_train", ["--vocab-size=400"]], ["scripts.base_train", BASE], ["scripts.base_loss", LOSS],
     ["scripts.base_eval", LOSS], ["scripts.mid_train", MID], ["scripts.chat_sft", SFT],
     ["scripts.chat_eval", ["-i", "sft", *GRADE]], ["scripts.chat_rl", RL], ["scripts.chat_eval", ["-i", "rl", *GRADE]]]
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST = {"base": 6, "mid": 3, "sft": 4, "rl": 2}
 
 
@@ -173,11 +175,62 @@ def test_many_signals_at_any_moment(text, tiny, tmp_path, seed):
     base = own_base(tiny, tmp_path / "disturbed")
     ranks = ["scripts.launch", "--ranks=2"]
     for (module, flags), stage in zip([SCRIPTS[1], *SCRIPTS[4:6]], ("base", "mid", "sft")):
-        disturb(base, [*ranks, module, "--", *flags], seed=seed, times=4, numbers=(*STOPS,))
+        disturb(base, [*ranks, module, "--", *flags], seed=seed, times=4, numbers=STOPS)
         assert_same(weights(base, stage, LAST[stage]), weights(text, stage, LAST[stage]))
 
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def start_speedrun(base, ranks, monkeypatch) -> subprocess.Popen:
+    for name, value in {"SPEEDRUN_PROFILE": "small", "SPEEDRUN_DEVICE_BATCH": "2"}.items():
+        monkeypatch.setenv(name, value)
+    return start(base, "tests.launched_speedrun", str(ranks))
+
+
+def stop_at(process: subprocess.Popen, number: int, beginning: str) -> str:
+    """Send a signal when a line begins so; return all output."""
+    read = []
+    while not read or not read[-1].startswith(beginning):
+        read.append(process.stdout.readline())
+        assert read[-1], "".join(read)
+    process.send_signal(number)
+    read.append(process.stdout.read())
+    process.wait(120)
+    return "".join(read)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_speedrun_that_is_asked_to_stop_saves_and_starts_nothing_more(tmp_path, monkeypatch, ranks, number):
+    base = tmp_path / "speedrun"
+    base.mkdir()
+    process = start_speedrun(base, ranks, monkeypatch)
+    out = stop_at(process, number, "step 00001/")
+    assert process.returncode == 128 + number and f"{number.name}: base model is asked to save and end" in out, out
+    assert out.count("asked to stop: saving step") == 1 and "== evaluation" not in out and "Traceback" not in out, out
+    assert latest_step(base / "base_checkpoints" / "d2") == int(out.split("asked to stop: saving step ")[1].split()[0])
+    assert not left_behind(base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_whole_speedrun_with_signals_at_any_moment(tmp_path, monkeypatch, ranks):
+    """The report is copied to the folder that it runs in: this one."""
+    bases = [tmp_path / "whole", tmp_path / "disturbed"]
+    for base in bases:
+        base.mkdir()
+    process = start_speedrun(bases[0], ranks, monkeypatch)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0 and "== done in" in out and not left_behind(bases[0]), out
+    dice = random.Random(ranks)
+    for _ in range(12):
+        process, number = start_speedrun(bases[1], ranks, monkeypatch), dice.choice(STOPS)
+        out = interrupt(process, number, dice.randrange(1, 90), dice.random())
+        assert process.returncode in (128 + number, -number, 0), (number, out)
+        assert not left_behind(bases[1]), out
+    process = start_speedrun(bases[1], ranks, monkeypatch)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0 and "== done in" in out, out
+    for stage, step in (("base", 8), ("mid", 2), ("sft", 2), ("rl", 2)):
+        assert_same(*(weights(base, stage, step) for base in bases))
 
 
 def test_two_runs_in_one_folder_are_refused(tiny, tmp_path):

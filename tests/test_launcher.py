@@ -16,9 +16,17 @@ import pytest
 from nanochat import launcher
 from nanochat.launcher import Owner
 from tests.conftest import ROOT
-from tests.helpers import running
+from tests.helpers import gone, running
 
-CHILD = "import os, signal, sys, time; from nanochat.launcher import *; obey_owner()\n"
+CHILD = """
+import os, signal, sys, time
+from nanochat.launcher import *
+def started(folder, ranks):  # waits until so many ranks have called it
+    open(f"{folder}/started{os.environ['RANK']}", "w").close()
+    while sum(name.startswith("started") for name in os.listdir(folder)) < ranks:
+        time.sleep(0.01)
+obey_owner()
+"""
 STEPS = """
 with stop_signals() as received:
     print('steps', flush=True)
@@ -26,8 +34,8 @@ with stop_signals() as received:
     print('saving', received, flush=True)
     with saving('step 7'):
         time.sleep({seconds})
-    print('saved', received, flush=True)
-    open({saved!r} + (os.environ['RANK'] if {saved!r} != os.devnull else ''), 'w')
+        print('saved', received, flush=True)
+        open({saved!r} + (os.environ['RANK'] if {saved!r} != os.devnull else ''), 'w')
 raise SystemExit(128 + received[0])
 """
 
@@ -78,16 +86,6 @@ def pids_in(lines: list[str]) -> list[int]:
     return [int(pid) for line in lines if line.startswith("pids") for pid in line.split()[1:]]
 
 
-def gone(pids: list[int], seconds: float = 30) -> bool:
-    """Whether all of these end within some seconds."""
-    limit = time.monotonic() + seconds
-    while still := [pid for pid in pids if running(pid)]:
-        if time.monotonic() > limit:
-            return not still
-        time.sleep(0.05)
-    return True
-
-
 @pytest.fixture(autouse=True)
 def from_root(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -135,13 +133,14 @@ def test_where_one_rank_fails_the_others_end_and_its_error_is_the_last_line(capf
                    "error: rank 1 of 3 failed first: OutOfMemoryError: full"]
 
 
-def test_an_error_of_all_ranks_is_told_once_and_those_that_follow_from_another_in_short(capfd):
+def test_an_error_of_all_ranks_is_told_once_and_those_that_follow_from_another_in_short(capfd, tmp_path):
     run(program("tell_owner(error='error: --depth is wrong'); os._exit(1)"), ranks=4)
     err = capfd.readouterr().err.splitlines()
     assert len(err) == 2 and err[0][6:] == ": error: --depth is wrong" and err[1].endswith("first: error: --depth is "
                                                                                           "wrong")
-    run(program("""
+    run(program(f"""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        started({str(tmp_path)!r}, 2)
         if os.environ['RANK'] == '0':
             os.kill(os.getpid(), signal.SIGSEGV)
         time.sleep(1)
@@ -158,9 +157,10 @@ def test_a_rank_that_saves_is_waited_for_though_another_failed(monkeypatch, tmp_
     job = run(program(f"""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.environ['RANK'] == '1':
-            time.sleep(0.5)
+            started({str(tmp_path)!r}, 2)
             os._exit(1)
         with saving('step 5'):
+            started({str(tmp_path)!r}, 2)
             time.sleep(3)
             open({str(tmp_path / 'saved')!r}, 'w')
         time.sleep(600)
@@ -171,7 +171,7 @@ def test_a_rank_that_saves_is_waited_for_though_another_failed(monkeypatch, tmp_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_is_handed_on_once_and_the_save_is_waited_for(number, ranks):
-    owner = owner_of(steps(2), ranks, "launcher.GRACE = 0.2; launcher.REMIND = 0.5")
+    owner = owner_of(steps(2), ranks, "launcher.GRACE = 1; launcher.REMIND = 0.5")
     lines = read_until(owner, "owner", "pids", *["steps"] * ranks)
     owner.send_signal(number)
     rest = owner.stdout.read().splitlines()
@@ -214,6 +214,21 @@ def test_the_processes_of_an_owner_that_is_killed_save_and_end(tmp_path):
     assert gone(pids_in(lines)) and Path(f"{saved}0").exists() and Path(f"{saved}1").exists()
     owner.wait()
     owner.stdout.close()
+
+
+def test_a_rank_of_torchrun_ends_with_torchrun(tmp_path):
+    agent = textwrap.dedent(f"""
+        import os, subprocess, sys, time
+        os.environ.update(RANK='0', TORCHELASTIC_RUN_ID='1')
+        rank = subprocess.Popen({steps(0, tmp_path / 'saved')!r})
+        print('pids', rank.pid, flush=True)
+        time.sleep(600)
+    """)
+    agent = subprocess.Popen([sys.executable, "-c", agent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines = read_until(agent, "pids", "steps")
+    agent.kill()
+    assert gone(pids_in(lines)) and (tmp_path / "saved0").exists()
+    agent.communicate()
 
 
 def test_what_a_process_started_ends_with_it(tmp_path):

@@ -4,6 +4,10 @@ Covers scripts/speedrun_plan.py too."""
 
 import json
 import shlex
+import shutil
+import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +17,8 @@ from nanochat.launcher import Owner
 from nanochat.recipe import PROFILES
 from scripts import speedrun, speedrun_plan
 from scripts.speedrun_plan import Command, Machine, commands, make_plan
-from tests.helpers import module_of, tiny_profile
+from tests.conftest import ROOT
+from tests.helpers import gone, module_of, tiny_profile
 
 H100 = Machine(["NVIDIA H100 80GB HBM3"] * 8, 80 * 10**9, 64)
 
@@ -213,3 +218,39 @@ def test_without_the_published_conversations_the_chat_stages_are_left_out_and_it
     monkeypatch.setenv("SPEEDRUN_RL", "yes")
     with pytest.raises(UserError, match="SPEEDRUN_RL is 'yes'"):
         speedrun_plan.chat_stages(make_plan(Machine([], 0, 2)))
+
+
+def shell_project(folder, setup: str) -> Path:
+    """A folder with speedrun.sh, a set-up that is this text, and a Python that prints its arguments and process id."""
+    (folder / "dev").mkdir(parents=True)
+    shutil.copy(ROOT / "speedrun.sh", folder)
+    (folder / "dev" / "setup.sh").write_text(setup)
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "arguments $*"\necho "process $$"\n')
+    python.chmod(0o755)
+    return folder / "speedrun.sh"
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_the_shell_script_becomes_the_speedrun_and_hands_on_its_arguments(tmp_path, shell):
+    script = shell_project(tmp_path / "project", "echo set up")
+    (tmp_path / "link.sh").symlink_to(Path("project") / "speedrun.sh")
+    for path in (script, tmp_path / "link.sh"):
+        process = subprocess.Popen([shell, str(path), "--dry-run"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        out, _ = process.communicate(timeout=60)
+        assert out.splitlines()[0] == "set up" and "--dry-run" in out.splitlines()[1]
+        assert out.splitlines()[2] == f"process {process.pid}"  # a signal to the script is one to Python
+    script = shell_project(tmp_path / "failing", "exit 3")
+    done = subprocess.run([shell, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and not done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_set_up_whole(tmp_path, number):
+    script = shell_project(tmp_path / "project", "echo $$\nsh -c 'echo $$; sleep 600'\necho more\n")
+    process = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[0] == "" and process.returncode == 128 + number
+    assert gone(pids)
