@@ -13,7 +13,7 @@ hosts do not wait for either. The GPUs stand still for as long as that takes: 5.
 0.3 s over PCIe 5. The copies are in the stream of the training step, not in one of their own: the next step must not
 change the weights before they are copied, and the memory of one bucket serves for the next. Rank 0 needs host memory
 for one checkpoint, which every save uses again; on a GPU it is pinned, and PyTorch rounds each pinned tensor up to a
-power of two (6.9 GB at d20). The other ranks need none.
+power of two (6.9 GB at d20); allocating it makes the first save slower. The other ranks need none.
 
 A process that is killed while the thread writes loses this checkpoint alone; nanochat/checkpoint.py says why. The
 thread is no daemon, so a process that ends by itself ends after the write.
