@@ -133,7 +133,8 @@ def trial(shape: TrainingShape, draw: Draw) -> Trial:
     rope = angles.cos(), angles.sin()
     asked = q, keys, values
     plain = Trial(decode_attention, decode_attention_twin, asked, asked, inside_blocks=False)
-    append = Trial(append_and_attend, append_and_attend_twin,
-                   (q, k, v, rope, keys, values, positions, shape.window), asked, inside_blocks=False)
+    cache = keys.clone(), values.clone()  # it writes the new tokens there, the same ones each time
+    append = Trial(append_and_attend, append_and_attend_twin, (q, k, v, rope, *cache, positions, shape.window), asked,
+                   inside_blocks=False)
     first, second = (plain, append) if q.device.type == "cpu" else (append, plain)  # timed is what has a kernel
     return first._replace(also=(second,))
