@@ -144,11 +144,12 @@ def references(module: Any, task: Task, device: torch.device, dtype: torch.dtype
     found = []
     for seed, (B, T) in enumerate((*SMALL, (1, task.shape.T))):
         shape = TrainingShape(**asdict(task.shape) | {"B": B, "T": T, "matrices": min(2, task.shape.matrices)})
-        trial = module.trial(shape, draw_with(device, dtype, seed))
-        exact_args = wider(trial.args)
-        with torch.no_grad():
-            dy = torch.randn_like(trial.twin(*exact_args)).to(dtype)  # so rounded that it is the same for all
-        found.append(Reference(trial, dy, results(trial.twin, trial.args, dy), results(trial.twin, exact_args, dy)))
+        whole = module.trial(shape, draw_with(device, dtype, seed))
+        for trial in (whole, *whole.also):
+            exact_args = wider(trial.args)
+            with torch.no_grad():
+                dy = torch.randn_like(trial.twin(*exact_args)).to(dtype)  # so rounded that it is the same for all
+            found.append(Reference(trial, dy, results(trial.twin, trial.args, dy), results(trial.twin, exact_args, dy)))
     return found
 
 
@@ -222,6 +223,8 @@ def trials(task: Task) -> Iterator[dict[str, Any]]:
     """Do the task. Yields {"operation", "default"} before an operation, {"trying": [operation, name]} before a trial,
     and after it the same with "ms" and "kept", or with "wrong": what is wrong with it in words."""
     device, dtype = torch.device(task.device), getattr(torch, task.dtype)
+    if task.compiled:  # so that the first trial is not charged with loading the compiler
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     for operation, path in task.operations.items():
         module = import_module(path)
         set_choice({})
