@@ -27,6 +27,7 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels.fp8 import EMULATED, REAL
 from nanochat.recipe import Horizon, RateSchedule, published
 from nanochat.run import (
     Origin,
@@ -90,6 +91,8 @@ class Config:
     data_dir: str = flag("", "folder of shards; unset is base_data")
     seed: int = flag(BASE.seed, "of the initial weights")
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
+    fp8: bool = flag(False, "products of MLPs and head in 8 bits, on NVIDIA GPUs of compute capability 8.9 and newer")
+    fp8_emulated: bool = flag(False, "round as --fp8 does, on any device, slowly: to measure its effect on the loss")
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
 
@@ -168,6 +171,8 @@ def run(config: Config, ranks: Ranks) -> None:
     origin = origin_of(config, model, tokenizer, text, ranks)
     if is_trained(origin, num_iterations, ranks):
         return
+    if config.fp8 or config.fp8_emulated:
+        model.train_in_fp8(REAL if config.fp8 else EMULATED)
     kernels = choose_kernels(config, model, B, T, compiled, ranks)
     if compiled:
         model.compile_blocks(B, T)
