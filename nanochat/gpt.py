@@ -21,6 +21,7 @@ from nanochat.attention import Attention
 from nanochat.cache import Cache, LayerCache
 from nanochat.kernels.add_norm import add_norm
 from nanochat.kernels.cross_entropy import head_loss, softcap
+from nanochat.kernels.fp8 import check_fp8, fits, fp8_head_loss, fp8_mlp
 from nanochat.kernels.fused_matvec import fused_matvec
 from nanochat.kernels.mlp import mlp
 from nanochat.kernels.relu2 import relu_squared
@@ -101,8 +102,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.fp8: str | None = None  # see GPT.train_in_fp8
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 is not None and torch.is_grad_enabled() and fits(x, self.c_fc.weight):
+            return fp8_mlp(x, self.c_fc.weight, self.c_proj.weight, self.fp8)
         if isinstance(self.c_fc, Linear) and isinstance(self.c_proj, Linear):
             return mlp(x, self.c_fc.weight, self.c_proj.weight)
         return self.c_proj(relu_squared(self.c_fc(x)))  # quantised
@@ -156,6 +160,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.recompute = False
+        self.fp8: str | None = None
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList([Block(config, letter) for letter in config.pattern()]),
@@ -202,6 +207,20 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self._compiled_for = (B, T)
+
+    def train_in_fp8(self, how: str | None) -> None:
+        """Run the products of MLPs and head in 8 bits where gradients are wanted: "real", "emulated", None for not.
+
+        See `kernels.fp8`. Evaluation and decoding do not change.
+
+        Raises:
+            UserError: this device cannot.
+        """
+        if how is not None:
+            check_fp8(how, self.device)
+        self.fp8 = how
+        for block in self.transformer.h:
+            block.mlp.fp8 = how
 
     def new_cache(self, max_rows: int = 1, max_len: int | None = None) -> Cache:
         """Return an empty decoding cache for max_rows sequences of max_len tokens (sequence_len where it is None)."""
@@ -331,6 +350,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x)
         x, targets, factors = x.flatten(0, 1), targets.flatten(), None if factors is None else factors.flatten()
+        if (self.fp8 is not None and torch.is_grad_enabled() and loss_reduction != "none"
+                and fits(x, self.lm_head.weight)):
+            return fp8_head_loss(x, self._ready(self.lm_head).weight, targets, loss_reduction, factors, self.fp8)
         product = None if self.lm_head.weight.is_floating_point() else self.lm_head  # quantised: evaluated, not trained
         return head_loss(x, self._ready(self.lm_head).weight, targets, loss_reduction, factors, product=product)
 

@@ -27,6 +27,7 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels.fp8 import EMULATED, REAL
 from nanochat.loading import model_from_state
 from nanochat.memory import RECOMPUTE_HELP
 from nanochat.recipe import MOST_ROWS, Horizon, RateSchedule, Recompute, Rows, published
@@ -98,6 +99,8 @@ class Config:
                            "rest; -1 = those that are there")
     seed: int = flag(BASE.seed, "of the initial weights")
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
+    fp8: bool = flag(False, "products of MLPs and head in 8 bits, on NVIDIA GPUs of compute capability 8.9 and newer")
+    fp8_emulated: bool = flag(False, "round as --fp8 does, on any device, slowly: to measure its effect on the loss")
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
 
@@ -181,6 +184,8 @@ def run(config: Config, ranks: Ranks) -> None:
     if is_trained(origin, num_iterations, ranks):
         return
     model = origin.model
+    if config.fp8 or config.fp8_emulated:
+        model.train_in_fp8(REAL if config.fp8 else EMULATED)
     config, kernels = fit_and_choose(config, model, T, config.total_batch_size // T, MOST_ROWS["base"], ranks,
                                      meta=origin.meta, compiled=compiled)
     B = config.device_batch_size

@@ -48,6 +48,7 @@ COVERED_BY = {
     "nanochat.kernels.choose": "test_kernel_choice",
     "nanochat.kernels.measure": "test_kernel_choice",
     "nanochat.kernels.dispatch": "test_kernel_choice",
+    "nanochat.kernels.fp8": "test_kernel_fp8",
     "nanochat.kernels.fused_matvec": "test_kernel_fused_matvec",
     "nanochat.kernels.sdpa": "test_kernel_attention",
     "nanochat.kernels.fused_matvec.triton": "test_kernel_fused_matvec",
