@@ -235,7 +235,7 @@ def test_the_server_says_the_same(few_shapes, world):
 # ---- how many shapes
 
 LENGTHS = {16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128}  # of prompts up to 128 tokens
-ROWS = {*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32}
+ROWS = {*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64}
 
 
 def modelled_lengths(count=22_400, longest=2048):
