@@ -183,7 +183,7 @@ def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torc
         Targets are −1 where the mask is 0 and in the padding.
     """
     B = full if has_few_shapes(device) else len(rows)
-    T = length_on(device, max(len(ids) for ids, _ in rows) - 1, least, most)
+    T = length_on(device, max(len(ids) for ids, _ in rows) - 1, least, most, parts=2)
     inputs = torch.full((B, T), pad, dtype=torch.long)
     targets = torch.full((B, T), -1, dtype=torch.long)
     for i, (ids, mask) in enumerate(rows):

@@ -64,36 +64,36 @@ def world():
 
 # ---- the rule
 
-@given(st.integers(1, 5000), st.sampled_from([32, 64, 250, 256]), st.none() | st.integers(1, 4096))
-def test_lengths_are_rounded_up_by_half_at_most(n, least, most):
-    length = round_length(n, least, most)
-    assert length >= n and (length <= max(1.5 * n, least))
-    steps = {least << k for k in range(12)} | {least * 3 // 2 << k for k in range(12)}
-    assert length in steps | {most}
-    if most is not None and n <= most:
-        assert length <= most
+@given(st.integers(1, 5000), st.sampled_from([32, 64, 128, 256]), st.none() | st.integers(1, 4096),
+       st.sampled_from([1, 2, 4]))
+def test_lengths_are_rounded_up_to_a_few_in_each_octave(n, least, most, parts):
+    allowed = sorted({(least << k) * (parts + j) // parts for k in range(9) for j in range(parts)})
+    length = round_length(n, least, most, parts)
+    wanted = next(size for size in allowed if size >= n)
+    assert length == (wanted if most is None or n > most else min(wanted, most)) and n <= length
 
 
 @given(st.integers(1, 300), st.integers(0, 300))
-def test_rows_are_rounded_up_to_powers_of_two_within_the_full_batch(n, most):
-    rows = round_rows(n, most)
-    assert n <= rows <= max(n, most) and (rows == max(n, most) or rows.bit_count() == 1)
+def test_rows_are_rounded_up_by_a_quarter_at_most_within_the_full_batch(n, most):
+    allowed = [*range(1, 8), *sorted((8 << k) * (4 + j) // 4 for k in range(9) for j in range(4))]
+    assert round_rows(n, most) == min(next(size for size in allowed if size >= n), max(n, most))
 
 
 def test_on_a_cpu_nothing_is_rounded_and_on_a_gpu_what_is_added_is_behind():
     rows = [[5, 6, 7], [8] * 50, [9]]
     ids, counts = padded(rows, "cpu", 1 << 14)
     assert ids.shape == (3, 50) and counts == [3, 50, 1] and length_on("cpu", 50) == 50
-    assert length_on("cuda", 50) == 64 == length_on(torch.device("cuda", 1), 64)
+    assert length_on("cuda", 50) == 56 == length_on(torch.device("cuda", 1), 56)
 
 
 def test_padded_rows_fill_the_batch_within_its_budget(few_shapes):
     rows = [[5, 6, 7], [8] * 50, [9]]
+    rows *= 3
     ids, counts = padded(rows, "cpu", 1 << 14)
-    assert ids.shape == (4, 64) and counts == [3, 50, 1, 1]
-    assert [row[:n].tolist() for row, n in zip(ids, counts)] == [*rows, [0]] and ids.sum() == 18 + 400 + 9
-    assert padded(rows, "cpu", 3 * 64)[0].shape == (3, 64)
-    assert padded(rows, "cpu", 1 << 14, most_rows=3)[0].shape == (3, 64)
+    assert ids.shape == (10, 56) and counts == [3, 50, 1] * 3 + [1]
+    assert [row[:n].tolist() for row, n in zip(ids, counts)] == [*rows, [0]] and ids.sum() == 3 * (18 + 400 + 9)
+    assert padded(rows, "cpu", 9 * 56)[0].shape == (9, 56)
+    assert padded(rows, "cpu", 1 << 14, most_rows=9)[0].shape == (9, 56)
 
 
 # ---- results do not depend on padding
@@ -234,6 +234,10 @@ def test_the_server_says_the_same(few_shapes, world):
 
 # ---- how many shapes
 
+LENGTHS = {16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128}  # of prompts up to 128 tokens
+ROWS = {*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64}
+
+
 def modelled_lengths(count=22_400, longest=2048):
     """Tokens of conversations as the published mixture has them: half short, half log-normal with a median of 500."""
     rng = np.random.default_rng(0)
@@ -272,7 +276,7 @@ def test_reinforcement_learning_meets_few_shapes(few_shapes, shapes):
 
 
 def test_prompts_meet_few_shapes(few_shapes, shapes, world):
-    """Rollouts, and chat tasks of both kinds: lengths rounded to a few, rows to powers of two."""
+    """Rollouts, and chat tasks of both kinds."""
     model, tokenizer = world
     rng = random.Random(0)
     for count in range(1, 40):
@@ -281,8 +285,8 @@ def test_prompts_meet_few_shapes(few_shapes, shapes, world):
     evaluate_task(model, tokenizer, WorldChoice("test", size=90), ALONE, batch_size=16)
     evaluate_task(model, tokenizer, WorldQuestions("test", size=50), ALONE, batch_size=16, max_tokens=2)
     prefill = {shape for shape in shapes if shape[1] > 1}
-    assert {B for B, *_ in prefill} <= {1, 2, 4, 8, 16, 32} and {T for _, T, *_ in prefill} <= {32, 48, 64, 96, 128}
-    assert len(prefill) <= 24
+    assert {B for B, *_ in prefill} <= ROWS and {T for _, T, *_ in prefill} <= LENGTHS
+    assert len(prefill) <= 40
 
 
 def test_core_meets_few_shapes(few_shapes, shapes, monkeypatch):
@@ -291,14 +295,12 @@ def test_core_meets_few_shapes(few_shapes, shapes, monkeypatch):
     for _ in range(12):
         score_questions(model, random_questions(50, rng), 1024)
     met = {(T, S) for _, T, S, _ in shapes if T > 1}
-    lengths = {32, 48, 64, 96, 128}
-    assert met <= {(T, T) for T in lengths} | {(T, 256) for T in lengths}
-    rows = {B for B, T, S, _ in shapes}
-    assert rows <= {1 << k for k in range(6)} | {1024 // T for T in lengths} | {512 // T for T in lengths}
+    assert met <= {(T, T) for T in LENGTHS} | {(T, 256) for T in LENGTHS}
+    assert {B for B, *_ in shapes} <= ROWS | {1024 // T for T in LENGTHS}
 
 
 def test_the_server_meets_few_shapes(few_shapes, shapes, world):
     for chunk in (32, 64):
         serve(world, chunk)
     met = {shape for shape in shapes if shape[1] > 1}
-    assert {T for _, T, _, _ in met} <= {32, 48, 64} and {S for *_, S, masked in met if masked} == {256}
+    assert {T for _, T, _, _ in met} <= LENGTHS and {S for *_, S, masked in met if masked} == {256}
