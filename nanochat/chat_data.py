@@ -190,6 +190,7 @@ def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torc
         row, learnt = torch.tensor(ids), torch.tensor(mask)
         inputs[i, :len(ids) - 1] = row[:-1]
         targets[i, :len(ids) - 1] = torch.where(learnt[1:] == 1, row[1:], -1)
-    if torch.device(device).type == "cuda":
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
         inputs, targets = inputs.pin_memory(), targets.pin_memory()
-    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    return inputs.to(device, non_blocking=on_gpu), targets.to(device, non_blocking=on_gpu)

@@ -249,7 +249,8 @@ class PackedLoader:
             self._end = made
             raise made
         tensor, self._next, self._waiting, self.counts = made
-        tensor = tensor.to(self._ranks.device, non_blocking=True)  # from pinned memory: the host does not wait
+        # from pinned memory the host does not wait; mps would read memory that is freed by then, and get other tokens
+        tensor = tensor.to(self._ranks.device, non_blocking=self._ranks.device.type == "cuda")
         return PackedBatch(tensor[0], tensor[1])
 
     def prepare(self, batches: int, interrupted: Callable[[], bool] = lambda: False) -> UserError | None:

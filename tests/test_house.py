@@ -257,3 +257,13 @@ def test_the_help_of_a_command_comes_without_the_compiler():
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "usage:" in done.stdout and done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_copies_are_asynchronous_on_cuda_alone():
+    """On mps, asynchronous copies from the host read memory that may be freed, and those to it are read before
+    they are done (pytorch issues 139550 and 189690): other numbers, no error."""
+    for name, path in MODULES.items():
+        lines = path.read_text(encoding="utf-8").split("\n")
+        for i, line in enumerate(lines):
+            if "non_blocking=True" in line:
+                assert any('"cuda"' in before for before in lines[max(0, i - 6):i]), f"{name}, line {i + 1}"

@@ -175,7 +175,7 @@ class StaticDecoder:
 
     def _send_inputs(self) -> None:
         """Start the copy of the inputs to the device; what is launched after it sees them."""
-        self._inputs.copy_(self._host, non_blocking=True)
+        self._inputs.copy_(self._host, non_blocking=self._inputs_sent is not None)
         self._record(self._inputs_sent)
 
     def _record(self, event: torch.cuda.Event | None) -> None:
@@ -197,7 +197,7 @@ class StaticDecoder:
             host[UNIFORM, :n] = sampler.uniform().view(np.int32)
         self._send_inputs()
         self._runner(self._sample_key(sampler))()
-        self._tokens_host.copy_(self.tokens, non_blocking=True)
+        self._tokens_host.copy_(self.tokens, non_blocking=self._tokens_copied is not None)
         self._record(self._tokens_copied)
         if run_ahead:
             self._run_model(rows)
