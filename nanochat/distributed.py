@@ -348,7 +348,7 @@ def machine_first(work: Callable[[], R], ranks: Ranks) -> R:
             result = work()
         except UserError as problem:
             error = str(problem)
-    barrier(ranks)
+    barrier(ranks, "the first rank of a machine, which reads or downloads data")
     if errors := [error for error in gather_objects(error, ranks) if error]:
         raise UserError(errors[0])
     return result if ranks.local_rank == 0 else work()

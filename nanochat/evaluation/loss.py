@@ -109,7 +109,7 @@ class EvalRows:
 
         self._rows = machine_first(rows, ranks)  # (batches, B, T + 1), −1 where there is no token
         if not keeps:
-            barrier(ranks)
+            barrier(ranks, "tokenising the validation text")
             path.unlink(missing_ok=True)  # who has opened it keeps it
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
