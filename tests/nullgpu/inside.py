@@ -5,8 +5,8 @@
     seen.launches()        # [{"name": "_forward", "grid": [...], "block": [...], "device": 0, ...}, ...]
     seen.syncs()           # calls that waited for the device
 
-Events: kernel (Triton loads one: registers of a thread, bytes of its stack), launch (of a kernel), product (cuBLAS), copy,
-memset, sync, event_record, malloc, create_memory and reserve_addresses (expandable segments), capture_begin,
+Events: kernel (Triton loads one: registers of a thread, bytes of its stack), launch (of a kernel), product (cuBLAS),
+copy, memset, sync, event_record, malloc, create_memory and reserve_addresses (expandable segments), capture_begin,
 capture_end, replay (a CUDA graph), refused, out_of_memory.
 """
 

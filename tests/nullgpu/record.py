@@ -62,7 +62,7 @@ def main() -> None:
         for depth in DEPTHS:
             points += gpu.run(of_depth, face=LARGE, env=ALLOCATOR, depth=depth)
             print(f"d{depth} after {time.time() - began:.0f} s: "
-                  + ", ".join(f"{p['rows']} rows, {p['ranks']} ranks {p['reserved'] / 1e9:.2f} GB" for p in points
+                  + ", ".join(f"{p['rows']} rows, {p['ranks']} ranks {p['allocated'] / 1e9:.2f} GB" for p in points
                               if p["depth"] == depth), flush=True)
     about = {"command": "python -m tests.nullgpu.record", "torch": torch.__version__,
              "tokens_of_a_row": step_memory.ROW}
