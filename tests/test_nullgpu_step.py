@@ -61,7 +61,7 @@ def test_memory_between_recorded_points():
 
 
 def test_the_rows_that_fit_are_the_most():
-    for memory in (11e9, 25e9, 42e9, 85e9, 150e9, 192e9):
+    for memory in (12e9, 25e9, 42e9, 85e9, 150e9, 192e9):
         rows = step_memory.most_rows(20, memory, most=64)
         assert step_memory.needed_memory(20, rows) <= memory
         assert rows == 64 or step_memory.needed_memory(20, 2 * rows) > memory

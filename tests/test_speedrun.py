@@ -44,7 +44,9 @@ def test_eight_gpus_get_the_published_recipe():
 
 
 def test_a_small_gpu_gets_a_smaller_device_batch():
-    assert [make_plan(Machine(["x"], int(size * 1e9), 8)).device_batch for size in (140, 80, 40, 24)] == [32, 32, 16, 8]
+    """By what PyTorch sees, in GiB, of an H200, an H100, an A100 with 40 GB, an RTX 4090, a T4."""
+    sizes = (139.80, 79.10, 39.39, 23.53, 14.56)
+    assert [make_plan(Machine(["x"], int(size * 2**30), 8)).device_batch for size in sizes] == [32, 32, 16, 8, 2]
 
 
 def test_larger_tiers_by_name(monkeypatch):
