@@ -1,6 +1,6 @@
 """How much memory a training step takes on a GPU: from recorded points, no formula of ours.
 
-    step_memory(depth=20, rows=32, ranks=8)                 # bytes that a rank's allocator takes
+    step_memory(depth=20, rows=32, ranks=8)                 # bytes of tensors on one rank, at the peak
     most_rows(depth=20, memory=85e9, ranks=8)               # rows that fit a GPU, a power of two
 
 The points are in step_memory.json. They were seen, not estimated: a real step (forward, backward, optimizer, one
@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROW = 2048  # tokens of a row in the recorded steps; what counts is the number of tokens
 OUTSIDE = 1.5e9  # bytes that the allocator does not see: the context, cuBLAS's and cuDNN's code, NCCL's buffers
+GAPS = 1.05  # memory that the allocator needs for a byte of tensors; it takes more, and gives back, while there is more
 POINTS = Path(__file__).with_name("step_memory.json")
 
 
@@ -25,12 +26,12 @@ def recorded() -> dict[int, dict[int, dict[int, float]]]:
     """Return bytes by depth, ranks and rows, as they were recorded."""
     points: dict[int, dict[int, dict[int, float]]] = {}
     for point in json.loads(POINTS.read_text(encoding="utf-8"))["points"]:
-        points.setdefault(point["depth"], {}).setdefault(point["ranks"], {})[point["rows"]] = point["reserved"]
+        points.setdefault(point["depth"], {}).setdefault(point["ranks"], {})[point["rows"]] = point["allocated"]
     return points
 
 
 def step_memory(depth: int, rows: float, ranks: int = 1) -> float:
-    """Return the bytes that a training step takes in the allocator of one rank.
+    """Return the bytes of all tensors of a training step on one rank, at the peak.
 
     A recorded point is returned as it is. Between points: in the rows the larger of two things, the optimizer's part,
     which no row adds to, and a line through the two longest batches; in the ranks a part that is shared and one that is
@@ -78,6 +79,11 @@ def most_rows(depth: int, memory: float, ranks: int = 1, most: int = 32) -> int:
         most: rows that are enough
     """
     rows = 1 << int(math.log2(most))
-    while rows and step_memory(depth, rows, ranks) + OUTSIDE > memory:
+    while rows and needed_memory(depth, rows, ranks) > memory:
         rows //= 2
     return rows
+
+
+def needed_memory(depth: int, rows: float, ranks: int = 1) -> float:
+    """Return the bytes that a GPU must have for `step_memory`."""
+    return GAPS * step_memory(depth, rows, ranks) + OUTSIDE

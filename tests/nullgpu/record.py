@@ -25,7 +25,8 @@ ROWS = 1, 8, 32       # the optimizer's part; two points of a line
 RANKS = 1, 2, 8
 LARGE = Face("a card with much memory", "9.0", 900, 132, 50)  # no card yet holds all of them
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as every training script sets it
-CARDS = 24, 40, 48, 80, 141, 192  # GB
+# GB by which cards are known, and GiB that PyTorch sees of them: RTX 3090 or 4090, A100, L40S, H100, H200, B200
+CARDS = {24: 23.53, 40: 39.39, 48: 44.39, 80: 79.10, 141: 139.80, 192: 178.35}
 
 
 def of_depth(depth: int) -> list[dict[str, Any]]:
@@ -45,7 +46,7 @@ def table() -> str:
              "| ---: " * (3 + len(CARDS)) + "|"]
     for depth in (12, 20, 26, 32):
         for ranks in (1, 8):
-            rows = [step_memory.most_rows(depth, card * 1e9, ranks, most=64) for card in CARDS]
+            rows = [step_memory.most_rows(depth, size * 2**30, ranks, most=64) for size in CARDS.values()]
             lines.append(f"| {depth} | {ranks} | {step_memory.step_memory(depth, 32, ranks) / 1e9:.1f} | "
                          + " | ".join(str(n) if n else "none" for n in rows) + " |")
     return "\n".join(lines)
@@ -62,7 +63,7 @@ def main() -> None:
         for depth in DEPTHS:
             points += gpu.run(of_depth, face=LARGE, env=ALLOCATOR, depth=depth)
             print(f"d{depth} after {time.time() - began:.0f} s: "
-                  + ", ".join(f"{p['rows']} rows, {p['ranks']} ranks {p['reserved'] / 1e9:.2f} GB" for p in points
+                  + ", ".join(f"{p['rows']} rows, {p['ranks']} ranks {p['allocated'] / 1e9:.2f} GB" for p in points
                               if p["depth"] == depth), flush=True)
     about = {"command": "python -m tests.nullgpu.record", "torch": torch.__version__,
              "tokens_of_a_row": step_memory.ROW}

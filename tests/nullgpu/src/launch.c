@@ -174,7 +174,8 @@ API CUresult cuModuleGetLoadingMode(CUmoduleLoadingMode *mode) {
 
 API CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
     struct kernel *k = kernel_in(module, name);
-    record("\"event\": \"kernel\", \"name\": \"%.900s\", \"registers\": %d, \"local\": %d", name, k->registers, k->local);
+    record("\"event\": \"kernel\", \"name\": \"%.900s\", \"registers\": %d, \"local\": %d", name, k->registers,
+           k->local);
     *function = (CUfunction)k;
     return CUDA_SUCCESS;
 }
