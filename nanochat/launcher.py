@@ -117,6 +117,8 @@ def tell_owner(**news: Any) -> bool:
         reason: why this process fails, in a line, for the owner's last line. An error's last line is one too.
     """
     _told.update(news)
+    if "error" in news:
+        news["at"] = time.monotonic()
     if _line is None:
         return False
     with _sending, suppress(OSError):  # the owner is gone, or stopped and its buffer full
@@ -168,7 +170,9 @@ class _Member:
     saves: bool = False
     saving: str = ""
     owns: bool = False
+    error: str = ""
     reason: str = ""
+    failed_at: float = float("inf")  # by the clock that all processes share
     since: float = field(default_factory=time.monotonic)  # of the last change of these
     asked: int = 0  # the signal that it was sent
     hastened: float = 0.0  # when Ctrl-C was last handed on to end it without a save
@@ -356,12 +360,13 @@ class Owner:
             time.sleep(TICK)
         for job in self._jobs:
             ended = [member for member in job.running if self._has_ended(member)]
-            for member in job.members:
-                self._hear(job, member)
-            for member in ended:
+            told = [member for member in job.members if self._hear(job, member)]
+            for member in sorted(ended, key=lambda member: member.failed_at):
                 member.line.close()
                 if member.code and job.first is None:
                     job.first, job.failing_since = member, time.monotonic()
+            for member in sorted(told, key=lambda member: member.failed_at):
+                self._print_error(job, member)
             self._enforce(job)
             if ended:
                 self._tell(job)
@@ -376,15 +381,18 @@ class Owner:
         member.kill()  # what is left in its process group: workers of a pool, say
         member.killed = killed
         member.code = 128 - code if code < 0 else code
+        if code < 0:  # it told nothing; what others tell now follows from that
+            member.failed_at = 0.0
         return True
 
-    def _hear(self, job: Job, member: _Member) -> None:
-        """Read what a process has told since."""
+    def _hear(self, job: Job, member: _Member) -> bool:
+        """Read what a process has told since. Return whether there is an error among it."""
         with suppress(OSError):  # nothing more for now, or closed
             while piece := member.line.recv(1 << 16):
                 member.unread += piece
             member.silent = True
         *whole, member.unread = member.unread.split(b"\n")
+        failed = False
         for text in whole:
             try:
                 news = json.loads(text)
@@ -394,15 +402,20 @@ class Owner:
             for name in ("ready", "saves", "saving", "owns", "reason"):
                 setattr(member, name, news.get(name, getattr(member, name)))
             if "error" in news:
-                lines = news["error"].strip().splitlines() or [""]
-                member.reason = lines[-1]
-                if job.first is not None or job.printed:  # most likely what follows from the first error
-                    lines = lines[-1:]
-                if lines[-1] not in job.printed and not (job.stopped and job.first is not None):
-                    print_line("\n".join([f"{member.name}: {lines[0]}" if member.name else lines[0], *lines[1:]]),
-                               sys.stderr)
-                job.printed.add(lines[-1])
+                member.error, member.failed_at = news["error"].strip(), min(member.failed_at, news["at"])
+                member.reason = member.error.rpartition("\n")[2]
+                failed = True
             self._tell(job)
+        return failed
+
+    def _print_error(self, job: Job, member: _Member) -> None:
+        """Print the error of a process: in full the first of a job, of others the last line, each once."""
+        lines = member.error.splitlines() or [""]
+        if job.printed or job.first not in (None, member):  # most likely what follows from the first one
+            lines = lines[-1:]
+        if lines[-1] not in job.printed and not (job.stopped and job.first not in (None, member)):
+            print_line("\n".join([f"{member.name}: {lines[0]}" if member.name else lines[0], *lines[1:]]), sys.stderr)
+        job.printed.add(lines[-1])
 
     def _tell(self, job: Job) -> None:
         """Hand on to the owner of this process what the processes of a job do."""

@@ -165,7 +165,7 @@ def disturb(base, command, seed: int, times: int, numbers=(signal.SIGINT, signal
 @pytest.mark.long
 def test_signals_at_any_moment_and_a_resume_give_the_undisturbed_run(text, tiny, tmp_path):
     base = own_base(tiny, tmp_path / "disturbed")
-    disturb(base, ["scripts.launch", "--ranks=2", "scripts.base_train", "--", *BASE], seed=1, times=3)
+    disturb(base, ["scripts.launch", "--ranks=2", "scripts.base_train", "--", *BASE], seed=1, times=2)
     assert_same(weights(base, "base", LAST["base"]), weights(text, "base", LAST["base"]))
 
 

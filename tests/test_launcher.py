@@ -152,6 +152,23 @@ def test_an_error_of_all_ranks_is_told_once_and_those_that_follow_from_another_i
                    "error: rank 0 of 2 failed first: it was ended by SIGSEGV"]
 
 
+def test_of_ranks_that_have_all_failed_the_first_is_named(capfd, tmp_path):
+    with Owner() as owner:
+        job = owner.start("the job", program(f"""
+            failed = os.path.join({str(tmp_path)!r}, 'failed')
+            while os.environ['RANK'] == '0' and not os.path.exists(failed):
+                time.sleep(0.01)
+            tell_owner(error='Traceback: ...\\nError of rank ' + os.environ['RANK'])
+            open(failed, 'w').close()
+            os._exit(1)
+        """), ranks=2)
+        assert gone([member.popen.pid for member in job.members])  # before the owner looks
+        assert owner.wait(job) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "rank 1: Traceback: ...", "Error of rank 1", "rank 0: Error of rank 0",
+        "error: rank 1 of 2 failed first: Error of rank 1"]
+
+
 def test_a_rank_that_saves_is_waited_for_though_another_failed(monkeypatch, tmp_path):
     monkeypatch.setattr(launcher, "GRACE", 0.5)
     job = run(program(f"""
