@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nanochat.attention import Attention
 from nanochat.cache import Cache, LayerCache
 from nanochat.kernels.cross_entropy import head_loss, softcap
+from nanochat.kernels.dispatch import state_fp_fusion
 from nanochat.kernels.fused_matvec import fused_matvec
 from nanochat.kernels.relu2 import relu_squared
 from nanochat.kernels.rms_norm import rms_norm
@@ -190,6 +191,7 @@ class GPT(nn.Module):
     def compile_blocks(self, B: int, T: int) -> None:
         """Compile the blocks for batches of exactly (B, T) without a cache; other shapes run eagerly. Names do not
         change."""
+        state_fp_fusion()
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self._compiled_for = (B, T)
