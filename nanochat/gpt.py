@@ -21,6 +21,7 @@ from nanochat.attention import Attention
 from nanochat.cache import Cache, LayerCache
 from nanochat.kernels.add_norm import add_norm
 from nanochat.kernels.cross_entropy import head_loss, softcap
+from nanochat.kernels.dispatch import state_fp_fusion
 from nanochat.kernels.fp8 import check_fp8, fits, fp8_head_loss, fp8_mlp
 from nanochat.kernels.fused_matvec import fused_matvec
 from nanochat.kernels.mlp import mlp
@@ -204,6 +205,7 @@ class GPT(nn.Module):
         change."""
         if self._compiled_for == (B, T):
             return
+        state_fp_fusion()
         for block in self.transformer.h:
             block.compile(dynamic=False)
         self._compiled_for = (B, T)

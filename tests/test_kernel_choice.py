@@ -3,6 +3,7 @@ are launched."""
 
 import ast
 import importlib
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -87,6 +88,13 @@ def test_a_launch_states_fp_fusion_and_the_device():
     x = torch.ones(2)
     launch(Kernel(), (3,), 1, x, WIDE=True, num_warps=4)
     assert seen == [((3,), (1, x), {"enable_fp_fusion": True, "WIDE": True, "num_warps": 4})]
+
+
+def test_what_torch_compiles_states_fp_fusion_too(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "")
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION")
+    small_model().compile_blocks(2, 8)
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"
 
 
 # ---- what runs

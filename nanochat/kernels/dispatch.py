@@ -12,6 +12,7 @@ Where nothing was chosen, the first that is ready is taken. A training run on a 
 (nanochat/kernels/choose.py); `--kernels=relu2:torch` and NANOCHAT_KERNELS choose by hand.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -168,6 +169,11 @@ def constant(function: Callable) -> Callable:
 @constant
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def state_fp_fusion() -> None:
+    """State the same for the kernels that torch.compile writes, from now on. Call it before compiling."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nanochat.kernels.dispatch import TrainingShape, Trial, default_backend, set_choice
+from nanochat.kernels.dispatch import TrainingShape, Trial, default_backend, set_choice, state_fp_fusion
 
 SMALL = ((1, 1), (2, 67), (3, 130))  # rows and tokens of the checks, beside one row of the training's length
 FLUSH = 1 << 28  # bytes written between two timings: more than any L2 cache holds
@@ -223,6 +223,7 @@ def trials(task: Task) -> Iterator[dict[str, Any]]:
     """Do the task. Yields {"operation", "default"} before an operation, {"trying": [operation, name]} before a trial,
     and after it the same with "ms" and "kept", or with "wrong": what is wrong with it in words."""
     device, dtype = torch.device(task.device), getattr(torch, task.dtype)
+    state_fp_fusion()
     if task.compiled:  # so that the first trial is not charged with loading the compiler
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     for operation, path in task.operations.items():

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nanochat.kernels.dispatch import Backend, Draw, TrainingShape, Trial, backend
+from nanochat.kernels.dispatch import Backend, Draw, TrainingShape, Trial, backend, state_fp_fusion
 
 A, B, C = 3.4445, -4.7750, 2.0315  # Keller Jordan's coefficients
 
@@ -75,6 +75,7 @@ def _one_by_one(x: Tensor, dtype: torch.dtype, steps: int) -> Tensor:
 
 @cache
 def _compiler() -> Callable:
+    state_fp_fusion()
     return torch.compile(_iterate, dynamic=False)
 
 
