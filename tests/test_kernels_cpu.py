@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat.kernels import cpu, dispatch
+from nanochat.kernels import cpu, dispatch, relu2
 from nanochat.kernels.cross_entropy import head_loss_twin
 from nanochat.kernels.cross_entropy.cpu import softcapped_cross_entropy_
 from nanochat.kernels.relu2 import cpu as relu2_cpu
@@ -388,14 +388,13 @@ def test_kernels_are_not_used_for_what_they_do_not_support_or_under_tracing():
 
 def test_an_operation_has_the_kernels_of_its_folder_and_none_while_the_compiler_traces():
     x = torch.randn(4, 8)
-    assert dispatch.fused("slc2", "step", x) is slc2_cpu.step
-    assert dispatch.fused("relu2", "relu_squared", x) is relu2_cpu.relu_squared
-    assert dispatch.fused("fused_matvec", "fused_matvec", x) is None, "it has no kernel for CPUs"
-    assert dispatch.fused("decode_attention", "append_and_attend", x) is None
-    assert dispatch.fused("slc2", "step", x.double()) is None
+    assert dispatch.kernels_of("slc2", "cpu") is slc2_cpu and dispatch.kernels_of("relu2", "cpu") is relu2_cpu
+    assert dispatch.kernels_of("fused_matvec", "cpu") is None, "it has no kernel for CPUs"
+    assert dispatch.chosen_backend("relu2", relu2.BACKENDS, x) == "cpu"
+    assert dispatch.chosen_backend("relu2", relu2.BACKENDS, x.double()) == "torch"
 
     def answer(x: Tensor) -> Tensor:
-        return x + (dispatch.fused("slc2", "step", x) is None)
+        return x + (dispatch.chosen_backend("relu2", relu2.BACKENDS, x) == "torch")
     assert torch.equal(torch.compile(answer, backend="eager", fullgraph=True)(x), x + 1)
 
 

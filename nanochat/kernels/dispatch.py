@@ -23,8 +23,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat.kernels import cpu
-
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}  # of every Triton kernel
 
 _LIBRARY = torch.library.Library("nanochat", "FRAGMENT")
@@ -55,6 +53,7 @@ class Trial(NamedTuple):
     args: random ones; those that require a gradient get one
     asked: what the public function gives `backend`, where that is something else than args
     inside_blocks: whether it runs inside the model's blocks, which torch.compile may compile
+    also: trials of the operation's further functions, such as a decode step, which are checked and not timed
     """
 
     function: Callable
@@ -62,6 +61,7 @@ class Trial(NamedTuple):
     args: tuple
     asked: tuple | None = None
     inside_blocks: bool = True
+    also: tuple["Trial", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,23 +185,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     first = next(arg for arg in given if isinstance(arg, Tensor))
     with torch.cuda.device_of(first):  # Triton launches on the current device
         kernel[grid](*args, **LAUNCH_OPTIONS, **options)
-
-
-def fused(operation: str, name: str, *tensors: Tensor) -> Callable | None:
-    """Return the kernel of an operation without BACKENDS for these tensors, or None where plain PyTorch is to be used.
-
-    None too while torch.compile traces, since the compiler fuses the plain form itself.
-
-    Args:
-        operation: package of nanochat.kernels
-        name: function of its triton.py (tensors on CUDA) or of its cpu.py (where `cpu.ready` says yes)
-        tensors: the floating-point inputs; the first says the device
-    """
-    if torch.compiler.is_compiling():
-        return None
-    if tensors[0].is_cuda:
-        return getattr(kernels_of(operation, "triton"), name, None)
-    return getattr(kernels_of(operation, "cpu"), name, None) if cpu.ready(*tensors) else None
 
 
 @cache

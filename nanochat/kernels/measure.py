@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,18 +128,35 @@ def check(got: list[Tensor], plain: list[Tensor], exact: list[Tensor], eps: floa
                 raise Wrong(f"{what} is off by {error:.2g} {name}, where rounding explains {bound:.2g}")
 
 
-def check_small(module: Any, task: Task, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare the chosen implementation with the twin at small and ragged shapes. Raises Wrong."""
+class Reference(NamedTuple):
+    """A trial at a small shape, the gradient of its result, and what the twin gives: in the same precision, and in a
+    wider one."""
+
+    trial: Trial
+    dy: Tensor
+    plain: list[Tensor]
+    exact: list[Tensor]
+
+
+def references(module: Any, task: Task, device: torch.device, dtype: torch.dtype) -> list[Reference]:
+    """Return what an operation's implementations are compared with: small and ragged shapes, and one row of the
+    training's length."""
+    found = []
     for seed, (B, T) in enumerate((*SMALL, (1, task.shape.T))):
         shape = TrainingShape(**asdict(task.shape) | {"B": B, "T": T, "matrices": min(2, task.shape.matrices)})
-        trial = module.trial(shape, draw_with(device, dtype, seed))
-        exact_args = wider(trial.args)
-        with torch.no_grad():
-            like = trial.twin(*exact_args)
-        dy = torch.randn_like(like).to(dtype)  # so rounded that it is the same for all
-        exact = results(trial.twin, exact_args, dy)
-        check(results(trial.function, trial.args, dy), results(trial.twin, trial.args, dy), exact,
-              torch.finfo(dtype).eps)
+        whole = module.trial(shape, draw_with(device, dtype, seed))
+        for trial in (whole, *whole.also):
+            exact_args = wider(trial.args)
+            with torch.no_grad():
+                dy = torch.randn_like(trial.twin(*exact_args)).to(dtype)  # so rounded that it is the same for all
+            found.append(Reference(trial, dy, results(trial.twin, trial.args, dy), results(trial.twin, exact_args, dy)))
+    return found
+
+
+def check_small(references: list[Reference], dtype: torch.dtype) -> None:
+    """Compare the chosen implementation with the twin. Raises Wrong."""
+    for trial, dy, plain, exact in references:
+        check(results(trial.function, trial.args, dy), plain, exact, torch.finfo(dtype).eps)
 
 
 def synchronize(device: torch.device) -> None:
@@ -206,6 +223,8 @@ def trials(task: Task) -> Iterator[dict[str, Any]]:
     """Do the task. Yields {"operation", "default"} before an operation, {"trying": [operation, name]} before a trial,
     and after it the same with "ms" and "kept", or with "wrong": what is wrong with it in words."""
     device, dtype = torch.device(task.device), getattr(torch, task.dtype)
+    if task.compiled:  # so that the first trial is not charged with loading the compiler
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     for operation, path in task.operations.items():
         module = import_module(path)
         set_choice({})
@@ -215,15 +234,15 @@ def trials(task: Task) -> Iterator[dict[str, Any]]:
         ready = [name for name, backend in module.BACKENDS.items() if backend.ready(*asked)
                  and not (compiled and name == "cpu")]  # the crate's kernels do not run under torch.compile
         default = default_backend(operation, {name: module.BACKENDS[name] for name in ready}, *asked, compiled=compiled)
-        yield {"operation": operation, "default": default, "ready": ready}
-        for name in ready:
+        wanted = [name for name in ready if (operation, name) not in task.done] if len(ready) > 1 else []
+        twin = references(module, task, device, dtype) if wanted else []
+        yield {"operation": operation, "default": default}
+        for name in wanted:
             about = [operation, name]
-            if len(ready) == 1 or tuple(about) in task.done:
-                continue
             yield {"trying": about}
             set_choice({operation: name})
             try:
-                check_small(module, task, device, dtype)
+                check_small(twin, dtype)
                 result = time_it(trial, compiled, device, dtype)
                 synchronize(device)
             except Exception as error:
@@ -233,7 +252,7 @@ def trials(task: Task) -> Iterator[dict[str, Any]]:
                 synchronize(device)  # raises after a fault, from which this process cannot recover
             else:
                 yield {"trying": about, **result}
-        del trial
+        del trial, twin
 
 
 def main() -> None:

@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels.dispatch import fused
+from nanochat.kernels.cpu import ready as cpu_ready
+from nanochat.kernels.dispatch import (
+    Backend,
+    Draw,
+    TrainingShape,
+    Trial,
+    backend,
+    chosen_backend,
+    kernels_of,
+    triton_ready,
+)
 from nanochat.kernels.rope_norm import rope_norm_twin
 
 
@@ -35,10 +45,9 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     There is a gradient where one is wanted: PyTorch runs then.
     """
-    kernel = fused("decode_attention", "decode_attention", q, k, v)
     wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if kernel is not None and not wants_grad:
-        return kernel(q, k, v)
+    if _by_crate(q, k, v) and not wants_grad:
+        return kernels_of("decode_attention", "cpu").decode_attention(q, k, v)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return decode_attention_twin(q, k, v)
     return decode_attention_twin(q.float(), k.float(), v.float()).to(q.dtype)
@@ -54,9 +63,8 @@ def decode_attention_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int],
         lengths: B numbers from 1 to S
         window: only the last so many of a row's keys count; None for all
     """
-    kernel = fused("decode_attention", "decode_attention", q, k, v)
-    if kernel is not None:
-        return kernel(q, k, v, lengths, window)
+    if _by_crate(q, k, v):
+        return kernels_of("decode_attention", "cpu").decode_attention(q, k, v, lengths, window)
     ranges = [slice(0 if window is None else max(0, n - window), n) for n in lengths]
     return torch.cat([decode_attention(q[b:b + 1], k[b:b + 1, keys], v[b:b + 1, keys])
                       for b, keys in enumerate(ranges)])
@@ -94,5 +102,39 @@ def append_and_attend_twin(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, 
 def append_and_attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor,
                       positions: Tensor, window: int | None = None) -> Tensor:
     """Return and write what `append_and_attend_twin` does, up to rounding. The kernel reads only the keys seen."""
-    kernel = fused("decode_attention", "append_and_attend", q) if q.dtype == keys.dtype else None
-    return (kernel or append_and_attend_twin)(q, k, v, rope, keys, values, positions, window)
+    run = backend("decode_attention", BACKENDS, q, keys, values)
+    return run(q, k, v, rope, keys, values, positions, window)
+
+
+def _triton(*args: Tensor | tuple[Tensor, Tensor] | int | None) -> Tensor:
+    return kernels_of("decode_attention", "triton").append_and_attend(*args)
+
+
+# Of `append_and_attend`; the crate has a kernel for the other two functions alone.
+BACKENDS = {
+    "triton": Backend(_triton, lambda q, keys, values: triton_ready(q) and q.dtype == keys.dtype, "eager"),
+    "cpu": Backend(append_and_attend_twin, cpu_ready),
+    "torch": Backend(append_and_attend_twin),
+}
+
+
+def _by_crate(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return chosen_backend("decode_attention", BACKENDS, q, k, v) == "cpu"
+
+
+def trial(shape: TrainingShape, draw: Draw) -> Trial:
+    """Return what the chooser measures: a decode step of few rows in the middle of their cache. It is sampling that
+    uses it."""
+    B, T = min(4, shape.B), shape.T
+    q, k, v = (draw(B, 1, heads, shape.D, grad=False) for heads in (shape.H, shape.G, shape.G))
+    keys, values = (draw(B, T, shape.G, shape.D, grad=False) for _ in "kv")
+    positions = torch.arange(B, device=q.device) % T + T // 2 * (T > 8)
+    angles = torch.rand(B, 1, shape.D // 2, device=q.device) * 6
+    rope = angles.cos(), angles.sin()
+    asked = q, keys, values
+    plain = Trial(decode_attention, decode_attention_twin, asked, asked, inside_blocks=False)
+    cache = keys.clone(), values.clone()  # it writes the new tokens there, the same ones each time
+    append = Trial(append_and_attend, append_and_attend_twin, (q, k, v, rope, *cache, positions, shape.window), asked,
+                   inside_blocks=False)
+    first, second = (plain, append) if q.device.type == "cpu" else (append, plain)  # timed is what has a kernel
+    return first._replace(also=(second,))

@@ -13,6 +13,7 @@ Both run a Triton kernel on NVIDIA GPUs from Ampere on with K ≤ 4, the crate's
 """
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -228,7 +229,13 @@ def trial(shape: TrainingShape, draw: Draw) -> Trial:
 
     def twin(z: Tensor, taps: Tensor) -> Tensor:
         return slc2_core_twin(*split_columns(z, **heads)[:4], taps)
-    return Trial(functools.partial(slc2_mix, **heads), twin, (z, taps), asked=(taps, z))
+    *columns, _ = (column[:, :1] for column in split_columns(z.detach(), **heads))
+    past = draw(shape.B, shape.K - 1, shape.E, grad=False)
+
+    def on_a_copy(step: Callable) -> Callable:
+        return lambda past, *inputs: step(*inputs, past.clone())  # the step writes it
+    step = Trial(on_a_copy(slc2_step), on_a_copy(slc2_step_twin), (past, *columns, taps.detach()))
+    return Trial(functools.partial(slc2_mix, **heads), twin, (z, taps), asked=(taps, z), also=(step,))
 
 
 # ---- the decode step
