@@ -87,6 +87,7 @@ def test_torch_compile_sees_one_operator():
 
 SHARED = {90: 232448, 80: 166912, 89: 101376}  # bytes of shared memory that a program may have
 COMPILED = """
+import itertools
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
@@ -94,38 +95,37 @@ from triton.compiler import ASTSource
 from nanochat.kernels.dispatch import LAUNCH_OPTIONS
 from nanochat.kernels.mlp import triton as mlp
 
-capability, shared = int(sys.argv[1]), int(sys.argv[2])
-kernel = mlp._with_descriptors if capability >= 90 else mlp._with_pointers
-for small in (False, True):
-    for backward in (False, True):
-        tile = mlp.tile_of(shared, backward, small)
-        constants = {"BACKWARD": backward, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
-                     "GROUP": mlp.GROUP, "PROGRAMS": 132}
-        of_w = (tile.k, tile.n) if backward else (tile.n, tile.k)
-        blocks = {"X": (tile.m, tile.k), "W": of_w, "A": (tile.m, tile.n // 2), "C": (tile.m, tile.n // 2)}
-        signature, attributes = {}, {}
-        for i, name in enumerate(kernel.arg_names):
-            described = name in blocks and capability >= 90
-            kind = f"tensordesc<bf16[{blocks[name][0]},{blocks[name][1]}]>" if described else "*bf16"
-            signature[name] = "constexpr" if name in constants else "i32" if name in "MNK" else kind
-            if name not in constants and not described:
-                attributes[i,] = [["tt.divisibility", 16]]
-        options = {"num_warps": tile.warps, "num_stages": tile.stages, **LAUNCH_OPTIONS}
-        binary = triton.compile(ASTSource(kernel, signature, constants, attrs=attributes),
-                                target=GPUTarget("cuda", capability, 32), options=options)
-        print(binary.metadata.shared, len(binary.asm["cubin"]))
+cards = [tuple(map(int, card.split(":"))) for card in sys.argv[1:]]
+for (capability, shared), small, backward in itertools.product(cards, (False, True), (False, True)):
+    kernel = mlp._with_descriptors if capability >= 90 else mlp._with_pointers
+    tile = mlp.tile_of(shared, backward, small)
+    constants = {"BACKWARD": backward, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+                 "GROUP": mlp.GROUP, "PROGRAMS": 132}
+    of_w = (tile.k, tile.n) if backward else (tile.n, tile.k)
+    blocks = {"X": (tile.m, tile.k), "W": of_w, "A": (tile.m, tile.n // 2), "C": (tile.m, tile.n // 2)}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        described = name in blocks and capability >= 90
+        kind = f"tensordesc<bf16[{blocks[name][0]},{blocks[name][1]}]>" if described else "*bf16"
+        signature[name] = "constexpr" if name in constants else "i32" if name in "MNK" else kind
+        if name not in constants and not described:
+            attributes[i,] = [["tt.divisibility", 16]]
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **LAUNCH_OPTIONS}
+    binary = triton.compile(ASTSource(kernel, signature, constants, attrs=attributes),
+                            target=GPUTarget("cuda", capability, 32), options=options)
+    print(capability, small, binary.metadata.shared, len(binary.asm["cubin"]))
 """
 
 
-@pytest.mark.parametrize("capability", SHARED)
-def test_the_kernels_compile_within_the_shared_memory_of_a_card(capability):
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernels_compile_within_the_shared_memory_of_each_card():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILED, str(capability), str(SHARED[capability])], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-c", COMPILED, *(f"{card}:{SHARED[card]}" for card in SHARED)], cwd=ROOT,
                           env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shared = [int(line.split()[0]) for line in done.stdout.splitlines()]
-    assert len(shared) == 4 and max(shared) <= SHARED[capability], shared
-    if capability == 90:  # of the small ones two fit: 1 KB of each is the system's
-        assert 2 * (max(shared[2:]) + 1024) <= 233472
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 12
+    for capability, small, shared, _ in lines:
+        assert int(shared) <= SHARED[int(capability)], lines
+        if capability == "90" and small == "True":  # two fit on a multiprocessor: 1 KB of each is the system's
+            assert 2 * (int(shared) + 1024) <= 233472

@@ -69,17 +69,24 @@ def draw_with(device: torch.device, dtype: torch.dtype, seed: int) -> Callable[.
     return draw
 
 
-def results(function: Callable, args: tuple, dy: Tensor | None) -> list[Tensor]:
+def random_gradient(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return a random gradient of each result of a function that returns one or several."""
+    return tuple(torch.randn_like(part) for part in (y if isinstance(y, tuple) else (y,)))
+
+
+def results(function: Callable, args: tuple, dy: tuple[Tensor, ...] | None) -> list[Tensor]:
     """Return what a function returns for these arguments, and the gradients of those that require one.
 
-    dy: the gradient of what is returned; None for ones.
+    dy: the gradient of each result; None for ones.
     """
     leaves = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.requires_grad]
     with torch.set_grad_enabled(bool(leaves)):
         y = function(*args)
+    ys = y if isinstance(y, tuple) else (y,)
     if not leaves:
-        return [y]
-    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y) if dy is None else dy.to(y.dtype))]
+        return list(ys)
+    gradients = [torch.ones_like(part) for part in ys] if dy is None else [d.to(part.dtype) for d, part in zip(dy, ys)]
+    return [*(part.detach() for part in ys), *torch.autograd.grad(ys, leaves, gradients)]
 
 
 def wider(args: tuple) -> tuple:
@@ -133,7 +140,7 @@ class Reference(NamedTuple):
     wider one."""
 
     trial: Trial
-    dy: Tensor
+    dy: tuple[Tensor, ...]
     plain: list[Tensor]
     exact: list[Tensor]
 
@@ -148,7 +155,8 @@ def references(module: Any, task: Task, device: torch.device, dtype: torch.dtype
         for trial in (whole, *whole.also):
             exact_args = wider(trial.args)
             with torch.no_grad():
-                dy = torch.randn_like(trial.twin(*exact_args)).to(dtype)  # so rounded that it is the same for all
+                given = random_gradient(trial.twin(*exact_args))
+                dy = tuple(d.to(dtype) for d in given)  # so rounded that it is the same for all
             found.append(Reference(trial, dy, results(trial.twin, trial.args, dy), results(trial.twin, exact_args, dy)))
     return found
 
@@ -205,7 +213,7 @@ def time_it(trial: Trial, compiled: bool, device: torch.device, dtype: torch.dty
         function = torch.compile(trial.function, dynamic=False, fullgraph=True)
     with torch.no_grad():
         y = trial.function(*trial.args)
-    dy, kept = (torch.randn_like(y) if y.dim() else None), None
+    dy, kept = (random_gradient(y) if isinstance(y, tuple) or y.dim() else None), None
     if function is not trial.function:
         eager = results(trial.function, trial.args, dy)
         check(results(function, trial.args, dy), eager, eager, 4 * torch.finfo(dtype).eps)

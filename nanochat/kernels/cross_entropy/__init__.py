@@ -4,7 +4,7 @@
 
 `head_loss` goes over the tokens in chunks. One matrix product gives a chunk's logits in x's dtype, one pass over them
 gives the losses and, where a gradient is wanted, overwrites the logits with their gradient, and two products turn that
-into the gradients of x and of the weight. Only one chunk of logits is alive at a time: 1 GB instead of 69 for 65,536
+into the gradients of x and of the weight. Only one chunk of logits is alive at a time: 2 GB instead of 69 for 65,536
 tokens and V = 65,536 in bfloat16 on a GPU.
 
 Saved for backward: with reduction "sum" or "mean" the gradients themselves, computed in the forward pass, N·E in x's
@@ -35,9 +35,9 @@ from nanochat.kernels.dispatch import (
 
 SOFTCAP = 15.0
 IGNORE = -1
-CHUNK_ELEMENTS = 1 << 29  # logits in a chunk, at most: 1 GB of bfloat16
+CHUNK_ELEMENTS = 1 << 30  # logits in a chunk, at most: 2 GB of bfloat16
 CHUNK_TOKENS = {"cpu": 2048}  # tokens in a chunk, at most; see `_chunk_tokens`
-CHUNK_TOKENS_ELSEWHERE = 8192  # the same on accelerators
+CHUNK_TOKENS_ELSEWHERE = 16384  # the same on accelerators
 PIECE = {"cpu": 1 << 18}  # logits that plain PyTorch works on at a time: they and the temporaries fit in a cache
 PIECE_ELSEWHERE = 1 << 26
 
@@ -118,8 +118,8 @@ def _chunk_tokens(x: Tensor, V: int) -> int:
     """Return how many tokens of x (N, E) a chunk has.
 
     A chunk of n tokens does 6·n·V·E FLOPs, and reads and writes the weight's gradient, 8·V·E bytes. For any V and E the
-    cost of the second falls with n. It is a few percent at 8,192 tokens on a GPU, which does some 240 FLOPs in the time
-    of a byte, and at 2,048 on a CPU. More tokens would only cost memory. Where there are few tokens, a chunk is a
+    cost of the second falls with n. It is about two percent at 16,384 tokens on a GPU, which does some 240 FLOPs in the
+    time of a byte, and at 2,048 on a CPU. More tokens would only cost memory. Where there are few tokens, a chunk is a
     quarter of them to save memory, but not so few that its logits take less memory than the weight's gradient, which is
     held anyway.
     """

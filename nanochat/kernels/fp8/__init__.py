@@ -35,13 +35,13 @@ def check_fp8(how: str, device: torch.device) -> None:
     """Raise UserError where products in 8 bits cannot run in this way on the device."""
     if how == EMULATED:
         return
+    needs = "--fp8 needs an NVIDIA GPU of compute capability 8.9 or newer, such as an H100 or an RTX 4090"
     way_out = "Leave out --fp8; --fp8-emulated rounds in the same way on any device, slowly, to measure the loss."
     if device.type != "cuda" or torch.version.hip is not None:
-        raise UserError(f"--fp8 needs an NVIDIA GPU of compute capability 8.9 or newer, such as an H100 or an RTX 4090; "
-                        f"this run is on {device.type}. {way_out}")
+        raise UserError(f"{needs}; this run is on {device.type}. {way_out}")
     if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-        raise UserError(f"--fp8 needs an NVIDIA GPU of compute capability 8.9 or newer, such as an H100 or an RTX 4090; "
-                        f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}. {way_out}")
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{needs}; {name} has {'.'.join(map(str, capability))}. {way_out}")
 
 
 def fits(x: Tensor, *matrices: Tensor) -> bool:
@@ -121,11 +121,12 @@ def fp8_mlp(x: Tensor, w1: Tensor, w2: Tensor, how: str) -> Tensor:
 
 def _losses_and_gradients(x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None,
                           how: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses (N,) in float32, and of Σ factors · losses the gradients of x, in its dtype, and weight, float32.
+    """Return the losses (N,) in float32, and of Σ factors · losses the gradients of x, in its dtype, and of weight, in
+    float32.
 
     A chunk's logits become their gradient in place, as in `cross_entropy`, times a scale that needs no search: a
-    gradient is at most the largest factor. Rounded, they are kept for many chunks, so that the weight's gradient is
-    one product.
+    gradient is at most the largest factor. Rounded, they are kept for many chunks, so that the weight's gradient is one
+    product.
     """
     (N, E), V = x.shape, len(weight)
     of_x, of_w = scale_of(x, ACTIVATION), scale_of(weight, ACTIVATION)

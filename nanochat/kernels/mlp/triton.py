@@ -4,10 +4,10 @@ Matrices are contiguous, in 16 bits (float32 in the interpreter); sums are float
 written. Any sizes.
 
 A program takes tiles (BLOCK_M, BLOCK_N) of the result one after the other, as many programs as the GPU has
-multiprocessors. Neighbouring tiles take the same rows of either matrix, GROUP rows of tiles at a time, so that these are
-read from the L2 cache. From Hopper on, tiles are moved by the tensor memory accelerator (`_with_descriptors`), where
-rows are multiples of 16 bytes; else by ordinary loads (`_with_pointers`). The two halves of a tile's columns are
-finished one after the other: less shared memory, so that more is left for the tiles read ahead.
+multiprocessors, or twice as many. Neighbouring tiles take the same rows of either matrix, GROUP rows of tiles at a
+time, so that these are read from the L2 cache. From Hopper on, tiles are moved by the tensor memory accelerator
+(`_with_descriptors`), where rows are multiples of 16 bytes; else by ordinary loads (`_with_pointers`). The two halves
+of a tile's columns are finished one after the other: less shared memory, so that more is left for the tiles read ahead.
 """
 
 from typing import NamedTuple
@@ -125,7 +125,8 @@ def _with_pointers(X, W, A, C, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.cons
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(tl.cdiv(K, BLOCK_K)):
             inside = depth < K - k * BLOCK_K
-            sums = tl.dot(tl.load(x, mask=inside[None, :], other=0.0), tl.load(w, mask=inside[:, None], other=0.0), sums)
+            part = tl.load(x, mask=inside[None, :], other=0.0)
+            sums = tl.dot(part, tl.load(w, mask=inside[:, None], other=0.0), sums)
             x += BLOCK_K
             w += BLOCK_K * N if BACKWARD else BLOCK_K
         left, right = _halves(sums, BLOCK_M, BLOCK_N)
