@@ -84,7 +84,7 @@ def _turned(t: Tensor) -> Tensor:
 
 # ---- the MLP
 
-class _MLP(torch.autograd.Function):
+class _Fp8MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, how: str) -> Tensor:
         of_x, of_w1, of_w2 = (scale_of(t, ACTIVATION) for t in (x, w1, w2))
@@ -114,7 +114,7 @@ class _MLP(torch.autograd.Function):
 
 def fp8_mlp(x: Tensor, w1: Tensor, w2: Tensor, how: str) -> Tensor:
     """Return relu(x · w1ᵀ)² · w2ᵀ (..., E) with products in 8 bits, from x (..., E), w1 (F, E) and w2 (E, F)."""
-    return _MLP.apply(x.flatten(0, -2), w1, w2, how).unflatten(0, x.shape[:-1])
+    return _Fp8MLP.apply(x.flatten(0, -2), w1, w2, how).unflatten(0, x.shape[:-1])
 
 
 # ---- the head
@@ -153,7 +153,7 @@ def _losses_and_gradients(x: Tensor, weight: Tensor, targets: Tensor, factors: T
     return losses, dx, dweight
 
 
-class _SumLoss(torch.autograd.Function):
+class _Fp8SumLoss(torch.autograd.Function):
     """Σ factors · losses. The forward pass computes the gradients too and saves them."""
 
     @staticmethod
@@ -175,7 +175,7 @@ def fp8_head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, fa
     """Return the loss as `cross_entropy.head_loss` does, with products in 8 bits; reduction is "mean" or "sum"."""
     if reduction == "mean":
         factors = (1 / (targets != IGNORE).sum()).expand(len(targets))
-    return _SumLoss.apply(x, weight, targets, None if factors is None else factors.float().contiguous(), how)
+    return _Fp8SumLoss.apply(x, weight, targets, None if factors is None else factors.float().contiguous(), how)
 
 
 # ---- definitions
