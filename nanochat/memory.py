@@ -28,9 +28,9 @@ from nanochat.kernels.cross_entropy import _chunk_tokens
 from nanochat.optim import parameter_groups
 
 # What a layer keeps for backward of each token, in tensors as large as its input, (B, T, E): by its letter.
-KEPT = {"S": 16.3, "A": 19.8}
-KEPT_BESIDE_LAYERS = 3.3  # embedding, last norm, the gradient of the head's input
-TEMPORARY = 6.0           # of a layer's backward, at its peak: not kept, beside what is kept
+KEPT = {"S": 15.1, "A": 22.0}
+KEPT_BESIDE_LAYERS = 3.2  # embedding, last norm, the gradient of the head's input
+TEMPORARY = 4.1           # of a layer's backward, at its peak: not kept, beside what is kept
 PIECE = 1.5e9             # float32 temporaries of the cross-entropy in plain PyTorch, where Triton's kernel does not
 CONTEXT, FRAGMENTATION = 0.7e9, 0.06  # what CUDA and its libraries take; what the allocator cannot use
 COMMUNICATION = 1e9       # NCCL's buffers, with several GPUs

@@ -69,6 +69,23 @@ class Flags:
     recompute: str = "auto"
 
 
+def kept_by_a_layer(letter: str, rows: int = 4, E: int = 1280) -> float:
+    """Return what a layer keeps for backward on the GPU, in tensors of (rows, T, E), its weights' casts aside."""
+    held = []
+    for layers in (1, 3):
+        with torch.device("cuda"):
+            model = GPT(GPTConfig(sequence_len=T, vocab_size=256, n_layer=layers, n_head=E // 128, n_kv_head=E // 128,
+                                  n_embd=E, layer_pattern=letter * layers))
+        model.compute_dtype = torch.bfloat16
+        ids = torch.zeros(rows, T, dtype=torch.long, device="cuda")
+        before = torch.cuda.memory_allocated()
+        loss = model(ids, ids, "sum")
+        held.append(torch.cuda.memory_allocated() - before)
+        casts = 2 * sum(p.numel() for p in model.transformer.h[0].parameters())
+        del loss, model
+    return ((held[1] - held[0]) / 2 - casts) / (rows * T * E * 2)
+
+
 def what_a_card_does(depth: int, T: int, wrong_count: bool) -> dict:
     """Choose the batch as base training does, and run two real steps of two micro-batches."""
     ranks = Ranks(0, 0, 1, torch.device("cuda", 0))
@@ -84,6 +101,7 @@ def what_a_card_does(depth: int, T: int, wrong_count: bool) -> dict:
         honest, memory.memory_of_step = memory_of_step, lambda *_, **__: 1e9
         found["after trials"] = fit_batch(Flags(), model, T, TOTAL_ROWS, 32, ranks, meta={}).device_batch_size
         memory.memory_of_step = honest
+        found["kept"] = {letter: kept_by_a_layer(letter) for letter in memory.KEPT}
     flags = fit_batch(Flags(), model, T, TOTAL_ROWS * 2048 // T, 32, ranks, meta={})
     gc.collect()
     torch.cuda.empty_cache()
@@ -105,6 +123,7 @@ def test_d20_trains_on_one_card_of_24_gb_and_a_wrong_count_costs_a_trial_alone(n
     assert found["attention"] == "PyTorch"  # FlashAttention 3 is for Hopper
     assert found["peak"] < 24 and found["need"] == pytest.approx(found["peak"], abs=1)
     assert found["after trials"] in (4, 8), "32 and 16 rows do not fit"
+    assert found["kept"] == pytest.approx(memory.KEPT, abs=0.5), "write these into nanochat/memory.py"
 
 
 def test_d20_trains_in_float32_on_a_card_without_bfloat16(nullgpu):
