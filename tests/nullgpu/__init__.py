@@ -116,6 +116,7 @@ def build(folder: Path) -> None:
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", *includes, *map(str, sorted(SOURCES.glob("*.c"))),
                     "-o", str(library), "-lpthread", "-ldl"], check=True)
     for name in ("libnvidia-ml.so.1", "libcuda.so.1"):
+        (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(library.name)
 
 

@@ -6,11 +6,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.nullgpu import FACES, NullGPU, build, missing
+from tests.nullgpu import FACES, SOURCES, NullGPU, build, missing
 
 
 def main() -> None:
-    """Build the library in the temporary folder, once, and become Python with the arguments behind `--`."""
+    """Build the library in the temporary folder, where it is not there yet, and become Python with the arguments behind
+    `--`."""
     parser = argparse.ArgumentParser(prog="python -m tests.nullgpu", description=__doc__)
     parser.add_argument("--face", default="H100", choices=FACES, help="the card")
     parser.add_argument("--count", type=int, default=1, help="how many cards")
@@ -21,8 +22,9 @@ def main() -> None:
     if reason := missing():
         sys.exit(reason)
     folder = Path(tempfile.gettempdir()) / f"nullgpu-{os.getuid()}"
-    if not (folder / "libcuda.so.1").exists():
-        folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / "libnullgpu.so"
+    if not library.exists() or library.stat().st_mtime < max(file.stat().st_mtime for file in SOURCES.iterdir()):
         build(folder)
     environment = NullGPU(folder).environment(given.face, given.count, given.driver, given.log)
     os.execve(sys.executable, [sys.executable, *given.arguments], environment)
