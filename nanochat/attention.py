@@ -18,6 +18,8 @@ from nanochat.positions import Positions
 class Attention(Mixer):
     """Softmax attention over the positions up to each token; over the last `window` of them where that is set."""
 
+    kept_for_backward = 12.1
+
     def __init__(self, config):
         super().__init__(config)
         E, D = config.n_embd, config.n_embd // config.n_head

@@ -2,11 +2,12 @@
 
     need = memory_of_step(config, rows=8, T=2048, dtype=torch.bfloat16)      # bytes of one GPU
     batch = choose_batch(config, 2048, [32, 16, 8, 4, 2, 1], ranks=1, dtype=torch.bfloat16, memory=25.4e9)
-    batch.rows, batch.recompute                                              # 4, False
+    batch.rows, batch.recompute                                              # 8, False
 
 The need is counted: weights, gradients, this rank's part of the optimizer state, what each layer keeps for backward,
-the logits of a chunk, and the buffers of the optimizer step. `KEPT` and the like are measured, and tests/test_cards.py
-compares the sum with what the caching allocator gives out for real steps on a GPU that computes nothing.
+the logits of a chunk, and the buffers of the optimizer step. The factors are measured, and tests/test_cards.py and
+tests/test_nullgpu_step.py compare the sum with what the caching allocator gives out for real steps on a GPU that
+computes nothing.
 """
 
 import functools
@@ -23,14 +24,13 @@ import torch
 
 from nanochat.distributed import Ranks, gather_objects, has_triton
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, MIXERS, GPTConfig
 from nanochat.kernels.cross_entropy import _chunk_tokens
 from nanochat.optim import parameter_groups
 
-# What a layer keeps for backward of each token, in tensors as large as its input, (B, T, E): by its letter.
-KEPT = {"S": 15.1, "A": 22.0}
-KEPT_BESIDE_LAYERS = 3.2  # embedding, last norm, the gradient of the head's input
-TEMPORARY = 4.1           # of a layer's backward, at its peak: not kept, beside what is kept
+# In tensors as large as a layer's input, (B, T, E). What each layer keeps is its mixer's `kept_for_backward`.
+KEPT_BESIDE_LAYERS = 4.2  # embedding, last norm, the gradient of the head's input
+TEMPORARY = 7.3           # of a layer's backward, at its peak: not kept, beside what is kept
 PIECE = 1.5e9             # float32 temporaries of the cross-entropy in plain PyTorch, where Triton's kernel does not
 CONTEXT, FRAGMENTATION = 0.7e9, 0.06  # what CUDA and its libraries take; what the allocator cannot use
 COMMUNICATION = 1e9       # NCCL's buffers, with several GPUs
@@ -41,11 +41,10 @@ FEW_TOKENS = 1024         # a micro-batch below this is slower than a larger one
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers of weights: all; those of Muon; those in blocks' matrices; of Muon's largest bucket; V·E."""
+    """Numbers of weights: all; those that Muon trains; those of the head, V·E."""
 
     all: int
     muon: int
-    bucket: int
     head: int
 
 
@@ -53,13 +52,8 @@ class _Sizes:
 def _sizes(shape: tuple) -> _Sizes:
     with torch.device("meta"):
         model = GPT(GPTConfig(**dict(shape)))
-    muon: dict[torch.Size, int] = {}
-    for group in parameter_groups(model):
-        if group["kind"] == "muon":
-            for p in group["params"]:
-                muon[p.shape] = muon.get(p.shape, 0) + p.numel()
-    return _Sizes(sum(p.numel() for p in model.parameters()), sum(muon.values()), max(muon.values()),
-                  model.lm_head.weight.numel())
+    muon = sum(p.numel() for group in parameter_groups(model) if group["kind"] == "muon" for p in group["params"])
+    return _Sizes(sum(p.numel() for p in model.parameters()), muon, model.lm_head.weight.numel())
 
 
 def memory_of_step(config: GPTConfig, rows: int, T: int, *, ranks: int = 1, recompute: bool = False,
@@ -77,7 +71,7 @@ def memory_of_step(config: GPTConfig, rows: int, T: int, *, ranks: int = 1, reco
     """
     n, tokens, width = _sizes(tuple(config.to_dict().items())), rows * T, dtype.itemsize
     unit = tokens * config.n_embd * width
-    layers = [KEPT[letter] if letter in KEPT else max(KEPT.values()) for letter in config.pattern()]
+    layers = [MIXERS[letter].kept_for_backward for letter in config.pattern()]
     state = 4 * n.all + (4 * n.muon + 8 * (n.all - n.muon)) / ranks
     cast = width if width < 4 else 0  # a weight is kept for backward in the products' dtype
     gradients = 4 * n.all if accumulate else 0
@@ -93,10 +87,8 @@ def memory_of_step(config: GPTConfig, rows: int, T: int, *, ranks: int = 1, reco
         kept = unit * (sum(layers) + KEPT_BESIDE_LAYERS) + cast * n.muon
         again = unit * TEMPORARY
     backward = gradients + kept + max(head, 4 * n.head + again)
-    if ranks == 1:
-        step = 4 * n.all + 4 * n.muon + (width - 0.5) * 4 * n.bucket  # gradients, in a row; one bucket's temporaries
-    else:
-        step = 4 * n.all * (2 + 0.5 / ranks)                # gradients, gathered weights, this rank's part
+    # gradients; Muon's and the head's temporaries, and with several ranks what is sent and received
+    step = 4 * n.all + (4 * (1.69 * n.muon + 1.13 * n.head) if ranks == 1 else 4 * (0.51 * n.muon + 2.47 * n.head))
     return state + max(backward, step)
 
 

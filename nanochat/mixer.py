@@ -21,6 +21,9 @@ class Mixer(nn.Module):
     """
 
     c_proj: Linear
+    # What a layer with this mixer keeps for backward of each token, its MLP included, in tensors as large as its input,
+    # (B, T, E). For nanochat/memory.py; a number too large costs rows of a micro-batch.
+    kept_for_backward = 13.0
 
     def __init__(self, config):
         """config: a GPTConfig."""

@@ -18,6 +18,8 @@ class SLC2(Mixer):
     """y = c_proj(B · silu(conv(gate · x))), gate = silu(silu(alpha) ⊗ A); x, B, A, alpha are projections of the
     input."""
 
+    kept_for_backward = 9.1
+
     def __init__(self, config):
         super().__init__(config)
         E, H = config.n_embd, config.n_head

@@ -1,4 +1,4 @@
-"""Record anew what a training step takes: writes scripts/step_memory.json and prints the table for dev/LOG.md.
+"""Record anew what a training step takes: writes memory.json beside this file and prints the table for dev/LOG.md.
 
     python -m tests.nullgpu.record                  # some ten minutes on two cores
 
@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 
-from scripts import step_memory
+from nanochat.gpt import GPTConfig
+from nanochat.memory import choose_batch, memory_of_step
+from nanochat.recipe import published
 from tests.nullgpu import Face, NullGPU, build, missing
 from tests.nullgpu.programs import training
 
+POINTS = Path(__file__).with_name("memory.json")
+ROW = published.base.shape.max_seq_len  # tokens of a row in the recorded steps
 DEPTHS = 4, 12, 20, 26, 32
 ROWS = 1, 8, 32       # the optimizer's part; two points of a line
 RANKS = 1, 2, 8
@@ -40,15 +44,30 @@ def of_depth(depth: int) -> list[dict[str, Any]]:
     return found
 
 
+def recorded() -> dict[tuple[int, int, int], dict[str, Any]]:
+    """Return the recorded points by depth, rows and ranks."""
+    return {(point["depth"], point["rows"], point["ranks"]): point
+            for point in json.loads(POINTS.read_text(encoding="utf-8"))["points"]}
+
+
+def counted(depth: int, rows: int, ranks: int) -> float:
+    """Return what `memory_of_step` says of a recorded step."""
+    config = GPTConfig.from_depth(depth, vocab_size=published.tokenizer.vocab_size, sequence_len=ROW)
+    return memory_of_step(config, rows, ROW, ranks=ranks, accumulate=False)
+
+
 def table() -> str:
-    """Return, for some depths, the memory at 32 rows and the rows that fit each card, in Markdown."""
+    """Return, for some depths, the memory at 32 rows and the rows that a run takes on each card, in Markdown."""
     lines = ["| depth | ranks | GB at 32 rows | " + " | ".join(f"rows in {card} GB" for card in CARDS) + " |",
              "| ---: " * (3 + len(CARDS)) + "|"]
     for depth in (12, 20, 26, 32):
+        config = GPTConfig.from_depth(depth, vocab_size=published.tokenizer.vocab_size, sequence_len=ROW)
         for ranks in (1, 8):
-            rows = [step_memory.most_rows(depth, size * 2**30, ranks, most=64) for size in CARDS.values()]
-            lines.append(f"| {depth} | {ranks} | {step_memory.step_memory(depth, 32, ranks) / 1e9:.1f} | "
-                         + " | ".join(str(n) if n else "none" for n in rows) + " |")
+            batches = [choose_batch(config, ROW, [32, 16, 8, 4, 2, 1], ranks, dtype=torch.bfloat16,
+                                    memory=size * 2**30) for size in CARDS.values()]
+            lines.append(f"| {depth} | {ranks} | {counted(depth, 32, ranks) / 1e9:.1f} | "
+                         + " | ".join(f"{batch.rows}{', recomputed' if batch.recompute else ''}" for batch in batches)
+                         + " |")
     return "\n".join(lines)
 
 
@@ -65,13 +84,11 @@ def main() -> None:
             print(f"d{depth} after {time.time() - began:.0f} s: "
                   + ", ".join(f"{p['rows']} rows, {p['ranks']} ranks {p['allocated'] / 1e9:.2f} GB" for p in points
                               if p["depth"] == depth), flush=True)
-    about = {"command": "python -m tests.nullgpu.record", "torch": torch.__version__,
-             "tokens_of_a_row": step_memory.ROW}
+    about = {"command": "python -m tests.nullgpu.record", "torch": torch.__version__, "tokens_of_a_row": ROW}
     lines = ",\n".join(f"  {json.dumps(point)}" for point in points)
-    new = step_memory.POINTS.with_suffix(".new")
+    new = POINTS.with_suffix(".new")
     new.write_text(f'{{"about": {json.dumps(about)},\n "points": [\n{lines}\n]}}\n', encoding="utf-8")
-    os.replace(new, step_memory.POINTS)
-    step_memory.recorded.cache_clear()
+    os.replace(new, POINTS)
     print(table())
 
 
