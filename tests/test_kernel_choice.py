@@ -4,6 +4,7 @@ are launched."""
 import ast
 import importlib
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -205,6 +206,16 @@ def test_what_is_wrong_raises_hangs_or_kills_its_process_is_left_out_and_the_res
     assert len([line for line in found.lines() if line.startswith("kernel left out: toy:")]) == 6
     found.apply()
     assert chosen_backend("toy", toy_operation.BACKENDS, torch.ones(1)) == found.chosen["toy"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name, wrong", [("ragged", "the result is off"), ("wrong_backward", "gradient 1 is off"),
+                                         ("nan", "not finite"), ("slow", ""), ("fast", ""), ("torch", "")])
+def test_the_check_tells_wrong_from_rounding(name, wrong, dtype):
+    twin = measure.references(toy_operation, task(dtype), torch.device("cpu"), dtype)
+    set_choice({"toy": name})
+    with pytest.raises(measure.Wrong, match=wrong) if wrong else nullcontext():
+        measure.check_small(twin, dtype)
 
 
 def test_it_is_remembered_and_another_shape_is_not(tiny_base, monkeypatch):
