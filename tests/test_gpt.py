@@ -225,15 +225,16 @@ def test_the_future_does_not_reach_the_past():
         assert not torch.equal(model(ids)[:, 12:], model(other)[:, 12:])
 
 
-def test_bfloat16_compute_stays_near_float32_and_weights_stay_float32():
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_16_bit_compute_stays_near_float32_and_weights_stay_float32(dtype, error):
     model = small_model()
     ids = torch.randint(97, (2, 24))
     with torch.no_grad():
         exact = model(ids)
-        model.compute_dtype = torch.bfloat16
+        model.compute_dtype = dtype
         rounded = model(ids)
     assert rounded.dtype == torch.float32 and model.lm_head.weight.dtype == torch.float32
-    assert (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
+    assert (rounded - exact).abs().mean() < error * exact.abs().mean()
 
 
 @pytest.mark.parametrize("wrong", [

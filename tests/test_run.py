@@ -110,3 +110,15 @@ def test_the_table_of_stages_fits_together():
         assert stage_of_folder(("base", stage.folder, "d2")) is stage
     assert [stage.name for stage in CHAT_STAGES] == ["mid", "sft", "rl"]
     assert stage_of_folder(("elsewhere", "d2")) is None
+
+
+def test_blocks_are_compiled_where_the_gpu_can(monkeypatch, capsys):
+    gpu = Ranks(0, 0, 1, torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    for able in (True, False):
+        monkeypatch.setattr("nanochat.run.has_triton", lambda device, least, able=able: able)
+        assert compile_wanted("auto", gpu) == able and not compile_wanted("no", gpu)
+    assert "needs Triton and a GPU of compute capability 7.0 or later; this is Old GPU" in capsys.readouterr().out
+    with pytest.raises(UserError, match="Use --compile=auto or --compile=no"):
+        compile_wanted("yes", gpu)
+    assert not compile_wanted("auto", Ranks(0, 0, 1, torch.device("cpu")))
