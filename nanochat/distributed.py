@@ -497,7 +497,7 @@ _GEFORCE_FLOAT32 = {
 }
 
 
-def _gpu_peak(name: str, dtype: torch.dtype, tf32: bool) -> float | None:
+def gpu_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
     """Return the dense FLOP/s of the GPU called `name`; None where it is not in the table, or is a slice (MIG)."""
     name = re.sub(r"^(NVIDIA |AMD )?(Tesla )?", "", name.strip())
     if " MIG " in name:
@@ -542,5 +542,5 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float | None:
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return _gpu_peak(torch.cuda.get_device_name(device), dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
+        return gpu_peak(torch.cuda.get_device_name(device), dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
     return _measured_peak(dtype, torch.get_num_threads()) if device.type == "cpu" else None

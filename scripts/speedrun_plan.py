@@ -114,9 +114,21 @@ class RunPlan:
         return self.recipe.base.shape.depth
 
     @property
+    def model_config(self) -> GPTConfig:
+        return config_of(self.recipe)
+
+    @property
     def tag(self) -> str:
         """The name of the model's checkpoint folder in each stage."""
         return f"d{self.depth}"
+
+
+def config_of(recipe: Recipe) -> GPTConfig:
+    """Return the shape of the recipe's model."""
+    shape = recipe.base.shape
+    return GPTConfig.from_depth(shape.depth, vocab_size=recipe.tokenizer.vocab_size, sequence_len=shape.max_seq_len,
+                                n_kernel=shape.n_kernel, slc_rate=shape.slc_rate,
+                                layer_pattern=shape.layer_pattern or None, window=shape.window or None)
 
 
 def make_plan(machine: Machine) -> RunPlan:
@@ -141,8 +153,7 @@ def make_plan(machine: Machine) -> RunPlan:
                         f"Keep both: NANOCHAT_BASE_DIR={base_dir()}-{name} bash speedrun.sh")
     base = recipe.base
     with torch.device("meta"):
-        model = GPT(GPTConfig.from_depth(base.shape.depth, vocab_size=recipe.tokenizer.vocab_size,
-                                         sequence_len=base.shape.max_seq_len))
+        model = GPT(config_of(recipe))
     parameters = sum(p.numel() for p in model.parameters())
     flops = model.flops_per_token()
     steps = _number("SPEEDRUN_STEPS", base.horizon.steps(parameters, flops, base.total_batch_size))

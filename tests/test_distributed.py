@@ -341,13 +341,13 @@ def test_cpu_flags_say_whether_bfloat16_is_native(monkeypatch, cpuinfo, native):
 def test_peak_of_a_gpu_is_its_dense_data_sheet_figure(name, bf16, fp32):
     for dtype, expected in ((torch.bfloat16, bf16), (torch.float16, bf16), (torch.float32, fp32),
                             (torch.float64, None)):
-        peak = distributed._gpu_peak(name, dtype, tf32=False)
+        peak = distributed.gpu_peak(name, dtype, tf32=False)
         assert peak == (None if expected is None else pytest.approx(expected * 1e12)), dtype
 
 
 def test_tf32_runs_at_half_of_bfloat16():
-    assert distributed._gpu_peak("NVIDIA H100 80GB HBM3", torch.float32, tf32=True) == pytest.approx(494.7e12)
-    assert distributed._gpu_peak("Tesla T4", torch.float32, tf32=True) == pytest.approx(8.1e12)
+    assert distributed.gpu_peak("NVIDIA H100 80GB HBM3", torch.float32, tf32=True) == pytest.approx(494.7e12)
+    assert distributed.gpu_peak("Tesla T4", torch.float32, tf32=True) == pytest.approx(8.1e12)
 
 
 def test_peak_of_a_cpu_is_measured_once_and_of_other_devices_unknown():

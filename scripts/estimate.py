@@ -1,0 +1,204 @@
+"""What a run takes, told before it begins: parameters, FLOPs, memory, minutes and dollars.
+
+    step = step_lines(config, rows=32, card=CARDS["H100"], gpus=8)     # where the time of a training step goes
+    for stage in stages(plan, CARDS["H100"]): print(stage.name, stage.seconds, stage.basis)
+
+Times on GPUs are computed: FLOPs of products by a share of the data sheet's rate, and bytes of everything else by a
+share of the memory's, both counted from the code. Where a step was measured on a card, MEASURED_STEPS says so and is
+used instead. python -m scripts.plan prints all of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanochat.distributed import gpu_peak
+from nanochat.gpt import GPT, GPTConfig
+from scripts.speedrun_plan import SHARD_BYTES, TOKENIZER_SHARDS, RunPlan, chat_stages
+
+# What kernels reach of a card's data sheet. Products and memory: seen for large ones on H100s (public benchmarks of
+# cuBLAS and of copies); attention: FlashAttention 2 and cuDNN at rows of 2,048, forward and backward; links: NCCL's bus
+# bandwidth at large messages.
+OF_PRODUCTS, OF_ATTENTION, OF_MEMORY, OF_LINKS = 0.69, 0.47, 0.81, 0.75
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet.
+
+    name: as the driver says it, without the vendor. memory: bytes. bandwidth: bytes/s of the memory. link: bytes/s to
+    and from the other GPUs of its machine, each way.
+    """
+
+    name: str
+    memory: float
+    bandwidth: float
+    link: float
+
+    @property
+    def flops(self) -> float:
+        """Dense FLOP/s in bfloat16; in float32 where the card has no bfloat16."""
+        return gpu_peak(self.name, torch.bfloat16) or gpu_peak(self.name, torch.float32) or 0.0
+
+
+PCIE4 = 25e9
+CARDS = {
+    "B200": Card("B200", 192e9, 8.0e12, 900e9), "H200": Card("H200", 141e9, 4.8e12, 450e9),
+    "H100": Card("H100 80GB HBM3", 80e9, 3.35e12, 450e9),
+    "A100": Card("A100-SXM4-80GB", 80e9, 2.04e12, 300e9), "A100-40": Card("A100-SXM4-40GB", 40e9, 1.56e12, 300e9),
+    "RTX-5090": Card("GeForce RTX 5090", 32e9, 1.79e12, 2 * PCIE4),
+    "RTX-4090": Card("GeForce RTX 4090", 24e9, 1.01e12, PCIE4),
+    "RTX-3090": Card("GeForce RTX 3090", 24e9, 0.94e12, PCIE4), "L4": Card("L4", 24e9, 0.30e12, PCIE4),
+    "T4": Card("T4", 16e9, 0.32e12, PCIE4 / 2),
+}
+
+
+# ---- a training step
+
+@dataclass(frozen=True)
+class Line:
+    """A part of something: its name, its seconds, and what they follow from."""
+
+    name: str
+    seconds: float
+    basis: str
+
+
+# Bytes a layer moves besides its products, forward and backward, in units of one activation (tokens × E × 2 bytes);
+# counted from the kernels that a compiled d20 step launches (dev/LOG.md).
+UNITS = 30.0
+GRADIENT_BYTES = 4       # of a number that is sent; 2 with --reduce-dtype=bfloat16
+LAUNCH_SECONDS = 6e-6    # of the host, for a kernel in eager mode
+
+
+def meta_model(config: GPTConfig) -> GPT:
+    """Return a model without memory, to count."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def step_lines(config: GPTConfig, rows: int, card: Card, gpus: int, accumulation: int = 1) -> list[Line]:
+    """Return where the time of one GPU goes in an optimizer step.
+
+    Args:
+        config: of the model; rows are of its sequence_len.
+        rows: of a micro-batch of one GPU.
+        gpus: that share the step.
+        accumulation: micro-batches of one GPU in a step.
+    """
+    E, V, L = config.n_embd, config.vocab_size, config.n_layer
+    tokens, products, memory = rows * config.sequence_len * accumulation, OF_PRODUCTS * card.flops, OF_MEMORY * card.bandwidth
+    model = meta_model(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() for block in model.transformer.h for p in block.parameters() if p.ndim == 2)
+    matrices = 6 * (weights + model.lm_head.weight.numel()) * tokens
+    attention = model.flops_per_token() * tokens - matrices  # what mixers do besides
+    activation = tokens * E * 2
+    moved = UNITS * L * activation
+    lines = [
+        Line("matrix products", matrices / products, f"{matrices / 1e12:.0f} TFLOP"),
+        Line("attention", attention * 3.5 / 3 / (OF_ATTENTION * card.flops),
+             f"{attention * 3.5 / 3e12:.1f} TFLOP, scores computed again backward"),
+        Line("norms, residuals, rotary, relu², SLC2", moved / memory,
+             f"{moved / 1e9:.0f} GB"),
+        Line("cross-entropy", 3 * tokens * V * 2 / memory, f"{3 * tokens * V * 2 / 1e9:.0f} GB"),
+        Line("embedding, casts of weights", (parameters * 6 * accumulation + 6 * activation) / memory,
+             f"{(parameters * 6 * accumulation + 6 * activation) / 1e9:.0f} GB"),
+    ]
+    own = parameters / gpus
+    newton_schulz = sum(_newton_schulz_flops(p) for name, p in model.named_parameters()
+                        if name.startswith("transformer.h") and p.ndim == 2) / gpus
+    state = (parameters * 8 + own * 40) / memory
+    lines.append(Line("optimizer", state + newton_schulz / products,
+                      f"{(parameters * 8 + own * 40) / 1e9:.1f} GB and {newton_schulz / 1e12:.2f} TFLOP"))
+    if gpus > 1:
+        sent = parameters * (GRADIENT_BYTES + 4) * (gpus - 1) / gpus / (OF_LINKS * card.link)
+        hidden = min(sent, 0.8 * (lines[0].seconds + lines[2].seconds) / accumulation)
+        lines.append(Line("gradients and weights between GPUs", sent - hidden,
+                          f"{1000 * sent:.1f} ms, of which {1000 * hidden:.1f} beside the products"))
+    return lines
+
+
+def _newton_schulz_flops(matrix: torch.Tensor, steps: int = 5) -> float:
+    short, long = sorted(matrix.shape)
+    return steps * (4 * short * short * long + 2 * short ** 3)
+
+
+def step_seconds(lines: list[Line]) -> float:
+    """Return the seconds of a step."""
+    return sum(line.seconds for line in lines)
+
+
+# ---- the stages of a run
+
+# Assumed, where nothing was measured: a rented node's network; a process with its imports, CUDA, NCCL and a model to
+# load; torch.compile of a model, cold.
+NETWORK, START, COMPILE = 100e6, 30.0, 60.0
+SETUP_BYTES, SETUP_SECONDS = 3e9, 65.0   # packages fetched; the rest was measured on two cores of a Xeon
+TRAINING_CHARS = 60e6                    # characters/s a core that tokenizer training reads: 120 MB/s on two cores
+CORE_TOKENS = 150e6                      # that the 22 tasks of CORE take, with their examples
+TOKENS = {"smoltalk": 800, "mmlu": 200, "gsm8k": 200, "spelling": 40, "bee": 250, "identity": 150}  # a conversation
+CONVERSATIONS = {"smoltalk": 460_000, "mmlu": 100_000, "gsm8k": 8_000, "identity": 1_000}
+SFT_OTHERS, SFT_TOKENS = 11_400, 500     # ARC and GSM8K beside what the recipe names; tokens of a conversation
+PROMPTS, PROMPT_TOKENS, WRITTEN = 17_600, 150, 1_740  # of a grading: choices, their tokens, answers written in full
+DECODED_ROWS, DECODE_STEPS = 64, 512     # of a batch of answers that are written
+
+
+def stage_lines(plan: RunPlan, card: Card) -> list[Line]:
+    """Return the parts of a whole run on GPUs of this kind, in order, each with its seconds.
+
+    The seconds are computed, but for those whose basis says where they were measured.
+    """
+    recipe, gpus = plan.recipe, max(1, len(plan.machine.gpus))
+    base, config = recipe.base, plan.model_config
+    rows, T = plan.device_batch, config.sequence_len
+    accumulation = max(1, base.total_batch_size // (rows * T * gpus))
+    step = step_seconds(step_lines(config, rows, card, gpus, accumulation))
+    forward = step / base.total_batch_size / 2.6  # a token without backward, of all GPUs together; the optimizer is small
+
+    def minutes_of_bpb(tokens: float, times: float) -> float:
+        return times * tokens * forward
+
+    validations = plan.steps / base.eval_every + 1 if base.eval_every > 0 else 0
+    chars = min(recipe.tokenizer.max_chars, TOKENIZER_SHARDS * 250e6)
+    lines = [
+        Line("set-up", SETUP_SECONDS + SETUP_BYTES / NETWORK,
+             f"65 s measured on two cores, and 3 GB at {NETWORK / 1e6:.0f} MB/s"),
+        Line("first text, tokenizer", TOKENIZER_SHARDS * SHARD_BYTES / NETWORK
+             + chars / (TRAINING_CHARS * min(16, max(2, plan.machine.cores))) + 20,
+             "tokenizer training at 60M characters/s a core, measured on two; the rest of the text arrives beside"),
+        Line("base model", plan.steps * step, f"{plan.steps:,} steps of {1000 * step:.0f} ms"),
+        Line("its start and compilation", START + COMPILE, "assumed"),
+        Line("its validations", minutes_of_bpb(base.eval_tokens, validations),
+             f"{validations:.0f} of {base.eval_tokens / 1e6:.1f}M tokens"),
+        Line("evaluation of the base model", START + (2 * recipe.base_eval.split_tokens + CORE_TOKENS) * forward,
+             f"two splits and {CORE_TOKENS / 1e6:.0f}M tokens of CORE"),
+    ]
+    trained = [stage.name for stage in chat_stages(plan)]
+    grading = (START + (PROMPTS * PROMPT_TOKENS) * forward * 2
+               + _decode_seconds(config, card) * DECODE_STEPS * -(-WRITTEN // (DECODED_ROWS * gpus)))
+    if "mid" in trained:
+        counts = {**CONVERSATIONS, **{name: recipe.mid.mixture[name] for name in ("spelling", "bee")}}
+        tokens = sum(counts[name] * TOKENS[name] for name in counts)
+        steps = recipe.mid.num_iterations if recipe.mid.num_iterations > 0 else tokens / recipe.mid.total_batch_size
+        lines += [Line("mid-training", START + COMPILE + steps * step
+                       + minutes_of_bpb(recipe.mid.eval_tokens, steps / recipe.mid.eval_every + 1),
+                       f"{steps:,.0f} steps, from {tokens / 1e6:.0f}M tokens of conversations"),
+                  Line("grading after it", grading, "multiple choice, and answers of at most 512 tokens")]
+    if "sft" in trained:
+        sft = recipe.sft
+        examples = SFT_OTHERS + sum(sft.mixture[name] for name in ("smoltalk", "spelling", "bee", "identity"))
+        steps = sft.num_iterations if sft.num_iterations > 0 else examples / sft.target_examples_per_step
+        share = max(1, sft.target_examples_per_step // gpus)
+        one = step_seconds(step_lines(config, 1, card, gpus)) * share * SFT_TOKENS * 2 / T
+        host = 90 * config.n_layer * LAUNCH_SECONDS
+        lines += [Line("fine-tuning", START + steps * max(one, host) + steps / sft.eval_every * sft.eval_steps * one / 3,
+                       f"{steps:,.0f} steps of {sft.target_examples_per_step} conversations"),
+                  Line("grading after it", grading, "as before")]
+    return [*lines, Line("report", 10, "assumed")]
+
+
+def _decode_seconds(config: GPTConfig, card: Card) -> float:
+    """Return the seconds of a decode step of a batch of rows: the weights are read once, in bfloat16."""
+    parameters = sum(p.numel() for p in meta_model(config).parameters())
+    return 2 * parameters / (OF_MEMORY * card.bandwidth) + 1e-4 * config.n_layer

@@ -1,0 +1,91 @@
+"""What a run will take before anything is rented: memory, minutes of every stage, dollars.
+
+    python -m scripts.plan --depth 20 --gpus 8                  # the published recipe on eight H100s
+    python -m scripts.plan --depth 26 --gpus 1 --card RTX-4090
+    python -m scripts.plan --depth 20 --gpus 8 --price 24       # dollars an hour for the whole machine
+
+It needs no GPU: everything is counted from the code, and each number says whether it was computed or measured, and on
+what. `bash speedrun.sh` announces the same numbers for the machine it finds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bench.measure import table
+from nanochat.cli import flag, parse, run_main
+from nanochat.errors import UserError
+from nanochat.memory import peak_memory
+from nanochat.recipe import at_depth, published
+from nanochat.training import clock
+from scripts.estimate import CARDS, Card, Line, meta_model, stage_lines, step_lines, step_seconds
+from scripts.speedrun_plan import Machine, RunPlan, accumulation_of, sized_plan
+
+
+@dataclass
+class Flags:
+    """Flags of plan."""
+
+    depth: int = flag(published.base.shape.depth, "layers of the model; the rest of the published recipe follows")
+    gpus: int = flag(8, "GPUs of one machine")
+    card: str = flag("H100", f"kind of GPU: {', '.join(CARDS)}")
+    price: float = flag(20.0, "dollars an hour for the whole machine; 0 leaves the cost out")
+    cores: int = flag(64, "CPU cores of the machine")
+    rl: bool = flag(False, "with reinforcement learning")
+
+
+def describe(plan: RunPlan, card: Card, price: float) -> str:
+    """Return all that is known of a run before it begins, as text with tables in Markdown.
+
+    price: dollars an hour for the whole machine; 0 leaves the cost out.
+    """
+    config, gpus = plan.model_config, len(plan.machine.gpus)
+    model = meta_model(config)
+    parameters, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
+    tokens = plan.steps * plan.recipe.base.total_batch_size
+    accumulation = accumulation_of(plan)
+    memory = peak_memory(config, plan.device_batch, gpus, plan.recompute)
+    lines, stages = step_lines(config, plan.device_batch, card, gpus, accumulation), stage_lines(plan, card)
+    step, whole = step_seconds(lines), step_seconds(stages)
+    speed = plan.recipe.base.total_batch_size / step
+    text = [
+        f"machine   {gpus} × {card.name}, {card.memory / 1e9:.0f} GB each",
+        f"model     depth {config.n_layer}, width {config.n_embd}, {parameters:,} parameters, "
+        f"{flops / 1e9:.3f} GFLOP a token",
+        f"training  {plan.steps:,} steps of {plan.recipe.base.total_batch_size:,} tokens = {tokens / 1e9:.2f}B tokens, "
+        f"{tokens * flops:.2e} FLOP",
+        f"text      {plan.shards} shards of FineWeb-Edu, {plan.shards * 0.1:.0f} GB to fetch; "
+        f"{plan.disk / 1e9:.0f} GB of disk in all",
+        f"memory    {memory / 1e9:.1f} GB a GPU with {plan.device_batch} rows"
+        + (" and activation checkpointing" if plan.recompute else "")
+        + f", {accumulation} micro-batch{'es' if accumulation > 1 else ''} a step (counted, not measured on a card)",
+        f"speed     {1000 * step:.0f} ms a step, {speed:,.0f} tokens/s, MFU {100 * speed * flops / gpus / card.flops:.0f} % "
+        "(computed)",
+        "", table(["a step of one GPU", "ms", "from"], _rows(lines, 1000), (0, 2)),
+        "", table(["the run", "minutes", "from"], [*_rows(stages, 1 / 60), ["sum", f"{whole / 60:.1f}", clock(whole)]],
+                  (0, 2))]
+    if price:
+        text.append(f"\ncost      ${whole / 3600 * price:,.2f} at ${price:g} an hour for the machine")
+    return "\n".join(text)
+
+
+def _rows(lines: Sequence[Line], scale: float) -> list[list[str]]:
+    return [[line.name, f"{scale * line.seconds:.1f}", line.basis] for line in lines]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the plan. Raises UserError for a card or a number that is none."""
+    flags = parse(Flags, argv, __doc__)
+    if flags.card not in CARDS:
+        raise UserError(f"--card={flags.card}: it must be one of {', '.join(CARDS)}")
+    if flags.depth < 1 or flags.gpus < 1:
+        raise UserError(f"--depth ({flags.depth}) and --gpus ({flags.gpus}) must be at least 1")
+    card, recipe = CARDS[flags.card], at_depth(flags.depth)
+    if flags.rl:
+        recipe = replace(recipe, stages=(*recipe.stages, "rl"))
+    machine = Machine([card.name] * flags.gpus, int(card.memory), flags.cores)
+    plan = sized_plan(f"d{flags.depth}", recipe, machine, source="fineweb-edu", chat="hub")
+    print(describe(plan, card, flags.price))
+
+
+if __name__ == "__main__":
+    run_main(main)
