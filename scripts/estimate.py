@@ -14,7 +14,7 @@ import torch
 
 from nanochat.distributed import gpu_peak
 from nanochat.gpt import GPT, GPTConfig
-from scripts.speedrun_plan import SHARD_BYTES, TOKENIZER_SHARDS, RunPlan, chat_stages
+from scripts.speedrun_plan import SHARD_BYTES, TOKENIZER_SHARDS, RunPlan, accumulation_of, chat_stages
 
 # What kernels reach of a card's data sheet. Products and memory: seen for large ones on H100s (public benchmarks of
 # cuBLAS and of copies); attention: FlashAttention 2 and cuDNN at rows of 2,048, forward and backward; links: NCCL's bus
@@ -151,8 +151,7 @@ def stage_lines(plan: RunPlan, card: Card) -> list[Line]:
     """
     recipe, gpus = plan.recipe, max(1, len(plan.machine.gpus))
     base, config = recipe.base, plan.model_config
-    rows, T = plan.device_batch, config.sequence_len
-    accumulation = max(1, base.total_batch_size // (rows * T * gpus))
+    rows, T, accumulation = plan.batch.rows, config.sequence_len, accumulation_of(plan)
     step = step_seconds(step_lines(config, rows, card, gpus, accumulation))
     forward = step / base.total_batch_size / 2.6  # a token without backward, of all GPUs together; the optimizer is small
 

@@ -11,10 +11,13 @@ what. `bash speedrun.sh` announces the same numbers for the machine it finds.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from bench.measure import table
 from nanochat.cli import flag, parse, run_main
+from nanochat.distributed import gpu_peak
 from nanochat.errors import UserError
-from nanochat.memory import peak_memory
+from nanochat.memory import usable_memory
 from nanochat.recipe import at_depth, published
 from nanochat.training import clock
 from scripts.estimate import CARDS, Card, Line, meta_model, stage_lines, step_lines, step_seconds
@@ -43,8 +46,7 @@ def describe(plan: RunPlan, card: Card, price: float) -> str:
     parameters, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
     tokens = plan.steps * plan.recipe.base.total_batch_size
     accumulation = accumulation_of(plan)
-    memory = peak_memory(config, plan.device_batch, gpus, plan.recompute)
-    lines, stages = step_lines(config, plan.device_batch, card, gpus, accumulation), stage_lines(plan, card)
+    lines, stages = step_lines(config, plan.batch.rows, card, gpus, accumulation), stage_lines(plan, card)
     step, whole = step_seconds(lines), step_seconds(stages)
     speed = plan.recipe.base.total_batch_size / step
     text = [
@@ -55,8 +57,8 @@ def describe(plan: RunPlan, card: Card, price: float) -> str:
         f"{tokens * flops:.2e} FLOP",
         f"text      {plan.shards} shards of FineWeb-Edu, {plan.shards * 0.1:.0f} GB to fetch; "
         f"{plan.disk / 1e9:.0f} GB of disk in all",
-        f"memory    {memory / 1e9:.1f} GB a GPU with {plan.device_batch} rows"
-        + (" and activation checkpointing" if plan.recompute else "")
+        f"memory    {plan.batch.need / 1e9:.1f} GB a GPU with {plan.batch.rows} rows of {config.sequence_len}"
+        + (" and activation checkpointing" if plan.batch.recompute else "")
         + f", {accumulation} micro-batch{'es' if accumulation > 1 else ''} a step (counted, not measured on a card)",
         f"speed     {1000 * step:.0f} ms a step, {speed:,.0f} tokens/s, MFU {100 * speed * flops / gpus / card.flops:.0f} % "
         "(computed)",
@@ -83,7 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.rl:
         recipe = replace(recipe, stages=(*recipe.stages, "rl"))
     machine = Machine([card.name] * flags.gpus, int(card.memory), flags.cores)
-    plan = sized_plan(f"d{flags.depth}", recipe, machine, source="fineweb-edu", chat="hub")
+    dtype = torch.float32 if gpu_peak(card.name, torch.bfloat16) is None else torch.bfloat16
+    plan = sized_plan(f"d{flags.depth}", recipe, machine, source="fineweb-edu", chat="hub", dtype=dtype)
+    if plan.batch.need > usable_memory(card.memory, flags.gpus):
+        raise UserError(f"d{flags.depth} does not fit a {card.name}: {plan.batch.need / 1e9:.1f} GB are needed for one row, "
+                        f"{usable_memory(card.memory, flags.gpus) / 1e9:.1f} can be used. Try a smaller --depth, more "
+                        "--gpus or another --card.")
     print(describe(plan, card, flags.price))
 
 

@@ -13,6 +13,7 @@ import shlex
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -151,40 +152,63 @@ def make_plan(machine: Machine) -> RunPlan:
     if there and there != source:
         raise UserError(f"{data_dir()} holds text of another kind ({there}) than this run would train on ({source}). "
                         f"Keep both: NANOCHAT_BASE_DIR={base_dir()}-{name} bash speedrun.sh")
-    base = recipe.base
-    with torch.device("meta"):
-        model = GPT(config_of(recipe))
-    parameters = sum(p.numel() for p in model.parameters())
-    flops = model.flops_per_token()
-    steps = _number("SPEEDRUN_STEPS", base.horizon.steps(parameters, flops, base.total_batch_size))
-    tokens = steps * base.total_batch_size
-    shards = _number("SPEEDRUN_SHARDS", math.ceil(1.03 * tokens * CHARS_PER_TOKEN / SHARD_CHARS))
-    batch = batch_for(recipe, machine, model)
-    device_batch = _number("SPEEDRUN_DEVICE_BATCH", 0) or base.device_batch_size
-    device = "cuda" if machine.gpus else "cpu"
-    peak = peak_flops(device, compute_dtype(device))
-    seconds = None
-    if peak is not None:
-        seconds = tokens * flops / (peak * EXPECTED_MFU * max(1, len(machine.gpus)))
-    disk = 16 * parameters * 6 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6)
     chat, why = "small-world" if source == "small-world" else "hub", ""
     if chat == "hub" and name == "small":
         chat, why = "", "the published conversations are too many for this profile"
     elif chat == "hub" and not os.environ.get("NANOCHAT_TASK_DATA") and not hub_reachable():
         chat = ""
         why = "the Hugging Face hub cannot be reached, and NANOCHAT_TASK_DATA names no mirror of its data sets"
-    return RunPlan(name, recipe, machine, source, text, steps, device_batch, batch, shards, seconds, disk, chat, why)
+    device = "cuda" if machine.gpus else "cpu"
+    return sized_plan(name, recipe, machine, source=source, text=text, chat=chat, why_no_chat=why,
+                      steps=_number("SPEEDRUN_STEPS", 0), shards=_number("SPEEDRUN_SHARDS", 0),
+                      device_batch=_number("SPEEDRUN_DEVICE_BATCH", 0), dtype=compute_dtype(device),
+                      peak=peak_flops(device, compute_dtype(device)))
 
 
-def batch_for(recipe: Recipe, machine: Machine, model: GPT) -> MicroBatch:
-    """Return the micro-batch that the base model's training will choose, by the memory of the GPUs."""
+def sized_plan(name: str, recipe: Recipe, machine: Machine, *, source: str, chat: str, text: Sequence[str] = (),
+               why_no_chat: str = "", steps: int = 0, shards: int = 0, device_batch: int = 0,
+               dtype: torch.dtype = torch.bfloat16, peak: float | None = None) -> RunPlan:
+    """Return the plan of a run, with what follows from recipe and machine: steps, shards, micro-batch, time, disk.
+
+    Args:
+        name, source, chat, text, why_no_chat: as in RunPlan.
+        steps, shards, device_batch: instead of those that follow; 0 for these.
+        dtype: of the matrix products.
+        peak: FLOP/s of a device; None where that is not known.
+    """
+    base, gpus = recipe.base, max(1, len(machine.gpus))
+    with torch.device("meta"):
+        model = GPT(config_of(recipe))
+    parameters, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
+    steps = steps or base.horizon.steps(parameters, flops, base.total_batch_size)
+    tokens = steps * base.total_batch_size
+    shards = shards or math.ceil(1.03 * tokens * CHARS_PER_TOKEN / SHARD_CHARS)
+    return RunPlan(
+        profile=name, recipe=recipe, machine=machine, source=source, text=list(text), steps=steps,
+        device_batch=device_batch or base.device_batch_size, batch=batch_for(recipe, machine, model, device_batch, dtype),
+        shards=shards, seconds=None if peak is None else tokens * flops / (peak * EXPECTED_MFU * gpus),
+        disk=16 * parameters * 6 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6), chat=chat,
+        why_no_chat=why_no_chat)
+
+
+def batch_for(recipe: Recipe, machine: Machine, model: GPT, device_batch: int, dtype: torch.dtype) -> MicroBatch:
+    """Return the micro-batch that the base model's training will choose, by the memory of the GPUs.
+
+    device_batch: rows that were asked for; 0 for the recipe's.
+    """
     base, gpus = recipe.base, max(1, len(machine.gpus))
     total = base.total_batch_size // base.shape.max_seq_len
-    given = base.device_batch_size
+    given = device_batch or base.device_batch_size
     candidates = rows_that_divide(total, gpus, MOST_ROWS["base"]) if given == "auto" else [given]
-    device = "cuda" if machine.gpus else "cpu"
-    return choose_batch(model.config, base.shape.max_seq_len, candidates, gpus, dtype=compute_dtype(device),
+    return choose_batch(model.config, base.shape.max_seq_len, candidates, gpus, dtype=dtype,
                         memory=machine.gpu_memory or None, total_rows=total, recompute=base.recompute)
+
+
+def accumulation_of(plan: RunPlan) -> int:
+    """Return the micro-batches of one device in an optimizer step of the base model."""
+    base = plan.recipe.base
+    tokens = plan.batch.rows * base.shape.max_seq_len * max(1, len(plan.machine.gpus))
+    return max(1, math.ceil(base.total_batch_size / tokens))
 
 
 def chat_stages(plan: RunPlan) -> list[Stage]:
