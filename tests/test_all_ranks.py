@@ -110,11 +110,10 @@ def test_all_scripts_in_order_on_four_ranks(tiny, tmp_path):
 @pytest.mark.long
 def test_a_slow_rank_changes_nothing(text, tiny, tmp_path):
     base = own_base(tiny, tmp_path / "slow")
-    chosen = [SCRIPTS[1], *SCRIPTS[4:6]]
-    process = start_scripts(base, chosen, fault="slow")
+    process = start_scripts(base, [SCRIPTS[1], SCRIPTS[4]], fault="slow")
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out
-    for stage in ("base", "mid", "sft"):
+    for stage in ("base", "mid"):
         assert_same(weights(base, stage, LAST[stage]), weights(text, stage, LAST[stage]))
 
 
