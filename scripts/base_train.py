@@ -27,7 +27,7 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kernels.fp8 import EMULATED, REAL
+from nanochat.kernels.fp8 import EMULATED, REAL, check_fp8
 from nanochat.recipe import Horizon, RateSchedule, published
 from nanochat.run import (
     Origin,
@@ -153,7 +153,9 @@ def origin_of(config: Config, model: GPT, tokenizer: Any, text: Path, ranks: Ran
 
 def run(config: Config, ranks: Ranks) -> None:
     """Run base training on these ranks."""
-    compiled = compile_wanted(config.compile, ranks)
+    compiled, fp8 = compile_wanted(config.compile, ranks), REAL if config.fp8 else EMULATED
+    if config.fp8:
+        check_fp8(fp8, ranks.device)  # before anything is read
     B, T = config.device_batch_size, config.max_seq_len
     tokenizer = get_tokenizer()
     shape = model_shape(config, tokenizer.get_vocab_size())
@@ -172,7 +174,7 @@ def run(config: Config, ranks: Ranks) -> None:
     if is_trained(origin, num_iterations, ranks):
         return
     if config.fp8 or config.fp8_emulated:
-        model.train_in_fp8(REAL if config.fp8 else EMULATED)
+        model.train_in_fp8(fp8)
     kernels = choose_kernels(config, model, B, T, compiled, ranks)
     if compiled:
         model.compile_blocks(B, T)
