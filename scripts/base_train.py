@@ -27,7 +27,7 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kernels.fp8 import EMULATED, REAL
+from nanochat.kernels.fp8 import EMULATED, REAL, check_fp8
 from nanochat.loading import model_from_state
 from nanochat.memory import RECOMPUTE_HELP
 from nanochat.recipe import MOST_ROWS, Horizon, RateSchedule, Recompute, Rows, published
@@ -165,7 +165,9 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
 
 def run(config: Config, ranks: Ranks) -> None:
     """Run base training on these ranks."""
-    compiled = compile_wanted(config.compile, ranks)
+    compiled, fp8 = compile_wanted(config.compile, ranks), REAL if config.fp8 else EMULATED
+    if config.fp8:
+        check_fp8(fp8, ranks.device)  # before anything is read
     T = config.max_seq_len
     share_of_micro_batches(config.total_batch_size, config.device_batch_size, T, ranks)  # raises before a model is made
     tokenizer = get_tokenizer()
@@ -185,7 +187,7 @@ def run(config: Config, ranks: Ranks) -> None:
         return
     model = origin.model
     if config.fp8 or config.fp8_emulated:
-        model.train_in_fp8(REAL if config.fp8 else EMULATED)
+        model.train_in_fp8(fp8)
     config, kernels = fit_and_choose(config, model, T, config.total_batch_size // T, MOST_ROWS["base"], ranks,
                                      meta=origin.meta, compiled=compiled)
     B = config.device_batch_size

@@ -19,7 +19,7 @@ from scripts.speedrun_plan import SHARD_BYTES, TOKENIZER_SHARDS, RunPlan, accumu
 # What kernels reach of a card's data sheet. Products and memory: seen for large ones on H100s (public benchmarks of
 # cuBLAS and of copies); attention: FlashAttention 2 and cuDNN at rows of 2,048, forward and backward; links: NCCL's bus
 # bandwidth at large messages.
-OF_PRODUCTS, OF_ATTENTION, OF_MEMORY, OF_LINKS = 0.69, 0.47, 0.81, 0.75
+OF_PRODUCTS, OF_ATTENTION, OF_MEMORY, OF_LINKS = 0.69, 0.47, 0.81, 0.61
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ class Line:
     basis: str
 
 
-# Bytes a layer moves besides its products, forward and backward, in units of one activation (tokens × E × 2 bytes);
-# counted from the kernels that a compiled d20 step launches (dev/LOG.md).
-UNITS = 30.0
-GRADIENT_BYTES = 4       # of a number that is sent; 2 with --reduce-dtype=bfloat16
+# What a layer moves besides its products, forward and backward, in activations (tokens × E × 2 bytes); counted from the
+# kernels that a compiled d20 step launches with relu² in the products' epilogues: 4 there, 16 for residual sums and
+# norms, 14 for rotary and norm in an attention layer, 8.3 for the core of an SLC2 layer (dev/LOG.md).
+UNITS = 30.8
+CROSS_ENTROPY = 4.1      # passes over the logits, the sums of the head's gradient included
 LAUNCH_SECONDS = 6e-6    # of the host, for a kernel in eager mode
 
 
@@ -87,35 +88,36 @@ def step_lines(config: GPTConfig, rows: int, card: Card, gpus: int, accumulation
         accumulation: micro-batches of one GPU in a step.
     """
     E, V, L = config.n_embd, config.vocab_size, config.n_layer
-    tokens, products, memory = rows * config.sequence_len * accumulation, OF_PRODUCTS * card.flops, OF_MEMORY * card.bandwidth
+    tokens = rows * config.sequence_len * accumulation
+    products, memory = OF_PRODUCTS * card.flops, OF_MEMORY * card.bandwidth
     model = meta_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(p.numel() for block in model.transformer.h for p in block.parameters() if p.ndim == 2)
     matrices = 6 * (weights + model.lm_head.weight.numel()) * tokens
     attention = model.flops_per_token() * tokens - matrices  # what mixers do besides
-    activation = tokens * E * 2
-    moved = UNITS * L * activation
+    activation, logits = tokens * E * 2, tokens * V * 2
+    casts = parameters * 28 * accumulation + 6 * activation
     lines = [
         Line("matrix products", matrices / products, f"{matrices / 1e12:.0f} TFLOP"),
         Line("attention", attention * 3.5 / 3 / (OF_ATTENTION * card.flops),
              f"{attention * 3.5 / 3e12:.1f} TFLOP, scores computed again backward"),
-        Line("norms, residuals, rotary, relu², SLC2", moved / memory,
-             f"{moved / 1e9:.0f} GB"),
-        Line("cross-entropy", 3 * tokens * V * 2 / memory, f"{3 * tokens * V * 2 / 1e9:.0f} GB"),
-        Line("embedding, casts of weights", (parameters * 6 * accumulation + 6 * activation) / memory,
-             f"{(parameters * 6 * accumulation + 6 * activation) / 1e9:.0f} GB"),
+        Line("norms, residuals, rotary, relu², SLC2", UNITS * L * activation / memory,
+             f"{UNITS * L * activation / 1e9:.0f} GB"),
+        Line("cross-entropy", CROSS_ENTROPY * logits / memory, f"{CROSS_ENTROPY * logits / 1e9:.0f} GB"),
+        Line("embedding, casts of weights and gradients", casts / memory, f"{casts / 1e9:.0f} GB"),
     ]
-    own = parameters / gpus
-    newton_schulz = sum(_newton_schulz_flops(p) for name, p in model.named_parameters()
-                        if name.startswith("transformer.h") and p.ndim == 2) / gpus
-    state = (parameters * 8 + own * 40) / memory
-    lines.append(Line("optimizer", state + newton_schulz / products,
-                      f"{(parameters * 8 + own * 40) / 1e9:.1f} GB and {newton_schulz / 1e12:.2f} TFLOP"))
+    muon = [p for name, p in model.named_parameters() if name.startswith("transformer.h") and p.ndim == 2]
+    newton_schulz = sum(map(_newton_schulz_flops, muon)) / gpus
+    moved = parameters / gpus * 96 + (8 * sum(p.numel() for p in muon) if gpus > 1 else 0)
+    lines.append(Line("optimizer", moved / memory + newton_schulz / products,
+                      f"{moved / 1e9:.1f} GB and {newton_schulz / 1e12:.2f} TFLOP"))
     if gpus > 1:
-        sent = parameters * (GRADIENT_BYTES + 4) * (gpus - 1) / gpus / (OF_LINKS * card.link)
-        hidden = min(sent, 0.8 * (lines[0].seconds + lines[2].seconds) / accumulation)
-        lines.append(Line("gradients and weights between GPUs", sent - hidden,
-                          f"{1000 * sent:.1f} ms, of which {1000 * hidden:.1f} beside the products"))
+        share = 4 * (gpus - 1) / gpus / (OF_LINKS * card.link)
+        sent, last = parameters * share, model.transformer.wte.weight.numel() * share
+        beside = 0.6 * lines[0].seconds / accumulation  # of the last micro-batch's backward pass
+        waits = last + max(0.0, sent - last - beside) + max(0.0, sent - beside)
+        lines.append(Line("waiting for other GPUs", waits,
+                          f"{1000 * sent:.1f} ms of gradients and as much of weights, the rest beside the products"))
     return lines
 
 
@@ -153,7 +155,7 @@ def stage_lines(plan: RunPlan, card: Card) -> list[Line]:
     base, config = recipe.base, plan.model_config
     rows, T, accumulation = plan.batch.rows, config.sequence_len, accumulation_of(plan)
     step = step_seconds(step_lines(config, rows, card, gpus, accumulation))
-    forward = step / base.total_batch_size / 2.6  # a token without backward, of all GPUs together; the optimizer is small
+    forward = step / base.total_batch_size / 2.6  # a token without backward, on all GPUs together
 
     def minutes_of_bpb(tokens: float, times: float) -> float:
         return times * tokens * forward
@@ -191,7 +193,8 @@ def stage_lines(plan: RunPlan, card: Card) -> list[Line]:
         share = max(1, sft.target_examples_per_step // gpus)
         one = step_seconds(step_lines(config, 1, card, gpus)) * share * SFT_TOKENS * 2 / T
         host = 90 * config.n_layer * LAUNCH_SECONDS
-        lines += [Line("fine-tuning", START + steps * max(one, host) + steps / sft.eval_every * sft.eval_steps * one / 3,
+        evaluated = steps / sft.eval_every * sft.eval_steps * one / 3
+        lines += [Line("fine-tuning", START + steps * max(one, host) + evaluated,
                        f"{steps:,.0f} steps of {sft.target_examples_per_step} conversations"),
                   Line("grading after it", grading, "as before")]
     return [*lines, Line("report", 10, "assumed")]

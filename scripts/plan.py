@@ -60,8 +60,8 @@ def describe(plan: RunPlan, card: Card, price: float) -> str:
         f"memory    {plan.batch.need / 1e9:.1f} GB a GPU with {plan.batch.rows} rows of {config.sequence_len}"
         + (" and activation checkpointing" if plan.batch.recompute else "")
         + f", {accumulation} micro-batch{'es' if accumulation > 1 else ''} a step (counted, not measured on a card)",
-        f"speed     {1000 * step:.0f} ms a step, {speed:,.0f} tokens/s, MFU {100 * speed * flops / gpus / card.flops:.0f} % "
-        "(computed)",
+        f"speed     {1000 * step:.0f} ms a step, {speed:,.0f} tokens/s, "
+        f"MFU {100 * speed * flops / gpus / card.flops:.0f} % (computed)",
         "", table(["a step of one GPU", "ms", "from"], _rows(lines, 1000), (0, 2)),
         "", table(["the run", "minutes", "from"], [*_rows(stages, 1 / 60), ["sum", f"{whole / 60:.1f}", clock(whole)]],
                   (0, 2))]
@@ -88,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = torch.float32 if gpu_peak(card.name, torch.bfloat16) is None else torch.bfloat16
     plan = sized_plan(f"d{flags.depth}", recipe, machine, source="fineweb-edu", chat="hub", dtype=dtype)
     if plan.batch.need > usable_memory(card.memory, flags.gpus):
-        raise UserError(f"d{flags.depth} does not fit a {card.name}: {plan.batch.need / 1e9:.1f} GB are needed for one row, "
-                        f"{usable_memory(card.memory, flags.gpus) / 1e9:.1f} can be used. Try a smaller --depth, more "
-                        "--gpus or another --card.")
+        raise UserError(f"d{flags.depth} does not fit a {card.name}: {plan.batch.need / 1e9:.1f} GB are needed for one "
+                        f"row, {usable_memory(card.memory, flags.gpus) / 1e9:.1f} can be used. Try a smaller --depth, "
+                        "more --gpus or another --card.")
     print(describe(plan, card, flags.price))
 
 

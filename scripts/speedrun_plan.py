@@ -185,7 +185,8 @@ def sized_plan(name: str, recipe: Recipe, machine: Machine, *, source: str, chat
     shards = shards or math.ceil(1.03 * tokens * CHARS_PER_TOKEN / SHARD_CHARS)
     return RunPlan(
         profile=name, recipe=recipe, machine=machine, source=source, text=list(text), steps=steps,
-        device_batch=device_batch or base.device_batch_size, batch=batch_for(recipe, machine, model, device_batch, dtype),
+        device_batch=device_batch or base.device_batch_size,
+        batch=batch_for(recipe, machine, model, device_batch, dtype),
         shards=shards, seconds=None if peak is None else tokens * flops / (peak * EXPECTED_MFU * gpus),
         disk=16 * parameters * 6 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6), chat=chat,
         why_no_chat=why_no_chat)

@@ -332,7 +332,7 @@ def test_a_run_takes_what_is_asked_for_and_the_report_says_so(tiny_base, monkeyp
 
 
 def test_a_run_on_a_cpu_measures_where_asked_and_its_log_and_report_say_what(tiny_base, capsys):
-    asked = "relu2:torch,rms_norm:torch,rope_norm:torch,newton_schulz:torch,cross_entropy:torch"
+    asked = "relu2:torch,add_norm:cpu,rms_norm:torch,rope_norm:torch,newton_schulz:torch,cross_entropy:torch"
     base_train.main([*TINY, "--num-iterations=1", f"--kernels=measure,{asked}"])
     record = kernel_record(tiny_base)
     assert record["source"] == "measured" and record["seconds"] > 0 and not record["problem"], record
