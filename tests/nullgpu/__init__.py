@@ -30,7 +30,7 @@ from typing import Any
 
 SOURCES = Path(__file__).resolve().parent / "src"
 ROOT = SOURCES.parent.parent.parent
-TIME_LIMIT = 600  # seconds of one process: against hangs
+TIME_LIMIT = 1800  # seconds of one process: against hangs
 
 
 @dataclass(frozen=True)
