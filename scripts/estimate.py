@@ -26,7 +26,7 @@ OF_PRODUCTS, OF_ATTENTION, OF_MEMORY, OF_LINKS = 0.69, 0.47, 0.81, 0.61
 class Card:
     """A GPU by its data sheet.
 
-    name: as the driver says it, without the vendor. memory: bytes. bandwidth: bytes/s of the memory. link: bytes/s to
+    name: as the driver says it, without the vendor. memory: bytes, as CUDA tells them. bandwidth: bytes/s of the memory. link: bytes/s to
     and from the other GPUs of its machine, each way.
     """
 
@@ -43,14 +43,20 @@ class Card:
 
 PCIE4 = 25e9
 CARDS = {
-    "B200": Card("B200", 192e9, 8.0e12, 900e9), "H200": Card("H200", 141e9, 4.8e12, 450e9),
-    "H100": Card("H100 80GB HBM3", 80e9, 3.35e12, 450e9),
-    "A100": Card("A100-SXM4-80GB", 80e9, 2.04e12, 300e9), "A100-40": Card("A100-SXM4-40GB", 40e9, 1.56e12, 300e9),
-    "RTX-5090": Card("GeForce RTX 5090", 32e9, 1.79e12, 2 * PCIE4),
-    "RTX-4090": Card("GeForce RTX 4090", 24e9, 1.01e12, PCIE4),
-    "RTX-3090": Card("GeForce RTX 3090", 24e9, 0.94e12, PCIE4), "L4": Card("L4", 24e9, 0.30e12, PCIE4),
-    "T4": Card("T4", 16e9, 0.32e12, PCIE4 / 2),
+    "B200": Card("B200", 191.5e9, 8.0e12, 900e9), "H200": Card("H200", 150.1e9, 4.8e12, 450e9),
+    "H100": Card("H100 80GB HBM3", 84.9e9, 3.35e12, 450e9),
+    "A100": Card("A100-SXM4-80GB", 85.1e9, 2.04e12, 300e9), "A100-40": Card("A100-SXM4-40GB", 42.3e9, 1.56e12, 300e9),
+    "RTX-5090": Card("GeForce RTX 5090", 33.7e9, 1.79e12, 2 * PCIE4),
+    "RTX-4090": Card("GeForce RTX 4090", 25.3e9, 1.01e12, PCIE4),
+    "RTX-3090": Card("GeForce RTX 3090", 25.3e9, 0.94e12, PCIE4), "L4": Card("L4", 23.6e9, 0.30e12, PCIE4),
+    "T4": Card("T4", 15.6e9, 0.32e12, PCIE4 / 2),
 }
+
+
+def card_named(name: str) -> Card | None:
+    """Return the card that a driver calls `name`; None for one that is not in CARDS."""
+    name = name.removeprefix("NVIDIA ").removeprefix("Tesla ")
+    return next((card for card in CARDS.values() if name == card.name), None)
 
 
 # ---- a training step

@@ -43,6 +43,7 @@ from nanochat.small_world import facts
 from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 from nanochat.training import clock
+from scripts.estimate import card_named, stage_lines
 from scripts.speedrun_plan import Command, RunPlan, chat_stages, commands, find_machine, make_plan
 from tasks.recipes import IDENTITY
 
@@ -62,14 +63,23 @@ def announce(plan: RunPlan) -> None:
     text = {"small-world": "the built-in small world: made here, no network",
             "import": "your own text: " + " ".join(plan.text),
             "fineweb-edu": f"FineWeb-Edu from the Hugging Face hub, {plan.shards} shards"}[plan.source]
-    took = "unknown for this device" if plan.seconds is None else f"about {clock(plan.seconds)}"
+    card = card_named(plan.machine.gpus[0]) if plan.machine.gpus else None
+    if card is not None:  # of all that is done; python -m scripts.plan prints the parts
+        time_line = f"about {clock(sum(line.seconds for line in stage_lines(plan, card)))} in all, computed"
+    elif plan.seconds is not None:
+        time_line = f"about {clock(plan.seconds)} for training, beside fetching and evaluation"
+    else:
+        time_line = "unknown for this device"
+    memory = f"{plan.batch.rows} rows of {base.shape.max_seq_len} at a time" + (
+        f", {plan.batch.need / 1e9:.1f} GB a GPU" if plan.machine.gpus else "")
     print(f"machine   {plan.machine.describe()}\n"
           f"profile   {plan.profile}: a hybrid of depth {plan.depth}, vocabulary {plan.recipe.tokenizer.vocab_size:,}, "
           f"rows of {base.shape.max_seq_len}\n"
           f"text      {text}\n"
           f"training  {plan.steps:,} steps of {base.total_batch_size:,} tokens = {tokens / 1e6:,.1f}M tokens\n"
           f"then      {describe_chat_stages(plan)}\n"
-          f"time      {took} for training, beside fetching and evaluation\n"
+          f"memory    {memory}\n"
+          f"time      {time_line}\n"
           f"disk      {plan.disk / 1e9:.1f} GB in {base_dir()}\n", flush=True)
 
 
