@@ -71,7 +71,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
         if words[0] not in ("python", ".venv/bin/python"):
             continue
         module, flags = words[words.index("-m") + 1], words[words.index("-m") + 2:]
-        if module == "scripts.speedrun":
+        if module in ("scripts.speedrun", "scripts.launch"):
             continue  # below
         if module in ("scripts.chat_web", "bench.serve"):  # a server runs until it is told to end: one is started below
             parse(module_of(module).Config, flags)
@@ -85,13 +85,16 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
     out = capsys.readouterr().out
     assert "tokens" in out and "val bpb" in out and "small world, held-out phrasings" in out
 
-    torchrun = next(command for command in commands() if command.startswith("torchrun"))
-    words = shlex.split(torchrun.replace("nproc_per_node=8", "nproc_per_node=2"))
-    words += [*SMALL["scripts.base_train"], "--model-tag=two"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], cwd=ROOT, env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    starts = {"torchrun": [sys.executable, "-m", "torch.distributed.run"],
+              "python -m scripts.launch": [sys.executable, "-m", "scripts.launch"]}
+    for start, argv in starts.items():
+        command = next(command for command in commands() if command.startswith(start))
+        words = shlex.split(command.removeprefix(start).replace("nproc_per_node=8", "nproc_per_node=2")
+                            .replace("--ranks=8", "--ranks=2"))
+        words += [*SMALL["scripts.base_train"], f"--model-tag={start.split('.')[-1]}"]
+        done = subprocess.run([*argv, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "speedrun.sh" in c and "=" in c])
