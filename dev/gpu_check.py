@@ -117,6 +117,7 @@ SECTIONS = (
                          Part("no_waiting", right.no_waiting), Part("learning", right.learning)), 70),
     Section("training_speed", (Part("training", fast.training, False),), 55),
     Section("decoding_speed", (Part("decoding", fast.decoding, False),), 45),
+    Section("choice", (Part("choice", parts.choice),), 80, more=True),
     Section("slc2_speed", (Part("slc2_speed", parts.slc2_speed, False),), 50, more=True),
     Section("profile", (Part("kernels", fast.kernels, False),), 40, more=True),
     Section("head_speed", (Part("head_speed", parts.head_speed, False),), 25, more=True),

@@ -4,6 +4,7 @@ Like in dev/gpu_correctness.py, a section is a function of (Run, Report). All sh
 2048.
 """
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import Tensor
 from bench import eval as evaluation_bench
 from bench import kernels
 from bench.measure import interleaved_kernels, median, relative_error
-from dev.gpu_correctness import Report, Run, Skipped
+from dev.gpu_correctness import Report, Run, Skipped, setting
 from dev.gpu_speed import clean
 from nanochat.distributed import compute_dtype
 from nanochat.gpt import GPTConfig
+from nanochat.kernels.choose import choose, parse_wish
+from nanochat.kernels.dispatch import TrainingShape
 from nanochat.tokenizer.tokenizer import _rustbpe
 
 
@@ -75,6 +78,24 @@ def head_speed(run: Run, out: Report) -> None:
 def kernel_table(run: Run, out: Report) -> None:
     """All other operations."""
     _operations(run, out, [name for name in kernels.OPERATIONS if not name.startswith("slc2")], B=16)
+
+
+def choice(run: Run, out: Report) -> None:
+    """What a d20 run on this device would choose: every implementation checked and timed, as base_train does it."""
+    config = shape_of(run).model
+    shape = TrainingShape(B=2 if run.tiny else 32, T=config.sequence_len, E=config.n_embd, H=config.n_head,
+                          G=config.n_kv_head, D=config.n_embd // config.n_head, K=config.n_kernel, V=config.vocab_size,
+                          matrices=config.n_layer)
+    with tempfile.TemporaryDirectory() as fresh, setting("NANOCHAT_BASE_DIR", fresh):  # nothing is remembered
+        found = choose(parse_wish("measure"), shape, run.device, compute_dtype(run.device), run.compiled)
+    out.numbers |= {"chosen": dict(found.chosen), "milliseconds": found.milliseconds, "left_out": found.left_out,
+                    "problem": found.problem, "seconds": found.seconds}
+    out.table(["operation", "implementation", "ms", "taken"],
+              [[operation, name, f"{ms:.3f}", "yes" if found.chosen.get(operation) == name else ""]
+               for operation, times in found.milliseconds.items() for name, ms in times.items()], (0, 1, 3))
+    if found.left_out:
+        out.table(["left out", "why"], [[name, why] for name, why in found.left_out.items()], (0, 1))
+    out.expect("operations that something was chosen for", len(found.chosen), at_least=1)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
