@@ -3,8 +3,8 @@
     python -m tests.nullgpu.record                  # some minutes
 
 Each depth is a process under the null GPU. The blocks are not compiled: that changes the memory by less than 0.1 GB, as
-tests/test_nullgpu_step.py sees at d20. Run it when a change to the model, the kernels, the optimizer or the pinned torch
-moves the memory of a step: that test then says so.
+tests/test_nullgpu_step.py sees at d20. Run it when a change to the model, the kernels, the optimizer or the pinned
+torch moves the memory of a step: that test then says so.
 """
 
 import json
