@@ -191,6 +191,9 @@ API CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfuncti
 
 API CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
     struct kernel *k = (struct kernel *)function;
+    /* Newer ones than those of CUDA 12, among them shared memory without a size asked for, are those of drivers to
+     * come: Triton then asks as it does today. */
+    if (which > CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE) return CUDA_ERROR_INVALID_VALUE;
     if (which != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
     if (value > face.shared_block)
         return (CUresult)refuse(CUDA_ERROR_INVALID_VALUE, "%.200s asks for %d bytes of shared memory; the card has %d",
