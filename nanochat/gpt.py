@@ -148,12 +148,22 @@ class Block(nn.Module):
         return fused_matvec(wide, self.mlp.c_proj.weight, x)
 
 
+def _from_stream(run: Callable, x: Tensor, norm: list[Tensor], positions: Positions) -> tuple[Tensor, Tensor]:
+    """Run a block that activation checkpointing will run again.
+
+    Only x is kept for that. `norm` holds rms_norm(x) for the first time and is then empty: the second time computes it
+    again, as a value alone, since the gradient takes the way of the first time.
+    """
+    h = norm.pop() if norm else rms_norm(x.detach()).requires_grad_(x.requires_grad)
+    return run(x, h, positions)
+
+
 class GPT(nn.Module):
     """Token ids to logits or loss.
 
     Weights stay in the dtype they have (float32 in training). Activations are in `compute_dtype`, or in the weights'
-    dtype where it is None. With `recompute`, training keeps the input of each block alone, and backward computes the
-    block again (activation checkpointing): a third more products for a fraction of the memory, and equal gradients.
+    dtype where it is None. With `recompute`, training keeps the stream before each block alone, and backward computes
+    the block again (activation checkpointing): a third more products for a fraction of the memory, and equal gradients.
     """
 
     def __init__(self, config: GPTConfig):
@@ -281,8 +291,11 @@ class GPT(nn.Module):
             for block in self._blocks():
                 run = block if compiled else block.forward
                 # nothing in a block is random, so the random state need not be kept for the second time
-                x, h = (checkpoint(run, x, h, positions, use_reentrant=False, preserve_rng_state=False) if recompute
-                        else run(x, h, positions))
+                if recompute:
+                    x, h = checkpoint(_from_stream, run, x, [h], positions, use_reentrant=False,
+                                      preserve_rng_state=False)
+                else:
+                    x, h = run(x, h, positions)
         else:
             cached = max(cache.lengths)
             end = cached_on(self.device, cached + T) if cached and T > 1 else cached + T

@@ -295,11 +295,11 @@ def test_the_kernel_compiles_for_hopper_without_spilling():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanochat.kernels.cross_entropy.triton import BLOCK, _row
-    names = _row.arg_names
-    source = ASTSource(_row, {"Z": "*bf16", "TARGETS": "*i64", "FACTORS": "*fp32", "LOSSES": "*fp32", "V": "i32",
-                              "stride": "i32",
-                              **dict.fromkeys(("FACTORED", "WANT_GRAD", "BLOCK"), "constexpr")},
+    from nanochat.kernels.cross_entropy.triton import BLOCK, _cross_entropy
+    names = _cross_entropy.arg_names
+    source = ASTSource(_cross_entropy, {"Z": "*bf16", "TARGETS": "*i64", "FACTORS": "*fp32", "LOSSES": "*fp32",
+                                        "V": "i32", "stride": "i32",
+                                        **dict.fromkeys(("FACTORED", "WANT_GRAD", "BLOCK"), "constexpr")},
                        {"FACTORED": True, "WANT_GRAD": True, "BLOCK": BLOCK},
                        {(names.index("Z"),): [["tt.divisibility", 16]]})
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": BLOCK // 512})

@@ -97,7 +97,7 @@ from nanochat.kernels.mlp import triton as mlp
 
 cards = [tuple(map(int, card.split(":"))) for card in sys.argv[1:]]
 for (capability, shared), small, backward in itertools.product(cards, (False, True), (False, True)):
-    kernel = mlp._with_descriptors if capability >= 90 else mlp._with_pointers
+    kernel = mlp._mlp_with_descriptors if capability >= 90 else mlp._mlp_with_pointers
     tile = mlp.tile_of(shared, backward, small)
     constants = {"BACKWARD": backward, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
                  "GROUP": mlp.GROUP, "PROGRAMS": 132}

@@ -2,7 +2,7 @@
 
     with recorded() as seen:
         step()
-    seen.launches()        # [{"name": "_forward", "grid": [...], "block": [...], "device": 0, ...}, ...]
+    seen.launches()        # [{"name": "_slc2", "grid": [...], "block": [...], "device": 0, ...}, ...]
     seen.syncs()           # calls that waited for the device
 
 Events: kernel (Triton loads one: registers of a thread, bytes of its stack), launch (of a kernel), product (cuBLAS),

@@ -14,7 +14,7 @@ from nanochat.kernels.dispatch import launch
 
 
 @triton.jit
-def _forward(X, Y, S, H, R, epsilon, E: tl.constexpr, BLOCK: tl.constexpr):
+def _add_norm(X, Y, S, H, R, epsilon, E: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     at, inside = row * E + column, column < E
     x = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
@@ -27,7 +27,7 @@ def _forward(X, Y, S, H, R, epsilon, E: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(DS, DH, H, R, DX, E: tl.constexpr, BLOCK: tl.constexpr, WITH_DS: tl.constexpr):
+def _add_norm_gradient(DS, DH, H, R, DX, E: tl.constexpr, BLOCK: tl.constexpr, WITH_DS: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     at, inside = row * E + column, column < E
     dh = tl.load(DH + at, mask=inside, other=0.0).to(tl.float32)
@@ -50,7 +50,7 @@ def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     s, h = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     r = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     if x.numel():
-        launch(_forward, (r.numel(),), x, y, s, h, r, EPSILON, **_tile(x.shape[-1]))
+        launch(_add_norm, (r.numel(),), x, y, s, h, r, EPSILON, **_tile(x.shape[-1]))
     return s, h, r
 
 
@@ -59,6 +59,6 @@ def backward(ds: Tensor | None, dh: Tensor, h: Tensor, r: Tensor) -> Tensor:
     dh, h, ds = dh.contiguous(), h.contiguous(), None if ds is None else ds.contiguous()
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     if h.numel():
-        launch(_backward, (r.numel(),), dh if ds is None else ds, dh, h, r, dx, WITH_DS=ds is not None,
+        launch(_add_norm_gradient, (r.numel(),), dh if ds is None else ds, dh, h, r, dx, WITH_DS=ds is not None,
                **_tile(h.shape[-1]))
     return dx

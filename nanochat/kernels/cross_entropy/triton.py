@@ -38,7 +38,8 @@ def _tanh(z):
 
 
 @triton.jit
-def _row(Z, TARGETS, FACTORS, LOSSES, V, stride, FACTORED: tl.constexpr, WANT_GRAD: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy(Z, TARGETS, FACTORS, LOSSES, V, stride, FACTORED: tl.constexpr, WANT_GRAD: tl.constexpr,
+                   BLOCK: tl.constexpr):
     """Write the loss of one row and, with WANT_GRAD, overwrite its logits with their gradient."""
     row = tl.program_id(0).to(tl.int64)
     z = Z + row * stride
@@ -81,5 +82,5 @@ def softcapped_cross_entropy_(z: Tensor, targets: Tensor, factors: Tensor | None
     N, V = z.shape
     block = min(BLOCK, triton.next_power_of_2(V))
     if N:
-        launch(_row, (N,), z, targets, targets if factors is None else factors, losses, V, z.stride(0),
+        launch(_cross_entropy, (N,), z, targets, targets if factors is None else factors, losses, V, z.stride(0),
                FACTORED=factors is not None, WANT_GRAD=want_grad, BLOCK=block, num_warps=max(1, block // 512))

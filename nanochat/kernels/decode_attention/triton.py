@@ -35,7 +35,7 @@ def _weighted(p, v):
 
 
 @triton.jit
-def _rope_norm(x, row, d, cos, sin, mask, D: tl.constexpr):
+def _rotated(x, row, d, cos, sin, mask, D: tl.constexpr):
     """Return rows of x, rotated and RMS-normalised; `row` (M, 1) are their offsets, d (1, BLOCK_D) the channels."""
     HALF: tl.constexpr = D // 2
     first = d < HALF
@@ -64,7 +64,7 @@ def _split(q, k, v, cos, sin, keys, values, positions, y, parts, tops, sums, sca
         dtype = keys.dtype.element_ty
         cos += b * cos_b
         sin += b * sin_b
-        query = _rope_norm(q, b * q_b + (head * SHARED + h[:, None]) * q_h, d[None, :], cos, sin, real, D).to(dtype)
+        query = _rotated(q, b * q_b + (head * SHARED + h[:, None]) * q_h, d[None, :], cos, sin, real, D).to(dtype)
         keys += b * keys_b + head * keys_h
         values += b * values_b + head * values_h
         top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
@@ -72,7 +72,7 @@ def _split(q, k, v, cos, sin, keys, values, positions, y, parts, tops, sums, sca
         sum_ = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
         if own:
             whole, here = d[None, :] < D, place.to(tl.int64)
-            new_k = _rope_norm(k, b * k_b + head * k_h + one, d[None, :], cos, sin, whole, D).to(dtype)
+            new_k = _rotated(k, b * k_b + head * k_h + one, d[None, :], cos, sin, whole, D).to(dtype)
             new_v = tl.load(v + b * v_b + head * v_h + d[None, :], mask=whole, other=0.0).to(dtype)
             tl.store(keys + here * keys_s + d[None, :], new_k, mask=whole)
             tl.store(values + here * values_s + d[None, :], new_v, mask=whole)

@@ -6,8 +6,9 @@ written. Any sizes.
 A program takes tiles (BLOCK_M, BLOCK_N) of the result one after the other, as many programs as the GPU has
 multiprocessors, or twice as many. Neighbouring tiles take the same rows of either matrix, GROUP rows of tiles at a
 time, so that these are read from the L2 cache. From Hopper on, tiles are moved by the tensor memory accelerator
-(`_with_descriptors`), where rows are multiples of 16 bytes; else by ordinary loads (`_with_pointers`). The two halves
-of a tile's columns are finished one after the other: less shared memory, so that more is left for the tiles read ahead.
+(`_mlp_with_descriptors`), where rows are multiples of 16 bytes; else by ordinary loads (`_mlp_with_pointers`). The two
+halves of a tile's columns are finished one after the other: less shared memory, so that more is left for the tiles read
+ahead.
 """
 
 from typing import NamedTuple
@@ -83,8 +84,8 @@ def _halves(sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _with_descriptors(X, W, A, C, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
+def _mlp_with_descriptors(X, W, A, C, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                          BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
     """C = relu(X · Wᵀ)², X (M, K), W (N, K); BACKWARD: C = 2 · (X · W) · √A, W (K, N). All are tensor descriptors."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
@@ -108,9 +109,9 @@ def _with_descriptors(X, W, A, C, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit
-def _with_pointers(X, W, A, C, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Do what `_with_descriptors` does, of matrices by their addresses. Offsets are 64 bits wide."""
+def _mlp_with_pointers(X, W, A, C, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                       BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Do what `_mlp_with_descriptors` does, of matrices by their addresses. Offsets are 64 bits wide."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
         m, n = _place(tile, tiles_m, tiles_n, GROUP)
@@ -167,9 +168,9 @@ def _product(x: Tensor, w: Tensor, a: Tensor | None, small: bool) -> Tensor:
         half, of_w = [tile.m, tile.n // 2], [tile.k, tile.n] if backward else [tile.n, tile.k]
         parts = [TensorDescriptor.from_tensor(t, block) for t, block in ((x, [tile.m, tile.k]), (w, of_w), (a, half),
                                                                         (c, half))]
-        launch(_with_descriptors, (programs,), *parts, M, N, K, **options)
+        launch(_mlp_with_descriptors, (programs,), *parts, M, N, K, **options)
     else:
-        launch(_with_pointers, (programs,), x, w, a, c, M, N, K, **options)
+        launch(_mlp_with_pointers, (programs,), x, w, a, c, M, N, K, **options)
     return c
 
 

@@ -14,7 +14,7 @@ BLOCK = 4096  # elements a program; with 8 warps and 16 bits a thread reads 16 b
 
 
 @triton.jit
-def _forward(X, Y, n, BLOCK: tl.constexpr):
+def _relu2(X, Y, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(X + at, mask=at < n, other=0.0).to(tl.float32)
     x = tl.where(x <= 0, 0.0, x)  # NaN stays NaN
@@ -22,7 +22,7 @@ def _forward(X, Y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(DY, Y, DX, n, BLOCK: tl.constexpr):
+def _relu2_gradient(DY, Y, DX, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dy = tl.load(DY + at, mask=at < n, other=0.0).to(tl.float32)
     y = tl.load(Y + at, mask=at < n, other=0.0).to(tl.float32)
@@ -33,7 +33,7 @@ def forward(x: Tensor) -> Tensor:
     """Return relu(x)²."""
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if n := x.numel():
-        launch(_forward, (triton.cdiv(n, BLOCK),), x, y, n, BLOCK=BLOCK, num_warps=8)
+        launch(_relu2, (triton.cdiv(n, BLOCK),), x, y, n, BLOCK=BLOCK, num_warps=8)
     return y
 
 
@@ -42,5 +42,5 @@ def backward(dy: Tensor, y: Tensor) -> Tensor:
     dy, y = dy.contiguous(), y.contiguous()
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     if n := dy.numel():
-        launch(_backward, (triton.cdiv(n, BLOCK),), dy, y, dx, n, BLOCK=BLOCK, num_warps=8)
+        launch(_relu2_gradient, (triton.cdiv(n, BLOCK),), dy, y, dx, n, BLOCK=BLOCK, num_warps=8)
     return dx

@@ -28,8 +28,8 @@ def _tables(COS, SIN, b, t, cos_b, cos_t, sin_b, sin_t, d, HALF: tl.constexpr):
 
 
 @triton.jit
-def _forward(X, COS, SIN, Y, R, T, epsilon, x_b, x_t, x_h, cos_b, cos_t, sin_b, sin_t,
-             H: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr):
+def _rope_norm(X, COS, SIN, Y, R, T, epsilon, x_b, x_t, x_h, cos_b, cos_t, sin_b, sin_t,
+               H: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     b, t = row // T, row % T
     h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
@@ -45,8 +45,8 @@ def _forward(X, COS, SIN, Y, R, T, epsilon, x_b, x_t, x_h, cos_b, cos_t, sin_b, 
 
 
 @triton.jit
-def _backward(DY, Y, R, COS, SIN, DX, T, dy_b, dy_t, dy_h, y_b, y_t, y_h, cos_b, cos_t, sin_b, sin_t,
-              H: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr):
+def _rope_norm_gradient(DY, Y, R, COS, SIN, DX, T, dy_b, dy_t, dy_h, y_b, y_t, y_h, cos_b, cos_t, sin_b, sin_t,
+                        H: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     b, t = row // T, row % T
     h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
@@ -82,7 +82,7 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.empty(B, T, H, D, dtype=x.dtype, device=x.device)
     r = torch.empty(B, T, H, 1, dtype=torch.float32, device=x.device)
     if y.numel():
-        launch(_forward, (B * T,), x, cos, sin, y, r, T, EPSILON, *x.stride()[:3], *_table_strides(cos, sin),
+        launch(_rope_norm, (B * T,), x, cos, sin, y, r, T, EPSILON, *x.stride()[:3], *_table_strides(cos, sin),
                **_tile(H, D))
     return y, r
 
@@ -92,6 +92,6 @@ def backward(dy: Tensor, y: Tensor, r: Tensor, cos: Tensor, sin: Tensor) -> Tens
     (B, T, H, D), dy, y, cos, sin = y.shape, _dense(dy), _dense(y), _dense(cos), _dense(sin)
     dx = torch.empty(B, T, H, D, dtype=dy.dtype, device=dy.device)
     if dx.numel():
-        launch(_backward, (B * T,), dy, y, r.contiguous(), cos, sin, dx, T, *dy.stride()[:3], *y.stride()[:3],
+        launch(_rope_norm_gradient, (B * T,), dy, y, r.contiguous(), cos, sin, dx, T, *dy.stride()[:3], *y.stride()[:3],
                *_table_strides(cos, sin), **_tile(H, D))
     return dx

@@ -75,10 +75,10 @@ def _convolved(ws, us, i: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _forward(x, B, A, alpha, taps, past, y, T, blocks,
-             x_b, x_t, B_b, B_t, A_b, A_t, alpha_b, alpha_t, past_b, past_t, y_b, y_t,
-             H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, PAST: tl.constexpr,
-             ROWS: tl.constexpr, SEGMENTS: tl.constexpr, AHEAD: tl.constexpr):
+def _slc2(x, B, A, alpha, taps, past, y, T, blocks,
+          x_b, x_t, B_b, B_t, A_b, A_t, alpha_b, alpha_t, past_b, past_t, y_b, y_t,
+          H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, PAST: tl.constexpr,
+          ROWS: tl.constexpr, SEGMENTS: tl.constexpr, AHEAD: tl.constexpr):
     """Compute y of SEGMENTS stretches of ROWS time steps, for all heads."""
     pid = tl.program_id(0)
     block, b = pid % blocks, (pid // blocks).to(tl.int64)
@@ -126,11 +126,11 @@ def _forward(x, B, A, alpha, taps, past, y, T, blocks,
 
 
 @triton.jit
-def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, T, blocks, total, chain, pad,
-              dy_b, dy_t, x_b, x_t, B_b, B_t, A_b, A_t, alpha_b, alpha_t, past_b, past_t,
-              dx_b, dx_t, dB_b, dB_t, dA_b, dA_t, dalpha_b, dalpha_t,
-              H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, PAST: tl.constexpr,
-              ROWS: tl.constexpr, SEGMENTS: tl.constexpr, AHEAD: tl.constexpr):
+def _slc2_gradient(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, T, blocks, total, chain, pad,
+                   dy_b, dy_t, x_b, x_t, B_b, B_t, A_b, A_t, alpha_b, alpha_t, past_b, past_t,
+                   dx_b, dx_t, dB_b, dB_t, dA_b, dA_t, dalpha_b, dalpha_t,
+                   H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, PAST: tl.constexpr,
+                   ROWS: tl.constexpr, SEGMENTS: tl.constexpr, AHEAD: tl.constexpr):
     """Compute all gradients of `chain` blocks of time, one after the other, and their partial sum of dtaps."""
     pid = tl.program_id(0)
     lane, column = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)[None, :]
@@ -236,8 +236,8 @@ def _backward(dy, x, B, A, alpha, taps, past, dx, dB, dA, dalpha, dtaps, dpast, 
 
 
 @triton.jit
-def _step(x, B, A, alpha, taps, past, y, blocks, x_b, B_b, A_b, alpha_b, past_b, past_t,
-          E: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+def _slc2_step(x, B, A, alpha, taps, past, y, blocks, x_b, B_b, A_b, alpha_b, past_b, past_t,
+               E: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     """Compute y and the new past of one token, for BLOCK channels."""
     pid = tl.program_id(0)
     b, e = (pid // blocks).to(tl.int64), pid % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -281,7 +281,7 @@ def forward(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: 
         tile = _tile(FORWARD, x, D)
         blocks = triton.cdiv(T, tile["ROWS"] * tile["SEGMENTS"])
         first = x if past is None else past
-        launch(_forward, (rows * blocks,), x, B, A, alpha, taps.t().contiguous(), first, y, T, blocks,
+        launch(_slc2, (rows * blocks,), x, B, A, alpha, taps.t().contiguous(), first, y, T, blocks,
                *_strides(x, B, A, alpha, first, y), H=H, D=D, K=K, PAST=past is not None, **tile)
     return y
 
@@ -310,7 +310,7 @@ def backward(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: T
     programs = triton.cdiv(total, chain)
     dtaps = torch.empty(programs, K, E, dtype=torch.float32, device=x.device)
     first = x if past is None else past
-    launch(_backward, (programs,), dy, x, B, A, alpha, taps.t().contiguous(), first, dx, dB, dA, dalpha, dtaps,
+    launch(_slc2_gradient, (programs,), dy, x, B, A, alpha, taps.t().contiguous(), first, dx, dB, dA, dalpha, dtaps,
            dtaps if dpast is None else dpast, T, blocks, total, chain, pad,
            *_strides(dy, x, B, A, alpha, first, dx, dB, dA, dalpha), H=H, D=D, K=K, PAST=past is not None, **tile)
     return dtaps.sum(0).t().contiguous(), dpast
@@ -326,6 +326,6 @@ def step(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Ten
     blocks = triton.cdiv(E, STEP)
     strides = _strides(x, B, A, alpha, past)
     if rows:
-        launch(_step, (rows * blocks,), x, B, A, alpha, taps.contiguous(), past, y, blocks, *strides[:8:2],
+        launch(_slc2_step, (rows * blocks,), x, B, A, alpha, taps.contiguous(), past, y, blocks, *strides[:8:2],
                *strides[8:], E=E, D=D, K=K, BLOCK=STEP)
     return y

@@ -191,6 +191,9 @@ API CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfuncti
 
 API CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
     struct kernel *k = (struct kernel *)function;
+    /* Newer ones than those of CUDA 12, among them shared memory without a size asked for, are those of drivers to
+     * come: Triton then asks as it does today. */
+    if (which > CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE) return CUDA_ERROR_INVALID_VALUE;
     if (which != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
     if (value > face.shared_block)
         return (CUresult)refuse(CUDA_ERROR_INVALID_VALUE, "%.200s asks for %d bytes of shared memory; the card has %d",
@@ -211,6 +214,36 @@ API CUresult cuFuncGetParamInfo(CUfunction function, size_t number, size_t *offs
     const struct kernel *k = (const struct kernel *)function;
     if (number >= (size_t)k->parameters) return CUDA_ERROR_INVALID_VALUE;
     *bytes = k->size[number], *offset = 0;
+    return CUDA_SUCCESS;
+}
+
+/* Describe a tensor to the tensor memory accelerator. The limits are those that cuda.h gives, for ordinary types and
+ * without interleaving, which is all that Triton asks for; the description itself is empty. */
+API CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                    const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
+                                    const cuuint32_t *steps, CUtensorMapInterleave interleave,
+                                    CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                                    CUtensorMapFloatOOBfill fill) {
+    static const int bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4}; /* of an element, by type */
+    const char *why = NULL;
+    unsigned row = (unsigned)type < sizeof bytes / sizeof *bytes ? box[0] * bytes[type] : 0;
+    if (face.major < 9) why = "needs compute capability 9.0";
+    else if (rank < 1 || rank > 5) why = "has no dimensions, or more than 5";
+    else if (!row || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) why = "is packed or interleaved";
+    else if ((uintptr_t)map % 64) why = "is to be written to an address that is no multiple of 64";
+    else if ((uintptr_t)address % 16) why = "is of an address that is no multiple of 16";
+    else if (row % 16) why = "has rows of a box that are no multiple of 16 bytes";
+    else if ((swizzle == CU_TENSOR_MAP_SWIZZLE_32B && row > 32) || (swizzle == CU_TENSOR_MAP_SWIZZLE_64B && row > 64) ||
+             (swizzle >= CU_TENSOR_MAP_SWIZZLE_128B && row > 128)) why = "has rows of a box longer than the swizzle";
+    for (cuuint32_t i = 0; !why && i < rank; i++) {
+        if (!sizes[i] || sizes[i] > 1ull << 32) why = "has a size that is 0 or above 2^32";
+        else if (!box[i] || box[i] > 256) why = "has a size of the box that is not 1 to 256";
+        else if (!steps[i] || steps[i] > 8) why = "has a step that is not 1 to 8";
+        else if (i + 1 < rank && (strides[i] % 16 || strides[i] >= 1ull << 40))
+            why = "has a stride that is no multiple of 16 bytes, or 2^40 and more";
+    }
+    if (why) return (CUresult)refuse(CUDA_ERROR_INVALID_VALUE, "a tensor map %s", why);
+    memset(map, 0, sizeof *map);
     return CUDA_SUCCESS;
 }
 
