@@ -21,6 +21,7 @@ from bench.measure import random_batch
 from dev.gpu_correctness import Report, Run, Skipped, largest, relative_error, small
 from nanochat.distributed import Ranks, compute_dtype, peak_flops
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels.dispatch import launch
 from nanochat.logs import machine, versions
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.training import train_step
@@ -67,7 +68,7 @@ def toolchain(run: Run, out: Report) -> None:
         try:
             y = torch.full_like(x, float("nan"))
             began = time.monotonic()
-            doubled[(triton.cdiv(len(x), 256),)](x, y, len(x), BLOCK=256, enable_fp_fusion=True)
+            launch(doubled, (triton.cdiv(len(x), 256),), x, y, len(x), BLOCK=256)
             out.expect("a Triton kernel is compiled, launched and right", torch.equal(y, 2 * x))
             out.numbers["triton_seconds"] = time.monotonic() - began
         finally:

@@ -227,7 +227,7 @@ class Job:
         first = self.first
         if first is None:
             return ""
-        why = first.reason or _death(first.code)
+        why = first.reason.removeprefix("error: ") or _death(first.code)
         return f"{first.name} of {len(self.members)} failed first: {why}" if first.name else first.reason
 
 

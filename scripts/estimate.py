@@ -26,8 +26,8 @@ OF_PRODUCTS, OF_ATTENTION, OF_MEMORY, OF_LINKS = 0.69, 0.47, 0.81, 0.61
 class Card:
     """A GPU by its data sheet.
 
-    name: as the driver says it, without the vendor. memory: bytes, as CUDA tells them. bandwidth: bytes/s of the memory. link: bytes/s to
-    and from the other GPUs of its machine, each way.
+    name: as the driver says it, without the vendor. memory: bytes, as CUDA tells them. bandwidth: bytes/s of the
+    memory. link: bytes/s to and from the other GPUs of its machine, each way.
     """
 
     name: str

@@ -32,7 +32,7 @@ def with_fault(fault: str, rank: int) -> None:
             if fault == "slow" and len(steps) % 3 == 1:
                 time.sleep(1.5)
             if fault == "raise" and len(steps) == 3:
-                raise torch.OutOfMemoryError("CUDA out of memory (made up)")
+                raise RuntimeError("made up")
         return right(*args, **kwargs)
 
     training.train_step = chat_rl.train_step = step

@@ -120,15 +120,15 @@ def test_a_slow_rank_changes_nothing(text, tiny, tmp_path):
 def test_a_rank_that_fails_alone_ends_the_job_and_is_named_last(tiny, tmp_path):
     base = own_base(tiny, tmp_path / "fails")
     process = start_scripts(base, [SCRIPTS[1]], fault="raise")
-    lines = []
+    lines, told = [], float("inf")
     for line in process.stdout:
         lines.append(line.rstrip())
-        if "OutOfMemoryError" in line:
+        if "RuntimeError" in line:
             told = time.monotonic()
             break
     lines += process.stdout.read().splitlines()
-    assert process.wait(60) == 1 and time.monotonic() - told < 60
-    assert lines[-1] == "error: rank 1 of 2 failed first: torch.OutOfMemoryError: CUDA out of memory (made up)", lines
+    assert process.wait(60) == 1 and time.monotonic() - told < 60, lines
+    assert lines[-1] == "error: rank 1 of 2 failed first: RuntimeError: made up", lines
     assert "rank 1: Traceback (most recent call last):" in lines
     assert not left_behind(base)
 

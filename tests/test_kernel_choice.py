@@ -350,7 +350,7 @@ def test_rank_0_measures_and_the_others_do_what_it_found(monkeypatch):
     monkeypatch.setattr(run, "choose", lambda wish, shape, device, dtype, compiled: found)
     for rank in (0, 1):
         set_choice({})
-        monkeypatch.setattr(run, "broadcast_object", lambda given, ranks: given if ranks.is_main else found)
+        monkeypatch.setattr(run, "on_main", lambda what, work, ranks: work() if ranks.is_main else found)
         if rank:
             monkeypatch.setattr(run, "choose", None)
         ranks = Ranks(rank, rank, 2, torch.device("cpu"))

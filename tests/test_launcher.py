@@ -136,7 +136,7 @@ def test_where_one_rank_fails_the_others_end_and_its_error_is_the_last_line(capf
 def test_an_error_of_all_ranks_is_told_once_and_those_that_follow_from_another_in_short(capfd, tmp_path):
     run(program("tell_owner(error='error: --depth is wrong'); os._exit(1)"), ranks=4)
     err = capfd.readouterr().err.splitlines()
-    assert len(err) == 2 and err[0][6:] == ": error: --depth is wrong" and err[1].endswith("first: error: --depth is "
+    assert len(err) == 2 and err[0][6:] == ": error: --depth is wrong" and err[1].endswith("first: --depth is "
                                                                                           "wrong")
     run(program(f"""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -12,6 +12,7 @@ from nanochat import checkpoint, files, saving
 from nanochat.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
+from nanochat.kernels.choose import Choice
 from nanochat.logs import RunLog, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.run import Origin, StageRun, open_run
@@ -113,6 +114,8 @@ class Config:
     embedding_lr: float = 0.1
     unembedding_lr: float = 0.1
     weight_decay: float = 0.0
+    reduce_dtype: str = "float32"
+    recompute: str = "none"
 
 
 class Tokenizer:
@@ -128,7 +131,7 @@ def origin(tmp_path, monkeypatch):
 
 
 def train(origin, one_step, steps=6) -> StageRun:
-    with open_run(origin, Config(), ALONE, num_iterations=steps) as run:
+    with open_run(origin, Config(), ALONE, num_iterations=steps, kernels=Choice()) as run:
         run.train_by(one_step, [])
     return run
 
@@ -189,7 +192,7 @@ def test_a_full_disk_ends_the_run_and_hides_no_other_error(origin, monkeypatch, 
 
 
 def test_the_log_is_told_of_a_checkpoint_once_it_is_on_disk(origin, held):
-    with open_run(origin, Config(), ALONE, num_iterations=4) as run:
+    with open_run(origin, Config(), ALONE, num_iterations=4, kernels=Choice()) as run:
         assert isinstance(run.log, RunLog)
         run.save(1)
         assert saved(origin) == []
