@@ -20,8 +20,11 @@ SOURCES = sorted(ROOT.glob("nanochat/kernels/*/triton.py"))
 
 # Registers of a thread and bytes of its stack, at most, for compute capability 9.0 and bfloat16 at the shapes of d20,
 # d26 and d32. A stack is where registers are spilled to. What exceeds a limit is slower: look at it before raising one.
+# `_mlp_with_pointers` runs there for unaligned matrices alone, which no model of ours has.
 LIMITS = {"_slc2": (112, 0), "_slc2_gradient": (255, 96), "_slc2_step": (32, 0), "_cross_entropy": (40, 0),
-          "_split": (112, 0), "_combine": (56, 0), "_fused_matvec": (104, 8)}
+          "_split": (112, 0), "_combine": (56, 0), "_fused_matvec": (104, 8), "_add_norm": (32, 0),
+          "_add_norm_gradient": (48, 0), "_relu2": (24, 0), "_relu2_gradient": (40, 0), "_rope_norm": (40, 0),
+          "_rope_norm_gradient": (56, 0), "_mlp_with_descriptors": (232, 0), "_mlp_with_pointers": (255, 1984)}
 OWN = {"add_norm": "triton", "relu2": "triton", "rope_norm": "triton", "slc2": "triton", "cross_entropy": "triton"}
 SINCE_AMPERE = {"_slc2", "_slc2_gradient", "_slc2_step", "_mlp_with_pointers", "_mlp_with_descriptors"}
 SINCE_HOPPER = {"_mlp_with_descriptors"}
@@ -91,11 +94,11 @@ def check(found: dict, face: str) -> None:
 
 
 @pytest.mark.long
-def test_on_an_h100_registers_and_spills_are_as_recorded(nullgpu):
-    found = nullgpu.run(compile_all, face="H100", depths=[20, 26, 32])
+@pytest.mark.parametrize("depths", [[20], pytest.param([26, 32], marks=pytest.mark.slow)])
+def test_on_an_h100_registers_and_spills_are_as_recorded(nullgpu, depths):
+    found = nullgpu.run(compile_all, face="H100", depths=depths)
     check(found, "H100")
     assert found["kernels"].keys() == entries() == LIMITS.keys(), "a kernel has no limit here, or nothing launches it"
-    print(found["kernels"])
     for name, kernel in found["kernels"].items():
         registers, local = LIMITS[name]
         assert kernel["registers"] <= registers and kernel["local"] <= local, (name, kernel)
