@@ -15,18 +15,16 @@ GB = 1e9
 
 
 def of_d20() -> dict:
-    """Return what was seen of each way to run a d20 step, and of a d26 step, all in one process."""
+    """Return what was seen of each way to run a d20 step, in one process."""
     return {"compiled": training(20, 32), "eager": training(20, 32, compiled=False, steps=2),
-            "rank": training(20, 32, ranks=8), "of d26": training(26, 8, ranks=8, compiled=False, steps=2)}
+            "rank": training(20, 32, ranks=8, steps=2)}
 
 
 @pytest.mark.long
 def test_a_d20_step(nullgpu):
     """Compiled and eager on one GPU, and compiled on one of eight, as it is run: one graph for each kind of layer and
-    of pass, the memory as recorded, no wait for the device. Not compiled, d26 takes what was recorded too."""
+    of pass, the memory as recorded, no wait for the device."""
     found = nullgpu.run(of_d20, env=ALLOCATOR)
-    larger = found.pop("of d26")["allocated"]
-    assert abs(larger - recorded()[26, 8, 8]["allocated"]) < 0.1 * GB, larger
     for how, seen in found.items():
         assert seen["refused"] == [] and seen["syncs"] == [], how
         assert (seen["graphs"], seen["breaks"], seen["recompiled"]) == (0 if how == "eager" else 4, 0, 0), how
@@ -43,7 +41,7 @@ def of_larger_models(sizes: list[list[int]]) -> list[int]:
 @pytest.mark.slow
 def test_the_memory_of_larger_models_is_as_recorded(nullgpu):
     """Not compiled: that changes the memory by less than 0.1 GB."""
-    sizes = [(26, 32, 8), (32, 8, 1), (32, 8, 8)]
+    sizes = [(26, 8, 8), (26, 32, 8), (32, 8, 1), (32, 8, 8)]
     for size, bytes_ in zip(sizes, nullgpu.run(of_larger_models, env=ALLOCATOR, sizes=sizes)):
         assert abs(bytes_ - recorded()[size]["allocated"]) < 0.1 * GB, (size, bytes_)
 
