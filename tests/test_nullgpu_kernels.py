@@ -66,6 +66,16 @@ def compile_all(depths: list[int]) -> dict:
     return {"kernels": found, "refused": [event["why"] for event in seen.of("refused")]}
 
 
+def compile_all_and_blocks(depths: list[int]) -> dict:
+    """Do what `compile_all` does, and train with the MLP's own products in compiled blocks of the first depth."""
+    found = compile_all(depths)
+    dispatch.set_choice({**OWN, "mlp": "triton"})
+    with recorded() as seen:
+        step = training(depths[0], 2, compiled=True, steps=2, n_layer=2, layer_pattern="SA")
+    names = [event["name"] for event in seen.of("launch")]
+    return {**found, "step": step, "products": names.count("_mlp_with_descriptors")}
+
+
 def unaligned() -> None:
     """Run the MLP on rows that are no multiples of 16 bytes, which no tensor map describes."""
     for products in ("triton", "triton_small"):
@@ -96,7 +106,10 @@ def check(found: dict, face: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("depths", [[20], pytest.param([26, 32], marks=pytest.mark.slow)])
 def test_on_an_h100_registers_and_spills_are_as_recorded(nullgpu, depths):
-    found = nullgpu.run(compile_all, face="H100", depths=depths)
+    found = nullgpu.run(compile_all_and_blocks, face="H100", depths=depths)
+    step = found["step"]
+    assert step["refused"] == step["syncs"] == [] and (step["graphs"], step["breaks"], step["recompiled"]) == (4, 0, 0)
+    assert found["products"] == 2 * 4 + 2, "two layers, forward and backward, twice; and a validation"
     check(found, "H100")
     assert found["kernels"].keys() == entries() == LIMITS.keys(), "a kernel has no limit here, or nothing launches it"
     for name, kernel in found["kernels"].items():
