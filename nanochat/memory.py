@@ -31,6 +31,7 @@ from nanochat.optim import parameter_groups
 # In tensors as large as a layer's input, (B, T, E). What each layer keeps is its mixer's `kept_for_backward`.
 KEPT_BESIDE_LAYERS = 4.2  # embedding, last norm, the gradient of the head's input
 TEMPORARY = 7.3           # of a layer's backward, at its peak: not kept, beside what is kept
+TEMPORARY_AGAIN = 5.2     # of that of a layer that is computed again
 PIECE = 1.5e9             # float32 temporaries of the cross-entropy in plain PyTorch, where Triton's kernel does not
 CONTEXT, FRAGMENTATION = 0.7e9, 0.06  # what CUDA and its libraries take; what the allocator cannot use
 COMMUNICATION = 1e9       # NCCL's buffers, with several GPUs
@@ -82,13 +83,18 @@ def memory_of_step(config: GPTConfig, rows: int, T: int, *, ranks: int = 1, reco
     head = 4 * n.head + logits + cast * n.head + piece
     if recompute:
         kept = unit * (len(layers) + KEPT_BESIDE_LAYERS)
-        again = unit * (max(layers) + TEMPORARY) + cast * n.muon / len(layers)
+        again = unit * (max(layers) + TEMPORARY_AGAIN) + cast * n.muon / len(layers)
     else:
         kept = unit * (sum(layers) + KEPT_BESIDE_LAYERS) + cast * n.muon
         again = unit * TEMPORARY
     backward = gradients + kept + max(head, 4 * n.head + again)
     # gradients; Muon's and the head's temporaries, and with several ranks what is sent and received
-    step = 4 * n.all + (4 * (1.69 * n.muon + 1.13 * n.head) if ranks == 1 else 4 * (0.51 * n.muon + 2.47 * n.head))
+    if ranks == 1:
+        step = 4 * (n.all + 1.69 * n.muon + 1.13 * n.head)
+    elif accumulate or ranks > 8:
+        step = 4 * (n.all + 0.51 * n.muon + 2.47 * n.head)
+    else:  # gradients are sent and let go while backward goes on; with more ranks the buckets are too large for that
+        step = 4 * (n.all + n.muon / ranks + n.head)
     return state + max(backward, step)
 
 

@@ -37,9 +37,9 @@ def test_a_step_needs_at_least_its_weights_and_state_and_more_with_more_rows():
     one = memory_of_step(D20, 1, 2048)
     assert 16 * parameters < one < 20 * parameters
     needs = [memory_of_step(D20, rows, 2048) for rows in (1, 2, 4, 8, 16, 32)]
-    assert needs == sorted(needs) and needs[-1] > 60e9
+    assert needs == sorted(needs) and needs[-1] > 40e9
     assert memory_of_step(D20, 8, 2048, ranks=8) < memory_of_step(D20, 8, 2048) - 2e9  # the state is shared
-    assert memory_of_step(D20, 8, 2048, dtype=torch.float32) > memory_of_step(D20, 8, 2048) + 10e9
+    assert memory_of_step(D20, 8, 2048, dtype=torch.float32) > memory_of_step(D20, 8, 2048) + 8e9
     assert memory_of_step(D20, 8, 2048, accumulate=False) < memory_of_step(D20, 8, 2048) - 2e9
     assert memory_of_step(D20, 32, 2048, recompute=True) < 20e9
     assert memory_of_step(D20, 8, 1024) < memory_of_step(D20, 8, 2048)
@@ -68,10 +68,10 @@ def test_the_largest_micro_batch_that_fits_is_taken():
 
 def test_blocks_are_computed_twice_only_where_hardly_a_row_fits():
     """Where one row of 16,384 tokens does not fit, activation checkpointing is what makes it fit."""
-    how = {"ranks": 1, "dtype": torch.bfloat16, "memory": 20e9}
+    how = {"ranks": 1, "dtype": torch.bfloat16, "memory": 19e9}
     long = GPTConfig.from_depth(20, vocab_size=65536, sequence_len=16384)
     need = memory_of_step(long, 4, 16384, recompute=True)
-    assert choose_batch(long, 16384, [4, 2, 1], **how) == MicroBatch(4, True, need) and need < 19e9
+    assert choose_batch(long, 16384, [4, 2, 1], **how) == MicroBatch(4, True, need) and need < 17e9
     assert not choose_batch(long, 16384, [4, 2, 1], recompute="none", **how).recompute  # as told, if it fits or not
     assert choose_batch(long, 16384, [4, 2, 1], recompute="none", **how).rows == 1
     short = choose_batch(D20, 128, [16, 8, 4, 2, 1], ranks=1, dtype=torch.bfloat16, memory=10.2e9)

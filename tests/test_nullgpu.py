@@ -1,10 +1,14 @@
 """The null GPU itself: the card it shows, what it writes down, what it refuses."""
 
+import ctypes
+
 import pytest
 import torch
 
 from tests.nullgpu import FACES
 from tests.nullgpu.inside import recorded
+
+BFLOAT16, SWIZZLE_128B = 9, 3  # of CUtensorMapDataType and CUtensorMapSwizzle
 
 
 def the_card() -> dict:
@@ -64,12 +68,25 @@ def refusals() -> dict:
     return found
 
 
+def all_refusals() -> dict:
+    return {**refusals(), "triton": triton_refusals(), "maps": refused_maps()}
+
+
 def test_events_are_written_down_and_what_cuda_refuses_is_refused(nullgpu):
-    found = nullgpu.run(refusals, count=2)
+    found = nullgpu.run(all_refusals, count=2)
     assert found["launches"] >= 2 and found["syncs"] == 2
     assert found["captured"] == [True, True] and found["nodes"] == [2, 2]
     assert "during capture" in found["wait in a capture"] and "out of memory" in found["memory"]
     assert "invalid device ordinal" in found["device"]
+    fine, grid, device = found["triton"]
+    assert fine == ""
+    assert "invalid configuration" in grid and "illegal memory access" in device
+    written, fine, *wrong = found["maps"]
+    assert not written and fine == [0, []]  # the description is empty
+    for (error, refused), why in zip(wrong, ("address that is no multiple of 16", "stride that is no multiple of 16",
+                                             "size of the box that is not 1 to 256", "no multiple of 16 bytes",
+                                             "longer than the swizzle"), strict=True):
+        assert error == 1 and len(refused) == 1 and why in refused[0], refused
 
 
 def triton_refusals() -> list[str]:
@@ -92,7 +109,19 @@ def triton_refusals() -> list[str]:
     return errors
 
 
-def test_triton_s_launches_are_checked(nullgpu):
-    fine, grid, device = nullgpu.run(triton_refusals, count=2)
-    assert fine == ""
-    assert "invalid configuration" in grid and "illegal memory access" in device
+def refused_maps() -> list:
+    """Describe a tensor of bfloat16 in a right way, then in five wrong ones; return each error and its reasons."""
+    driver, room = ctypes.CDLL("libcuda.so.1"), (ctypes.c_uint8 * 192)(*[1] * 192)
+    place = -(-ctypes.addressof(room) // 64) * 64
+    described = (ctypes.c_uint8 * 128).from_address(place)
+    sizes, steps = (ctypes.c_uint64 * 2)(128, 100), (ctypes.c_uint32 * 2)(1, 1)
+    at, found = torch.zeros(1 << 16, dtype=torch.bfloat16, device="cuda:0").data_ptr(), []
+    for address, stride, box, swizzle in ((at, 256, (64, 64), SWIZZLE_128B), (at + 8, 256, (64, 64), SWIZZLE_128B),
+                                          (at, 200, (64, 64), SWIZZLE_128B), (at, 256, (64, 512), SWIZZLE_128B),
+                                          (at, 256, (4, 64), 0), (at, 256, (128, 64), SWIZZLE_128B)):
+        with recorded() as seen:
+            error = driver.cuTensorMapEncodeTiled(
+                ctypes.c_void_p(place), BFLOAT16, 2, ctypes.c_void_p(address), sizes, (ctypes.c_uint64 * 1)(stride),
+                (ctypes.c_uint32 * 2)(*box), steps, 0, swizzle, 0, 0)
+        found.append([error, [event["why"] for event in seen.of("refused")]])
+    return [any(described), *found]

@@ -20,8 +20,11 @@ SOURCES = sorted(ROOT.glob("nanochat/kernels/*/triton.py"))
 
 # Registers of a thread and bytes of its stack, at most, for compute capability 9.0 and bfloat16 at the shapes of d20,
 # d26 and d32. A stack is where registers are spilled to. What exceeds a limit is slower: look at it before raising one.
+# `_mlp_with_pointers` runs there for unaligned matrices alone, which no model of ours has.
 LIMITS = {"_slc2": (112, 0), "_slc2_gradient": (255, 96), "_slc2_step": (32, 0), "_cross_entropy": (40, 0),
-          "_split": (112, 0), "_combine": (56, 0), "_fused_matvec": (104, 8)}
+          "_split": (112, 0), "_combine": (56, 0), "_fused_matvec": (104, 8), "_add_norm": (32, 0),
+          "_add_norm_gradient": (48, 0), "_relu2": (24, 0), "_relu2_gradient": (40, 0), "_rope_norm": (40, 0),
+          "_rope_norm_gradient": (56, 0), "_mlp_with_descriptors": (232, 0), "_mlp_with_pointers": (255, 1984)}
 OWN = {"add_norm": "triton", "relu2": "triton", "rope_norm": "triton", "slc2": "triton", "cross_entropy": "triton"}
 SINCE_AMPERE = {"_slc2", "_slc2_gradient", "_slc2_step", "_mlp_with_pointers", "_mlp_with_descriptors"}
 SINCE_HOPPER = {"_mlp_with_descriptors"}
@@ -63,6 +66,16 @@ def compile_all(depths: list[int]) -> dict:
     return {"kernels": found, "refused": [event["why"] for event in seen.of("refused")]}
 
 
+def compile_all_and_blocks(depths: list[int]) -> dict:
+    """Do what `compile_all` does, and train with the MLP's own products in compiled blocks of the first depth."""
+    found = compile_all(depths)
+    dispatch.set_choice({**OWN, "mlp": "triton"})
+    with recorded() as seen:
+        step = training(depths[0], 2, compiled=True, steps=2, n_layer=2, layer_pattern="SA")
+    names = [event["name"] for event in seen.of("launch")]
+    return {**found, "step": step, "products": names.count("_mlp_with_descriptors")}
+
+
 def unaligned() -> None:
     """Run the MLP on rows that are no multiples of 16 bytes, which no tensor map describes."""
     for products in ("triton", "triton_small"):
@@ -91,19 +104,21 @@ def check(found: dict, face: str) -> None:
 
 
 @pytest.mark.long
-def test_on_an_h100_registers_and_spills_are_as_recorded(nullgpu):
-    found = nullgpu.run(compile_all, face="H100", depths=[20, 26, 32])
+@pytest.mark.parametrize("depths", [[20], pytest.param([26, 32], marks=pytest.mark.slow)])
+def test_on_an_h100_registers_and_spills_are_as_recorded(nullgpu, depths):
+    found = nullgpu.run(compile_all_and_blocks, face="H100", depths=depths)
+    step = found["step"]
+    assert step["refused"] == step["syncs"] == [] and (step["graphs"], step["breaks"], step["recompiled"]) == (4, 0, 0)
+    assert found["products"] == 2 * 4 + 2, "two layers, forward and backward, twice; and a validation"
     check(found, "H100")
     assert found["kernels"].keys() == entries() == LIMITS.keys(), "a kernel has no limit here, or nothing launches it"
-    print(found["kernels"])
     for name, kernel in found["kernels"].items():
         registers, local = LIMITS[name]
         assert kernel["registers"] <= registers and kernel["local"] <= local, (name, kernel)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("face", ["T4", "RTX 5090", *(
-    pytest.param(face, marks=pytest.mark.slow) for face in ("A100-40", "RTX 3090", "L4", "B200"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("face", ["T4", "A100-40", "RTX 3090", "L4", "B200", "RTX 5090"])
 def test_every_kernel_compiles_for_other_cards_and_fits_their_shared_memory(nullgpu, face):
     found = nullgpu.run(compile_all, face=face, depths=[20])
     check(found, face)

@@ -10,12 +10,14 @@ from tests.nullgpu.programs import training
 from tests.nullgpu.record import ALLOCATOR, counted, recorded
 
 # kernels of one optimizer step of d20 with one micro-batch of 32 × 2048, on one GPU, at most
-LAUNCHES = {"eager": 1540, "compiled": 1060}
+LAUNCHES = {"eager": 1110, "compiled": 1020}
 GB = 1e9
 
 
 def of_d20() -> dict:
-    return {"compiled": training(20, 32), "eager": training(20, 32, compiled=False), "rank": training(20, 32, ranks=8)}
+    """Return what was seen of each way to run a d20 step, in one process."""
+    return {"compiled": training(20, 32), "eager": training(20, 32, compiled=False, steps=2),
+            "rank": training(20, 32, ranks=8, steps=2)}
 
 
 @pytest.mark.long
@@ -27,25 +29,25 @@ def test_a_d20_step(nullgpu):
         assert seen["refused"] == [] and seen["syncs"] == [], how
         assert (seen["graphs"], seen["breaks"], seen["recompiled"]) == (0 if how == "eager" else 4, 0, 0), how
         known = recorded()[20, 32, 8 if how == "rank" else 1]["allocated"]
-        assert abs(seen["allocated"] - known) < GB, (how, seen["allocated"])
+        assert abs(seen["allocated"] - known) < 0.1 * GB, (how, seen["allocated"])
     for how, most in LAUNCHES.items():
         assert 0.5 * most < found[how]["launches"]["all"] <= most, (how, found[how]["launches"])
 
 
 def of_larger_models(sizes: list[list[int]]) -> list[int]:
-    return [training(depth, rows, ranks=8, compiled=False, steps=2)["allocated"] for depth, rows in sizes]
+    return [training(depth, rows, ranks, compiled=False, steps=2)["allocated"] for depth, rows, ranks in sizes]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_memory_of_larger_models_is_as_recorded(nullgpu):
-    """At the largest batch that 80 GB hold, not compiled: that changes the memory by less than 0.1 GB."""
-    sizes = [(26, 8), (32, 8)]
-    for (depth, rows), bytes_ in zip(sizes, nullgpu.run(of_larger_models, env=ALLOCATOR, sizes=sizes)):
-        assert abs(bytes_ - recorded()[depth, rows, 8]["allocated"]) < GB, (depth, bytes_)
+    """Not compiled: that changes the memory by less than 0.1 GB."""
+    sizes = [(26, 8, 8), (26, 32, 8), (32, 8, 1), (32, 8, 8)]
+    for size, bytes_ in zip(sizes, nullgpu.run(of_larger_models, env=ALLOCATOR, sizes=sizes)):
+        assert abs(bytes_ - recorded()[size]["allocated"]) < 0.1 * GB, (size, bytes_)
 
 
 def test_what_is_counted_for_a_step_is_what_it_takes():
     """`nanochat.memory.memory_of_step`, by which a run and its plan choose the rows, beside the recorded steps."""
     for (depth, rows, ranks), point in recorded().items():
-        assert counted(depth, rows, ranks) == pytest.approx(point["allocated"], rel=0.04, abs=0.6 * GB), (
+        assert counted(depth, rows, ranks) == pytest.approx(point["allocated"], rel=0.01, abs=0.3 * GB), (
             depth, rows, ranks)

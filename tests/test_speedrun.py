@@ -51,9 +51,9 @@ def test_eight_gpus_get_the_published_recipe():
 
 def test_a_small_gpu_gets_a_smaller_device_batch():
     plans = [make_plan(Machine(["x"], int(size * 1e9), 8)) for size in (140, 80, 40, 24)]
-    assert [plan.batch.rows for plan in plans] == [32, 32, 8, 4]
+    assert [plan.batch.rows for plan in plans] == [32, 32, 16, 8]
     assert [flag for flag in commands(plans[-1])[3].flags if "batch" in flag] == []  # the script chooses by itself
-    assert "--device-batch-size=4" in next(c for c in commands(plans[-1]) if c.module == "scripts.base_eval").flags
+    assert "--device-batch-size=8" in next(c for c in commands(plans[-1]) if c.module == "scripts.base_eval").flags
 
 
 def test_larger_tiers_by_name(monkeypatch):

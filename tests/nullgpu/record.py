@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nanochat.gpt import GPTConfig
-from nanochat.memory import choose_batch, memory_of_step
+from nanochat.memory import choose_batch, memory_of_step, usable_memory
 from nanochat.recipe import published
 from tests.nullgpu import Face, NullGPU, build, missing
 from tests.nullgpu.programs import training
@@ -67,8 +67,9 @@ def table() -> str:
             batches = [choose_batch(config, ROW, [32, 16, 8, 4, 2, 1], ranks, dtype=torch.bfloat16,
                                     memory=size * 2**30) for size in CARDS.values()]
             lines.append(f"| {depth} | {ranks} | {counted(depth, 32, ranks) / 1e9:.1f} | "
-                         + " | ".join(f"{batch.rows}{', recomputed' if batch.recompute else ''}" for batch in batches)
-                         + " |")
+                         + " | ".join("none" if batch.need > usable_memory(size * 2**30, ranks)
+                                      else f"{batch.rows}{', recomputed' if batch.recompute else ''}"
+                                      for batch, size in zip(batches, CARDS.values())) + " |")
     return "\n".join(lines)
 
 
