@@ -108,6 +108,7 @@ API int cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *stub) {
     a->maxThreadsPerBlock = 1024;
     a->numRegs = 32;
     a->ptxVersion = a->binaryVersion = face.major * 10 + face.minor;
+    if (a->ptxVersion == 89) a->ptxVersion = a->binaryVersion = 86; /* PyTorch brings no code of its own for 8.9 */
     a->maxDynamicSharedSizeBytes = face.shared_block;
     return 0;
 }
