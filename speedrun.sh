@@ -19,13 +19,20 @@ cd "$(dirname "$file")"
 SECONDS=0
 
 # The set-up runs in a process group of its own: a signal that reaches this shell alone ends all of it.
+stop() {
+    [ -z "${!:-}" ] || { kill "-$1" -- "-$!" 2>/dev/null || true; wait "$!" || true; }
+    exit $((128 + $1))
+}
+for number in 1 2 15; do # HUP, INT, TERM; before anything is started, so that none is missed
+    # shellcheck disable=SC2064 # $number of now
+    trap "stop $number" $number
+done
 set -m
 bash dev/setup.sh &
-setup=$!
 set +m
-for number in 1 2 15; do # HUP, INT, TERM
-    trap "kill -$number -- -$setup 2>/dev/null || true; wait $setup || true; exit $((128 + number))" $number
+while kill -0 $! 2>/dev/null; do # `wait` alone may miss a signal that comes as it begins
+    sleep 0.2
 done
-wait $setup || exit $?
+wait $! || exit $?
 trap - HUP INT TERM
 exec .venv/bin/python -m scripts.speedrun --setup-seconds="$SECONDS" "$@"
