@@ -108,7 +108,7 @@ def train_step(model: torch.nn.Module, optimizer: MuonAdamW, batches: Iterable[A
     """
     optimizer.zero_grad()
     stats = torch.zeros(3, device=ranks.device)
-    stats[2] = float(stop)
+    stats[2].fill_(float(stop))  # an assignment waits for the device in torch 2.11
     remaining = iter(batches)
     batch = next(remaining, None)
     while batch is not None:

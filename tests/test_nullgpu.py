@@ -55,7 +55,7 @@ def refusals() -> dict:
             y = y * 2
         graph.replay()
     [begin], [end], [replay] = seen.of("capture_begin"), seen.of("capture_end"), seen.of("replay")
-    found["captured"] = [event["capture"] == begin["capture"] for event in seen.launches()]
+    found["captured"] = sum(event["capture"] == begin["capture"] for event in seen.launches())
     found["nodes"] = [end["nodes"], replay["nodes"]]
 
     def waits_in_capture() -> None:
@@ -75,7 +75,7 @@ def all_refusals() -> dict:
 def test_events_are_written_down_and_what_cuda_refuses_is_refused(nullgpu):
     found = nullgpu.run(all_refusals, count=2)
     assert found["launches"] >= 2 and found["syncs"] == 2
-    assert found["captured"] == [True, True] and found["nodes"] == [2, 2]
+    assert found["captured"] == 2 and found["nodes"] == [2, 2]
     assert "during capture" in found["wait in a capture"] and "out of memory" in found["memory"]
     assert "invalid device ordinal" in found["device"]
     fine, grid, device = found["triton"]
