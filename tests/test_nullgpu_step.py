@@ -29,7 +29,7 @@ def test_a_d20_step(nullgpu):
         assert seen["refused"] == [] and seen["syncs"] == [], how
         assert (seen["graphs"], seen["breaks"], seen["recompiled"]) == (0 if how == "eager" else 4, 0, 0), how
         known = recorded()[20, 32, 8 if how == "rank" else 1]["allocated"]
-        assert abs(seen["allocated"] - known) < 0.1 * GB, (how, seen["allocated"])
+        assert abs(seen["allocated"] - known) < 0.3 * GB, (how, seen["allocated"])
     for how, most in LAUNCHES.items():
         assert 0.5 * most < found[how]["launches"]["all"] <= most, (how, found[how]["launches"])
 
@@ -43,7 +43,7 @@ def test_the_memory_of_larger_models_is_as_recorded(nullgpu):
     """Not compiled: that changes the memory by less than 0.1 GB."""
     sizes = [(26, 8, 8), (26, 32, 8), (32, 8, 1), (32, 8, 8)]
     for size, bytes_ in zip(sizes, nullgpu.run(of_larger_models, env=ALLOCATOR, sizes=sizes)):
-        assert abs(bytes_ - recorded()[size]["allocated"]) < 0.1 * GB, (size, bytes_)
+        assert abs(bytes_ - recorded()[size]["allocated"]) < 0.3 * GB, (size, bytes_)
 
 
 def test_what_is_counted_for_a_step_is_what_it_takes():
