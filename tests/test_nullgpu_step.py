@@ -5,12 +5,14 @@ The numbers of launches and of memory are recorded. Where a change moves them on
 """
 
 import pytest
+import torch
 
 from tests.nullgpu.programs import training
 from tests.nullgpu.record import ALLOCATOR, counted, recorded
 
 # kernels of one optimizer step of d20 with one micro-batch of 32 × 2048, on one GPU, at most
-LAUNCHES = {"eager": 1110, "compiled": 1020}
+RECENT = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 15)
+LAUNCHES = {"eager": 1110, "compiled": 1020} if RECENT else {"eager": 1160, "compiled": 1080}
 GB = 1e9
 
 
