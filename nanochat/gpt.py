@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Attention
@@ -94,6 +95,21 @@ class GPTConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for a meta file. Unset ones are left out, since published code does not know them."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out normal_: on the meta device there are no numbers to draw, and it imports the compiler, for seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def meta_model(config: GPTConfig) -> "GPT":
+    """Return a model whose parameters have shapes and no memory: to count, or to be given a checkpoint's tensors."""
+    with torch.device("meta"), _Unfilled():
+        return GPT(config)
 
 
 class MLP(nn.Module):

@@ -18,7 +18,7 @@ from nanochat.distributed import Ranks, compute_dtype
 from nanochat.engine.quantize import quantize as quantized
 from nanochat.errors import UserError
 from nanochat.files import base_dir
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, meta_model
 from nanochat.kernels.choose import apply_wish, wish_of_environment
 from nanochat.layers import join
 from nanochat.stages import STAGES
@@ -129,8 +129,7 @@ def model_from_state(model_config: dict[str, Any], state: dict[str, Tensor], wha
         raise UserError(f"{what}: model_config has {', '.join(unknown)}, which this version does not know. "
                         "The checkpoint is of another model, or of a newer version.")
     try:
-        with torch.device("meta"):  # no time is spent on weights that are replaced
-            model = GPT(GPTConfig(**model_config))
+        model = meta_model(GPTConfig(**model_config))  # no time is spent on weights that are replaced
     except (TypeError, ValueError) as error:
         raise UserError(f"{what}: its model_config makes no model: {error}") from error
     check_shapes(model, state, what)

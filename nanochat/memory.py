@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from nanochat.distributed import Ranks, gather_objects, has_triton
+from nanochat.distributed import Ranks, gather_objects
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, MIXERS, GPTConfig
-from nanochat.kernels.cross_entropy import _chunk_tokens
+from nanochat.gpt import GPT, MIXERS, GPTConfig, meta_model
+from nanochat.kernels.cross_entropy import chunk_tokens
+from nanochat.kernels.dispatch import has_triton
 from nanochat.optim import parameter_groups
 
 # In tensors as large as a layer's input, (B, T, E). What each layer keeps is its mixer's `kept_for_backward`.
@@ -51,8 +52,7 @@ class _Sizes:
 
 @functools.lru_cache
 def _sizes(shape: tuple) -> _Sizes:
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**dict(shape)))
+    model = meta_model(GPTConfig(**dict(shape)))
     muon = sum(p.numel() for group in parameter_groups(model) if group["kind"] == "muon" for p in group["params"])
     return _Sizes(sum(p.numel() for p in model.parameters()), muon, model.lm_head.weight.numel())
 
@@ -78,7 +78,7 @@ def memory_of_step(config: GPTConfig, rows: int, T: int, *, ranks: int = 1, reco
     gradients = 4 * n.all if accumulate else 0
 
     x = torch.empty(tokens, config.n_embd, dtype=dtype, device="meta")
-    logits = width * config.vocab_size * min(tokens, _chunk_tokens(x, config.vocab_size))
+    logits = width * config.vocab_size * min(tokens, chunk_tokens(x, config.vocab_size))
     piece = 0 if triton else min(PIECE, 5 * 4 * config.vocab_size * tokens)
     head = 4 * n.head + logits + cast * n.head + piece
     if recompute:

@@ -26,7 +26,7 @@ from nanochat.errors import UserError
 from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_core
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, meta_model
 from nanochat.kernels.fp8 import EMULATED, REAL, check_fp8
 from nanochat.loading import model_from_state
 from nanochat.memory import RECOMPUTE_HELP
@@ -180,8 +180,7 @@ def run(config: Config, ranks: Ranks) -> None:
     source = TextSource(tokenizer, "train", text, expected=None if config.shards == -1 else config.shards,
                         say=print if ranks.is_main else lambda text: None)  # now: without text, no model is made
 
-    with torch.device("meta"):
-        num_iterations = horizon(config, GPT(shape))
+    num_iterations = horizon(config, meta_model(shape))
     origin = origin_of(config, shape, tokenizer, text, ranks)
     if is_trained(origin, num_iterations, ranks):
         return

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.distributed import gpu_peak
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig, meta_model
 from scripts.speedrun_plan import SHARD_BYTES, TOKENIZER_SHARDS, RunPlan, accumulation_of, chat_stages
 
 # What kernels reach of a card's data sheet. Products and memory: seen for large ones on H100s (public benchmarks of
@@ -76,12 +76,6 @@ class Line:
 UNITS = 30.8
 CROSS_ENTROPY = 4.1      # passes over the logits, the sums of the head's gradient included
 LAUNCH_SECONDS = 6e-6    # of the host, for a kernel in eager mode
-
-
-def meta_model(config: GPTConfig) -> GPT:
-    """Return a model without memory, to count."""
-    with torch.device("meta"):
-        return GPT(config)
 
 
 def step_lines(config: GPTConfig, rows: int, card: Card, gpus: int, accumulation: int = 1) -> list[Line]:

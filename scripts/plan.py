@@ -17,10 +17,11 @@ from bench.measure import table
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import gpu_peak
 from nanochat.errors import UserError
+from nanochat.gpt import meta_model
 from nanochat.memory import usable_memory
 from nanochat.recipe import at_depth, published
 from nanochat.training import clock
-from scripts.estimate import CARDS, Card, Line, meta_model, stage_lines, step_lines, step_seconds
+from scripts.estimate import CARDS, Card, Line, stage_lines, step_lines, step_seconds
 from scripts.speedrun_plan import Machine, RunPlan, accumulation_of, sized_plan
 
 

@@ -22,7 +22,7 @@ from nanochat.dataset.shards import data_dir, read_source
 from nanochat.distributed import compute_dtype, peak_flops
 from nanochat.errors import UserError
 from nanochat.files import base_dir
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, meta_model
 from nanochat.memory import MicroBatch, choose_batch, rows_that_divide
 from nanochat.recipe import MOST_ROWS, PROFILES, Recipe, Rows, changed_flags, published
 from nanochat.stages import CHAT_STAGES, STAGES, Stage
@@ -177,8 +177,7 @@ def sized_plan(name: str, recipe: Recipe, machine: Machine, *, source: str, chat
         peak: FLOP/s of a device; None where that is not known.
     """
     base, gpus = recipe.base, max(1, len(machine.gpus))
-    with torch.device("meta"):
-        model = GPT(config_of(recipe))
+    model = meta_model(config_of(recipe))
     parameters, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
     steps = steps or base.horizon.steps(parameters, flops, base.total_batch_size)
     tokens = steps * base.total_batch_size

@@ -2,6 +2,8 @@
 
 import glob
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 
 from bench.twin import TwinGPT
 from nanochat.evaluation.loss import evaluate_bpb
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, meta_model
+from tests.conftest import ROOT
 from tests.helpers import small_model
 
 GOLDEN = ["hybrid_a", "orig_mod_b"]
@@ -306,3 +309,14 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less(dtype, wind
     with torch.no_grad():  # nothing is kept, so nothing is computed again
         calls.clear()
         assert torch.isfinite(model(*batches[0]))
+
+
+def test_a_model_without_memory_has_the_shapes_and_imports_no_compiler():
+    config = {"vocab_size": 97, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    wanted = {name: p.shape for name, p in GPT(GPTConfig(**config)).named_parameters()}
+    model = meta_model(GPTConfig(**config))
+    assert {name: p.shape for name, p in model.named_parameters()} == wanted
+    assert {p.device.type for p in model.parameters()} == {"meta"} and all(p.requires_grad for p in model.parameters())
+    program = ("import sys; from nanochat.gpt import GPTConfig, meta_model\n"
+               f"meta_model(GPTConfig(**{config})); assert 'sympy' not in sys.modules")
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -36,7 +36,7 @@ from nanochat.kernels.dispatch import (
 SOFTCAP = 15.0
 IGNORE = -1
 CHUNK_ELEMENTS = 1 << 30  # logits in a chunk, at most: 2 GB of bfloat16
-CHUNK_TOKENS = {"cpu": 2048}  # tokens in a chunk, at most; see `_chunk_tokens`
+CHUNK_TOKENS = {"cpu": 2048}  # tokens in a chunk, at most; see `chunk_tokens`
 CHUNK_TOKENS_ELSEWHERE = 16384  # the same on accelerators
 PIECE = {"cpu": 1 << 18}  # logits that plain PyTorch works on at a time: they and the temporaries fit in a cache
 PIECE_ELSEWHERE = 1 << 26
@@ -114,7 +114,7 @@ BACKENDS = {"triton": Backend(_triton, triton_ready), "cpu": Backend(_cpu, cpu_r
             "torch": Backend(softcapped_cross_entropy_pytorch_)}
 
 
-def _chunk_tokens(x: Tensor, V: int) -> int:
+def chunk_tokens(x: Tensor, V: int) -> int:
     """Return how many tokens of x (N, E) a chunk has.
 
     A chunk of n tokens does 6·n·V·E FLOPs, and reads and writes the weight's gradient, 8·V·E bytes. For any V and E the
@@ -150,7 +150,7 @@ def _losses_and_gradients(x: Tensor, weight: Tensor, targets: Tensor, factors: T
 
     The gradient of x has x's dtype, that of weight float32. Without want_grad both are empty.
     """
-    (N, _), w, tokens = x.shape, weight.to(x.dtype), _chunk_tokens(x, len(weight))
+    (N, _), w, tokens = x.shape, weight.to(x.dtype), chunk_tokens(x, len(weight))
     losses, dx, dweight = _empty_results(x, weight, targets, factors, want_grad)
     logits = x.new_empty(min(tokens, N), len(weight))
     for part in _chunks(N, tokens):
@@ -251,7 +251,7 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean
 def _losses_of_product(x: Tensor, product: Callable[[Tensor], Tensor], V: int, targets: Tensor) -> Tensor:
     """Return the loss of each token, (N,) float32, from logits that `product` computes."""
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    for part in _chunks(len(x), _chunk_tokens(x, V)):
+    for part in _chunks(len(x), chunk_tokens(x, V)):
         softcapped_cross_entropy_(product(x[part]), targets[part], None, losses[part], want_grad=False)
     return losses
 
