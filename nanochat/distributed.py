@@ -13,7 +13,6 @@ COLLECTIVE_MINUTES.
 
 import ctypes
 import functools
-import importlib.util
 import itertools
 import os
 import pickle
@@ -456,16 +455,6 @@ def precision_note(device: torch.device | str, dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16:
         return f"note: {name}: they are emulated, slowly, since NANOCHAT_DTYPE asks for them"
     return f"note: {name}: this trains in float32, because float16 would need loss scaling"
-
-
-@functools.cache
-def has_triton(device: torch.device | str, least: tuple[int, int] = (8, 0)) -> bool:
-    """Return whether Triton is installed and this is an NVIDIA GPU of compute capability `least` or later.
-
-    8.0 is what our kernels need, and what Triton promises to support; torch.compile needs 7.0.
-    """
-    return (torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
-            and torch.version.hip is None and torch.cuda.get_device_capability(device) >= least)
 
 
 # ---- peak FLOP/s

@@ -28,7 +28,6 @@ from nanochat.distributed import (
     barrier,
     dtype_of_run,
     gather_objects,
-    has_triton,
     joined_ranks,
     on_main,
     peak_flops,
@@ -40,7 +39,7 @@ from nanochat.evaluation.loss import evaluate_bpb
 from nanochat.files import base_dir, free_name, lock
 from nanochat.gpt import GPT
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
-from nanochat.kernels.dispatch import TrainingShape
+from nanochat.kernels.dispatch import TrainingShape, has_triton
 from nanochat.loading import checkpoint_dir, load_model
 from nanochat.logs import RunLog
 from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from nanochat import memory
-from nanochat.distributed import Ranks, compute_dtype, has_triton, precision_note
+from nanochat.distributed import Ranks, compute_dtype, precision_note
 from nanochat.gpt import GPT, MIXERS, GPTConfig
 from nanochat.kernels import attention
+from nanochat.kernels.dispatch import has_triton
 from nanochat.kernels.slc2 import uses_triton
 from nanochat.memory import choose_batch, fit_batch, memory_of_step, rows_that_divide
 from nanochat.optim import MuonAdamW, parameter_groups

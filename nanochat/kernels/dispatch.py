@@ -171,6 +171,16 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+@constant
+def has_triton(device: torch.device, least: tuple[int, int] = (8, 0)) -> bool:
+    """Return whether Triton is installed and this is an NVIDIA GPU of compute capability `least` or later.
+
+    8.0 is what Triton promises to support; torch.compile needs 7.0.
+    """
+    return (device.type == "cuda" and _has_triton() and torch.version.hip is None
+            and torch.cuda.get_device_capability(device) >= least)
+
+
 def state_fp_fusion() -> None:
     """State the same for the kernels that torch.compile writes, from now on. Call it before compiling."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

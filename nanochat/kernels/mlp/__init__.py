@@ -24,8 +24,8 @@ from nanochat.kernels.dispatch import (
     TrainingShape,
     Trial,
     backend,
-    constant,
     define_operator,
+    has_triton,
     kernels_of,
     triton_ready,
 )
@@ -89,13 +89,8 @@ def _triton(x: Tensor, w1: Tensor, w2: Tensor, small: bool = False) -> Tensor:
     return torch.ops.nanochat.mlp(x, w1.to(x.dtype), w2.to(x.dtype), small)[0]
 
 
-@constant
-def _from_ampere_on(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _triton_takes(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and triton_ready(x) and _from_ampere_on(x.device)
+    return x.dtype == torch.bfloat16 and has_triton(x.device)
 
 
 # by default three operations: cuBLAS is known to be fast, our products are not until they were measured

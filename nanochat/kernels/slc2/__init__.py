@@ -28,10 +28,9 @@ from nanochat.kernels.dispatch import (
     Trial,
     backend,
     chosen_backend,
-    constant,
     define_operator,
+    has_triton,
     kernels_of,
-    triton_ready,
 )
 
 # ---- definitions
@@ -117,16 +116,10 @@ def _backward_pytorch(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor
 # ---- the choice
 
 
-@constant
-def _from_ampere_on(device: torch.device) -> bool:
-    """Whether this is an NVIDIA GPU, Ampere or later: the kernels contain its instructions."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def uses_triton(z: Tensor, K: int = 3) -> bool:
     """Return whether the operations on z, with K taps, run the Triton kernels."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return z.is_cuda and K <= 4 and z.dtype in dtypes and triton_ready(z) and _from_ampere_on(z.device)
+    return z.is_cuda and K <= 4 and z.dtype in dtypes and has_triton(z.device)
 
 
 def _kernels(taps: Tensor, *others: Tensor) -> ModuleType | None:
