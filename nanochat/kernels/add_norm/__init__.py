@@ -22,9 +22,7 @@ from nanochat.kernels.dispatch import (
     kernels_of,
     triton_ready,
 )
-from nanochat.kernels.rms_norm import rms_norm, rms_norm_twin
-
-EPSILON = torch.finfo(torch.float32).eps  # as in `rms_norm`
+from nanochat.kernels.rms_norm import gradient_from_result, norm_with_factors, rms_norm, rms_norm_twin
 
 
 def add_norm_twin(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,9 +34,8 @@ def add_norm_twin(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def forward_pytorch(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return s, h and r (..., 1) in float32. The definition of the kernel's forward."""
     s = x + y
-    wide = s.float()
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
-    return s, (wide * r).to(s.dtype), r
+    h, r = norm_with_factors(s.float())
+    return s, h.to(s.dtype), r
 
 
 def backward_pytorch(ds: Tensor | None, dh: Tensor, h: Tensor, r: Tensor) -> Tensor:
@@ -46,8 +43,7 @@ def backward_pytorch(ds: Tensor | None, dh: Tensor, h: Tensor, r: Tensor) -> Ten
 
     ds is None where s is not used.
     """
-    wide, h = dh.float(), h.float()
-    d = r * (wide - h * (wide * h).mean(-1, keepdim=True))
+    d = gradient_from_result(dh, h, r)
     return (d if ds is None else ds.float() + d).to(dh.dtype)
 
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.kernels.add_norm import EPSILON
 from nanochat.kernels.dispatch import launch
+from nanochat.kernels.rms_norm import EPSILON
 
 
 @triton.jit

@@ -24,9 +24,7 @@ from nanochat.kernels.dispatch import (
     kernels_of,
     triton_ready,
 )
-from nanochat.kernels.rms_norm import rms_norm_twin
-
-EPSILON = torch.finfo(torch.float32).eps  # as in `rms_norm`
+from nanochat.kernels.rms_norm import gradient_from_result, norm_with_factors, rms_norm_twin
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -43,16 +41,13 @@ def rope_norm_twin(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def forward_pytorch(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return y and the factors of the norm, r (B, T, H, 1) in float32. The definition of the GPU kernel's forward."""
-    rotated = rotate(x.float(), (cos, sin))
-    r = torch.rsqrt(rotated.square().mean(-1, keepdim=True) + EPSILON)
-    return (rotated * r).to(x.dtype), r
+    y, r = norm_with_factors(rotate(x.float(), (cos, sin)))
+    return y.to(x.dtype), r
 
 
 def backward_pytorch(dy: Tensor, y: Tensor, r: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return the gradient of x: r·(dy − y·mean(dy·y)), turned back. The definition of the GPU kernel's backward."""
-    wide, y = dy.float(), y.float()
-    d = r * (wide - y * (wide * y).mean(-1, keepdim=True))
-    return rotate(d, (cos, -sin)).to(dy.dtype)  # the transpose of a rotation turns back
+    return rotate(gradient_from_result(dy, y, r), (cos, -sin)).to(dy.dtype)  # the transpose of a rotation turns back
 
 
 class _RopeNorm(torch.autograd.Function):

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat.kernels.dispatch import launch
-from nanochat.kernels.rope_norm import EPSILON
+from nanochat.kernels.rms_norm import EPSILON
 
 
 @triton.jit
