@@ -21,6 +21,7 @@ from nanochat.distributed import compute_dtype
 from nanochat.gpt import GPTConfig
 from nanochat.kernels.choose import choose, parse_wish
 from nanochat.kernels.dispatch import TrainingShape
+from nanochat.kernels.fp8 import ACTIVATION, GRADIENT, REAL, product, rounded, scale_of
 from nanochat.tokenizer.tokenizer import _rustbpe
 
 
@@ -115,31 +116,21 @@ def evaluation(run: Run, out: Report) -> None:
 
 # --- 8 bits -----------------------------------------------------------------------------------------------------------
 
-E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2  # activations and weights; gradients
 Eight = tuple[Tensor, Tensor, Tensor]  # of `quantised`
 
 
 def quantised(x: Tensor, dtype: torch.dtype) -> Eight:
-    """Return x in 8 bits with one scale, the same transposed (both contiguous), and the reciprocal of the scale."""
-    largest = torch.finfo(dtype).max
-    scale = largest / x.abs().amax().float().clamp_min(1e-12)
-    small = (x.float() * scale).clamp(-largest, largest).to(dtype)
-    return small, small.t().contiguous(), scale.reciprocal()
-
-
-def scaled(a: Tensor, b_transposed: Tensor, a_scale: Tensor, b_scale: Tensor, fast: bool) -> Tensor:
-    """Return a (M, K) times the transpose of b_transposed (N, K), in bfloat16; tensor cores want this layout.
-
-    fast: let the hardware sum with fewer digits.
-    """
-    return torch._scaled_mm(a, b_transposed.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16,
-                            use_fast_accum=fast)
+    """Return x in 8 bits with one scale, the same transposed (both contiguous), and the scale."""
+    scale = scale_of(x, dtype)
+    small = rounded(x, scale, dtype)
+    return small, small.t().contiguous(), scale
 
 
 def linear_in_8_bits(x: Eight, w: Eight, dy: Eight) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, dx, dw of y = x @ w.T, x (M, K), w (N, K), dy (M, N); gradients are summed precisely, as is usual."""
     (x8, x8_t, x_s), (w8, w8_t, w_s), (d8, d8_t, d_s) = x, w, dy
-    return scaled(x8, w8, x_s, w_s, True), scaled(d8, w8_t, d_s, w_s, False), scaled(d8_t, x8_t, d_s, x_s, False)
+    return (product(x8, w8, x_s * w_s, torch.bfloat16, REAL, fast=True),
+            product(d8, w8_t, d_s * w_s, torch.bfloat16, REAL), product(d8_t, x8_t, d_s * x_s, torch.bfloat16, REAL))
 
 
 def fp8(run: Run, out: Report) -> None:
@@ -155,7 +146,7 @@ def fp8(run: Run, out: Report) -> None:
     for name, fan_in, fan_out in (("c_fc", E, 4 * E), ("c_proj", 4 * E, E)):
         x, dy = (torch.randn(tokens, width, device=run.device).bfloat16() for width in (fan_in, fan_out))
         w = (torch.randn(fan_out, fan_in, device=run.device) * fan_in ** -0.5).bfloat16()
-        eight = quantised(x, E4), quantised(w, E4), quantised(dy, E5)
+        eight = quantised(x, ACTIVATION), quantised(w, ACTIVATION), quantised(dy, GRADIENT)
         exact = F.linear(x[:64].double(), w.double())
         error = relative_error(linear_in_8_bits(*eight)[0][:64], exact)
 
@@ -163,7 +154,7 @@ def fp8(run: Run, out: Report) -> None:
             return x @ w.T, dy @ w, dy.T @ x
 
         def casts(i: int, x=x, w=w, dy=dy) -> tuple[Eight, ...]:
-            return cast(x, E4), cast(w, E4), cast(dy, E5)
+            return cast(x, ACTIVATION), cast(w, ACTIVATION), cast(dy, GRADIENT)
         work = {"bfloat16": plain, "8 bits, products alone": lambda i, eight=eight: linear_in_8_bits(*eight),
                 "casts alone": casts,
                 "8 bits with casts": lambda i, casts=casts: linear_in_8_bits(*casts(i))}

@@ -14,6 +14,7 @@ from dev import gpu_parts as parts
 from nanochat.errors import UserError
 from nanochat.kernels import attention, cpu, decode_attention
 from nanochat.kernels.cross_entropy.cpu import softcapped_cross_entropy_
+from nanochat.kernels.fp8 import ACTIVATION, GRADIENT
 from nanochat.kernels.newton_schulz import newton_schulz
 from nanochat.kernels.slc2 import cpu as slc2_cpu
 from nanochat.positions import Positions
@@ -189,7 +190,7 @@ def test_a_part_sees_what_it_is_there_to_see(monkeypatch, part, where, broken):
 def test_products_of_8_bits_are_those_of_the_numbers_up_to_their_rounding():
     torch.manual_seed(0)
     x, w, dy = torch.randn(48, 32).bfloat16(), torch.randn(64, 32).bfloat16(), torch.randn(48, 64).bfloat16()
-    eight = parts.quantised(x, parts.E4), parts.quantised(w, parts.E4), parts.quantised(dy, parts.E5)
+    eight = [parts.quantised(t, dtype) for t, dtype in ((x, ACTIVATION), (w, ACTIVATION), (dy, GRADIENT))]
     y, dx, dw = parts.linear_in_8_bits(*eight)
     x, w, dy = x.double(), w.double(), dy.double()
     for got, exact in ((y, x @ w.T), (dx, dy @ w), (dw, dy.T @ x)):
