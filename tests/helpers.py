@@ -8,6 +8,7 @@ import subprocess
 import time
 from dataclasses import replace
 
+import pytest
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
@@ -86,3 +87,19 @@ def gone(pids: list[int], seconds: float = 30) -> bool:
             return not still
         time.sleep(0.05)
     return True
+
+
+def _run_triton(operation: str, name: str, *args):
+    return getattr(importlib.import_module(f"nanochat.kernels.{operation}.triton"), name)(*args)
+
+
+def forms_of(operation):
+    """Return a fixture: by name, "forward" or "backward", the Triton kernel of an operation's package in the
+    interpreter and the plain PyTorch that defines it, one after the other."""
+    @pytest.fixture(params=["triton", "plain"])
+    def kernel(request):
+        if request.param == "plain":
+            return lambda name, *args: getattr(operation, f"{name}_pytorch")(*args)
+        pool, package = request.getfixturevalue("interpreter"), operation.__name__.rsplit(".", 1)[1]
+        return lambda name, *args: pool.submit(_run_triton, package, name, *args).result()
+    return kernel

@@ -19,7 +19,7 @@ from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
 from nanochat.recipe import published
 from nanochat.training import train_step
 from tests.helpers import small_model
-from tests.test_distributed import start_ranks
+from tests.test_distributed import told_by_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 STEPS, ROWS, T = 5, 7, 16
@@ -259,11 +259,7 @@ def scenario(ranks: Ranks, folder: str) -> None:
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[int, list[dict]]:
     """What each rank of 1, 2 and 4 told, under real processes."""
-    folder = str(tmp_path_factory.mktemp("worlds"))
-    for world_size in (2, 4):
-        start_ranks(world_size, scenario, folder)
-    scenario(ALONE, folder)
-    return {n: [torch.load(f"{folder}/{n}-{rank}.pt") for rank in range(n)] for n in (1, 2, 4)}
+    return told_by_ranks(scenario, str(tmp_path_factory.mktemp("worlds")), ALONE, 2, 4)
 
 
 def same(got: dict, expected: dict, **tolerance: float) -> None:

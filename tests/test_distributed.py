@@ -138,6 +138,15 @@ def start_ranks(world_size: int, work: Callable, *args) -> None:
                        start_method="forkserver" if server else "spawn")
 
 
+def told_by_ranks(scenario: Callable, folder: str, alone: Ranks, *world_sizes: int) -> dict[int, list[dict]]:
+    """Return what each rank of 1 and of each of the world sizes told: scenario(ranks, folder) saves it as
+    <world size>-<rank>.pt."""
+    for world_size in world_sizes:
+        start_ranks(world_size, scenario, folder)
+    scenario(alone, folder)
+    return {n: [torch.load(f"{folder}/{n}-{rank}.pt") for rank in range(n)] for n in (1, *world_sizes)}
+
+
 def _talk(ranks: Ranks) -> None:
     rank = ranks.rank
     assert init_ranks("cpu") == ranks  # a second stage in the same process keeps the group

@@ -3,8 +3,6 @@
 And what a block keeps for backward.
 """
 
-import importlib
-
 import pytest
 import torch
 
@@ -12,19 +10,9 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import add_norm as operation
 from nanochat.kernels.add_norm import add_norm, add_norm_twin
 from nanochat.positions import Positions
+from tests.helpers import forms_of
 
-
-def _call(name, *args):
-    return getattr(importlib.import_module("nanochat.kernels.add_norm.triton"), name)(*args)
-
-
-@pytest.fixture(params=["triton", "plain"])
-def kernel(request):
-    """A backend's function by name, "forward" or "backward"."""
-    if request.param == "plain":
-        return lambda name, *args: getattr(operation, f"{name}_pytorch")(*args)
-    pool = request.getfixturevalue("interpreter")
-    return lambda name, *args: pool.submit(_call, name, *args).result()
+kernel = forms_of(operation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,26 +3,14 @@
 tests/test_kernels_cpu.py has the CPU kernel and the operation on CPUs.
 """
 
-import importlib
-
 import pytest
 import torch
 
 from nanochat.kernels import rope_norm as operation
 from nanochat.kernels.rope_norm import rope_norm_twin
+from tests.helpers import forms_of
 
-
-def _call(name, *args):
-    return getattr(importlib.import_module("nanochat.kernels.rope_norm.triton"), name)(*args)
-
-
-@pytest.fixture(params=["triton", "plain"])
-def kernel(request):
-    """A backend's function by name, "forward" or "backward"."""
-    if request.param == "plain":
-        return lambda name, *args: getattr(operation, f"{name}_pytorch")(*args)
-    pool = request.getfixturevalue("interpreter")
-    return lambda name, *args: pool.submit(_call, name, *args).result()
+kernel = forms_of(operation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
 from nanochat.recipe import OptimizerGroup, override, published
-from tests.test_distributed import start_ranks
+from tests.test_distributed import told_by_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 E, V, ROWS, T = 8, 11, 6, 5
@@ -366,11 +366,7 @@ def resume(saved_weights: dict, state: dict, ranks: Ranks) -> tuple[dict | None,
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[int, list[dict]]:
     """What each rank of 1, 2 and 3 told, under real processes."""
-    folder = str(tmp_path_factory.mktemp("worlds"))
-    for world_size in (2, 3):
-        start_ranks(world_size, scenario, folder)
-    scenario(ALONE, folder)
-    return {n: [torch.load(f"{folder}/{n}-{rank}.pt") for rank in range(n)] for n in (1, 2, 3)}
+    return told_by_ranks(scenario, str(tmp_path_factory.mktemp("worlds")), ALONE, 2, 3)
 
 
 # Ranks sum gradients in another order than one process: differences of 1e-7 relative at first. Newton-Schulz raises
