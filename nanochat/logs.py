@@ -29,15 +29,18 @@ CONSOLE_GONE = (errno.EIO, errno.EPIPE)  # a closed terminal; a pipe whose reade
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print a line at once, to standard output or `stream`. A console that is gone or full is no error: a run that was
-    asked to stop has yet to save."""
+    """Print a line at once, to standard output or `stream`, in one write: other processes print to the same console.
+
+    A console that is gone or full is no error: a run that was asked to stop has yet to save.
+    """
     stream = sys.stdout if stream is None else stream
     with _console_may_be_gone(stream):
         try:
-            print(text, file=stream, flush=True)
+            stream.write(f"{text}\n")
         except UnicodeEncodeError:  # a sample of a model may contain characters that this console cannot show
             encoding = stream.encoding or "ascii"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
 
 
 @contextmanager
