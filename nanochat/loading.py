@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import load_on_ranks, nothing_found, steps_in
+from nanochat.checkpoint import Checkpoint, holds_checkpoints, load_on_ranks, nothing_found
 from nanochat.distributed import Ranks, compute_dtype
 from nanochat.engine.quantize import quantize as quantized
 from nanochat.errors import UserError
@@ -43,9 +43,9 @@ def _choose_folder(source: str | Path, model_tag: str | None) -> tuple[Path, str
         if Path(model_tag).name != model_tag:
             raise UserError(f"{model_tag!r} is not a model tag: it names one folder under {root}, such as d20.")
         return root / model_tag, "as asked"
-    if source not in STAGES and steps_in(root):
+    if source not in STAGES and holds_checkpoints(root):
         return root, "as asked"
-    tags = [path for path in sorted(root.glob("*")) if path.is_dir() and steps_in(path)]
+    tags = [path for path in sorted(root.glob("*")) if holds_checkpoints(path)]
     if not tags:
         raise UserError(nothing_found(root / "<tag>" if root.is_dir() else root))
     if len(tags) == 1:
@@ -53,7 +53,7 @@ def _choose_folder(source: str | Path, model_tag: str | None) -> tuple[Path, str
     depths = {int(path.name[1:]): path for path in tags if re.fullmatch(r"d\d+", path.name)}
     if depths:
         return depths[max(depths)], f"the deepest of {len(tags)} there"
-    newest = max(tags, key=lambda path: max(meta.stat().st_mtime for meta in path.glob("meta_*")))
+    newest = max(tags, key=lambda path: max((meta.stat().st_mtime for meta in path.glob("meta_*")), default=0))
     return newest, f"the last written of {len(tags)} there"
 
 
@@ -65,19 +65,29 @@ def load_model(source: str | Path, device: str | torch.device, *, model_tag: str
         source: "base", "mid", "sft", "rl", or a folder.
         device: where the weights go.
         model_tag: which model of the stage; see `checkpoint_dir` for what is taken without one.
-        step: which checkpoint; None takes the newest valid one.
+        step: which checkpoint; None takes the newest one that is whole.
         ranks: where all ranks load the same model; one rank of each machine then verifies it. Collective.
 
     Returns:
-        The model; the tokenizer in the checkpoint's folder, or where there is none the one of base_dir(); and the meta
-        dict with two more entries: "folder", and "loaded", a line that says which checkpoint was taken and why.
+        The model, in eval mode; the tokenizer in the checkpoint's folder, or where there is none the one of base_dir();
+        and the meta dict with two more entries: "folder", and "loaded", a line that says which checkpoint was taken and
+        why.
 
     Raises:
         UserError: there is no such checkpoint, or it does not fit the shape in its meta or the tokenizer.
     """
-    apply_wish(wish_of_environment())
     folder, why = _choose_folder(source, model_tag)
     checkpoint = load_on_ranks(folder, step, ranks or Ranks(0, 0, 1, torch.device(device)), device=device)
+    return model_and_tokenizer(checkpoint, why)
+
+
+def model_and_tokenizer(checkpoint: Checkpoint, why: str) -> tuple[GPT, Any, dict[str, Any]]:
+    """Make the model of a checkpoint and find its tokenizer. why: this checkpoint was taken, in words.
+
+    Returns and raises what `load_model` does.
+    """
+    apply_wish(wish_of_environment())
+    folder = checkpoint.folder
     meta = {**checkpoint.meta, "folder": str(folder), "loaded": f"step {checkpoint.step} of {folder} ({why})"}
     model = model_from_state(meta["model_config"], checkpoint.model_state, what=str(folder))
 

@@ -13,14 +13,21 @@ beside training (nanochat/saving.py).
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 import torch
 
-from nanochat.checkpoint import latest_step, load_checkpoint, load_on_ranks
+from nanochat.checkpoint import (
+    Checkpoint,
+    Corrupt,
+    latest_step,
+    load_checkpoint,
+    load_to_resume,
+    steps_in,
+)
 from nanochat.cli import flag, parse
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import (
@@ -40,7 +47,7 @@ from nanochat.files import base_dir, free_name, lock
 from nanochat.gpt import GPT
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
-from nanochat.loading import checkpoint_dir, load_model
+from nanochat.loading import checkpoint_dir, load_model, model_and_tokenizer
 from nanochat.logs import RunLog
 from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch
 from nanochat.optim import MuonAdamW, parameter_groups
@@ -83,7 +90,9 @@ class ChatStageFlags:
     reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
     recompute: Recompute = flag(published.mid.recompute, RECOMPUTE_HELP)
     save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only")
-    keep: int = flag(published.mid.keep, "periodical checkpoints to keep; the last one always stays")
+    keep: int = flag(published.mid.keep, "periodical checkpoints to keep, beside the one of them with the best "
+                     "validation and those of --keep-every; the last one always stays")
+    keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none")
     seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled")
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
@@ -170,6 +179,8 @@ class Origin:
     loaded: which checkpoint that is and why, in words.
     provenance: meta fields of every checkpoint the run writes ("data", and "from" where it began from a checkpoint).
     lock: on rank 0, of `lock_run`: no other run writes to the folder as long as this file is open.
+    resumed: the checkpoint to go on from, with the optimizer state until that is loaded; None for a new run.
+    fresh: move what is in the folder aside before the run begins.
     """
 
     stage: Stage
@@ -181,6 +192,8 @@ class Origin:
     loaded: str
     provenance: dict[str, Any]
     lock: IO | None = None
+    resumed: Checkpoint | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,19 +206,6 @@ class ChatDataChoice:
     source: str
     seed: int
     extra: list[Path]
-
-
-def resume_step(folder: Path, fresh: bool, ranks: Ranks) -> int | None:
-    """Return the step of the checkpoint in `folder` to resume from, None for a new run. Collective.
-
-    fresh: move the folder aside first, so that the run is a new one.
-    """
-    def look() -> int | None:
-        if fresh:
-            move_aside(folder)
-        return latest_step(folder)
-
-    return on_main(f"looking for a checkpoint in {folder}", look, ranks)
 
 
 def lock_run(folder: Path, ranks: Ranks) -> IO | None:
@@ -233,29 +233,52 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     """Load the model that a chat stage starts from: the stage's own last checkpoint, else that of the stage `source`.
 
     Raises:
-        UserError: there is none, or the run to resume began from another model than `source` holds.
+        UserError: there is none that can be used, or the run to resume began from another model than `source` holds.
     """
     parent_folder = checkpoint_dir(source, config.model_tag or None)
     tag = parent_folder.name
     folder = base_dir() / stage.folder / tag
     file = lock_run(folder, ranks)
-    step = resume_step(folder, config.fresh, ranks) or 0
     parent_step = None if config.model_step < 0 else config.model_step
-    name, wanted = (stage.name, step) if step else (source, parent_step)
-    model, tokenizer, meta = load_model(name, ranks.device, model_tag=tag, step=wanted, ranks=ranks)
-    model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype") if step else None)
+    resumed = None if config.fresh else load_to_resume(folder, ranks, device=ranks.device)
+    if resumed is None:
+        model, tokenizer, meta = load_model(source, ranks.device, model_tag=tag, step=parent_step, ranks=ranks)
+        begun_from = _described(source, meta)
+    else:
+        model, tokenizer, meta = model_and_tokenizer(resumed, "as asked")
+        begun_from = on_main(f"looking what {folder} began from",
+                             lambda: _origin_of(resumed, source, parent_folder, parent_step), ranks)
+    model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype") if resumed else None)
+    return Origin(stage=stage, folder=folder, step=resumed.step if resumed else 0, model=model, tokenizer=tokenizer,
+                  meta=meta, loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from},
+                  lock=file, resumed=resumed, fresh=config.fresh)
 
-    begun_from = _described(source, load_checkpoint(parent_folder, parent_step, weights=False).meta if step else meta)
-    if step and meta.get("from", begun_from) != begun_from:
-        # the newest may have a damaged file, so that the run began from the one before
-        begun_from = _described(source, load_on_ranks(parent_folder, parent_step, ranks, mapped=True).meta)
-    if step and meta.get("from", begun_from) != begun_from:
-        raise UserError(f"{folder} was trained from another model than {parent_folder} holds now (step "
-                        f"{meta['from'].get('step')} then, {begun_from['step']} now, or other weights of that step). "
-                        "--fresh moves it aside and trains anew.")
-    return Origin(stage=stage, folder=folder, step=step, model=model, tokenizer=tokenizer, meta=meta,
-                  loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from},
-                  lock=file)
+
+def _origin_of(resumed: Checkpoint, source: str, folder: Path, step: int | None) -> dict[str, Any]:
+    """Return what the run to resume began from, as `_described` says it.
+
+    Args:
+        resumed: the checkpoint to go on from.
+        source, folder, step: the stage to start from, its folder and the step that is asked for.
+
+    Raises:
+        UserError: the folder holds another model now.
+    """
+    said = resumed.meta.get("from")
+    with suppress(Corrupt):
+        now = _described(source, load_checkpoint(folder, step, weights=False).meta)
+        if said in (None, now):
+            return now
+    whole = latest_step(folder, optimizer=False) if step is None else step
+    damaged = said and (said["step"] in steps_in(folder) or (folder / f"model_{said['step']:06d}.pt").exists())
+    if step is None and (whole is None or damaged and whole < said["step"]):
+        return said  # of what it began from; the run itself is whole
+    now = _described(source, load_checkpoint(folder, whole, weights=False).meta)
+    if said != now:  # else a newer one is damaged
+        raise UserError(f"{resumed.folder} was trained from another model than {folder} holds now (step "
+                        f"{said['step']} then, {now['step']} now, or other weights of that step). --fresh moves it "
+                        "aside and trains anew.")
+    return said
 
 
 def _described(stage: str, meta: dict[str, Any]) -> dict[str, Any]:
@@ -280,8 +303,13 @@ def tokens_of_row(config: Any, model: GPT) -> int:
 
 
 def is_trained(origin: Origin, num_iterations: int, ranks: Ranks) -> bool:
-    """Return whether the run has already done all its steps, and print that."""
+    """Return whether the run has already done all its steps, and print that.
+
+    Raises UserError where it has not, and cannot go on, since its optimizer state is gone.
+    """
     if origin.step < num_iterations:
+        if origin.resumed is not None and origin.resumed.optimizer_state is None:
+            raise cannot_resume(origin.folder, origin.resumed.no_optimizer)
         return False
     if ranks.is_main:
         print(f"{origin.folder} is trained: step {origin.step} of {num_iterations}. Nothing to do; --fresh trains it "
@@ -291,8 +319,8 @@ def is_trained(origin: Origin, num_iterations: int, ranks: Ranks) -> bool:
 
 def cannot_resume(folder: Path, why: str) -> UserError:
     """Return the error that a checkpoint cannot be trained on, with the way out."""
-    return UserError(f"{folder} cannot be trained on: {why}. --fresh moves it aside and trains anew; another "
-                     "--model-tag leaves it where it is.")
+    return UserError(f"{folder} cannot be trained on: {why.rstrip('.')}. --fresh moves it aside and trains anew; "
+                     "another --model-tag leaves it where it is.")
 
 
 def loader_state(origin: Origin, ranks: Ranks) -> dict | None:
@@ -306,17 +334,20 @@ def loader_state(origin: Origin, ranks: Ranks) -> dict | None:
 
 
 def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
-    """Return the model's optimizer, with its state where the run resumes. Raises UserError where that is gone."""
+    """Return the model's optimizer, with its state where the run resumes, which is then dropped from `origin`.
+
+    Raises UserError where that is gone.
+    """
     groups = override(published.groups, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr,
                       unembedding_lr=config.unembedding_lr, weight_decay=config.weight_decay,
                       lr_frac=getattr(config, "init_lr_frac", 1.0))
     optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks, origin.model.compute_dtype,
                           reduce_dtype=getattr(torch, config.reduce_dtype))
-    if origin.step:
-        found = load_on_ranks(origin.folder, origin.step, ranks, weights=False, optimizer=True, mapped=True)
-        if found.optimizer_state is None:
-            raise cannot_resume(origin.folder, found.no_optimizer)
-        optimizer.load_state_dict(found.optimizer_state)
+    if origin.resumed is not None:
+        if origin.resumed.optimizer_state is None:
+            raise cannot_resume(origin.folder, origin.resumed.no_optimizer)
+        optimizer.load_state_dict(origin.resumed.optimizer_state)
+        origin.resumed.optimizer_state = None
         if ranks.is_main:
             print_changes(origin.meta.get("user_config", {}), config, origin)
     return optimizer
@@ -480,7 +511,7 @@ class StageRun:
                 "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(),
                 "world_size": self.ranks.world_size, **self.origin.provenance,
                 **({"loader": position} if self.loader is not None else {}),
-            }, optimizer_state, keep=keep)
+            }, optimizer_state, keep=keep, keep_every=getattr(self.config, "keep_every", -1))
 
     def wait_for_save(self) -> None:
         """Wait until the checkpoint that is being written is on disk. Collective. Raises UserError where it is not."""
@@ -500,7 +531,7 @@ class StageRun:
     def evaluate_bpb(self, step: int, rows: Iterable[Any], token_bytes: torch.Tensor) -> None:
         """Print and record the bits per byte on `rows`; later checkpoints say it as val_bpb. Collective."""
         bpb = evaluate_bpb(self.model, rows, token_bytes, self.ranks)
-        self.results["val_bpb"] = bpb
+        self.results.update(val_bpb=bpb, val_step=step)
         self.log.say(f"step {step:05d} | validation bpb {bpb:.4f}")
         self.log.record("val", step=step, bpb=bpb)
 
@@ -546,6 +577,8 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
         results: meta fields of every checkpoint, as they are before the first evaluation.
     """
     optimizer = make_optimizer(origin, config, ranks)
+    if origin.fresh:  # only now: what else could be wrong with the flags was looked at
+        on_main(f"moving {origin.folder} aside", lambda: move_aside(origin.folder), ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
                 enabled=ranks.is_main) as log:
         run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,

@@ -51,7 +51,7 @@ class BackgroundSaver:
         return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
 
     def write(self, folder: Path, step: int, model_state: dict[str, Tensor], meta: dict[str, Any],
-              optimizer_state: dict | None = None, keep: int | None = None) -> None:
+              optimizer_state: dict | None = None, keep: int | None = None, keep_every: int = -1) -> None:
         """Start to write a checkpoint of tensors from `host_copy`; arguments as those of `save_checkpoint`.
 
         Raises:
@@ -68,7 +68,7 @@ class BackgroundSaver:
                 if copied is not None:
                     copied.synchronize()
                 with saving(f"step {step}"):
-                    save_checkpoint(folder, step, model_state, meta, optimizer_state, keep)
+                    save_checkpoint(folder, step, model_state, meta, optimizer_state, keep, keep_every)
             except BaseException as error:
                 self._error = error
 
@@ -80,7 +80,8 @@ class BackgroundSaver:
         """Return the step of the checkpoint whose write has ended since the last call; empty while none has.
 
         Raises:
-            UserError: it could not be written, because the disk is full, for example.
+            UserError: it could not be written, because the disk is full, for example; NotFinite where its numbers are
+                not finite.
         """
         return [] if self._thread is not None and self._thread.is_alive() else self.wait()
 

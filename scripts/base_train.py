@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat.checkpoint import load_checkpoint, load_on_ranks
+from nanochat.checkpoint import load_to_resume
 from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir
@@ -43,7 +43,6 @@ from nanochat.run import (
     loader_state,
     lock_run,
     open_run,
-    resume_step,
 )
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -92,7 +91,9 @@ class Config:
                                          "examples of each task in that evaluation; -1 = all")
     sample_every: int = flag(BASE.sample_every, "steps from one set of samples to the next; -1 = at the end only")
     save_every: int = flag(BASE.save_every, "steps from one checkpoint to the next; -1 = at the end only")
-    keep: int = flag(BASE.keep, "periodical checkpoints to keep; the last one always stays")
+    keep: int = flag(BASE.keep, "periodical checkpoints to keep, beside the one of them with the best validation "
+                     "and those of --keep-every; the last one always stays")
+    keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none")
     model_tag: str = flag("", "name of the checkpoint folder; unset is d<depth>")
     data_dir: str = flag("", "folder of shards; unset is base_data")
     shards: int = flag(-1, "training shards that are planned: it begins with the first while a download brings the "
@@ -142,12 +143,12 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
     """
     folder = base_dir() / STAGES["base"].folder / (config.model_tag or f"d{config.depth}")
     file = lock_run(folder, ranks)
-    step, meta = resume_step(folder, config.fresh, ranks), {}
-    if step is None:
+    resumed = None if config.fresh else load_to_resume(folder, ranks, device=ranks.device)  # tensor by tensor
+    meta = resumed.meta if resumed else {}
+    if resumed is None:
         torch.manual_seed(config.seed)  # initialised on the CPU: the same weights for every device and number of ranks
         model = GPT(shape).to(ranks.device)
     else:
-        meta = load_checkpoint(folder, step, weights=False).meta
         way_out = "Use another --model-tag, or --fresh to move it aside and start anew."
         old, new = meta["model_config"], shape.to_dict()
         if old != new:
@@ -156,11 +157,11 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
             raise UserError(f"{folder} holds a model of another shape ({differ}). {way_out}")
         if meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
             raise UserError(f"{folder} was trained with another tokenizer. {way_out}")
-        found = load_on_ranks(folder, step, ranks, device=ranks.device)  # straight to the device, tensor by tensor
-        meta, model = found.meta, model_from_state(new, found.model_state, what=str(folder))
+        model = model_from_state(new, resumed.model_state, what=str(folder))
     model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype"))
-    return Origin(stage=STAGES["base"], folder=folder, step=step or 0, model=model, tokenizer=tokenizer, meta=meta,
-                  loaded="", provenance={"data": read_source(text)}, lock=file)
+    return Origin(stage=STAGES["base"], folder=folder, step=resumed.step if resumed else 0, model=model,
+                  tokenizer=tokenizer, meta=meta, loaded="", provenance={"data": read_source(text)}, lock=file,
+                  resumed=resumed, fresh=config.fresh)
 
 
 def run(config: Config, ranks: Ranks) -> None:

@@ -97,7 +97,7 @@ def run(config: Config, ranks: Ranks) -> None:
         def validate(step: int) -> None:
             count = min(config.eval_steps, len(val_steps))
             loss = evaluate_loss(model, chain.from_iterable(val_steps(i) for i in range(count)), ranks)
-            run.results["val_loss"] = loss
+            run.results.update(val_loss=loss, val_step=step)
             log.say(f"step {step:05d} | validation loss {loss:.4f}")
             log.record("val", step=step, loss=loss)
 

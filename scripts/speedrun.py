@@ -142,7 +142,8 @@ def execute(owner: Owner, command: Command) -> None:
 def is_done(plan: RunPlan, command: Command) -> bool:
     """Return whether a command need not run. Those that train or make text know themselves what is done."""
     if command.grades:
-        return _gradings().get(STAGES[command.grades].graded_by) == checkpoint_key(plan, command.grades)
+        key = checkpoint_key(plan, command.grades)
+        return key is not None and _gradings().get(STAGES[command.grades].graded_by) == key
     if command.module == "scripts.tok_train":
         return have_tokenizer(plan)
     if command.module == "dev.gen_identity":
@@ -167,11 +168,13 @@ def _gradings() -> dict[str, list]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def checkpoint_key(plan: RunPlan, source: str) -> list:
-    """Return what tells the newest checkpoint of a stage from others: tag, step, tokenizer, time of writing."""
+def checkpoint_key(plan: RunPlan, source: str) -> list | None:
+    """Return what tells the newest whole model of a stage from others: tag, step, tokenizer, time of writing.
+
+    None where there is none."""
     folder = base_dir() / STAGES[source].folder / plan.tag
-    step = latest_step(folder)
-    return [plan.tag, step, RustBPETokenizer.from_directory(tokenizer_dir()).fingerprint(),
+    step = latest_step(folder, optimizer=False)
+    return None if step is None else [plan.tag, step, RustBPETokenizer.from_directory(tokenizer_dir()).fingerprint(),
             (folder / f"meta_{step:06d}.json").stat().st_mtime_ns]
 
 
