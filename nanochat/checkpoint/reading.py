@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -298,29 +298,28 @@ def _load_together(folder: Path, ranks: Ranks, how: _Reading, choose: Callable[[
         choose: called on rank 0, returns the checkpoint, before a step if one is given; None or UserError for none.
         fixed: there is no other one to try.
     """
-    def attempt(load: Callable[[], Checkpoint | None]) -> tuple[Checkpoint | None, str]:
+    def attempt(load: Callable[..., Checkpoint | None], *args: Any) -> tuple[Checkpoint | None, str]:
         try:
-            return load(), ""
+            return load(*args), ""
         except UserError as error:
             return None, str(error) if ranks.is_main else f"rank {ranks.rank} on {socket.gethostname()}: {error}"
 
     below, elsewhere = None, []
     while True:
-        found, problem = attempt(lambda: choose(below)) if ranks.is_main else (None, "")
+        found, problem = attempt(choose, below) if ranks.is_main else (None, "")
         step, lost, problem = broadcast_object(
             (found and found.step, found.no_optimizer if found and not found.optimizer_state else "", problem), ranks)
         if problem or elsewhere and step is None:
             raise UserError(" ".join([problem, *elsewhere]).strip())
         if step is None:
             return None
-        own = _Reading(how.device, how.weights, how.optimizer and not lost, mapped=how.mapped)
+        own = replace(how, optimizer=how.optimizer and not lost)
         if ranks.local_rank == 0 and not ranks.is_main:
-            found, problem = attempt(lambda: _load_step(folder, step, own))
+            found, problem = attempt(_load_step, folder, step, own)
         problems = gather_objects(problem, ranks)
         if not any(problems):
             if found is None:  # another rank of this machine has verified it
-                own = _Reading(own.device, own.weights, own.optimizer, verify=False, mapped=own.mapped)
-                found, problem = attempt(lambda: _load_step(folder, step, own))
+                found, problem = attempt(_load_step, folder, step, replace(own, verify=False))
             problems = gather_objects(problem, ranks)
         problems = [problem for problem in problems if problem]
         if not problems:

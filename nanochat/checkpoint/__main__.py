@@ -1,0 +1,145 @@
+"""Look at checkpoints, and delete old ones.
+
+    python -m nanochat.checkpoint verify PATH               # read every byte; exit code 1 if anything is damaged
+    python -m nanochat.checkpoint list PATH                 # step, size, validation, when it was saved, whether whole
+    python -m nanochat.checkpoint prune PATH --keep=2       # say what would be deleted; --yes deletes it
+
+PATH is a folder of checkpoints, or any folder above some, such as $NANOCHAT_BASE_DIR. `prune` deletes as training does
+(nanochat/checkpoint/writing.py, `superseded`): periodical checkpoints alone, never one that is damaged, was not written
+here or is the last of a run, and nothing in the folder of a run that is going on.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat.checkpoint.meta import Corrupt, files_of, holds_checkpoints, read_meta, steps_in
+from nanochat.checkpoint.tensors import check_files
+from nanochat.checkpoint.writing import delete_checkpoints, superseded, validation_loss
+from nanochat.cli import flag, parse, run_main
+from nanochat.errors import UserError
+from nanochat.files import base_dir, in_words, lock
+
+
+@dataclass
+class PruneFlags:
+    """Flags of `prune`."""
+
+    keep: int = flag(2, "periodical checkpoints to keep, the newest")
+    keep_every: int = flag(-1, "those of a step that is a multiple of this stay too; -1 = none")
+    yes: bool = flag(False, "delete; without it, only what would be deleted is said")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one of the commands. Raises UserError for what the user can mend; SystemExit(1) where files are damaged."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"verify": verify, "list": list_checkpoints, "prune": None}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return
+    command, paths = argv[0], [part for part in argv[1:] if not part.startswith("-")]
+    if command not in commands:
+        raise UserError(f"{command!r} is none of {', '.join(commands)}: python -m nanochat.checkpoint verify PATH")
+    flags = parse(PruneFlags, [part for part in argv[1:] if part.startswith("-")], __doc__) if command == "prune" else None
+    if len(paths) != 1 or flags is None and len(argv) != 2:
+        raise UserError(f"give one folder: python -m nanochat.checkpoint {command} PATH")
+    top = Path(paths[0]).expanduser()
+    if not top.is_dir():
+        raise UserError(f"there is no folder {top}.")
+    folders = list(_folders_in(top))
+    if not folders:
+        print(f"no checkpoints in {top}")
+    elif flags is not None:
+        prune(folders, flags)
+    elif not all([commands[command](folder) for folder in folders]):
+        raise SystemExit(1)
+
+
+def _folders_in(top: Path) -> Iterator[Path]:
+    """Yield the folders that hold files of checkpoints, `top` and those below it."""
+    for folder, inner, _ in os.walk(top):
+        inner.sort()
+        if holds_checkpoints(Path(folder)):
+            yield Path(folder)
+
+
+def _states(folder: Path) -> Iterator[tuple[int, dict[str, Any], dict[str, str]]]:
+    """Yield (step, meta, what is wrong by file) of each checkpoint, oldest first. A damaged meta is empty."""
+    for step in reversed(steps_in(folder)):
+        try:
+            meta = read_meta(folder, step)
+        except Corrupt as error:
+            yield step, {}, {f"meta_{step:06d}.json": str(error)}
+        else:
+            yield step, meta, check_files(folder, meta, files_of(meta))
+
+
+def verify(folder: Path) -> bool:
+    """Print the state of every file of the checkpoints in a folder. Return whether all are whole."""
+    print(folder)
+    sound, seen = True, set()
+    for step, meta, wrong in _states(folder):
+        files = [f"meta_{step:06d}.json", *(files_of(meta) if meta else ())]
+        seen.update(files)
+        for name in files:
+            if name in wrong:
+                print(f"  {name:20s} {wrong[name]}")
+            elif "files" in meta:
+                print(f"  {name:20s} whole")
+            else:
+                print(f"  {name:20s} " + ("readable; a published one, without a sha256 to compare with"))
+        sound = sound and not wrong
+    for name in holds_checkpoints(folder):
+        if name not in seen and not name.endswith((".new", ".gone")):
+            step = name.split("_")[1].split(".")[0]
+            published = (folder / f"meta_{step}.json").exists() and name.startswith("optim_")
+            print(f"  {name:20s} " + ("not listed in its meta file" if published else "without a usable meta file"))
+            sound = sound and published
+    return sound
+
+
+def list_checkpoints(folder: Path) -> bool:
+    """Print a line for each checkpoint in a folder, oldest first. Return True: nothing is judged."""
+    print(f"{folder}\n  {'step':>8s} {'size':>9s} {'validation':>10s}  {'kind':10s} {'saved':16s} state")
+    for step, meta, wrong in _states(folder):
+        names = [name for name in holds_checkpoints(folder) if name.split("_")[1].split(".")[0] == f"{step:06d}"]
+        stats = [(folder / name).stat() for name in names]
+        loss, saved = validation_loss(meta), time.localtime(max(stat.st_mtime for stat in stats))
+        kind = "" if not meta else "published" if "files" not in meta else "periodical" if meta["periodical"] else "stays"
+        print(f"  {step:8d} {in_words(sum(stat.st_size for stat in stats)):>9s} "
+              f"{'' if loss is None else f'{loss:.4f}':>10s}  {kind:10s} {time.strftime('%Y-%m-%d %H:%M', saved)} "
+              + ("; ".join(wrong.values()) or "whole"))
+    return True
+
+
+def prune(folders: list[Path], flags: PruneFlags) -> None:
+    """Delete the checkpoints that the policy of training lets go, or say which those are.
+
+    Raises UserError where a run is going on in one of the folders; nothing is deleted in any then.
+    """
+    if flags.keep < 1:
+        raise UserError(f"--keep must be at least 1, not {flags.keep}")
+    locks = [_locked(folder) for folder in folders] if flags.yes else []
+    try:
+        for folder in folders:
+            steps = superseded(folder, max(steps_in(folder), default=0), flags.keep, flags.keep_every)
+            size = sum(path.stat().st_size for step in steps for path in folder.glob(f"*_{step:06d}.*"))
+            what = f"{len(steps)} of {len(steps_in(folder))} checkpoints, {in_words(size)}"
+            if flags.yes:
+                delete_checkpoints(folder, steps)
+            print(f"{folder}: " + (("deleted " if flags.yes else "would delete ") + what
+                                   + ": step" + "s" * (len(steps) > 1) + " " + ", ".join(map(str, reversed(steps)))
+                                   if steps else "nothing to delete"))
+    finally:
+        for held in locks:
+            held.close()
+    if not flags.yes:
+        print("Nothing was deleted; --yes does it.")
+
+
+if __name__ == "__main__":
+    run_main(main)
