@@ -4,6 +4,7 @@
         file.write(to_json({"loss": 2.5}))
 """
 
+import atexit
 import dataclasses
 import errno
 import hashlib
@@ -14,11 +15,12 @@ import shlex
 import shutil
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +28,9 @@ from nanochat.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over a quota, over the largest file allowed
 PIECE = 1 << 22  # bytes that are read at a time
+BEAT = 10.0        # seconds from one sign of life of a lock's holder to the next
+STALE = 45.0       # seconds without one after which it is dead
+LONG_DEAD = 600.0  # seconds without one after which nobody waits to see one
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
@@ -116,15 +121,58 @@ def _lock(file: IO) -> bool:
     return True
 
 
-def lock(path: Path, what: str, way_out: str) -> IO | None:
-    """Lock a file for this process and return it open; the lock ends with the process, or when the file is closed.
+class Lock:
+    """A file that this process has locked. It ends with `close`, with the process, or at the end of a `with` block.
 
-    Where the system has no locks, nothing is locked. A process that this one forks does not hold the lock.
+    The file system's lock ends with its process, also when the machine fails. Some file systems have none, or one that
+    other machines do not see. So the file also says who holds it, and a thread touches it every BEAT seconds: whose
+    file is not touched for STALE seconds is dead.
+    """
+
+    def __init__(self, file: IO):
+        self._file, self._ended = file, threading.Event()
+        _held.add(self)
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            with suppress(OSError, ValueError):  # a network file system may be away for a while; closed meanwhile
+                os.utime(self._file.fileno())
+
+    def close(self) -> None:
+        """Let others have it. A second call does nothing."""
+        self._ended.set()
+        _held.discard(self)
+        with suppress(OSError, ValueError), self._file:
+            self._file.truncate(0)  # other machines see by this that nobody holds it
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_held: set[Lock] = set()
+
+
+@atexit.register
+def release_locks() -> None:
+    """Let others have what this process has locked: before it ends without clean-up."""
+    for held in list(_held):
+        held.close()
+
+
+def lock(path: Path, what: str, way_out: str) -> Lock | None:
+    """Lock a file for this process. A process that this one forks does not hold the lock.
+
+    A lock whose holder is dead is taken over. Where only the touched file can tell that (see `Lock`), this waits up to
+    STALE seconds. Where the file system has no locks, a line says so.
 
     Args:
         path: the file; created if absent. It says who holds it.
         what: what another process has taken, for the message.
-        way_out: what to do; {pid} in it stands for that process.
+        way_out: what to do; {kill} in it stands for the command that stops that process, and where to type it.
 
     Raises:
         UserError: another process holds the lock.
@@ -141,18 +189,97 @@ def lock(path: Path, what: str, way_out: str) -> IO | None:
                         "folder.") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        has_locks = True
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-            return file
+        has_locks = error.errno in (errno.EACCES, errno.EAGAIN)
+        if has_locks:
+            with file:
+                raise _in_use(file, what, way_out) from error
+        print(f"note: the disk of {path.parent} has no file locks ({error.strerror}). A file that is touched every "
+              f"{BEAT:.0f} s stands in for one: do not start two runs within {STALE:.0f} s.", file=sys.stderr)
+    try:
+        if _other_holds(file, path, has_locks):
+            raise _in_use(file, what, way_out)
+        if has_locks:  # again, as it ends when the process closes any file that it opened at this path
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         with file:
-            file.seek(0)
-            pid, _, about = file.read().partition("\n")
-        raise UserError(f"{what}: process {pid}, {' '.join(about.split())}. {way_out.format(pid=pid)}") from error
+            raise _in_use(file, what, way_out) from error
+    except BaseException:
+        file.close()
+        raise
     file.truncate(0)
     file.write(f"{os.getpid()}\n{shlex.join(sys.orig_argv)}\non {socket.gethostname()} since "
                f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
-    return file
+    return Lock(file)
+
+
+def lock_folder(folder: Path, what: str, way_out: str) -> ExitStack:
+    """Lock a folder for this process with a file beside it, until the returned stack is closed; see `lock`.
+
+    All machines that see the folder see the file. Where the folder is a link, the file is beside the folder that it
+    leads to as well, which others may reach in another way.
+    """
+    with ExitStack() as locks:
+        for place in dict.fromkeys((folder.parent.resolve() / folder.name, folder.resolve())):
+            if held := lock(place.with_name(f".{place.name}.lock"), what, way_out):
+                locks.enter_context(held)
+        return locks.pop_all()
+
+
+def _holder(file: IO) -> tuple[str, str, str]:
+    """Return the number, command and host of the process that a lock's file names; ("", "", "") for none."""
+    file.seek(0)
+    pid, _, about = file.read().partition("\n")
+    command, _, host = about.rpartition("\n")
+    return pid, command, host.removeprefix("on ").partition(" since ")[0]
+
+
+def _in_use(file: IO, what: str, way_out: str) -> UserError:
+    pid, _, host = _holder(file)
+    file.seek(0)
+    about = " ".join(file.read().partition("\n")[2].split())
+    kill = f"`kill {pid}`" + (f" on {host}" if host and host != socket.gethostname() else "")
+    return UserError(f"{what}: process {pid}, {about}. {way_out.format(kill=kill)}")
+
+
+def _other_holds(file: IO, path: Path, has_locks: bool) -> bool:
+    """Return whether a lock that the file system gave to this process, or cannot give, is another process's.
+
+    A process of this machine that has ended, or lost its lock, does not hold it. Of others it is not known; they hold
+    it where they touch the file while this function looks.
+    """
+    pid, _, host = _holder(file)
+    if not pid or int(pid) == os.getpid():
+        return False
+    if host == socket.gethostname():
+        return not has_locks and _runs(int(pid))
+    before = os.stat(path).st_mtime_ns
+    os.utime(file.fileno())  # now, by the clock of the machine that has the disk
+    touched = os.stat(path).st_mtime_ns
+    if touched - before > 1e9 * LONG_DEAD:
+        return False
+    print(f"{path} names a process of {host}, {pid}, which may have been killed: waiting up to {STALE:.0f} s whether "
+          "it shows itself", file=sys.stderr, flush=True)
+    ends = time.monotonic() + STALE
+    while time.monotonic() < ends:
+        time.sleep(min(1.0, STALE / 10))
+        with open(path, "rb") as again:  # a network file system looks for changes when a file is opened
+            state = os.fstat(again.fileno())
+        if state.st_mtime_ns != touched:
+            return state.st_size > 0  # it is empty where the other gave it back meanwhile
+    return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def sync_folder(folder: Path) -> None:

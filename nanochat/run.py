@@ -13,10 +13,10 @@ beside training (nanochat/saving.py).
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -43,7 +43,7 @@ from nanochat.distributed import (
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.evaluation.loss import evaluate_bpb
-from nanochat.files import base_dir, free_name, lock
+from nanochat.files import base_dir, free_name, lock_folder
 from nanochat.gpt import GPT
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
@@ -178,7 +178,7 @@ class Origin:
     model: on the device. tokenizer: its own. meta: of the checkpoint the model was loaded from; empty for a new model.
     loaded: which checkpoint that is and why, in words.
     provenance: meta fields of every checkpoint the run writes ("data", and "from" where it began from a checkpoint).
-    lock: on rank 0, of `lock_run`: no other run writes to the folder as long as this file is open.
+    lock: on rank 0, of `lock_run`: no other run writes to the folder as long as it is open.
     resumed: the checkpoint to go on from, with the optimizer state until that is loaded; None for a new run.
     fresh: move what is in the folder aside before the run begins.
     """
@@ -191,7 +191,7 @@ class Origin:
     meta: dict[str, Any]
     loaded: str
     provenance: dict[str, Any]
-    lock: IO | None = None
+    lock: ExitStack | None = None
     resumed: Checkpoint | None = None
     fresh: bool = False
 
@@ -208,17 +208,18 @@ class ChatDataChoice:
     extra: list[Path]
 
 
-def lock_run(folder: Path, ranks: Ranks) -> IO | None:
-    """Keep other runs from writing to a folder of checkpoints, as long as the returned file is open. Collective.
+def lock_run(folder: Path, ranks: Ranks) -> ExitStack | None:
+    """Keep other runs from writing to a folder of checkpoints, as long as the returned stack is open. Collective.
 
-    Raises UserError where another run does.
+    The lock lies beside the folder, so that it counts on all machines that see it. Raises UserError where another run
+    holds it.
     """
-    files = []
-    way_out = ("Two runs cannot write to one folder: wait until it ends, or stop it with `kill {pid}` (it saves "
-               "first); another --model-tag trains beside it.")
-    path = base_dir() / "locks" / f"{folder.parent.name}_{folder.name}.lock"
-    on_main(f"locking {folder}", lambda: files.append(lock(path, f"{folder} is in use by a run", way_out)), ranks)
-    return files[0] if files else None
+    locks = []
+    way_out = ("Two runs cannot write to one folder: wait until it ends, or stop it with {kill} (it saves first); "
+               "another --model-tag trains beside it.")
+    on_main(f"locking {folder}",
+            lambda: locks.append(lock_folder(folder, f"{folder} is in use by a run", way_out)), ranks)
+    return locks[0] if locks else None
 
 
 def move_aside(folder: Path) -> None:

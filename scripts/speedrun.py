@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.dry_run:
         print_commands(plan)
         return
-    way_out = "Wait until it ends, or stop it with `kill {pid}`; another NANOCHAT_BASE_DIR lets two run side by side."
+    way_out = "Wait until it ends, or stop it with {kill}; another NANOCHAT_BASE_DIR lets two run side by side."
     file = lock(base_dir() / "locks" / "speedrun.lock", f"{base_dir()} is in use by a speedrun", way_out)
     with file or nullcontext():
         try:

@@ -20,7 +20,7 @@ from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import iter_documents
 from nanochat.dataset.shards import data_dir, read_source
 from nanochat.errors import UserError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, lock_folder
 from nanochat.recipe import published
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 
@@ -40,6 +40,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.max_chars < 1 or config.doc_cap < 0:
         raise UserError(f"max_chars is {config.max_chars}, doc_cap {config.doc_cap}; "
                         "the first must be 1 or more, the second 0 or more")
+    way_out = ("Wait until it ends, or stop it with {kill}; with another NANOCHAT_BASE_DIR two can be trained side by "
+               "side.")
+    with lock_folder(tokenizer_dir(), f"a tokenizer is already being trained into {tokenizer_dir()}", way_out):
+        _train(config)
+
+
+def _train(config: Config) -> None:
+    """Train the tokenizer and put it in its place. Only one process at a time may do this."""
     seen: dict[str, Any] = {"chars": 0, "uncut": 0, "docs": 0, "sample": []}
     start = time.perf_counter()
     try:

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ from typing import Any
 from nanochat.checkpoint.meta import Corrupt, files_of, holds_checkpoints, read_meta, steps_in
 from nanochat.checkpoint.tensors import check_files
 from nanochat.checkpoint.writing import delete_checkpoints, superseded, validation_loss
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import flag, parser_of, run_main
 from nanochat.errors import UserError
-from nanochat.files import base_dir, in_words, lock
+from nanochat.files import in_words, lock_folder
+
+
+@dataclass
+class NoFlags:
+    """Of the commands that have none."""
 
 
 @dataclass
@@ -37,25 +43,28 @@ class PruneFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the commands. Raises UserError for what the user can mend; SystemExit(1) where files are damaged."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"verify": verify, "list": list_checkpoints, "prune": None}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.strip())
-        return
-    command, paths = argv[0], [part for part in argv[1:] if not part.startswith("-")]
-    if command not in commands:
-        raise UserError(f"{command!r} is none of {', '.join(commands)}: python -m nanochat.checkpoint verify PATH")
-    flags = parse(PruneFlags, [part for part in argv[1:] if part.startswith("-")], __doc__) if command == "prune" else None
-    if len(paths) != 1 or flags is None and len(argv) != 2:
-        raise UserError(f"give one folder: python -m nanochat.checkpoint {command} PATH")
-    top = Path(paths[0]).expanduser()
+    if argv[:1] == ["prune"]:
+        parser = parser_of(PruneFlags, "Delete periodical checkpoints as training does, or say which those are.")
+    elif argv[:1] in (["verify"], ["list"]):
+        parser = parser_of(NoFlags, "Read every byte of all checkpoints; exit code 1 if anything is damaged."
+                           if argv[0] == "verify" else "Print a line for each checkpoint.")
+    else:
+        print((__doc__ or "").strip())
+        if argv[:1] in ([], ["-h"], ["--help"]):
+            return
+        raise UserError(f"{argv[0]!r} is none of verify, list, prune: python -m nanochat.checkpoint verify PATH")
+    parser.prog += f" {argv[0]}"
+    parser.add_argument("path", metavar="PATH", help="folder of checkpoints, or any folder above some")
+    flags = vars(parser.parse_args(argv[1:]))
+    top = Path(flags.pop("path")).expanduser()
     if not top.is_dir():
         raise UserError(f"there is no folder {top}.")
     folders = list(_folders_in(top))
     if not folders:
         print(f"no checkpoints in {top}")
-    elif flags is not None:
-        prune(folders, flags)
-    elif not all([commands[command](folder) for folder in folders]):
+    elif argv[0] == "prune":
+        prune(folders, PruneFlags(**flags))
+    elif not all([(verify if argv[0] == "verify" else list_checkpoints)(folder) for folder in folders]):
         raise SystemExit(1)
 
 
@@ -91,7 +100,7 @@ def verify(folder: Path) -> bool:
             elif "files" in meta:
                 print(f"  {name:20s} whole")
             else:
-                print(f"  {name:20s} " + ("readable; a published one, without a sha256 to compare with"))
+                print(f"  {name:20s} readable; a published one, without a sha256 to compare with")
         sound = sound and not wrong
     for name in holds_checkpoints(folder):
         if name not in seen and not name.endswith((".new", ".gone")):
@@ -109,7 +118,8 @@ def list_checkpoints(folder: Path) -> bool:
         names = [name for name in holds_checkpoints(folder) if name.split("_")[1].split(".")[0] == f"{step:06d}"]
         stats = [(folder / name).stat() for name in names]
         loss, saved = validation_loss(meta), time.localtime(max(stat.st_mtime for stat in stats))
-        kind = "" if not meta else "published" if "files" not in meta else "periodical" if meta["periodical"] else "stays"
+        kind = "published" if "files" not in meta else "periodical" if meta.get("periodical") else "stays"
+        kind = kind if meta else "?"
         print(f"  {step:8d} {in_words(sum(stat.st_size for stat in stats)):>9s} "
               f"{'' if loss is None else f'{loss:.4f}':>10s}  {kind:10s} {time.strftime('%Y-%m-%d %H:%M', saved)} "
               + ("; ".join(wrong.values()) or "whole"))
@@ -123,8 +133,10 @@ def prune(folders: list[Path], flags: PruneFlags) -> None:
     """
     if flags.keep < 1:
         raise UserError(f"--keep must be at least 1, not {flags.keep}")
-    locks = [_locked(folder) for folder in folders] if flags.yes else []
-    try:
+    with ExitStack() as locks:
+        for folder in folders if flags.yes else ():
+            locks.enter_context(lock_folder(folder, f"{folder} is in use", "Wait until it ends, or stop it with {kill} "
+                                            "(a run saves first). Nothing was deleted."))
         for folder in folders:
             steps = superseded(folder, max(steps_in(folder), default=0), flags.keep, flags.keep_every)
             size = sum(path.stat().st_size for step in steps for path in folder.glob(f"*_{step:06d}.*"))
@@ -134,9 +146,6 @@ def prune(folders: list[Path], flags: PruneFlags) -> None:
             print(f"{folder}: " + (("deleted " if flags.yes else "would delete ") + what
                                    + ": step" + "s" * (len(steps) > 1) + " " + ", ".join(map(str, reversed(steps)))
                                    if steps else "nothing to delete"))
-    finally:
-        for held in locks:
-            held.close()
     if not flags.yes:
         print("Nothing was deleted; --yes does it.")
 
