@@ -20,14 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from nanochat.checkpoint import (
-    Checkpoint,
-    Corrupt,
-    latest_step,
-    load_checkpoint,
-    load_to_resume,
-    steps_in,
-)
+from nanochat.checkpoint import Checkpoint, Corrupt, latest_step, load_checkpoint, load_to_resume, steps_in
 from nanochat.cli import flag, parse
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanochat import checkpoint, files, saving
-from nanochat.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from nanochat.checkpoint import NotFinite, latest_step, load_checkpoint, save_checkpoint
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.kernels.choose import Choice
@@ -130,8 +130,8 @@ def origin(tmp_path, monkeypatch):
                   meta={}, loaded="", provenance={})
 
 
-def train(origin, one_step, steps=6) -> StageRun:
-    with open_run(origin, Config(), ALONE, num_iterations=steps, kernels=Choice()) as run:
+def train(origin, one_step, steps=6, **config) -> StageRun:
+    with open_run(origin, Config(**config), ALONE, num_iterations=steps, kernels=Choice()) as run:
         run.train_by(one_step, [])
     return run
 
@@ -189,6 +189,20 @@ def test_a_full_disk_ends_the_run_and_hides_no_other_error(origin, monkeypatch, 
     with pytest.raises(UserError, match="training has diverged"):
         train(origin, diverges)
     assert "besides: the checkpoint of step 2 needs" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_end_the_run_and_the_checkpoint_before_stays(origin):
+    def one_step(step, stop):
+        if step == 3:
+            origin.model.transformer.wte.weight.data[5, 3] = float("nan")
+        return stop
+
+    with pytest.raises(NotFinite, match="step 4 was not saved: transformer.wte.weight .*go on from the last good one"):
+        train(origin, one_step, keep=1)
+    assert saved(origin) == [2] and load_checkpoint(origin.folder, optimizer=True).step == 2
+    with pytest.raises(NotFinite):  # also as the last one
+        train(origin, one_step, steps=4, keep=1)
+    assert load_checkpoint(origin.folder, optimizer=True).step == 2
 
 
 def test_the_log_is_told_of_a_checkpoint_once_it_is_on_disk(origin, held):

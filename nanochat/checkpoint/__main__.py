@@ -111,12 +111,17 @@ def verify(folder: Path) -> bool:
     return sound
 
 
+def _stats(folder: Path, step: int) -> list[os.stat_result]:
+    """Return the sizes and times of the files of a checkpoint."""
+    names = (name for name in holds_checkpoints(folder) if name.split("_")[1].split(".")[0] == f"{step:06d}")
+    return [(folder / name).stat() for name in names]
+
+
 def list_checkpoints(folder: Path) -> bool:
     """Print a line for each checkpoint in a folder, oldest first. Return True: nothing is judged."""
     print(f"{folder}\n  {'step':>8s} {'size':>9s} {'validation':>10s}  {'kind':10s} {'saved':16s} state")
     for step, meta, wrong in _states(folder):
-        names = [name for name in holds_checkpoints(folder) if name.split("_")[1].split(".")[0] == f"{step:06d}"]
-        stats = [(folder / name).stat() for name in names]
+        stats = _stats(folder, step)
         loss, saved = validation_loss(meta), time.localtime(max(stat.st_mtime for stat in stats))
         kind = "published" if "files" not in meta else "periodical" if meta.get("periodical") else "stays"
         kind = kind if meta else "?"
@@ -139,7 +144,7 @@ def prune(folders: list[Path], flags: PruneFlags) -> None:
                                             "(a run saves first). Nothing was deleted."))
         for folder in folders:
             steps = superseded(folder, max(steps_in(folder), default=0), flags.keep, flags.keep_every)
-            size = sum(path.stat().st_size for step in steps for path in folder.glob(f"*_{step:06d}.*"))
+            size = sum(stat.st_size for step in steps for stat in _stats(folder, step))
             what = f"{len(steps)} of {len(steps_in(folder))} checkpoints, {in_words(size)}"
             if flags.yes:
                 delete_checkpoints(folder, steps)
