@@ -100,7 +100,8 @@ def test_every_byte_of_a_meta_file_counts(two):
         with pytest.raises(Corrupt):
             parse_meta(path)
     meta = json.loads(text)
-    for changed in ({"val_bpb": 1.25}, {"format": ...}, {"meta_sha256": ...}, {"format": 3}, {"files": ...}, {"step": 1}):
+    for changed in ({"val_bpb": 1.25}, {"step": 1}, {"files": ...}, {"format": 3}, {"format": ...},
+                    {"meta_sha256": ...}):
         changed = {key: value for key, value in (meta | changed).items() if value is not ...}
         path.write_text(json.dumps(changed, indent=2))
         with pytest.raises(Corrupt, match="meta_000020.json"):
