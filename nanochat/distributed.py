@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.errors import UserError
+from nanochat.files import release_locks
 from nanochat.launcher import MASTER, obey_owner, tell_owner
 from nanochat.logs import print_line
 
@@ -240,6 +241,7 @@ def _end_rank(ranks: Ranks, error: BaseException) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
+    release_locks()
     # No clean-up from here on: closing NCCL may wait for the other ranks until its time limit. The files are closed, as
     # the run's own context managers have ended, and the system frees the GPU with the process.
     os._exit(code)

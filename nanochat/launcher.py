@@ -13,6 +13,9 @@ What holds:
   exit code and the last line on the screen are those of the rank that failed first.
 - When a process has ended, so has everything in its process group.
 - Where the owner is killed, its processes see the end of their line to it. They stop as if asked to by SIGTERM.
+- A process that shows no sign of life, or that the other ranks wait for (nanochat/watch.py), is named after
+  NANOCHAT_HANG_WARN seconds (120) and ended after NANOCHAT_HANG_END (600); 0 means never.
+- `Owner.persist` starts a job anew that failed through no fault of its user.
 
 The line is a socket. A process that was started here calls `obey_owner` (`nanochat.cli.run_main` does) and then tells
 its owner what it does: JSON, one object a line, see `tell_owner`. A launcher that has an owner itself hands on what its
@@ -28,11 +31,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanochat.errors import UserError
 from nanochat.logs import print_line
 
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -42,8 +46,29 @@ ORPHANED = 600.0     # seconds to end in, for a process whose owner has died
 REMIND = 15.0        # seconds between two lines about what is waited for
 BOUNCE = 1.0         # a second Ctrl-C counts from this many seconds after the first
 TICK = 0.1           # seconds between two looks at the processes
+BEAT = 5.0           # seconds from one sign of life of a process to the next
+HOPELESS = 3         # failures at one and the same step, after which a job is not started again
 
 LINE, MASTER = "NANOCHAT_OWNER_LINE", "NANOCHAT_MASTER_LISTENS"  # environment: file descriptors, see Owner.start
+RESTARTED = "NANOCHAT_RESTARTED"  # environment: why a job was started anew, for its log
+
+
+def hang_seconds() -> tuple[float, float]:
+    """Return after how many seconds a rank that hangs is named, and after how many the job is ended; inf for never.
+
+    Raises UserError where NANOCHAT_HANG_WARN or NANOCHAT_HANG_END is no number.
+    """
+    limits = []
+    for name, default in (("WARN", "120"), ("END", "600")):
+        text = os.environ.get(f"NANOCHAT_HANG_{name}") or default
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = -1.0
+        if not 0 <= seconds < float("inf"):
+            raise UserError(f"NANOCHAT_HANG_{name} is {text!r}: it must be a number of seconds, or 0 for never.")
+        limits.append(seconds or float("inf"))
+    return limits[0], limits[1]
 
 
 def handled_stops() -> list[int]:
@@ -77,7 +102,13 @@ def obey_owner() -> None:
     for stop in STOPS[1:]:
         signal.signal(stop, _exit_of_signal)
     threading.Thread(target=_end_with_owner, args=(_line,), name="owner", daemon=True).start()
+    threading.Thread(target=_show_life, name="life", daemon=True).start()
     tell_owner(ready=True)
+
+
+def _show_life() -> None:
+    while tell_owner(beat=True):
+        time.sleep(BEAT)
 
 
 def _exit_of_signal(number: int, frame: object) -> None:
@@ -115,6 +146,10 @@ def tell_owner(**news: Any) -> bool:
         owns: True: it owns processes itself and ends them by the rules of this file.
         error: a text that the owner prints, with the name of the rank.
         reason: why this process fails, in a line, for the owner's last line. An error's last line is one too.
+        mend: True: it fails for what its user must mend, so that starting it again is in vain.
+        step: the optimizer step that it has come to.
+        hung: of ranks that the others wait for in vain, by number as text, how they hang, in words.
+        beat: True: it is alive.
     """
     _told.update(news)
     if "error" in news:
@@ -172,6 +207,10 @@ class _Member:
     owns: bool = False
     error: str = ""
     reason: str = ""
+    mend: bool = False
+    step: int = -1
+    heard: float = 0.0  # when it last told anything; 0 before the first time
+    named: bool = False  # as one without a sign of life
     failed_at: float = float("inf")  # by the clock that all processes share
     since: float = field(default_factory=time.monotonic)  # of the last change of these
     asked: int = 0  # the signal that it was sent
@@ -222,6 +261,16 @@ class Job:
         return self.first.code if self.first is not None else 0
 
     @property
+    def step(self) -> int:
+        """The optimizer step that the job came to, −1 where none was told."""
+        return max(member.step for member in self.members)
+
+    @property
+    def mend(self) -> bool:
+        """Whether the job failed for what its user must mend, or was ended by a signal that asks it to."""
+        return self.first is not None and (self.first.mend or self.code in (2, *(128 + number for number in STOPS)))
+
+    @property
     def reason(self) -> str:
         """Why the job failed, in a line; "" where it did not fail or nobody knows."""
         first = self.first
@@ -229,6 +278,15 @@ class Job:
             return ""
         why = first.reason.removeprefix("error: ") or _death(first.code)
         return f"{first.name} of {len(self.members)} failed first: {why}" if first.name else first.reason
+
+
+def _is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped by a signal. False where the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+    except (OSError, IndexError):
+        return False
 
 
 def _death(code: int) -> str:
@@ -251,6 +309,8 @@ class Owner:
         self._hasten = False
         self._jobs: list[Job] = []
         self._before: dict[int, Any] = {}
+        self._looked = time.monotonic()
+        self._warn, self._end = hang_seconds()
 
     def __enter__(self) -> "Owner":
         for number in handled_stops():
@@ -332,6 +392,29 @@ class Owner:
                and each.code not in (128 + number for number in STOPS)]
         raise SystemExit(own[0] if own else 128 + self.stopped)
 
+    def persist(self, start: Callable[[], Job], restarts: int) -> Job:
+        """Call `start` and wait for its job; again where it fails, at most `restarts` times. Return the last job.
+
+        A training run goes on from its last checkpoint. What its user must mend, and what fails HOPELESS times at one
+        and the same step, is not started again. Raises what `wait` raises.
+        """
+        failed_at: list[int] = []
+        try:
+            while True:
+                job = start()
+                if not self.wait(job) or job.mend or len(failed_at) >= restarts:
+                    return job
+                failed_at.append(job.step)
+                why, at = job.reason or _death(job.code), f"step {job.step}" if job.step >= 0 else "its start"
+                if failed_at[-HOPELESS:] == [job.step] * HOPELESS:
+                    print_line(f"{job.title} has failed {HOPELESS} times at {at}: it is not started again", sys.stderr)
+                    return job
+                print_line(f"restart {len(failed_at)} of at most {restarts}: {job.title} failed at {at} ({why}). It "
+                           "goes on from its last checkpoint.", sys.stderr)
+                os.environ[RESTARTED] = f"restart {len(failed_at)} of at most {restarts}, at {at}: {why}"
+        finally:
+            os.environ.pop(RESTARTED, None)
+
     def _stop(self, job: Job, number: int) -> None:
         """Ask a job to stop, once."""
         if job.stopped or not job.running:
@@ -358,7 +441,11 @@ class Owner:
             select.select(lines, [], [], TICK)
         else:
             time.sleep(TICK)
+        self._looked, before = time.monotonic(), self._looked
         for job in self._jobs:
+            if self._looked - before > BEAT:  # this process was stopped itself
+                for member in job.running:
+                    member.heard += self._looked - before if member.heard else 0
             ended = [member for member in job.running if self._has_ended(member)]
             told = [member for member in job.members if self._hear(job, member)]
             for member in sorted(ended, key=lambda member: member.failed_at):
@@ -367,6 +454,7 @@ class Owner:
                     job.first, job.failing_since = member, time.monotonic()
             for member in sorted(told, key=lambda member: member.failed_at):
                 self._print_error(job, member)
+            self._look_for_life(job)
             self._enforce(job)
             if ended:
                 self._tell(job)
@@ -398,15 +486,52 @@ class Owner:
                 news = json.loads(text)
             except ValueError:  # cut off by a full buffer
                 continue
-            member.since = time.monotonic()
-            for name in ("ready", "saves", "saving", "owns", "reason"):
+            self._hear_life(job, member)
+            if "beat" in news:
+                continue
+            member.since = member.heard
+            for name in ("ready", "saves", "saving", "owns", "reason", "mend", "step"):
                 setattr(member, name, news.get(name, getattr(member, name)))
+            for rank, how in news.get("hung", {}).items():
+                self._end_hung(job, f"rank {rank}", how)
             if "error" in news:
                 member.error, member.failed_at = news["error"].strip(), min(member.failed_at, news["at"])
                 member.reason = member.error.rpartition("\n")[2]
                 failed = True
             self._tell(job)
         return failed
+
+    def _hear_life(self, job: Job, member: _Member) -> None:
+        now = time.monotonic()
+        if member.named:
+            member.named = False
+            print_line(f"{member.name or job.title} is back after {now - member.heard:.0f} s", sys.stderr)
+        member.heard = now
+
+    def _look_for_life(self, job: Job) -> None:
+        """Name those that have shown no sign of life for long; end those that the other ranks wait for in vain."""
+        for member in job.running:
+            silent = self._looked - member.heard
+            if not member.heard or member.silent or silent < self._warn:
+                continue
+            pid, stopped = member.popen.pid, _is_stopped(member.popen.pid)
+            how = (f"it is stopped (SIGSTOP); `kill -CONT {pid}` lets it go on" if stopped else
+                   "its machine is overloaded, or it hangs in the system")
+            if not member.named:
+                member.named = True
+                then = f"; it is ended after {self._end:.0f} s" if len(job.members) > 1 else ""
+                print_line(f"warning: {member.name or job.title} (process {pid}) has shown no sign of life for "
+                           f"{silent:.0f} s: {how}{then}", sys.stderr)
+            if silent > self._end and len(job.members) > 1:
+                self._end_hung(job, member.name, f"no sign of life for {silent:.0f} s"
+                               + (" (stopped by SIGSTOP)" if stopped else ""))
+
+    def _end_hung(self, job: Job, name: str, how: str) -> None:
+        for member in job.running:
+            if member.name == name and not member.killed:
+                member.reason, member.failed_at = how, 0.0
+                member.kill()
+                member.popen.wait()  # so that it is the first that ends
 
     def _print_error(self, job: Job, member: _Member) -> None:
         """Print the error of a process: in full the first of a job, of others the last line, each once."""
@@ -419,6 +544,8 @@ class Owner:
 
     def _tell(self, job: Job) -> None:
         """Hand on to the owner of this process what the processes of a job do."""
+        if (step := job.step) > _told.get("step", -1):
+            tell_owner(step=step)
         tell_owner(saves=any(each.saves for each in job.running),
                    saving=next((each.saving for each in job.running if each.saving), ""))
 
