@@ -36,8 +36,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat.errors import UserError
 from nanochat.logs import print_line
+from nanochat.watch import hang_seconds, is_stopped
 
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE = 10.0         # seconds to end in, for a process that does not save anything
@@ -47,28 +47,11 @@ REMIND = 15.0        # seconds between two lines about what is waited for
 BOUNCE = 1.0         # a second Ctrl-C counts from this many seconds after the first
 TICK = 0.1           # seconds between two looks at the processes
 BEAT = 5.0           # seconds from one sign of life of a process to the next
+STEP_TOLD_AFTER = 0.2  # seconds
 HOPELESS = 3         # failures at one and the same step, after which a job is not started again
 
 LINE, MASTER = "NANOCHAT_OWNER_LINE", "NANOCHAT_MASTER_LISTENS"  # environment: file descriptors, see Owner.start
 RESTARTED = "NANOCHAT_RESTARTED"  # environment: why a job was started anew, for its log
-
-
-def hang_seconds() -> tuple[float, float]:
-    """Return after how many seconds a rank that hangs is named, and after how many the job is ended; inf for never.
-
-    Raises UserError where NANOCHAT_HANG_WARN or NANOCHAT_HANG_END is no number.
-    """
-    limits = []
-    for name, default in (("WARN", "120"), ("END", "600")):
-        text = os.environ.get(f"NANOCHAT_HANG_{name}") or default
-        try:
-            seconds = float(text)
-        except ValueError:
-            seconds = -1.0
-        if not 0 <= seconds < float("inf"):
-            raise UserError(f"NANOCHAT_HANG_{name} is {text!r}: it must be a number of seconds, or 0 for never.")
-        limits.append(seconds or float("inf"))
-    return limits[0], limits[1]
 
 
 def handled_stops() -> list[int]:
@@ -107,8 +90,8 @@ def obey_owner() -> None:
 
 
 def _show_life() -> None:
-    while tell_owner(beat=True):
-        time.sleep(BEAT)
+    while tell_owner(beat=True, step=_told.get("step", -1)):
+        time.sleep(min(BEAT, *(limit / 4 for limit in hang_seconds())))
 
 
 def _exit_of_signal(number: int, frame: object) -> None:
@@ -153,12 +136,32 @@ def tell_owner(**news: Any) -> bool:
     """
     _told.update(news)
     if "error" in news:
-        news["at"] = time.monotonic()
+        news |= {"at": time.monotonic(), "step": _told.get("step", -1)}
     if _line is None:
         return False
     with _sending, suppress(OSError):  # the owner is gone, or stopped and its buffer full
         _line.send(json.dumps(news).encode() + b"\n", socket.MSG_DONTWAIT)
     return True
+
+
+def has_owner() -> bool:
+    """Return whether this process was started by an Owner, and has called `obey_owner`."""
+    return _line is not None
+
+
+def told() -> dict[str, Any]:
+    """Return the last news of each kind that this process told, whether it has an owner or not."""
+    return _told
+
+
+def at_step(step: int) -> None:
+    """Tell that this process begins optimizer step `step`, but not more often than is of use."""
+    _told.setdefault("first_step", step)
+    now = time.monotonic()
+    if now - _told.get("step_at", 0.0) > STEP_TOLD_AFTER:
+        tell_owner(step=step, step_at=now)
+    else:
+        _told["step"] = step
 
 
 @contextmanager
@@ -280,15 +283,6 @@ class Job:
         return f"{first.name} of {len(self.members)} failed first: {why}" if first.name else first.reason
 
 
-def _is_stopped(pid: int) -> bool:
-    """Return whether a process is stopped by a signal. False where the system does not tell."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] in ("T", "t")
-    except (OSError, IndexError):
-        return False
-
-
 def _death(code: int) -> str:
     """Return in words how a process ended that gave no reason itself."""
     if code == 128 + signal.SIGKILL:
@@ -365,6 +359,8 @@ class Owner:
                                 "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                                 "MASTER_PORT": str(master.getsockname()[1]),
                                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # as torchrun
+                                # a rank that ends makes the C++ of the others print pages
+                                "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
                                 MASTER: str(master.fileno()) if rank == 0 else ""}
                         passed += [master.fileno()] if rank == 0 else []
                     mine.setblocking(False)
@@ -488,6 +484,7 @@ class Owner:
                 continue
             self._hear_life(job, member)
             if "beat" in news:
+                member.step = news["step"]
                 continue
             member.since = member.heard
             for name in ("ready", "saves", "saving", "owns", "reason", "mend", "step"):
@@ -514,7 +511,7 @@ class Owner:
             silent = self._looked - member.heard
             if not member.heard or member.silent or silent < self._warn:
                 continue
-            pid, stopped = member.popen.pid, _is_stopped(member.popen.pid)
+            pid, stopped = member.popen.pid, is_stopped(member.popen.pid)
             how = (f"it is stopped (SIGSTOP); `kill -CONT {pid}` lets it go on" if stopped else
                    "its machine is overloaded, or it hangs in the system")
             if not member.named:
@@ -544,8 +541,8 @@ class Owner:
 
     def _tell(self, job: Job) -> None:
         """Hand on to the owner of this process what the processes of a job do."""
-        if (step := job.step) > _told.get("step", -1):
-            tell_owner(step=step)
+        if job.step >= 0:
+            at_step(job.step)
         tell_owner(saves=any(each.saves for each in job.running),
                    saving=next((each.saving for each in job.running if each.saving), ""))
 

@@ -11,6 +11,7 @@ The same command resumes a run where it stopped, bit for bit. Ctrl-C and SIGTERM
 beside training (nanochat/saving.py).
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,7 @@ from nanochat.files import base_dir, free_name, lock_folder
 from nanochat.gpt import GPT
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
+from nanochat.launcher import RESTARTED, at_step
 from nanochat.loading import checkpoint_dir, load_model
 from nanochat.logs import RunLog
 from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch
@@ -48,6 +50,7 @@ from nanochat.recipe import Recompute, override, published
 from nanochat.saving import BackgroundSaver
 from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
+from nanochat.watch import busy
 
 C = TypeVar("C")
 REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
@@ -432,7 +435,8 @@ class StageRun:
         def await_data(received: list[int]) -> UserError | None:
             if self.loader is None:
                 return None
-            return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
+            with busy("waiting for text"):
+                return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
 
         with explained_out_of_memory(self.config.device_batch_size, self.model.recompute):
             train(self.model, self.optimizer, batches, plan, self.ranks, self.log,
@@ -453,6 +457,7 @@ class StageRun:
         saves = PeriodicAction(self.config.save_every, lambda step: self.save(step, None if step == end else keep))
 
         def before_step(step: int) -> None:
+            at_step(step)
             self._report(self.saver.finished())
             for action in (*actions, saves):
                 if is_due(action, step, self.origin.step, end):
@@ -549,6 +554,8 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
     optimizer = make_optimizer(origin, config, ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
                 enabled=ranks.is_main) as log:
+        if why := os.environ.get(RESTARTED):
+            log.record("restart", why=why)
         run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
                        log=log, loader=loader, kernels=kernels, results=results)
         try:

@@ -22,6 +22,8 @@ class Flags:
     """Flags of launch, before the script and its own."""
 
     ranks: int = flag(0, "processes; 0 = one a GPU", short="n")
+    max_restarts: int = flag(0, "how often to start all ranks again where one is killed, fails or hangs; they go on "
+                                "from the last checkpoint")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,16 +32,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("script", help="module to run, such as scripts.base_train")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
     flags = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    if flags.ranks < 0:
-        raise UserError(f"--ranks is a number of processes, not {flags.ranks}")
+    for name in ("ranks", "max_restarts"):
+        if getattr(flags, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is a number from 0 on, not {getattr(flags, name)}")
     ranks = flags.ranks or count_gpus() or 1
     arguments = flags.arguments[flags.arguments[:1] == ["--"]:]
     with Owner() as owner:
-        job = owner.start(flags.script, [sys.executable, "-m", flags.script, *arguments], ranks=ranks)
-        code = owner.wait(job)
-    if code:
-        tell_owner(reason=job.reason)
-        raise SystemExit(code)
+        argv = [sys.executable, "-m", flags.script, *arguments]
+        job = owner.persist(lambda: owner.start(flags.script, argv, ranks=ranks), flags.max_restarts)
+    if job.code:
+        tell_owner(reason=job.reason, mend=job.mend)
+        raise SystemExit(job.code)
 
 
 def count_gpus() -> int:

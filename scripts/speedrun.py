@@ -20,11 +20,16 @@ environment:
     SPEEDRUN_RL=1|0                       with reinforcement learning, or without. Unset: with small alone
     NANOCHAT_TASK_DATA=FOLDER             a mirror of the data sets of the chat stages, for machines without network
                                           (tasks/hub.py)
+    SPEEDRUN_MAX_RESTARTS=N               how often a stage is started again, from its last checkpoint, where a process
+                                          of it is killed, fails or hangs; not where there is something to mend.
+                                          Unset: 3
+    NANOCHAT_HANG_WARN=S, _HANG_END=S     seconds after which a rank that hangs is named, and ended. Unset: 120, 600
     WANDB_RUN=NAME                        log to wandb under this name
     NANOCHAT_BASE_DIR=FOLDER              where everything is kept. Unset: ~/.cache/nanochat
 """
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -43,6 +48,7 @@ from nanochat.small_world import facts
 from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 from nanochat.training import clock
+from nanochat.watch import hang_seconds
 from scripts.estimate import card_named, stage_lines
 from scripts.speedrun_plan import Command, RunPlan, chat_stages, commands, find_machine, make_plan
 from tasks.recipes import IDENTITY
@@ -130,13 +136,21 @@ def run_commands(plan: RunPlan) -> None:
 
 def execute(owner: Owner, command: Command) -> None:
     """Run a command in processes of its own. Raises UserError where it fails, and what `Owner.wait` raises."""
-    job = owner.start(command.title, command.argv())
-    code = owner.wait(job)
+    job = owner.persist(lambda: owner.start(command.title, command.argv()), max_restarts())
+    code = job.code
     if code:
         mend = "" if code in (130, 143) else "mend what it says, then "  # stopped by itself: nothing to mend
         why = f" ({job.reason.rstrip('.')})" if job.reason else ""
         raise UserError(f"{command.module} ended with exit code {code}{why}; {mend}`bash speedrun.sh` resumes from "
                         "here.")
+
+
+def max_restarts() -> int:
+    """Return how often a command is started again. Raises UserError where SPEEDRUN_MAX_RESTARTS is no number."""
+    text = os.environ.get("SPEEDRUN_MAX_RESTARTS") or "3"
+    if not text.isdecimal():
+        raise UserError(f"SPEEDRUN_MAX_RESTARTS is {text!r}: it must be a whole number from 0 on.")
+    return int(text)
 
 
 def is_done(plan: RunPlan, command: Command) -> bool:
@@ -244,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run all stages that are not done. Raises UserError for what the user can mend."""
     flags = parse(Flags, argv, __doc__)
     began = time.time() - flags.setup_seconds
+    max_restarts(), hang_seconds()  # raise for settings that are wrong
     plan = make_plan(find_machine())
     announce(plan)
     need_disk(base_dir(), max(0, int(plan.disk - bytes_used())), f"the {plan.profile} run")
