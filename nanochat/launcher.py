@@ -15,7 +15,6 @@ What holds:
 - Where the owner is killed, its processes see the end of their line to it. They stop as if asked to by SIGTERM.
 - A process that shows no sign of life, or that the other ranks wait for (nanochat/watch.py), is named after
   NANOCHAT_HANG_WARN seconds (120) and ended after NANOCHAT_HANG_END (600); 0 means never.
-- `Owner.persist` starts a job anew that failed through no fault of its user.
 
 The line is a socket. A process that was started here calls `obey_owner` (`nanochat.cli.run_main` does) and then tells
 its owner what it does: JSON, one object a line, see `tell_owner`. A launcher that has an owner itself hands on what its
@@ -31,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +47,6 @@ BOUNCE = 1.0         # a second Ctrl-C counts from this many seconds after the f
 TICK = 0.1           # seconds between two looks at the processes
 BEAT = 5.0           # seconds from one sign of life of a process to the next
 STEP_TOLD_AFTER = 0.2  # seconds
-HOPELESS = 3         # failures at one and the same step, after which a job is not started again
 
 LINE, MASTER = "NANOCHAT_OWNER_LINE", "NANOCHAT_MASTER_LISTENS"  # environment: file descriptors, see Owner.start
 RESTARTED = "NANOCHAT_RESTARTED"  # environment: why a job was started anew, for its log
@@ -242,12 +240,16 @@ class Job:
     """Processes that succeed or fail together.
 
     first: the process that ended first with another code than 0. stopped: the signal that the job was asked to stop
-    with, 0 for none.
+    with, 0 for none. elsewhere: what other machines do for it (scripts/nodes.py), and `failed` there: exit code, reason
+    and whether its user must mend it.
     """
 
     title: str
     members: list[_Member]
     first: _Member | None = None
+    elsewhere: Any = None
+    failed: tuple[int, str, bool] | None = None
+    world: int = 0  # ranks of all machines
     failing_since: float = 0.0
     stopped: int = 0
     stopped_at: float = 0.0
@@ -259,36 +261,61 @@ class Job:
         return [member for member in self.members if member.running]
 
     @property
+    def going_on(self) -> bool:
+        """Whether a process of it runs, here or on another machine."""
+        return bool(self.running) or self.elsewhere is not None and not self.elsewhere.ended()
+
+    @property
     def code(self) -> int:
         """Exit code: that of the process that failed first."""
-        return self.first.code if self.first is not None else 0
+        return self.failed[0] if self.failed is not None else self.first.code if self.first is not None else 0
 
     @property
     def step(self) -> int:
         """The optimizer step that the job came to, −1 where none was told."""
-        return max(member.step for member in self.members)
+        return max((member.step for member in self.members), default=-1)
 
     @property
     def mend(self) -> bool:
         """Whether the job failed for what its user must mend, or was ended by a signal that asks it to."""
-        return self.first is not None and (self.first.mend or self.code in (2, *(128 + number for number in STOPS)))
+        told = self.failed[2] if self.failed is not None else self.first is not None and self.first.mend
+        return told or (self.code in (2, *(128 + number for number in STOPS)))
 
     @property
     def reason(self) -> str:
         """Why the job failed, in a line; "" where it did not fail or nobody knows."""
         first = self.first
+        if self.failed is not None:
+            return self.failed[1]
         if first is None:
             return ""
-        why = first.reason.removeprefix("error: ") or _death(first.code)
-        return f"{first.name} of {len(self.members)} failed first: {why}" if first.name else first.reason
+        why = first.reason.removeprefix("error: ") or death(first.code)
+        return f"{first.name} of {self.world or len(self.members)} failed first: {why}" if first.name else first.reason
 
 
-def _death(code: int) -> str:
+def death(code: int) -> str:
     """Return in words how a process ended that gave no reason itself."""
     if code == 128 + signal.SIGKILL:
         return "it was killed (SIGKILL); often the machine's memory was full"
     names = {128 + number: number.name for number in signal.Signals}
     return f"it was ended by {names[code]}" if code in names else f"it ended with exit code {code}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of one machine among those of a job on several.
+
+    first: of its ranks. world: ranks of all machines. node: of this machine among `nodes`. address, port: where the ranks
+    meet. master: the socket that listens there, on node 0.
+    """
+
+    first: int
+    world: int
+    node: int
+    nodes: int
+    address: str
+    port: int
+    master: socket.socket | None
 
 
 class Owner:
@@ -331,8 +358,8 @@ class Owner:
         elif number == signal.SIGINT and time.monotonic() - self._stopped_at > BOUNCE:
             self._hasten = True  # a second SIGTERM or SIGHUP is a repetition, as a closed terminal sends it
 
-    def start(self, title: str, argv: Sequence[str], *, ranks: int = 1) -> Job:
-        """Start a program, with several `ranks` as torchrun does: RANK, LOCAL_RANK, WORLD_SIZE and more tell them.
+    def start(self, title: str, argv: Sequence[str], *, ranks: int = 1, group: Group | None = None) -> Job:
+        """Start a program, with several ranks as torchrun does: RANK, LOCAL_RANK, WORLD_SIZE and more tell them.
 
         The port at which the ranks meet listens already when they start, so that nobody else can take it: rank 0
         inherits the socket.
@@ -340,33 +367,38 @@ class Owner:
         Args:
             title: the job's name in messages.
             argv: the program and its arguments. It should call `obey_owner` early.
-            ranks: number of processes.
+            ranks: number of processes on this machine.
+            group: their place among those of several machines; None where this is the only one.
 
         Raises:
             SystemExit: a signal came before.
         """
         if self.stopped:
             raise SystemExit(128 + self.stopped)
-        job = Job(title, [])
-        self._jobs.append(job)
         with socket.create_server(("127.0.0.1", 0), backlog=max(128, ranks)) as master:
-            for rank in range(ranks):
+            group = group or Group(0, ranks, 0, 1, "127.0.0.1", master.getsockname()[1], master)
+            job = Job(title, [], world=group.world)
+            self._jobs.append(job)
+            for local in range(ranks):
+                rank = group.first + local
                 mine, theirs = socket.socketpair()
                 with theirs:
                     env, passed = {**os.environ, LINE: str(theirs.fileno())}, [theirs.fileno()]
-                    if ranks > 1:
-                        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                                "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                                "MASTER_PORT": str(master.getsockname()[1]),
+                    if group.world > 1:
+                        listens = [group.master.fileno()] if rank == 0 and group.master is not None else []
+                        env |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(group.world),
+                                "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": str(group.node),
+                                "GROUP_WORLD_SIZE": str(group.nodes),
+                                "MASTER_ADDR": group.address, "MASTER_PORT": str(group.port),
                                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # as torchrun
                                 # a rank that ends makes the C++ of the others print pages
                                 "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
-                                MASTER: str(master.fileno()) if rank == 0 else ""}
-                        passed += [master.fileno()] if rank == 0 else []
+                                MASTER: "".join(map(str, listens))}
+                        passed += listens
                     mine.setblocking(False)
                     popen = subprocess.Popen(argv, env=env, pass_fds=passed, start_new_session=True,
                                              stdin=subprocess.DEVNULL)
-                job.members.append(_Member(f"rank {rank}" if ranks > 1 else "", popen, mine))
+                job.members.append(_Member(f"rank {rank}" if group.world > 1 else "", popen, mine))
         return job
 
     def wait(self, job: Job) -> int:
@@ -376,7 +408,7 @@ class Owner:
             SystemExit: a signal came, and all jobs have ended. The code is 128 + its number, or that of a process that
                 failed on its way to the end.
         """
-        while job.running and not self.stopped:
+        while job.going_on and not self.stopped:
             self._tick()
         if not self.stopped:
             return job.code
@@ -387,29 +419,6 @@ class Owner:
         own = [each.code for each in self._jobs if each.first is not None and not each.first.killed
                and each.code not in (128 + number for number in STOPS)]
         raise SystemExit(own[0] if own else 128 + self.stopped)
-
-    def persist(self, start: Callable[[], Job], restarts: int) -> Job:
-        """Call `start` and wait for its job; again where it fails, at most `restarts` times. Return the last job.
-
-        A training run goes on from its last checkpoint. What its user must mend, and what fails HOPELESS times at one
-        and the same step, is not started again. Raises what `wait` raises.
-        """
-        failed_at: list[int] = []
-        try:
-            while True:
-                job = start()
-                if not self.wait(job) or job.mend or len(failed_at) >= restarts:
-                    return job
-                failed_at.append(job.step)
-                why, at = job.reason or _death(job.code), f"step {job.step}" if job.step >= 0 else "its start"
-                if failed_at[-HOPELESS:] == [job.step] * HOPELESS:
-                    print_line(f"{job.title} has failed {HOPELESS} times at {at}: it is not started again", sys.stderr)
-                    return job
-                print_line(f"restart {len(failed_at)} of at most {restarts}: {job.title} failed at {at} ({why}). It "
-                           "goes on from its last checkpoint.", sys.stderr)
-                os.environ[RESTARTED] = f"restart {len(failed_at)} of at most {restarts}, at {at}: {why}"
-        finally:
-            os.environ.pop(RESTARTED, None)
 
     def _stop(self, job: Job, number: int) -> None:
         """Ask a job to stop, once."""
@@ -439,9 +448,8 @@ class Owner:
             time.sleep(TICK)
         self._looked, before = time.monotonic(), self._looked
         for job in self._jobs:
-            if self._looked - before > BEAT:  # this process was stopped itself
-                for member in job.running:
-                    member.heard += self._looked - before if member.heard else 0
+            for member in job.running if self._looked - before > BEAT else ():  # this process was stopped itself
+                member.heard += self._looked - before if member.heard else 0
             ended = [member for member in job.running if self._has_ended(member)]
             told = [member for member in job.members if self._hear(job, member)]
             for member in sorted(ended, key=lambda member: member.failed_at):
@@ -451,6 +459,8 @@ class Owner:
             for member in sorted(told, key=lambda member: member.failed_at):
                 self._print_error(job, member)
             self._look_for_life(job)
+            if job.elsewhere is not None and not job.stopped:
+                self._hear_elsewhere(job)
             self._enforce(job)
             if ended:
                 self._tell(job)
@@ -530,6 +540,19 @@ class Owner:
                 member.kill()
                 member.popen.wait()  # so that it is the first that ends
 
+    def _hear_elsewhere(self, job: Job) -> None:
+        """Let a job fail here where it does on another machine, and the other way round."""
+        if job.first is None and job.failed is None:
+            job.failed = job.elsewhere.problem()
+            if job.failed is not None:
+                job.failing_since = time.monotonic()
+                print_line(f"error: {job.failed[1]}", sys.stderr)
+                job.elsewhere.stop(job.failed[1])
+        elif job.first is not None and job.failed is None:
+            job.elsewhere.stop(job.reason)
+            if not job.going_on and (better := job.elsewhere.better_reason(job.reason)) != job.reason:
+                job.failed = job.code, better, job.mend
+
     def _print_error(self, job: Job, member: _Member) -> None:
         """Print the error of a process: in full the first of a job, of others the last line, each once."""
         lines = member.error.splitlines() or [""]
@@ -549,7 +572,8 @@ class Owner:
     def _enforce(self, job: Job) -> None:
         """End what must end: of a job that fails or was asked to stop."""
         now, running = time.monotonic(), job.running
-        if not running or (job.first is None and not job.stopped):
+        failing = job.first is not None or job.failed is not None
+        if not running or not (failing or job.stopped):
             return
         if self._hasten:
             for member in running:
@@ -561,7 +585,6 @@ class Owner:
                 if not member.owns or now - member.since > GRACE:  # an owner kills its own processes first
                     member.kill()
             return
-        failing = job.first is not None
         for member in running:
             if failing and not member.owns:
                 self._ask(member, signal.SIGTERM)

@@ -50,6 +50,7 @@ from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 from nanochat.training import clock
 from nanochat.watch import hang_seconds
 from scripts.estimate import card_named, stage_lines
+from scripts.nodes import persist
 from scripts.speedrun_plan import Command, RunPlan, chat_stages, commands, find_machine, make_plan
 from tasks.recipes import IDENTITY
 
@@ -136,7 +137,7 @@ def run_commands(plan: RunPlan) -> None:
 
 def execute(owner: Owner, command: Command) -> None:
     """Run a command in processes of its own. Raises UserError where it fails, and what `Owner.wait` raises."""
-    job = owner.persist(lambda: owner.start(command.title, command.argv()), max_restarts())
+    job = persist(owner, lambda: owner.start(command.title, command.argv()), max_restarts())
     code = job.code
     if code:
         mend = "" if code in (130, 143) else "mend what it says, then "  # stopped by itself: nothing to mend
