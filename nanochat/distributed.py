@@ -362,6 +362,11 @@ def gather_objects(obj: Any, ranks: Ranks) -> list[Any]:
     return box
 
 
+def several_machines(ranks: Ranks) -> bool:
+    """Return whether the ranks are on more than one machine, by LOCAL_WORLD_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size) < ranks.world_size
+
+
 def machine_first(work: Callable[[], R], ranks: Ranks) -> R:
     """Call `work` on all ranks, on the first one of each machine before the others, and return its result. Collective.
 

@@ -305,8 +305,8 @@ def death(code: int) -> str:
 class Group:
     """The ranks of one machine among those of a job on several.
 
-    first: of its ranks. world: ranks of all machines. node: of this machine among `nodes`. address, port: where the ranks
-    meet. master: the socket that listens there, on node 0.
+    first: of its ranks. world: of all machines. node: of this machine among `nodes`. address, port: where ranks meet.
+    master: the socket that listens there, on node 0.
     """
 
     first: int

@@ -42,12 +42,12 @@ from nanochat.gpt import GPT
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
 from nanochat.launcher import RESTARTED, at_step
-from nanochat.loading import checkpoint_dir, load_model
+from nanochat.loading import load_model, on_ranks
 from nanochat.logs import RunLog
 from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import Recompute, override, published
-from nanochat.saving import BackgroundSaver
+from nanochat.saving import BackgroundSaver, copy_to_machines
 from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
 from nanochat.watch import busy
@@ -208,7 +208,10 @@ def resume_step(folder: Path, fresh: bool, ranks: Ranks) -> int | None:
             move_aside(folder)
         return latest_step(folder)
 
-    return on_main(f"looking for a checkpoint in {folder}", look, ranks)
+    step = on_main(f"looking for a checkpoint in {folder}", look, ranks)
+    if step is not None:
+        copy_to_machines(folder, step, ranks)
+    return step
 
 
 def lock_run(folder: Path, ranks: Ranks) -> ExitStack | None:
@@ -239,7 +242,8 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     Raises:
         UserError: there is none, or the run to resume began from another model than `source` holds.
     """
-    parent_folder = checkpoint_dir(source, config.model_tag or None)
+    parent_folder, _ = on_ranks(source, config.model_tag or None, None if config.model_step < 0 else config.model_step,
+                                ranks)
     tag = parent_folder.name
     folder = base_dir() / stage.folder / tag
     file = lock_run(folder, ranks)
@@ -551,6 +555,10 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
         kernels: from `choose_kernels`.
         results: meta fields of every checkpoint, as they are before the first evaluation.
     """
+    prints = gather_objects(origin.tokenizer.fingerprint(), ranks)
+    if other := next((rank for rank, print_ in enumerate(prints) if print_ != prints[0]), 0):
+        raise UserError(f"rank {other} has another tokenizer than rank 0: the text on their machines differs. Copy "
+                        "base_data and tokenizer of node 0's base folder to the other nodes.")
     optimizer = make_optimizer(origin, config, ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
                 enabled=ranks.is_main) as log:

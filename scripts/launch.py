@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 job = persist(owner, lambda: leader.start(owner, 0, start), flags.max_restarts)
                 leader.code = job.code
         else:
-            follow(owner, place, ranks, [shlex.join(argv[2:])], lambda number, group: start(group))
+            follow(owner, place, ranks, [shlex.join(argv[2:])], lambda number, group: start(group),
+                   again=flags.max_restarts > 0)
             return
     if job.code:
         tell_owner(reason=job.reason, mend=job.mend)

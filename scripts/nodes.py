@@ -348,7 +348,7 @@ class Leader:
             group = Group(0, sum(counts), 0, self.place.nodes, self.place.address, port, master) if together else None
             job = local(group)
         if not beside:
-            job = job or Job("the other nodes", [])
+            job = job or owner.start("the other nodes", [], ranks=0)
             job.elsewhere = Elsewhere(dict(self.links), attempt, leads=True)
         return job
 
@@ -370,7 +370,6 @@ def follow(owner: Owner, place: Place, count: int, commands: Sequence[str],
             cannot be reached.
     """
     use_interface_of(place.address)
-    told_before = False
     while True:
         link = _connect(owner, place)
         try:
@@ -381,9 +380,8 @@ def follow(owner: Owner, place: Place, count: int, commands: Sequence[str],
             raise
         finally:
             link.close()
-        if not again and told_before:
-            raise Unreachable(f"node 0 at {place.address}:{place.port} is lost")
-        told_before = True
+        if not again:
+            raise Unreachable(f"node 0 at {place.address}:{place.port} is lost, and --max-restarts is 0")
         print_line(f"node 0 at {place.address}:{place.port} is lost; waiting for it", sys.stderr)
 
 

@@ -1,7 +1,8 @@
-"""A program for tests/test_watch.py: ranks that meet in five steps, of which one has an accident in step 2.
+"""A program for tests/test_watch.py and tests/test_nodes.py: ranks that meet in five steps, of which one has an accident in step 2.
 
     python -m scripts.launch --ranks=2 tests.launched_hang -- hang 1           # rank 1 sleeps for ever
     python -m scripts.launch --ranks=2 tests.launched_hang -- kill 1 FILE      # only where FILE is not there yet
+    python -m scripts.launch --ranks=2 tests.launched_hang -- until FILE       # meet again and again, until FILE is there
 """
 
 import json
@@ -40,6 +41,14 @@ def main() -> None:
     with joined_ranks("cpu") as ranks:
         happens = not (once and Path(once[0]).exists())
         barrier(ranks, "the look for the file")
+        if what == "until":
+            print("met", flush=True)
+        while what == "until":
+            ends = torch.tensor(float(Path(who).exists()))
+            dist.all_reduce(ends)
+            if ends > 0:
+                return
+            time.sleep(0.1)
         for step in range(5):
             at_step(step)
             time.sleep(0.3)
