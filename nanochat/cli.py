@@ -140,7 +140,7 @@ def run_main(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         print_line(f"error: {error}", sys.stderr)
-        tell_owner(reason=str(error))
+        tell_owner(reason=str(error), mend=error.mend)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         if not tell_owner():  # an owner says it, once for all ranks

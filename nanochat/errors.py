@@ -2,4 +2,15 @@
 
 
 class UserError(ValueError):
-    """The message says what was wrong, where, and what to do; scripts print it as one line and exit with 1."""
+    """The message says what was wrong, where, and what to do; scripts print it as one line and exit with 1.
+
+    mend: whether the user must mend something before it is worth trying again; False for what may pass by itself.
+    """
+
+    mend = True
+
+
+class Unreachable(UserError):
+    """Other processes or machines do not answer. Those who start jobs try again (--max-restarts)."""
+
+    mend = False

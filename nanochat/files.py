@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -122,7 +123,8 @@ def _lock(file: IO) -> bool:
 
 
 class Lock:
-    """A file that this process has locked. It ends with `close`, with the process, or at the end of a `with` block.
+    """A file that this process has locked. It ends with `close`, with this object, with the process, or at the end
+    of a `with` block.
 
     The file system's lock ends with its process, also when the machine fails. Some file systems have none, or one that
     other machines do not see. So the file also says who holds it, and a thread touches it every BEAT seconds: whose
@@ -132,12 +134,7 @@ class Lock:
     def __init__(self, file: IO):
         self._file, self._ended = file, threading.Event()
         _held.add(self)
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
-
-    def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
-            with suppress(OSError, ValueError):  # a network file system may be away for a while; closed meanwhile
-                os.utime(self._file.fileno())
+        threading.Thread(target=_touch, args=(file, self._ended), name="lock", daemon=True).start()
 
     def close(self) -> None:
         """Let others have it. A second call does nothing."""
@@ -146,6 +143,8 @@ class Lock:
         with suppress(OSError, ValueError), self._file:
             self._file.truncate(0)  # other machines see by this that nobody holds it
 
+    __del__ = close
+
     def __enter__(self) -> "Lock":
         return self
 
@@ -153,7 +152,13 @@ class Lock:
         self.close()
 
 
-_held: set[Lock] = set()
+def _touch(file: IO, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        with suppress(OSError, ValueError):  # a network file system may be away for a while; closed meanwhile
+            os.utime(file.fileno())
+
+
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 @atexit.register

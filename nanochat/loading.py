@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from nanochat.checkpoint import Checkpoint, holds_checkpoints, load_on_ranks, nothing_found
-from nanochat.distributed import Ranks, compute_dtype
+from nanochat.distributed import Ranks, compute_dtype, on_main
 from nanochat.engine.quantize import quantize as quantized
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig, meta_model
 from nanochat.kernels.choose import apply_wish, wish_of_environment
 from nanochat.layers import join
+from nanochat.saving import copy_to_machines
 from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -57,6 +58,16 @@ def _choose_folder(source: str | Path, model_tag: str | None) -> tuple[Path, str
     return newest, f"the last written of {len(tags)} there"
 
 
+def on_ranks(source: str | Path, model_tag: str | None, step: int | None, ranks: Ranks) -> tuple[Path, str]:
+    """Return the folder that rank 0 chooses, and the reason, on all ranks, when all machines have its checkpoint.
+    Collective."""
+    folder, why = on_main("looking for a model", lambda: _choose_folder(source, model_tag), ranks)
+    if source in STAGES:  # in the base folder of this machine
+        folder = base_dir() / STAGES[source].folder / folder.name
+    copy_to_machines(folder, step, ranks)
+    return folder, why
+
+
 def load_model(source: str | Path, device: str | torch.device, *, model_tag: str | None = None,
                step: int | None = None, ranks: Ranks | None = None) -> tuple[GPT, Any, dict[str, Any]]:
     """Load a model with its tokenizer, in eval mode and with float32 weights. NANOCHAT_KERNELS counts from now on.
@@ -76,7 +87,7 @@ def load_model(source: str | Path, device: str | torch.device, *, model_tag: str
     Raises:
         UserError: there is no such checkpoint, or it does not fit the shape in its meta or the tokenizer.
     """
-    folder, why = _choose_folder(source, model_tag)
+    folder, why = _choose_folder(source, model_tag) if ranks is None else on_ranks(source, model_tag, step, ranks)
     checkpoint = load_on_ranks(folder, step, ranks or Ranks(0, 0, 1, torch.device(device)), device=device)
     return model_and_tokenizer(checkpoint, why)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat.errors import UserError
-from nanochat.files import base_dir, to_json
+from nanochat.files import Lock, base_dir, lock, to_json
 
 NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 CONSOLE_GONE = (errno.EIO, errno.EPIPE)  # a closed terminal; a pipe whose reader Ctrl-C ended before us, such as tee
@@ -66,13 +66,15 @@ class RunLog:
         enabled: False on ranks other than 0, where no call does anything.
 
     Raises:
-        UserError: the file cannot be written, or wandb is wanted but missing or does not start.
+        UserError: the file cannot be written, another process writes it, or wandb is wanted but missing or does not
+            start.
     """
 
     def __init__(self, stage: str, tag: str, config: dict[str, Any], *, wandb_run: str = "dummy",
                  enabled: bool = True):
         self.path = base_dir() / "logs" / f"{stage}_{tag}.jsonl"
         self.enabled, self._file, self._wandb, self._bar, self._failed = enabled, None, None, None, False
+        self._lock: Lock | None = None
         self._torn = False  # the file may end in the middle of a line
         self._bar_wanted = enabled and os.environ.get("NANOCHAT_PROGRESS") != "0" and sys.stderr.isatty()
         if not enabled:
@@ -86,6 +88,8 @@ class RunLog:
         except OSError as error:
             raise UserError(f"cannot write the log {self.path}: {error.strerror}. "
                             "Correct that, or set NANOCHAT_BASE_DIR to another folder.") from error
+        self._lock = lock(self.path.with_name(f".{self.path.name}.lock"), f"another run writes {self.path}",
+                          "Two would mix their records: wait until it ends, or stop it with {kill}.")
         if wandb_run not in ("", "dummy"):
             self._wandb = _start_wandb(wandb_run, stage, config)
         self.record("start", stage=stage, tag=tag, config=config, versions=versions(), machine=machine(),
@@ -162,6 +166,9 @@ class RunLog:
             self.record("end", exit_code=exit_code)
             self._file.close()
             self._file = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
             self._wandb = None

@@ -11,6 +11,7 @@ The same command resumes a run where it stopped, bit for bit. Ctrl-C and SIGTERM
 beside training (nanochat/saving.py).
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -40,14 +41,16 @@ from nanochat.files import base_dir, free_name, lock_folder
 from nanochat.gpt import GPT
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
-from nanochat.loading import checkpoint_dir, load_model, model_and_tokenizer
+from nanochat.launcher import RESTARTED, at_step
+from nanochat.loading import load_model, model_and_tokenizer, on_ranks
 from nanochat.logs import RunLog
 from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import Recompute, override, published
-from nanochat.saving import BackgroundSaver
+from nanochat.saving import BackgroundSaver, copy_to_machines
 from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
+from nanochat.watch import busy
 
 C = TypeVar("C")
 REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
@@ -201,6 +204,17 @@ class ChatDataChoice:
     extra: list[Path]
 
 
+def checkpoint_to_resume(folder: Path, fresh: bool, ranks: Ranks) -> Checkpoint | None:
+    """Return the checkpoint from which a run in `folder` goes on, None for a new run. Collective.
+
+    fresh: whether it is a new one in any case. See `load_to_resume` for the rest; machines without a copy get one.
+    """
+    if fresh:
+        return None
+    copy_to_machines(folder, None, ranks)
+    return load_to_resume(folder, ranks, device=ranks.device)
+
+
 def lock_run(folder: Path, ranks: Ranks) -> ExitStack | None:
     """Keep other runs from writing to a folder of checkpoints, as long as the returned stack is open. Collective.
 
@@ -229,12 +243,13 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     Raises:
         UserError: there is none that can be used, or the run to resume began from another model than `source` holds.
     """
-    parent_folder = checkpoint_dir(source, config.model_tag or None)
+    parent_folder, _ = on_ranks(source, config.model_tag or None, None if config.model_step < 0 else config.model_step,
+                                ranks)
     tag = parent_folder.name
     folder = base_dir() / stage.folder / tag
     file = lock_run(folder, ranks)
     parent_step = None if config.model_step < 0 else config.model_step
-    resumed = None if config.fresh else load_to_resume(folder, ranks, device=ranks.device)
+    resumed = checkpoint_to_resume(folder, config.fresh, ranks)
     if resumed is None:
         model, tokenizer, meta = load_model(source, ranks.device, model_tag=tag, step=parent_step, ranks=ranks)
         begun_from = _described(source, meta)
@@ -456,7 +471,8 @@ class StageRun:
         def await_data(received: list[int]) -> UserError | None:
             if self.loader is None:
                 return None
-            return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
+            with busy("waiting for text"):
+                return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
 
         with explained_out_of_memory(self.config.device_batch_size, self.model.recompute):
             train(self.model, self.optimizer, batches, plan, self.ranks, self.log,
@@ -477,6 +493,7 @@ class StageRun:
         saves = PeriodicAction(self.config.save_every, lambda step: self.save(step, None if step == end else keep))
 
         def before_step(step: int) -> None:
+            at_step(step)
             self._report(self.saver.finished())
             for action in (*actions, saves):
                 if is_due(action, step, self.origin.step, end):
@@ -570,11 +587,17 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
         kernels: from `choose_kernels`.
         results: meta fields of every checkpoint, as they are before the first evaluation.
     """
+    prints = gather_objects(origin.tokenizer.fingerprint(), ranks)
+    if other := next((rank for rank, print_ in enumerate(prints) if print_ != prints[0]), 0):
+        raise UserError(f"rank {other} has another tokenizer than rank 0: the text on their machines differs. Copy "
+                        "base_data and tokenizer of node 0's base folder to the other nodes.")
     optimizer = make_optimizer(origin, config, ranks)
     if origin.fresh:  # only now: what else could be wrong with the flags was looked at
         on_main(f"moving {origin.folder} aside", lambda: move_aside(origin.folder), ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
                 enabled=ranks.is_main) as log:
+        if why := os.environ.get(RESTARTED):
+            log.record("restart", why=why)
         run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
                        log=log, loader=loader, kernels=kernels, results=results)
         try:

@@ -15,19 +15,32 @@ change the weights before they are copied, and the memory of one bucket serves f
 for one checkpoint, which every save uses again; on a GPU it is pinned, and PyTorch rounds each pinned tensor up to a
 power of two (6.9 GB at d20); allocating it makes the first save slower. The other ranks need none.
 
+Only rank 0 writes. Where other machines have a base folder of their own, `copy_to_machines` gives them the checkpoint
+before it is loaded.
+
 A process that is killed while the thread writes loses this checkpoint alone; nanochat/checkpoint.py says why. The
 thread is no daemon, so a process that ends by itself ends after the write.
 """
 
+import json
 import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.checkpoint import save_checkpoint
+from nanochat.checkpoint import latest_step, save_checkpoint
+from nanochat.distributed import Ranks, gather_objects, on_main, several_machines
+from nanochat.errors import UserError
+from nanochat.files import atomic_write, base_dir, in_words, need_disk, sha256_of
 from nanochat.launcher import saving
+from nanochat.logs import print_line
+
+COPIED_AT_ONCE = 1 << 26  # bytes
 
 
 class BackgroundSaver:
@@ -94,6 +107,95 @@ class BackgroundSaver:
         if error is not None:
             raise error
         return [self._step]
+
+
+def copy_to_machines(folder: Path, step: int | None, ranks: Ranks) -> None:
+    """Copy a checkpoint of rank 0 to the machines that do not have it in this folder. Collective.
+
+    Does nothing where all ranks are on one machine, or see the same folder. The copy is whole or not there: its meta
+    file comes last. `load_checkpoint` verifies it like any other.
+
+    Args:
+        folder: with checkpoints in it, in the same place below the base folder on all machines.
+        step: which one; None is the newest whole one. Where rank 0 has none, nothing is copied.
+
+    Raises:
+        UserError: on all ranks, where a machine cannot write it.
+    """
+    if not several_machines(ranks):
+        return
+    place = folder.relative_to(base_dir()) if folder.is_relative_to(base_dir()) else folder
+    listed = on_main("listing the files of a checkpoint", lambda: (place, _files_to_copy(folder, step)), ranks)
+    folder, files = base_dir() / listed[0], listed[1]
+    needs = ranks.local_rank == 0 and any(_differs(folder / name, size, digest) for name, size, digest in files)
+    if not any(gather_objects(needs, ranks)):
+        return
+    if ranks.is_main:
+        size = sum(size for _, size, _ in files)
+        print_line(f"copying {folder} ({in_words(size)}) to the machines that do not have it")
+    problems = gather_objects(_receive(folder, files, needs, ranks), ranks)
+    if problem := next(filter(None, problems), ""):
+        raise UserError(problem)
+
+
+def _files_to_copy(folder: Path, step: int | None) -> list[tuple[str, int, str]]:
+    """Return name, size and SHA-256 of the files of a checkpoint, the meta file last. "" for what is not hashed: it is
+    copied where its size differs."""
+    step = latest_step(folder) if step is None else step
+    meta_name = f"meta_{step:06d}.json" if step is not None else ""
+    if step is None or not (folder / meta_name).exists():
+        return []
+    meta = json.loads((folder / meta_name).read_text(encoding="utf-8"))
+    names = [name for name in (f"model_{step:06d}.pt", f"optim_{step:06d}.pt", "tokenizer.json", "tokenizer.pkl")
+             if (folder / name).exists()]
+    known = meta.get("files") or {}
+    files = [(name, (folder / name).stat().st_size, known.get(name, {}).get("sha256", "")) for name in names]
+    return [*files, (meta_name, (folder / meta_name).stat().st_size, sha256_of(folder / meta_name))]
+
+
+def _differs(path: Path, size: int, digest: str) -> bool:
+    """Return whether a file is not there as it should be. Only small ones are hashed: loading verifies the others."""
+    try:
+        return path.stat().st_size != size or path.suffix == ".json" and digest not in ("", sha256_of(path))
+    except OSError:
+        return True
+
+
+def _receive(folder: Path, files: list[tuple[str, int, str]], needs: bool, ranks: Ranks) -> str:
+    """Send the files from rank 0, and write them where they are needed. Collective. Return what went wrong.
+
+    A rank with a problem goes on receiving, as the others do.
+    """
+    problem = ""
+    if needs:
+        try:
+            need_disk(folder, sum(size for _, size, _ in files), f"a copy of {folder}")
+        except UserError as error:
+            problem = str(error)
+    for name, size, _ in files:
+        parts = _parts(folder / name, size, ranks)
+        if needs and not problem:
+            try:
+                with atomic_write(folder / name) as file:
+                    for part in parts:
+                        file.write(part.cpu().numpy())
+            except (UserError, OSError) as error:
+                problem = f"{folder / name} was not copied: {error}"
+        for _ in parts:
+            pass
+    return problem
+
+
+def _parts(path: Path, size: int, ranks: Ranks) -> Iterator[Tensor]:
+    """Yield the bytes of rank 0's file, piece by piece, on all ranks. Collective."""
+    piece = torch.empty(min(size, COPIED_AT_ONCE), dtype=torch.uint8, device=ranks.device)
+    with open(path, "rb") if ranks.is_main else nullcontext() as file:
+        for start in range(0, size, COPIED_AT_ONCE):
+            part = piece[:min(COPIED_AT_ONCE, size - start)]
+            if file is not None:
+                part.copy_(torch.frombuffer(bytearray(file.read(len(part))), dtype=torch.uint8))
+            dist.broadcast(part, src=0)
+            yield part
 
 
 def _host_memory(tensor: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat.checkpoint import load_to_resume
 from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir
@@ -35,6 +34,7 @@ from nanochat.run import (
     REDUCE_DTYPE,
     Origin,
     PeriodicAction,
+    checkpoint_to_resume,
     compile_wanted,
     fit_and_choose,
     is_trained,
@@ -143,7 +143,7 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
     """
     folder = base_dir() / STAGES["base"].folder / (config.model_tag or f"d{config.depth}")
     file = lock_run(folder, ranks)
-    resumed = None if config.fresh else load_to_resume(folder, ranks, device=ranks.device)  # tensor by tensor
+    resumed = checkpoint_to_resume(folder, config.fresh, ranks)
     meta = resumed.meta if resumed else {}
     if resumed is None:
         torch.manual_seed(config.seed)  # initialised on the CPU: the same weights for every device and number of ranks

@@ -17,7 +17,18 @@ import torch
 
 from nanochat import files
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, base_dir, free_name, in_words, lock, lock_folder, need_disk, sha256_of, sweep, to_json
+from nanochat.files import (
+    atomic_write,
+    base_dir,
+    free_name,
+    in_words,
+    lock,
+    lock_folder,
+    need_disk,
+    sha256_of,
+    sweep,
+    to_json,
+)
 from tests.conftest import ROOT
 
 
