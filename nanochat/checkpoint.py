@@ -90,7 +90,7 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
             step. A save without `keep` is never deleted, and neither is a file that was not written here.
 
     Raises:
-        UserError: the disk is full. The checkpoints that were in the folder are untouched.
+        NotWritten: the disk is full or fails. The checkpoints that were in the folder are untouched.
     """
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"step must be at least 0 and keep at least 1, not {step} and {keep}")
@@ -117,7 +117,7 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
     finally:
         _finish(folder)  # after an error, this removes what was written so far
     if keep is not None:
-        _delete_older(folder, step, keep)
+        delete_checkpoints(folder, superseded(folder, step, keep))
 
 
 def _write_tensors(path: Path, part: dict) -> dict[str, Any]:
@@ -223,8 +223,8 @@ def _set_aside(path: Path) -> None:
         log.warning("%s was not written here, so it is not overwritten but kept as %s", path, kept.name)
 
 
-def _delete_older(folder: Path, step: int, keep: int) -> None:
-    """Of the valid periodic checkpoints up to `step`, delete all but the newest `keep`."""
+def superseded(folder: Path, step: int, keep: int) -> list[int]:
+    """Return the steps of the valid periodic checkpoints up to `step` but for the newest `keep`, newest first."""
     periodic = []
     for older in steps_in(folder):
         if older <= step:
@@ -233,8 +233,13 @@ def _delete_older(folder: Path, step: int, keep: int) -> None:
                 if meta.get("periodical") and "files" in meta:
                     _check_sizes(folder, meta)
                     periodic.append(older)
-    for older in periodic[keep:]:
-        path = folder / f"meta_{older:06d}.json"
+    return periodic[keep:]
+
+
+def delete_checkpoints(folder: Path, steps: list[int]) -> None:
+    """Delete the checkpoints of these steps, which were written here."""
+    for step in steps:
+        path = folder / f"meta_{step:06d}.json"
         os.replace(path, path.with_suffix(".json.gone"))
     _finish(folder)
 

@@ -111,7 +111,7 @@ def not_written(path: str | Path, error: OSError, after: str = "and an older fil
     where = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else Path(path)
     where = where if where in Path(path).parents else Path(path).parent
     return NotWritten(f"{why}: cannot write {path}, {after}. {way_out} ({where}), or set NANOCHAT_BASE_DIR to another "
-                      "disk.", full=error.errno in FULL)
+                      "disk.", full=error.errno in (errno.ENOSPC, errno.EDQUOT))
 
 
 def disk_error(error: OSError) -> UserError | None:
