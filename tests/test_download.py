@@ -15,7 +15,8 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from nanochat.dataloader import PackedLoader, TextSource, reshard
-from nanochat.dataset import arrival, download, iter_documents, shard_paths
+from nanochat import transfer
+from nanochat.dataset import arrival, iter_documents, shard_paths
 from nanochat.dataset.__main__ import main
 from nanochat.dataset.download import REPO, fetch
 from nanochat.dataset.shards import ShardWriter, being_written, data_dir, shard_name, shards_in, write_source, writing
@@ -120,7 +121,7 @@ def hub(monkeypatch):
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(download, "BACK_OFF", 0.001)
+    monkeypatch.setattr(transfer, "BACK_OFF", 0.001)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     close_session()  # the next one reads the settings above
@@ -270,7 +271,7 @@ def test_two_sources_never_mix(hub, tmp_path):
 
 def test_no_network_says_so_and_offers_other_text(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setattr(download, "BACK_OFF", 0.001)
+    monkeypatch.setattr(transfer, "BACK_OFF", 0.001)
     with pytest.raises(UserError, match="127.0.0.1:1 cannot be reached.*import PATH.*small-world") as error:
         run(1, tmp_path)
     assert "\n" not in str(error.value)
