@@ -33,7 +33,8 @@ LONGEST_BACK_OFF = 60.0
 LONGEST_WAIT = 900.0     # seconds that a server may ask for (Retry-After); it is not waited for longer
 TIMEOUT = 30.0           # seconds without a byte
 BUSY = (408, 425, 429)   # besides 5xx: statuses that a later attempt may mend
-SENT_TWICE = 2           # wrong files that are taken from one server before it is given up
+WRONG_FILES = 2          # that are taken from a server before it is given up
+RESTARTS = 10            # of one file from its beginning, before it is given up
 
 R = TypeVar("R")
 
@@ -149,7 +150,7 @@ def reason_of(error: Exception) -> str:
         return f"the server answers {status}{words.get(status, '')}"
     name = type(error).__name__
     if isinstance(error, ValueError) and not isinstance(error, UserError):
-        return "the answer is not that of a hub, but a page perhaps: does this network ask to sign in?"
+        return "the answer is not that of a hub, but perhaps a web page (does this network ask to sign in?)"
     text = next(iter(str(error).strip().splitlines()), "")
     if "Timeout" in name:
         return f"nothing came for {TIMEOUT:.0f} s"
@@ -220,6 +221,8 @@ def fetch_file(url: str, path: Path, listed: Listed, *, say: Callable[[str], Non
                     transfer.restart()
                 elif not may_pass(status):
                     raise NotFetched(reason_of(error), status) from error
+                if transfer.restarts >= RESTARTS:
+                    raise NotFetched(f"it had to begin again {RESTARTS} times; at last, {reason_of(error)}") from error
                 if part.stat().st_size > before:
                     retries.gained()
                 retries.wait(error)
@@ -228,7 +231,7 @@ def fetch_file(url: str, path: Path, listed: Listed, *, say: Callable[[str], Non
                 break
             transfer.restart()
             wrong += 1
-            if wrong == SENT_TWICE:
+            if wrong == WRONG_FILES:
                 raise NotFetched(f"the server twice sent a file that {problem}: try later")
             say(f"{path.name}: what came {problem}; fetching it again")
         with open(part, "rb+") as file:
@@ -253,7 +256,8 @@ class _Transfer:
 
     def __init__(self, url: str, headers: dict[str, str], part: Path, listed: Listed, stop: threading.Event,
                  advance: Callable[[int], None]):
-        self.url, self.headers, self.part, self.listed, self.stop, self.advance = url, headers, part, listed, stop, advance
+        self.url, self.headers, self.part, self.listed = url, headers, part, listed
+        self.stop, self.advance, self.restarts = stop, advance, 0
         self.about = part.with_name(f"{part.name}.version")
         self.whole_only = False  # the server packs what it sends: its ranges would be of the packed bytes
 
@@ -281,7 +285,7 @@ class _Transfer:
             packed = answer.headers.get("Content-Encoding", "identity").lower() not in ("", "identity")
             ranged = answer.headers.get("Content-Range", "")
             if "text/html" in answer.headers.get("Content-Type", "") and self.part.suffix != ".html":
-                raise _Broken("a web page came instead of the file: does this network ask to sign in?")
+                raise _Broken("a web page came instead of the file (does this network ask to sign in?)")
             now = _version_in(answer.headers)
             if have and ranged.startswith(f"bytes {have}-") and (packed or not checked and now != version):
                 self.whole_only = packed
@@ -313,6 +317,7 @@ class _Transfer:
 
     def restart(self) -> None:
         """Drop what came."""
+        self.restarts += 1
         self.advance(-_size(self.part))
         os.truncate(self.part, 0)
 
