@@ -25,14 +25,36 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from nanochat.errors import UserError
+from nanochat.errors import NotWritten, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over a quota, over the largest file allowed
 PIECE = 1 << 22  # bytes that are read at a time
 BEAT = 10.0        # seconds from one sign of life of a lock's holder to the next
 STALE = 45.0       # seconds without one after which it is dead
 LONG_DEAD = 600.0  # seconds without one after which nobody waits to see one
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+# A file name that is not UTF-8 has characters that no text file takes: they are written as \\udcff
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+# errno → what is wrong, and the way out. They are troubles of the place that is written to, whatever is written
+TROUBLES = {
+    errno.ENOSPC: ("the disk is full", "Free some space there"),
+    errno.EDQUOT: ("the disk is full: your quota of it is used up", "Delete files there or ask for more"),
+    errno.EFBIG: ("the disk is full: a file may not be that large", "Raise `ulimit -f`"),
+    errno.EIO: ("the disk fails (input/output error)", "Look at `dmesg`, or mount it again"),
+    errno.EROFS: ("the disk is read-only (some become so when they fail)", "Look at `dmesg` and `mount`"),
+    errno.ENXIO: ("the disk is gone", "Mount it again"),
+    errno.ENODEV: ("the disk is gone", "Mount it again"),
+    errno.ESTALE: ("the network disk lost its files", "Mount it again"),
+    errno.EMFILE: ("too many files are open", "Raise `ulimit -n`"),
+    errno.ENFILE: ("too many files are open on this machine", "End other programs"),
+    errno.EACCES: ("permission denied", "Correct the permissions"),
+    errno.EPERM: ("it may not be changed", "Look at the permissions and at `lsattr`"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "Move that file away"),
+    errno.EEXIST: ("something else, a file or a link, is in its place", "Move that away"),
+    errno.EISDIR: ("there is a folder of this name", "Move that folder away"),
+    errno.ELOOP: ("its links lead in a circle", "Correct the links"),
+    errno.ENAMETOOLONG: ("the name is too long", "Use a shorter one"),
+}
+OF_OPEN_FILES = (*FULL, errno.EIO, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.ESTALE)  # a write names no file
 
 
 def base_dir() -> Path:
@@ -47,7 +69,8 @@ def base_dir() -> Path:
         raise UserError("there is no home folder to put files into. Set NANOCHAT_BASE_DIR to a folder you can write "
                         "to.") from error
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}. "
+        why, _ = TROUBLES.get(error.errno, (error.strerror, ""))
+        raise UserError(f"cannot make the folder {folder}: {why}. "
                         "Set NANOCHAT_BASE_DIR to one you can write to.") from error
     return folder
 
@@ -64,13 +87,13 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         mode: "wb" for bytes, "w" for UTF-8 text without newline conversion.
 
     Raises:
-        UserError: the disk is full, or the folder may not be written to.
+        NotWritten: the disk is full or fails, or the folder may not be written to.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        with open(aside, mode, **({} if "b" in mode else TEXT)) as file:
             _lock(file)
             yield file
             file.flush()
@@ -78,16 +101,45 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         os.replace(aside, path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.errno in FULL:
-            raise UserError(f"the disk is full: {path} was not written, and an older file there is untouched. "
-                            f"Free some space on {path.parent} or set NANOCHAT_BASE_DIR to another disk.") from error
-        if error.errno in REFUSED and error.filename is not None and Path(error.filename) in (aside, *path.parents):
-            raise UserError(f"cannot write {path}: {error.strerror} ({error.filename2 or error.filename}). "
-                            "Correct that, or set NANOCHAT_BASE_DIR to another folder.") from error
+        named = error.filename is not None and Path(os.fsdecode(error.filename)) in (aside, path, *path.parents)
+        if error.errno in FULL or named or error.filename is None and error.errno in OF_OPEN_FILES:
+            raise not_written(path, error) from error
         raise
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def not_written(path: str | Path, error: OSError, after: str = "and an older file there is untouched") -> NotWritten:
+    """Return the error that says why `path` could not be written, and what to do. after: what holds then, in words."""
+    why, way_out = trouble(error, Path(path).parent)
+    named = error.filename2 or error.filename
+    where = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else Path(path)
+    where = where if where in Path(path).parents else Path(path).parent
+    return NotWritten(f"{why}: cannot write {path}, {after}. {way_out} ({where}), or set NANOCHAT_BASE_DIR to another "
+                      "disk.", full=error.errno in (errno.ENOSPC, errno.EDQUOT))
+
+
+def disk_error(error: OSError) -> UserError | None:
+    """Return an error in words for one that a disk raised; None for others, such as those of a network."""
+    if error.errno not in TROUBLES or error.filename is None and error.errno not in FULL:
+        return None
+    name = os.fsdecode(error.filename2 or error.filename or ".")  # an open file that is written to has no name here
+    why, way_out = trouble(error, Path(name).parent)
+    where = "" if error.filename is None else f": {name}"
+    return UserError(f"{why}{where}. {way_out}, or set NANOCHAT_BASE_DIR (and TMPDIR, HF_HOME where it is theirs) to "
+                     "another disk.")
+
+
+def trouble(error: OSError, folder: Path) -> tuple[str, str]:
+    """Return what is wrong with the place that was written to, and the way out: two clauses."""
+    why, way_out = TROUBLES.get(error.errno, (error.strerror or str(error), "Correct that"))
+    if error.errno == errno.ENOSPC:
+        with suppress(OSError, AttributeError):  # Windows has no statvfs
+            disk = os.statvfs(folder)
+            if disk.f_files and not disk.f_favail and disk.f_bavail:
+                return "the disk is full: it takes no further files (no free inodes)", "Delete some files there"
+    return why, way_out
 
 
 def sweep(folder: str | Path) -> None:
@@ -334,15 +386,20 @@ def sha256_of_rest(file: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def need_disk(path: str | Path, size: int, what: str) -> None:
-    """Raise UserError if the disk of `path` has fewer than `size` bytes free; the message names `what` needs them."""
+def free_space(path: str | Path) -> int:
+    """Return how many bytes this process may still write on the disk of `path`, which need not exist yet."""
     path = Path(path)
-    while not path.exists():
+    while not path.exists() and path != path.parent:
         path = path.parent
-    free = shutil.disk_usage(path).free
+    return shutil.disk_usage(path).free
+
+
+def need_disk(path: str | Path, size: int, what: str) -> None:
+    """Raise NotWritten if the disk of `path` has fewer than `size` bytes free; the message names `what` needs them."""
+    free = free_space(path)
     if free < size:
-        raise UserError(f"{what} needs {in_words(size)} on the disk of {path}, which has {in_words(free)} free. "
-                        "Free some space or set NANOCHAT_BASE_DIR to another disk.")
+        raise NotWritten(f"{what} needs {in_words(size)} on the disk of {path}, which has {in_words(free)} free. "
+                         "Free some space or set NANOCHAT_BASE_DIR to another disk.", full=True)
 
 
 def in_words(size: float) -> str:

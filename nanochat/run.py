@@ -35,7 +35,7 @@ from nanochat.distributed import (
     precision_note,
 )
 from nanochat.engine import Engine
-from nanochat.errors import UserError
+from nanochat.errors import NotWritten, UserError
 from nanochat.evaluation.loss import evaluate_bpb
 from nanochat.files import base_dir, free_name, lock_folder
 from nanochat.gpt import GPT
@@ -47,7 +47,7 @@ from nanochat.logs import RunLog
 from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import Recompute, override, published
-from nanochat.saving import BackgroundSaver, copy_to_machines
+from nanochat.saving import BackgroundSaver, check_room, copy_to_machines, look_ahead
 from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
 from nanochat.watch import busy
@@ -494,7 +494,7 @@ class StageRun:
 
         def before_step(step: int) -> None:
             at_step(step)
-            self._report(self.saver.finished())
+            self._report(self.saver.finished)
             for action in (*actions, saves):
                 if is_due(action, step, self.origin.step, end):
                     self.optimizer.wait()  # so that an action may read weights in any way
@@ -507,9 +507,9 @@ class StageRun:
     def save(self, step: int, keep: int | None = None) -> None:
         """Start to save a checkpoint of `step` finished steps. Collective; a thread of rank 0 writes it.
 
-        keep: see `save_checkpoint`. Raises UserError where the checkpoint before could not be written.
+        keep: see `save_checkpoint`.
         """
-        self._report(self.saver.wait())
+        self._report(self.saver.wait)
         optimizer_state = self.optimizer.state_dict(self.saver.host_copy)
         position = gather_objects(self.loader.state_dict() if self.loader is not None else None, self.ranks)
         if self.ranks.is_main:
@@ -525,19 +525,32 @@ class StageRun:
             }, optimizer_state, keep=keep, keep_every=getattr(self.config, "keep_every", -1))
 
     def wait_for_save(self) -> None:
-        """Wait until the checkpoint that is being written is on disk. Collective. Raises UserError where it is not."""
-        self._report(self.saver.wait())
+        """Wait until the run's last checkpoint is on disk, for a while also until there is room. Collective.
+
+        Raises NotWritten where it is not.
+        """
+        self._tell(self.saver.wait_for_room(self.log.say))
         barrier(self.ranks, "saving the last checkpoint")
 
     def _save_and_wait(self, step: int) -> None:
         self.save(step)
         self.wait_for_save()
 
-    def _report(self, written: Sequence[int]) -> None:
-        """Print and record that the checkpoints of these steps are on disk."""
+    def _report(self, written: Callable[[], Sequence[int]]) -> None:
+        """Tell which checkpoints are on disk, or warn that a periodic one could not be written: the run goes on."""
+        try:
+            self._tell(written())
+        except NotWritten as error:
+            self.log.say(f"warning: step {self.saver.step:05d} was not saved: {error} Training goes on.")
+            self.log.record("not_saved", step=self.saver.step, reason=str(error))
+
+    def _tell(self, written: Sequence[int]) -> None:
+        """Print and record that the checkpoints of these steps are on disk, and warn where the disk fills."""
         for step in written:
             self.log.say(f"step {step:05d} | saved {self.origin.folder}")
             self.log.record("checkpoint", step=step, folder=str(self.origin.folder))
+            if step < self.num_iterations and (warning := look_ahead(self.origin.folder, step, self.config.keep)):
+                self.log.say(warning)
 
     def evaluate_bpb(self, step: int, rows: Iterable[Any], token_bytes: torch.Tensor) -> None:
         """Print and record the bits per byte on `rows`; later checkpoints say it as val_bpb. Collective."""
@@ -574,6 +587,14 @@ class StageRun:
                      + f". The model is in {self.origin.folder}")
 
 
+def room_for(origin: Origin, config: Any, optimizer: MuonAdamW, num_iterations: int) -> str:
+    """Return a warning where the disk has no room for all that the run will write; see `check_room`."""
+    size = sum(4 * p.numel() for p in origin.model.parameters()) + optimizer.bytes_of_state()
+    every = config.save_every
+    saves = (num_iterations - 1) // every - origin.step // every if every > 0 else 0
+    return check_room(origin.folder, size, saves, config.keep, num_iterations - origin.step)
+
+
 @contextmanager
 def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, kernels: Choice,
              loader: PackedLoader | None = None, **results: Any) -> Iterator[StageRun]:
@@ -586,12 +607,16 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
         loader: whose position goes into the checkpoints, where the number of the step does not say it.
         kernels: from `choose_kernels`.
         results: meta fields of every checkpoint, as they are before the first evaluation.
+
+    Raises:
+        NotWritten: on all ranks, where the disk has no room for a checkpoint.
     """
     prints = gather_objects(origin.tokenizer.fingerprint(), ranks)
     if other := next((rank for rank, print_ in enumerate(prints) if print_ != prints[0]), 0):
         raise UserError(f"rank {other} has another tokenizer than rank 0: the text on their machines differs. Copy "
                         "base_data and tokenizer of node 0's base folder to the other nodes.")
     optimizer = make_optimizer(origin, config, ranks)
+    warning = on_main("looking at the disk", lambda: room_for(origin, config, optimizer, num_iterations), ranks)
     if origin.fresh:  # only now: what else could be wrong with the flags was looked at
         on_main(f"moving {origin.folder} aside", lambda: move_aside(origin.folder), ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
@@ -600,12 +625,14 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
             log.record("restart", why=why)
         run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
                        log=log, loader=loader, kernels=kernels, results=results)
+        if warning:
+            log.say(warning)
         try:
             yield run
         except BaseException:  # training has diverged, for example: the last checkpoint before that is not lost
             try:
-                run._report(run.saver.wait())
+                run._tell(run.saver.wait())
             except UserError as error:
                 log.say(f"besides: {error}")
             raise
-        run._report(run.saver.wait())
+        run._tell(run.saver.wait())

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanochat import files
-from nanochat.errors import UserError
+from nanochat.errors import NotWritten, UserError
 from nanochat.files import (
     atomic_write,
     base_dir,
@@ -64,12 +64,53 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path):
             "from nanochat.files import atomic_write\n"
             "with atomic_write(sys.argv[1]) as file: file.write(bytes(200000))")
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert "UserError: the disk is full" in done.stderr and path.read_bytes() == b"old" and inside(tmp_path) == ["a"]
+    assert "NotWritten: the disk is full" in done.stderr and path.read_bytes() == b"old" and inside(tmp_path) == ["a"]
     with pytest.raises(UserError, match="disk is full.*NANOCHAT_BASE_DIR"), atomic_write(path):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="another") as other, atomic_write(path):
-        raise OSError(errno.EIO, "another")
+        raise OSError(errno.ECONNRESET, "another")
     assert not isinstance(other.value, UserError)
+
+
+@pytest.mark.parametrize("number, why, full", [
+    (errno.ENOSPC, "the disk is full", True), (errno.EDQUOT, "quota", True), (errno.EFBIG, "ulimit -f", False),
+    (errno.EIO, "the disk fails", False), (errno.EROFS, "read-only", False), (errno.ESTALE, "network disk", False)])
+def test_a_disk_that_fails_in_the_middle_is_told_from_the_rest(tmp_path, number, why, full):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(NotWritten, match=f"{why}.*{tmp_path}") as told, atomic_write(tmp_path / "a") as file:
+        file.write(b"new")
+        raise OSError(number, os.strerror(number))  # of a write, which names no file
+    assert told.value.full is full and (tmp_path / "a").read_bytes() == b"old" and inside(tmp_path) == ["a"]
+    with pytest.raises(OSError) as other, atomic_write(tmp_path / "a"):
+        raise OSError(errno.EIO, "x", "/elsewhere")  # another file, which the block reads
+    assert not isinstance(other.value, UserError)
+
+
+def test_a_disk_without_inodes_says_that_files_are_to_be_deleted(tmp_path, monkeypatch):
+    disk = type("Disk", (), {"f_files": 100, "f_favail": 0, "f_bavail": 1000})
+    monkeypatch.setattr(files.os, "statvfs", lambda path: disk)
+    with pytest.raises(NotWritten, match="no free inodes.*Delete some files"), atomic_write(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_too_many_open_files_long_names_and_loops_are_a_sentence(tmp_path):
+    with pytest.raises(NotWritten, match="name is too long"), atomic_write(tmp_path / ("a" * 300)):
+        pass
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(NotWritten, match=f"in its place.*{tmp_path}/loop"), atomic_write(tmp_path / "loop" / "a"):
+        pass
+    code = ("import resource, sys; from nanochat.files import atomic_write\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+            "with atomic_write(sys.argv[1]): pass")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, text=True, cwd=ROOT)
+    assert "too many files are open" in done.stderr and inside(tmp_path) == ["loop"]
+
+
+def test_text_takes_a_file_name_that_is_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    with atomic_write(tmp_path / "a", "w") as file:
+        file.write(to_json({"path": name}))
+    assert json.loads((tmp_path / "a").read_text(encoding="utf-8")) == {"path": name}
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path):

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from nanochat.distributed import Ranks, all_reduce_sum, barrier, broadcast_object, machine_first
-from nanochat.errors import UserError
+from nanochat.errors import NotWritten, UserError
 from nanochat.files import atomic_write, base_dir, sweep, to_json
+from nanochat.logs import print_line
 from nanochat.ragged import length_on, padded
 
 EVAL_ROWS_FORMAT = 1  # higher after a change of what a file of rows holds, or of how documents are packed
@@ -86,7 +87,7 @@ class EvalRows:
         cut: as PackedLoader takes it.
 
     Raises:
-        UserError: on all ranks, where the rows of a machine cannot be made or written.
+        UserError: on all ranks, where the rows of a machine cannot be made.
     """
 
     def __init__(self, source, batch_size: int, sequence_len: int, tokens: int, *, ranks: Ranks, cut: bool = True):
@@ -103,7 +104,12 @@ class EvalRows:
 
         def rows() -> np.ndarray:
             if (found := _read_rows(path)) is None:
-                _write_rows(path, _packed_rows(source, batch_size, sequence_len, count, cut))
+                made = _packed_rows(source, batch_size, sequence_len, count, cut)
+                try:
+                    _write_rows(path, made)
+                except NotWritten as error:  # costs time and memory: each rank tokenises for itself
+                    print_line(f"warning: the tokenised validation text is not kept: {error}")
+                    return made
                 found = _read_rows(path)
             return found
 
