@@ -21,7 +21,14 @@ from typing import IO, Any, Literal, TypeVar
 import torch
 
 from nanochat.checkpoint import latest_step, load_checkpoint, load_on_ranks
-from nanochat.cli import flag, parse
+from nanochat.checks import (
+    check_batch,
+    check_tag,
+    conversation_files,
+    dry_run_flag,
+    need_writable,
+)
+from nanochat.cli import COUNT, COUNT_OR_ALL, EVERY, NOT_NEGATIVE, SEED, STEP_OR_LAST, flag, parse
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import (
     Ranks,
@@ -41,7 +48,7 @@ from nanochat.gpt import GPT
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
 from nanochat.loading import checkpoint_dir, load_model
-from nanochat.logs import RunLog
+from nanochat.logs import RunLog, check_wandb
 from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import Recompute, override, published
@@ -67,26 +74,41 @@ class ChatStageFlags:
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     model_tag: str = flag("", "which model to start from; unset takes the only or the deepest one. "
                               "The result has the same name")
-    model_step: int = flag(-1, "which of its checkpoints; -1 is the last")
+    model_step: int = flag(-1, "which of its checkpoints; -1 is the last", within=STEP_OR_LAST)
     data: Literal["auto", "hub", "small-world"] = flag("auto", "what to train on: the published mixture, or "
                                                        "conversations about the built-in small world; auto is what "
                                                        "goes with the base model")
     conversations: str = flag("", "further conversations, your own: .jsonl files, with commas between")
-    num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data")
-    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)")
-    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)")
+    num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data",
+                               within=COUNT_OR_ALL)
+    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)",
+                               within=NOT_NEGATIVE)
+    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)",
+                                 within=NOT_NEGATIVE)
     matrix_lr: float = flag(published.groups["matrices"].lr,
-                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)")
-    init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates")
-    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps")
-    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit")
+                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)",
+                            within=NOT_NEGATIVE)
+    init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates", within=NOT_NEGATIVE)
+    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps",
+                               within=NOT_NEGATIVE)
+    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit", within=NOT_NEGATIVE)
     reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
     recompute: Recompute = flag(published.mid.recompute, RECOMPUTE_HELP)
-    save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only")
-    keep: int = flag(published.mid.keep, "periodical checkpoints to keep; the last one always stays")
-    seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled")
+    save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only",
+                           within=EVERY)
+    keep: int = flag(published.mid.keep, "periodical checkpoints to keep; the last one always stays", within=COUNT)
+    seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled", within=SEED)
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
+    dry_run: bool = dry_run_flag()
+
+    def check(self) -> None:
+        """Raise UserError for flags that do not fit one another, and for files that are not there."""
+        check_tag(self.model_tag)
+        check_batch(self)
+        for path in conversation_files(self.conversations):
+            if not path.is_file():
+                raise UserError(f"--conversations: there is no file {path}")
 
 
 def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] | None, description: str) -> None:
@@ -95,6 +117,7 @@ def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] 
     parse_wish(config.kernels)  # raises for names that do not exist, before anything is loaded
     try:
         with joined_ranks(config.device_type) as ranks:
+            on_main("looking at wandb", lambda: check_wandb(config.run), ranks)
             run(config, ranks)
     finally:
         apply_wish(Wish())  # the choice was that of this run
@@ -198,14 +221,20 @@ class ChatDataChoice:
 def resume_step(folder: Path, fresh: bool, ranks: Ranks) -> int | None:
     """Return the step of the checkpoint in `folder` to resume from, None for a new run. Collective.
 
-    fresh: move the folder aside first, so that the run is a new one.
+    fresh: the run is a new one in any case. `open_run` moves the folder aside, when nothing can be wrong any more.
     """
-    def look() -> int | None:
-        if fresh:
-            move_aside(folder)
-        return latest_step(folder)
+    if fresh:
+        return None
+    return on_main(f"looking for a checkpoint in {folder}", lambda: latest_step(folder), ranks)
 
-    return on_main(f"looking for a checkpoint in {folder}", look, ranks)
+
+def claim(folder: Path, config: Any, ranks: Ranks) -> IO | None:
+    """Lock the folder of a run, and see that it can be written. Collective; a dry run changes nothing.
+
+    Raises UserError where another run has it, or it cannot be written to.
+    """
+    on_main(f"looking at {folder}", lambda: need_writable(folder), ranks)
+    return None if config.dry_run else lock_run(folder, ranks)
 
 
 def lock_run(folder: Path, ranks: Ranks) -> IO | None:
@@ -238,7 +267,7 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     parent_folder = checkpoint_dir(source, config.model_tag or None)
     tag = parent_folder.name
     folder = base_dir() / stage.folder / tag
-    file = lock_run(folder, ranks)
+    file = claim(folder, config, ranks)
     step = resume_step(folder, config.fresh, ranks) or 0
     parent_step = None if config.model_step < 0 else config.model_step
     name, wanted = (stage.name, step) if step else (source, parent_step)
@@ -269,8 +298,8 @@ def chat_data_choice(config: ChatStageFlags, meta: dict[str, Any]) -> ChatDataCh
     """Return what a chat stage learns from; with --data=auto what goes with the model of this meta."""
     about = meta.get("data") or {}
     auto = "small-world" if about.get("source") == "small-world" else "hub"
-    extra = [Path(part).expanduser() for part in config.conversations.split(",") if part]
-    return ChatDataChoice(auto if config.data == "auto" else config.data, about.get("seed", 0), extra)
+    return ChatDataChoice(auto if config.data == "auto" else config.data, about.get("seed", 0),
+                          conversation_files(config.conversations))
 
 
 def tokens_of_row(config: Any, model: GPT) -> int:
@@ -391,12 +420,6 @@ class StageRun:
     @property
     def max_seq_len(self) -> int:
         return tokens_of_row(self.config, self.model)
-
-    def where(self) -> str:
-        """Return processes, device and precision in words."""
-        count = self.ranks.world_size
-        return (f"{count} process{'es' if count > 1 else ''} on {self.ranks.device.type}, "
-                f"{str(self.model.compute_dtype).removeprefix('torch.')}")
 
     def introduce(self, lines: Sequence[str], **about: Any) -> None:
         """Print what the run is about to do, and record the model. about: further fields of the record."""
@@ -547,7 +570,9 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
     """
     optimizer = make_optimizer(origin, config, ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
-                enabled=ranks.is_main) as log:
+                resumes=origin.step > 0, enabled=ranks.is_main) as log:
+        if config.fresh:
+            on_main(f"moving {origin.folder} aside", lambda: move_aside(origin.folder), ranks)
         run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
                        log=log, loader=loader, kernels=kernels, results=results)
         try:

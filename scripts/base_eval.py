@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT_OR_ALL, flag, parse, run_main
 from nanochat.dataset import data_dir
 from nanochat.dataset.shards import shards_in
 from nanochat.distributed import Ranks
@@ -39,7 +39,8 @@ class Config(base_loss.Config):
     """Flags of base_eval, after those of base_loss."""
 
     eval: str = flag("", f"parts to run, of {','.join(PARTS)}; unset runs all that are possible here")
-    max_per_task: int = flag(published.base_eval.max_per_task, "examples of each CORE task; -1 = all")
+    max_per_task: int = flag(published.base_eval.max_per_task, "examples of each CORE task; -1 = all",
+                             within=COUNT_OR_ALL)
     bundle: str = flag("", "folder of the tasks of CORE; unset is eval_bundle, downloaded if it is missing")
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, ROWS, STEP_OR_LAST, flag, parse, run_main
 from nanochat.dataloader import TextSource
 from nanochat.dataset import data_dir, iter_documents
 from nanochat.distributed import Ranks, joined_ranks
@@ -26,10 +26,11 @@ class Config:
     """Flags of base_loss."""
 
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    device_batch_size: int = flag(published.base_eval.device_batch_size, "sequences in a batch of one device")
-    split_tokens: int = flag(published.base_eval.split_tokens, "tokens of each split that are evaluated")
+    device_batch_size: int = flag(published.base_eval.device_batch_size, "sequences in a batch of one device",
+                                  within=ROWS)
+    split_tokens: int = flag(published.base_eval.split_tokens, "tokens of each split that are evaluated", within=COUNT)
     model_tag: str = flag("", "which model under base_checkpoints; unset takes the only or the deepest one")
-    model_step: int = flag(-1, "which of its checkpoints; -1 is the last")
+    model_step: int = flag(-1, "which of its checkpoints; -1 is the last", within=STEP_OR_LAST)
     data_dir: str = flag("", "folder of shards; unset is base_data")
     quantize: Literal["none", "int8"] = flag("none", "int8: evaluate the model with 8-bit weights")
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, COUNT_OR_ALL, ROWS, SEED, STEP_OR_LAST, TEMPERATURE, TOP_K, flag, parse, run_main
 from nanochat.distributed import joined_ranks, machine_first
 from nanochat.errors import UserError
 from nanochat.evaluation.chat import chatcore, evaluate_task
@@ -37,18 +37,18 @@ class Config:
 
     source: Literal[tuple(stage.name for stage in CHAT_STAGES)] = flag("sft", "stage of the model", short="i")
     task_name: str = flag("", "tasks, separated by |; unset takes all", short="a")
-    temperature: float = flag(GRADING.temperature, "of sampling; 0 is greedy", short="t")
-    max_new_tokens: int = flag(GRADING.max_new_tokens, "most tokens of an answer", short="m")
+    temperature: float = flag(GRADING.temperature, "of sampling; 0 is greedy", short="t", within=TEMPERATURE)
+    max_new_tokens: int = flag(GRADING.max_new_tokens, "most tokens of an answer", short="m", within=COUNT)
     num_samples: int = flag(GRADING.num_samples, "answers to a problem; one correct answer is enough (pass@k)",
-                            short="n")
-    top_k: int = flag(GRADING.top_k, "sample from this many most likely tokens; 0 = all", short="k")
-    batch_size: int = flag(GRADING.batch_size, "sequences in one batch", short="b")
+                            short="n", within=ROWS)
+    top_k: int = flag(GRADING.top_k, "sample from this many most likely tokens; 0 = all", short="k", within=TOP_K)
+    batch_size: int = flag(GRADING.batch_size, "sequences in one batch", short="b", within=ROWS)
     model_tag: str = flag("", "which model; unset takes the only or the deepest one", short="g")
-    step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
-    max_problems: int = flag(GRADING.max_problems, "problems of each task; -1 = all", short="x")
+    step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s", within=STEP_OR_LAST)
+    max_problems: int = flag(GRADING.max_problems, "problems of each task; -1 = all", short="x", within=COUNT_OR_ALL)
     data: Literal["auto", "hub", "small-world"] = flag(
         "auto", "which tasks: the published ones, or those of the built-in small world; auto is those of its training")
-    seed: int = flag(42, "of sampling, where the temperature is above 0")
+    seed: int = flag(42, "of sampling, where the temperature is above 0", within=SEED)
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
 
 
@@ -85,10 +85,6 @@ def select_tasks(names: str, data: str, seed: int) -> dict:
 
 def run(config: Config, ranks) -> None:
     """Evaluate one model. Collective."""
-    if config.max_problems == 0 or config.max_problems < -1:
-        raise UserError(f"--max-problems is a number from 1 on, or -1 for all, not {config.max_problems}")
-    if min(config.num_samples, config.batch_size, config.max_new_tokens) < 1:
-        raise UserError("--num-samples, --batch-size and --max-new-tokens must be at least 1")
     model, tokenizer, meta = load_for_decoding(config.source, ranks.device, model_tag=config.model_tag or None,
                                                step=None if config.step < 0 else config.step, ranks=ranks)
     about = meta.get("data") or {}

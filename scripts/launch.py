@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat.cli import flag, parser_of, run_main
-from nanochat.errors import UserError
+from nanochat.cli import Range, flag, parser_of, run_main
 from nanochat.launcher import Owner, tell_owner
 
 
@@ -21,7 +20,7 @@ from nanochat.launcher import Owner, tell_owner
 class Flags:
     """Flags of launch, before the script and its own."""
 
-    ranks: int = flag(0, "processes; 0 = one a GPU", short="n")
+    ranks: int = flag(0, "processes; 0 = one a GPU", short="n", within=Range(0, 1024))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,8 +29,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("script", help="module to run, such as scripts.base_train")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
     flags = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    if flags.ranks < 0:
-        raise UserError(f"--ranks is a number of processes, not {flags.ranks}")
     ranks = flags.ranks or count_gpus() or 1
     arguments = flags.arguments[flags.arguments[:1] == ["--"]:]
     with Owner() as owner:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.checkpoint import latest_step
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import NOT_NEGATIVE, flag, parse, run_main
 from nanochat.dataset import shard_paths
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, base_dir, lock, need_disk
@@ -52,7 +52,7 @@ from tasks.recipes import IDENTITY
 class Flags:
     """Flags of speedrun; the settings come from the environment."""
 
-    setup_seconds: float = flag(0.0, "seconds the set-up took, for the total that is printed")
+    setup_seconds: float = flag(0.0, "seconds the set-up took, for the total that is printed", within=NOT_NEGATIVE)
     dry_run: bool = flag(False, "say what would be done, print its commands, and do nothing")
 
 

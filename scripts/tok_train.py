@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, FROM_ZERO, Range, flag, parse, run_main
 from nanochat.dataset import iter_documents
 from nanochat.dataset.shards import data_dir, read_source
 from nanochat.errors import UserError
@@ -29,17 +29,16 @@ SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the ro
 
 @dataclass
 class Config:
-    max_chars: int = flag(published.tokenizer.max_chars, "characters to train on at most")
-    doc_cap: int = flag(published.tokenizer.doc_cap, "characters to use of each document, 0 for all of it")
-    vocab_size: int = flag(published.tokenizer.vocab_size, "tokens, including the 9 special ones; at least 265")
+    max_chars: int = flag(published.tokenizer.max_chars, "characters to train on at most", within=COUNT)
+    doc_cap: int = flag(published.tokenizer.doc_cap, "characters to use of each document, 0 for all of it",
+                        within=FROM_ZERO)
+    vocab_size: int = flag(published.tokenizer.vocab_size, "tokens, including the 9 special ones; at least 265",
+                           within=Range(265, 1 << 24))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, check and save a tokenizer. Raises UserError for wrong flags, or if there is no text."""
     config = parse(Config, argv, __doc__)
-    if config.max_chars < 1 or config.doc_cap < 0:
-        raise UserError(f"max_chars is {config.max_chars}, doc_cap {config.doc_cap}; "
-                        "the first must be 1 or more, the second 0 or more")
     seen: dict[str, Any] = {"chars": 0, "uncut": 0, "docs": 0, "sample": []}
     start = time.perf_counter()
     try:

@@ -213,10 +213,10 @@ def test_the_level_of_the_sandbox_is_said_and_refused_before_anything_is_graded(
     (mid_train, ["--total-batch-size=100"], "--total-batch-size"),
     (mid_train, ["--conversations=/nowhere/mine.jsonl"], "mine.jsonl"),
     (chat_sft, ["--target-examples-per-step=0"], "--target-examples-per-step"),
-    (chat_sft, ["--eval-steps=0"], "--eval-steps must be at least 1"),
-    (chat_rl, ["--num-samples=1"], "--num-samples must be at least 2"),
-    (chat_rl, ["--eval-examples=0"], "--eval-examples must be at least 1"),
-    (chat_eval, ["-i", "sft", "-x", "0"], "--max-problems is a number from 1 on, or -1 for all, not 0"),
+    (chat_sft, ["--eval-steps=0"], "--eval-steps is 0; it must be at least 1"),
+    (chat_rl, ["--num-samples=1"], "--num-samples is 1; it must be from 2"),
+    (chat_rl, ["--eval-examples=0"], "--eval-examples is 0; it must be at least 1"),
+    (chat_eval, ["-i", "sft", "-x", "0"], "--max-problems is 0; it must be .*, or -1"),
 ])
 def test_wrong_flags_get_one_clear_line(base, script, flags, message):
     usual = {mid_train: MID, chat_sft: SFT, chat_rl: RL}.get(script, ["--device-type=cpu"])

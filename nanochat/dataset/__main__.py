@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from nanochat.cli import flag, parse, parser_of, run_main
+from nanochat.cli import COUNT, COUNT_OR_ALL, SEED, Range, flag, parse, parser_of, run_main
 from nanochat.dataset.shards import data_dir
 from nanochat.recipe import published
 
@@ -22,8 +22,9 @@ REPLACE = "replace shards that were imported or generated earlier"
 
 @dataclass
 class FetchFlags:
-    num_files: int = flag(MISSING, "training shards to fetch, about 100 MB each; -1 is all 1822", short="n")
-    num_workers: int = flag(4, "parallel downloads", short="w")
+    num_files: int = flag(MISSING, "training shards to fetch, about 100 MB each; -1 is all 1822", short="n",
+                          within=COUNT_OR_ALL)
+    num_workers: int = flag(4, "parallel downloads", short="w", within=Range(1, 256))
     revision: str = flag("main", "branch, tag or commit of the data set; resolved to a commit at the first fetch, "
                                  "which later fetches reuse")
 
@@ -33,7 +34,8 @@ class ImportFlags:
     to: str = flag("", "folder to write the shards to; unset is base_data")
     doc_separator: str = flag("", "in .txt and .md, a line that holds only this ends a document; "
                                   "unset: each file is one document")
-    val_fraction: float = flag(0.01, "share of the documents kept for validation, from 0 to 1; at least one document")
+    val_fraction: float = flag(0.01, "share of the documents kept for validation, from 0 to 1; at least one document",
+                               within=Range(above=0, below=1))
     text_column: str = flag("text", "name of the text field in .jsonl, .json and .parquet")
     encoding: str = flag("utf-8", "encoding of the text files, such as cp1252, shift_jis, utf-16")
     replace: bool = flag(False, REPLACE)
@@ -41,8 +43,8 @@ class ImportFlags:
 
 @dataclass
 class SmallWorldFlags:
-    docs: int = flag(published.docs, "training documents, about 400 characters each")
-    seed: int = flag(0, "which small world")
+    docs: int = flag(published.docs, "training documents, about 400 characters each", within=COUNT)
+    seed: int = flag(0, "which small world", within=SEED)
     to: str = flag("", "folder to write the shards to; unset is base_data")
     replace: bool = flag(False, REPLACE)
 
