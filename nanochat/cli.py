@@ -201,10 +201,14 @@ def _words_of(name: str) -> str:
     return name.replace("-", "").replace("_", "").lower()
 
 
-def near_name(name: str, names: Iterable[str]) -> str | None:
-    """Return the one of `names` that `name` may be a slip of, None where none is near."""
-    by_word = {_words_of(known): known for known in names}
-    near = difflib.get_close_matches(_words_of(name), by_word, 1, 0.75)
+def near_name(name: str, names: Iterable[str], prefix: str = "") -> str | None:
+    """Return the one of `names` that `name` may be a slip of, None where none is near.
+
+    prefix: what all begin with; it does not make them more alike.
+    """
+    start = len(_words_of(prefix))
+    by_word = {_words_of(known)[start:]: known for known in names}
+    near = difflib.get_close_matches(_words_of(name)[start:], by_word, 1, 0.75)
     return by_word[near[0]] if near else None
 
 
@@ -363,14 +367,15 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, description:
 
 # All that begin so. Names near one of these are refused, since a slip of the pen would be passed over in silence.
 SETTINGS = {"NANOCHAT_" + name for name in (
-    "API_KEY", "BASE_DIR", "DTYPE", "EVAL_BUNDLE_URL", "FA3_HUB", "GRAPHS", "KERNELS", "MASTER_LISTENS", "MEASURE",
-    "OWNER_LINE", "PROGRESS", "PYTHON", "SKIP_CHECKS", "TASK_DATA", "TORCH")}
+    "API_KEY", "BASE_DIR", "CALLED_FROM", "CHROMIUM", "DTYPE", "EVAL_BUNDLE_URL", "FA3_HUB", "GRAPHS", "HANG_END",
+    "HANG_WARN", "KERNELS", "MASTER_LISTENS", "MEASURE", "NODE_MINUTES", "OWNER_LINE", "PROGRESS", "PYTHON",
+    "RESTARTED", "SANDBOX", "SCREENSHOTS", "SHARED", "SKIP_CHECKS", "TASK_DATA", "TORCH", "TORTURE")}
 
 
 def check_settings(environ: Mapping[str, str] | None = None) -> None:
     """Raise UserError for a setting NANOCHAT_... in the environment that may be a slip of an existing one."""
     for name in sorted(os.environ if environ is None else environ):
-        if name.startswith("NANOCHAT") and name not in SETTINGS and (near := near_name(name, SETTINGS)):
+        if name.startswith("NANOCHAT") and name not in SETTINGS and (near := near_name(name, SETTINGS, "NANOCHAT_")):
             raise UserError(f"{name} is no setting; did you mean {near}? Unset it, or name it right.")
 
 
@@ -392,7 +397,7 @@ def parse_settings(config_class: type[C], prefix: str, environ: Mapping[str, str
     values: dict[str, Any] = {}
     for name in sorted(key for key in environ if key.startswith(prefix)):
         if name not in names:
-            near = near_name(name, names)
+            near = near_name(name, names, prefix)
             raise UserError(f"{name} is no setting" + (f"; did you mean {near}?" if near else
                                                        f": there is {', '.join(sorted(names))}."))
         field, hint = names[name], hints[names[name].name]

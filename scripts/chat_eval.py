@@ -8,12 +8,14 @@ Files under $NANOCHAT_BASE_DIR: chat_eval/<source>_<tag>_<step>/<task>.jsonl, on
 model; and the log, logs/chat_eval_<source>_<tag>.jsonl.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from nanochat.checks import check_tag, dry_run_flag, need_writable
 from nanochat.cli import COUNT, COUNT_OR_ALL, ROWS, SEED, STEP_OR_LAST, TEMPERATURE, TOP_K, flag, parse, run_main
 from nanochat.distributed import joined_ranks, machine_first
 from nanochat.errors import UserError
@@ -26,6 +28,7 @@ from nanochat.stages import CHAT_STAGES, STAGES
 from nanochat.tools.sandbox import run_python
 from nanochat.training import clock
 from tasks import recipes
+from tasks.hub import MIRROR
 
 GRADING = published.chat_eval
 PROGRESS_EVERY = 5.0  # seconds between lines of progress
@@ -50,6 +53,11 @@ class Config:
         "auto", "which tasks: the published ones, or those of the built-in small world; auto is those of its training")
     seed: int = flag(42, "of sampling, where the temperature is above 0", within=SEED)
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+    dry_run: bool = dry_run_flag()
+
+    def check(self) -> None:
+        """Raise UserError for a tag that is none."""
+        check_tag(self.model_tag)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,12 +101,22 @@ def run(config: Config, ranks) -> None:
     level = run_python("").level.name.lower() if "HumanEval" in tasks else ""  # now, so that an error comes early
     tag = Path(meta["folder"]).name
     folder = base_dir() / "chat_eval" / f"{config.source}_{tag}_{meta['step']:06d}"
+    for path in (folder, base_dir() / "logs"):
+        need_writable(path)
+    if config.dry_run:
+        seen = data != "hub" or os.environ.get(MIRROR)  # else they would have to be fetched
+        counts = {name: f"{len(make()):,} problems" if seen else "from the hub" for name, make in tasks.items()}
+        if ranks.is_main:
+            print(f"{meta['loaded']} would be asked " + ", ".join(f"{name} ({count})" for name, count in counts.items())
+                  + f"; the answers would go to {folder}\nnothing was changed: this was --dry-run")
+        return
+    loaded = {name: machine_first(make, ranks) for name, make in tasks.items()}  # all, before the first is asked
     with RunLog(STAGES[config.source].graded_by, tag, asdict(config), enabled=ranks.is_main) as log:
         log.say(meta["loaded"])
         if level:
             log.say(f"programs of HumanEval run in a sandbox of the level {level}")
         accuracy, chance = {}, {}
-        for name, make in tasks.items():
+        for name, task in loaded.items():
             last_line = time.time()
 
             def progress(done: int, count: int, correct: int, name: str = name) -> None:
@@ -108,7 +126,7 @@ def run(config: Config, ranks) -> None:
                     last_line = time.time()
                     log.say(f"  {name:16s} {done}/{count}, {correct / done:.1%} so far")
 
-            result = evaluate_task(model, tokenizer, machine_first(make, ranks), ranks, batch_size=config.batch_size,
+            result = evaluate_task(model, tokenizer, task, ranks, batch_size=config.batch_size,
                                    max_problems=config.max_problems, num_samples=config.num_samples,
                                    max_tokens=config.max_new_tokens, temperature=config.temperature,
                                    top_k=config.top_k, seed=config.seed, progress=progress)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanochat.checks import dry_run_flag, need_writable
 from nanochat.cli import COUNT, FROM_ZERO, Range, flag, parse, run_main
 from nanochat.dataset import iter_documents
 from nanochat.dataset.shards import data_dir, read_source
@@ -34,11 +35,20 @@ class Config:
                         within=FROM_ZERO)
     vocab_size: int = flag(published.tokenizer.vocab_size, "tokens, including the 9 special ones; at least 265",
                            within=Range(265, 1 << 24))
+    dry_run: bool = dry_run_flag()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, check and save a tokenizer. Raises UserError for wrong flags, or if there is no text."""
     config = parse(Config, argv, __doc__)
+    folder = tokenizer_dir()
+    need_writable(folder)
+    if config.dry_run:
+        next(iter_documents("train"), None)  # raises where there is no text
+        kept = " The tokenizer that is there would be kept beside it, if it is another." if folder.exists() else ""
+        print(f"a tokenizer of {config.vocab_size:,} tokens would be trained on at most {config.max_chars:,} "
+              f"characters of {data_dir()}, and go to {folder}.{kept} Nothing was changed: this was --dry-run.")
+        return
     seen: dict[str, Any] = {"chars": 0, "uncut": 0, "docs": 0, "sample": []}
     start = time.perf_counter()
     try:
@@ -53,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not seen["chars"]:
         raise UserError(f"there is no text in {data_dir()}: nothing to train a tokenizer on")
 
-    folder = tokenizer_dir()
     trial = folder.with_name("tokenizer.trial")  # check the files that were written, before they replace anything
     try:
         tokenizer.save(trial)
