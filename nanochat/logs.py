@@ -27,6 +27,7 @@ from nanochat.files import Lock, base_dir, lock, to_json
 
 MOST_WAITING = 10_000  # records that wait in memory for room on the disk
 NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+NO_WANDB = ("", "dummy")
 CONSOLE_GONE = (errno.EIO, errno.EPIPE)  # a closed terminal; a pipe whose reader Ctrl-C ended before us, such as tee
 
 
@@ -112,6 +113,7 @@ class RunLog:
         stage, tag: the file is logs/<stage>_<tag>.jsonl in base_dir().
         config: the settings of the run, recorded at its start.
         wandb_run: name of the run in wandb's project nanochat; "" and "dummy" mean no wandb.
+        resumes: training goes on where it stopped. Then so does the wandb run of this name that the log tells of.
         enabled: False on ranks other than 0, where no call does anything.
 
     Raises:
@@ -120,7 +122,7 @@ class RunLog:
     """
 
     def __init__(self, stage: str, tag: str, config: dict[str, Any], *, wandb_run: str = "dummy",
-                 enabled: bool = True):
+                 resumes: bool = False, enabled: bool = True):
         self.path = base_dir() / "logs" / f"{stage}_{tag}.jsonl"
         self.enabled, self._file, self._wandb, self._bar = enabled, None, None, None
         self._failed = self._wandb_failed = False
@@ -140,10 +142,13 @@ class RunLog:
         except OSError as error:
             raise UserError(f"cannot write the log {self.path}: {error.strerror}. "
                             "Correct that, or set NANOCHAT_BASE_DIR to another folder.") from error
-        if wandb_run not in ("", "dummy"):
-            self._wandb = _start_wandb(wandb_run, stage, config)
+        if wandb_run not in NO_WANDB:
+            run_id = last_wandb_id(self.path, wandb_run) if resumes else None
+            self._wandb = _start_wandb(wandb_run, stage, config, run_id)
         self.record("start", stage=stage, tag=tag, config=config, versions=versions(), machine=machine(),
                     commit=commit())
+        if self._wandb is not None:
+            self.record("wandb", name=wandb_run, id=self._wandb.id)
 
     def record(self, kind: str, **values: Any) -> None:
         """Append one line: time (UTC, ISO 8601), kind and values (JSON-able, NumPy or PyTorch). wandb gets the numbers.
@@ -158,7 +163,7 @@ class RunLog:
             raise ValueError(f"a record's own entries cannot be given as values: {', '.join(sorted(clash))}")
         line = to_json(row | values)
         self._write(line.encode(errors="backslashreplace") + b"\n")  # of a file name that is not UTF-8
-        if self._wandb is not None and kind not in ("start", "end"):
+        if self._wandb is not None and kind not in ("start", "wandb", "end"):
             numbers = {name: value for name, value in json.loads(line).items() if isinstance(value, int | float)}
             self._tell_wandb(lambda run: run.log({name if name == "step" else f"{kind}/{name}": value
                                                   for name, value in numbers.items()}))
@@ -310,19 +315,56 @@ def _end_last_line(file: Any) -> None:
         file.truncate(size - len(tail))
 
 
-def _start_wandb(name: str, stage: str, config: dict[str, Any]) -> Any:
+def check_wandb(name: str) -> None:
+    """Raise UserError where a run of this name cannot be logged to wandb: it is not installed, or nobody is logged in.
+
+    Nothing is started, and the network is not asked.
+    """
+    if name in NO_WANDB:
+        return
+    wandb = _wandb_package(name)
+    if sys.stdin is not None and sys.stdin.isatty():
+        return  # wandb asks for the key
+    try:
+        online = getattr(wandb.setup().settings, "mode", "online") not in ("offline", "disabled", "dryrun")
+        logged_in = not online or wandb.login(prompt=False, verify=False)
+    except (AttributeError, TypeError):  # an older wandb has no such question: it says so when it starts
+        return
+    except (wandb.Error, OSError, ValueError) as error:  # a setting of wandb that is wrong
+        raise _wandb_error(error) from error
+    if not logged_in:
+        raise _wandb_error("nobody is logged in.")
+
+
+def last_wandb_id(log: Path, name: str) -> str | None:
+    """Return the id of the wandb run of this name that a log was last written beside; None where there is none."""
+    return next((row.get("id") for row in reversed(read_log(log))
+                 if row.get("kind") == "wandb" and row.get("name") == name), None)
+
+
+def _wandb_package(name: str) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise UserError(f"the run name {name!r} asks for wandb, which is not installed: `uv pip install '.[track]'` in "
                         "the project's folder installs it; the run name dummy works without it.") from error
+    return wandb
+
+
+def _wandb_error(why: object) -> UserError:
+    return UserError(f"wandb does not start: {' '.join(str(why).split())[:300]} Log in with `wandb login`, set "
+                     "WANDB_MODE=offline to keep the run on this machine, or use the run name dummy to work without "
+                     "wandb.")
+
+
+def _start_wandb(name: str, stage: str, config: dict[str, Any], run_id: str | None) -> Any:
+    """Start a wandb run. run_id: of the run to go on with, also where both are offline; None begins one."""
+    wandb = _wandb_package(name)
     try:
         run = wandb.init(project="nanochat", name=name, job_type=stage, config=json.loads(to_json(config)),
-                         dir=str(base_dir()))
+                         dir=str(base_dir()), **({"id": run_id, "resume": "allow"} if run_id else {}))
     except (wandb.Error, OSError, ValueError) as error:
-        raise UserError(f"wandb does not start: {' '.join(str(error).split())[:300]} Log in with `wandb login`, set "
-                        "WANDB_MODE=offline to keep the run on this machine, or use the run name dummy to work without "
-                        "wandb.") from error
+        raise _wandb_error(error) from error
     run.define_metric("*", step_metric="step")  # our steps go back where a run resumes; wandb's own cannot
     return run
 

@@ -22,7 +22,8 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from nanochat.checkpoint import Checkpoint, Corrupt, latest_step, load_checkpoint, load_to_resume, steps_in
-from nanochat.cli import flag, parse
+from nanochat.checks import check_batch, check_tag, conversation_files, dry_run_flag, need_writable
+from nanochat.cli import COUNT, COUNT_OR_ALL, EVERY, NOT_NEGATIVE, SEED, STEP_OR_LAST, flag, parse
 from nanochat.dataloader import PackedLoader, reshard
 from nanochat.distributed import (
     Ranks,
@@ -43,7 +44,7 @@ from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish
 from nanochat.kernels.dispatch import TrainingShape, has_triton
 from nanochat.launcher import RESTARTED, at_step
 from nanochat.loading import load_model, model_and_tokenizer, on_ranks
-from nanochat.logs import RunLog
+from nanochat.logs import RunLog, check_wandb
 from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import Recompute, override, published
@@ -70,28 +71,44 @@ class ChatStageFlags:
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     model_tag: str = flag("", "which model to start from; unset takes the only or the deepest one. "
                               "The result has the same name")
-    model_step: int = flag(-1, "which of its checkpoints; -1 is the last")
+    model_step: int = flag(-1, "which of its checkpoints; -1 is the last", within=STEP_OR_LAST)
     data: Literal["auto", "hub", "small-world"] = flag("auto", "what to train on: the published mixture, or "
                                                        "conversations about the built-in small world; auto is what "
                                                        "goes with the base model")
     conversations: str = flag("", "further conversations, your own: .jsonl files, with commas between")
-    num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data")
-    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)")
-    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)")
+    num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data",
+                               within=COUNT_OR_ALL)
+    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)",
+                               within=NOT_NEGATIVE)
+    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)",
+                                 within=NOT_NEGATIVE)
     matrix_lr: float = flag(published.groups["matrices"].lr,
-                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)")
-    init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates")
-    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps")
-    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit")
+                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)",
+                            within=NOT_NEGATIVE)
+    init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates", within=NOT_NEGATIVE)
+    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps",
+                               within=NOT_NEGATIVE)
+    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit", within=NOT_NEGATIVE)
     reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
     recompute: Recompute = flag(published.mid.recompute, RECOMPUTE_HELP)
-    save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only")
+    save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only",
+                           within=EVERY)
     keep: int = flag(published.mid.keep, "periodical checkpoints to keep, beside the one of them with the best "
-                     "validation and those of --keep-every; the last one always stays")
-    keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none")
-    seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled")
+                     "validation and those of --keep-every; the last one always stays", within=COUNT)
+    keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none",
+                           within=COUNT_OR_ALL)
+    seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled", within=SEED)
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
+    dry_run: bool = dry_run_flag()
+
+    def check(self) -> None:
+        """Raise UserError for flags that do not fit one another, and for files that are not there."""
+        check_tag(self.model_tag)
+        check_batch(self)
+        for path in conversation_files(self.conversations):
+            if not path.is_file():
+                raise UserError(f"--conversations: there is no file {path}")
 
 
 def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] | None, description: str) -> None:
@@ -100,6 +117,7 @@ def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] 
     parse_wish(config.kernels)  # raises for names that do not exist, before anything is loaded
     try:
         with joined_ranks(config.device_type) as ranks:
+            on_main("looking at wandb", lambda: check_wandb(config.run), ranks)
             run(config, ranks)
     finally:
         apply_wish(Wish())  # the choice was that of this run
@@ -204,15 +222,26 @@ class ChatDataChoice:
     extra: list[Path]
 
 
-def checkpoint_to_resume(folder: Path, fresh: bool, ranks: Ranks) -> Checkpoint | None:
+def checkpoint_to_resume(folder: Path, config: Any, ranks: Ranks) -> Checkpoint | None:
     """Return the checkpoint from which a run in `folder` goes on, None for a new run. Collective.
 
-    fresh: whether it is a new one in any case. See `load_to_resume` for the rest; machines without a copy get one.
+    config: --fresh: it is a new one in any case, and `open_run` moves the folder aside, when nothing can be wrong any
+    more. See `load_to_resume` for the rest; machines without a copy get one, but in a dry run.
     """
-    if fresh:
+    if config.fresh:
         return None
-    copy_to_machines(folder, None, ranks)
+    if not config.dry_run:
+        copy_to_machines(folder, None, ranks)
     return load_to_resume(folder, ranks, device=ranks.device)
+
+
+def claim(folder: Path, config: Any, ranks: Ranks) -> ExitStack | None:
+    """Lock the folder of a run, and see that it can be written. Collective; a dry run changes nothing.
+
+    Raises UserError where another run has it, or it cannot be written to.
+    """
+    on_main(f"looking at {folder}", lambda: need_writable(folder), ranks)
+    return None if config.dry_run else lock_run(folder, ranks)
 
 
 def lock_run(folder: Path, ranks: Ranks) -> ExitStack | None:
@@ -247,9 +276,9 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
                                 ranks)
     tag = parent_folder.name
     folder = base_dir() / stage.folder / tag
-    file = lock_run(folder, ranks)
+    file = claim(folder, config, ranks)
     parent_step = None if config.model_step < 0 else config.model_step
-    resumed = checkpoint_to_resume(folder, config.fresh, ranks)
+    resumed = checkpoint_to_resume(folder, config, ranks)
     if resumed is None:
         model, tokenizer, meta = load_model(source, ranks.device, model_tag=tag, step=parent_step, ranks=ranks)
         begun_from = _described(source, meta)
@@ -301,8 +330,8 @@ def chat_data_choice(config: ChatStageFlags, meta: dict[str, Any]) -> ChatDataCh
     """Return what a chat stage learns from; with --data=auto what goes with the model of this meta."""
     about = meta.get("data") or {}
     auto = "small-world" if about.get("source") == "small-world" else "hub"
-    extra = [Path(part).expanduser() for part in config.conversations.split(",") if part]
-    return ChatDataChoice(auto if config.data == "auto" else config.data, about.get("seed", 0), extra)
+    return ChatDataChoice(auto if config.data == "auto" else config.data, about.get("seed", 0),
+                          conversation_files(config.conversations))
 
 
 def tokens_of_row(config: Any, model: GPT) -> int:
@@ -431,12 +460,6 @@ class StageRun:
     @property
     def max_seq_len(self) -> int:
         return tokens_of_row(self.config, self.model)
-
-    def where(self) -> str:
-        """Return processes, device and precision in words."""
-        count = self.ranks.world_size
-        return (f"{count} process{'es' if count > 1 else ''} on {self.ranks.device.type}, "
-                f"{str(self.model.compute_dtype).removeprefix('torch.')}")
 
     def introduce(self, lines: Sequence[str], **about: Any) -> None:
         """Print what the run is about to do, and record the model. about: further fields of the record."""
@@ -617,10 +640,10 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
                         "base_data and tokenizer of node 0's base folder to the other nodes.")
     optimizer = make_optimizer(origin, config, ranks)
     warning = on_main("looking at the disk", lambda: room_for(origin, config, optimizer, num_iterations), ranks)
-    if origin.fresh:  # only now: what else could be wrong with the flags was looked at
-        on_main(f"moving {origin.folder} aside", lambda: move_aside(origin.folder), ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
-                enabled=ranks.is_main) as log:
+                resumes=origin.step > 0, enabled=ranks.is_main) as log:
+        if origin.fresh:  # only now: what else could be wrong with the flags was looked at
+            on_main(f"moving {origin.folder} aside", lambda: move_aside(origin.folder), ranks)
         if why := os.environ.get(RESTARTED):
             log.record("restart", why=why)
         run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,

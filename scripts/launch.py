@@ -16,8 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat.cli import flag, parser_of, run_main
-from nanochat.errors import UserError
+from nanochat.cli import FROM_ZERO, Range, flag, parser_of, run_main
 from nanochat.launcher import Group, Job, Owner, tell_owner
 from nanochat.watch import hang_seconds
 from scripts.nodes import Leader, follow, persist, place_of
@@ -27,9 +26,9 @@ from scripts.nodes import Leader, follow, persist, place_of
 class Flags:
     """Flags of launch, before the script and its own."""
 
-    ranks: int = flag(0, "processes; 0 = one a GPU", short="n")
+    ranks: int = flag(0, "processes; 0 = one a GPU", short="n", within=Range(0, 1024))
     max_restarts: int = flag(0, "how often to start all ranks again where one is killed, fails or hangs; they go on "
-                                "from the last checkpoint")
+                                "from the last checkpoint", within=FROM_ZERO)
     nnodes: str = flag("", "machines; unset: NNODES of the environment, else 1")
     node_rank: str = flag("", "of this machine, from 0 on; unset: NODE_RANK")
     master_addr: str = flag("", "address of node 0; unset: MASTER_ADDR")
@@ -42,9 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("script", help="module to run, such as scripts.base_train")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
     flags = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    for name in ("ranks", "max_restarts"):
-        if getattr(flags, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is a number from 0 on, not {getattr(flags, name)}")
     ranks = flags.ranks or count_gpus() or 1
     arguments = flags.arguments[flags.arguments[:1] == ["--"]:]
     argv = [sys.executable, "-m", flags.script, *arguments]

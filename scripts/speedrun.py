@@ -12,7 +12,9 @@ environment:
     SPEEDRUN_PROFILE=small|d20|d26|d32    the recipe (nanochat/recipe.py): small is for a CPU, on the built-in small
                                           world; the others are the published one at three depths, for GPUs. Unset: d20
                                           with a GPU, else small.
-    SPEEDRUN_TEXT="PATH ..."              train on your own .txt, .md, .jsonl, .parquet files or folders
+    SPEEDRUN_TEXT="PATH ..."              train on your own .txt, .md, .jsonl, .parquet files or folders: one path as
+                                          it is, one a line, or several with spaces between
+    SPEEDRUN_TEXT_FLAGS="--encoding ..."  flags of `python -m nanochat.dataset import` for these
     SPEEDRUN_GPUS=N                       GPUs to use. Unset: all
     SPEEDRUN_DEVICE_BATCH=N               rows a GPU takes at a time. Unset: what fits its memory
     SPEEDRUN_STEPS=N                      optimizer steps of the base model. Unset: the recipe's
@@ -42,12 +44,12 @@ from functools import partial
 from pathlib import Path
 
 from nanochat.checkpoint import latest_step
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import NOT_NEGATIVE, flag, parse, run_main
 from nanochat.dataset import shard_paths
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, base_dir, lock, need_disk
 from nanochat.launcher import Group, Job, Owner
-from nanochat.logs import print_line, read_log
+from nanochat.logs import check_wandb, print_line, read_log
 from nanochat.small_world import facts
 from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
@@ -55,7 +57,7 @@ from nanochat.training import clock
 from nanochat.watch import hang_seconds
 from scripts.estimate import card_named, stage_lines
 from scripts.nodes import Leader, Place, follow, persist, place_of_environment
-from scripts.speedrun_plan import Command, RunPlan, chat_stages, commands, find_machine, make_plan
+from scripts.speedrun_plan import Command, RunPlan, chat_stages, check_plan, commands, find_machine, make_plan
 from tasks.recipes import IDENTITY
 
 MAKES_TEXT = ("nanochat.dataset", "scripts.tok_train", "dev.gen_identity")  # run by each node, if not on a shared disk
@@ -66,7 +68,7 @@ REPORT = "nanochat.report"
 class Flags:
     """Flags of speedrun; the settings come from the environment."""
 
-    setup_seconds: float = flag(0.0, "seconds the set-up took, for the total that is printed")
+    setup_seconds: float = flag(0.0, "seconds the set-up took, for the total that is printed", within=NOT_NEGATIVE)
     dry_run: bool = flag(False, "say what would be done, print its commands, and do nothing")
 
 
@@ -75,7 +77,7 @@ def announce(plan: RunPlan) -> None:
     base = plan.recipe.base
     tokens = plan.steps * base.total_batch_size
     text = {"small-world": "the built-in small world: made here, no network",
-            "import": "your own text: " + " ".join(plan.text),
+            "import": "your own text: " + shlex.join(plan.text),
             "fineweb-edu": f"FineWeb-Edu from the Hugging Face hub, {plan.shards} shards"}[plan.source]
     card = card_named(plan.machine.gpus[0]) if plan.machine.gpus else None
     if card is not None:  # of all that is done; python -m scripts.plan prints the parts
@@ -107,7 +109,10 @@ def describe_chat_stages(plan: RunPlan) -> str:
 
 def print_commands(plan: RunPlan) -> None:
     """Print all commands of the run, one a line, as they are typed in the virtual environment."""
-    print("commands  in order; those that are done are skipped\n\nsource .venv/bin/activate")
+    print("commands  in order; those that are done are skipped\n")
+    if name := os.environ.get("WANDB_RUN_GROUP"):
+        print(f"export WANDB_RUN_GROUP={shlex.quote(name)}")
+    print("source .venv/bin/activate")
     wait = False  # for a command in the background
     for command in commands(plan):
         print(command.shell())
@@ -296,10 +301,15 @@ def conclude(plan: RunPlan, seconds: float) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all stages that are not done. Raises UserError for what the user can mend."""
     flags = parse(Flags, argv, __doc__)
+    if os.environ.get("WANDB_RUN"):  # wandb reads this name: the runs of all stages are one group
+        os.environ.setdefault("WANDB_RUN_GROUP", os.environ["WANDB_RUN"])
     began = time.time() - flags.setup_seconds
     max_restarts(), hang_seconds(), place_of_environment()  # raise for settings that are wrong
     plan = make_plan(find_machine())
     announce(plan)
+    check_plan(plan)
+    check_wandb(os.environ.get("WANDB_RUN", ""))
+    have_tokenizer(plan)
     need_disk(base_dir(), max(0, int(plan.disk - bytes_used())), f"the {plan.profile} run")
     if plan.source != "small-world" and not plan.machine.gpus and plan.profile != "small":
         print(f"note: {plan.profile} is made for GPUs; on this machine it takes far too long\n")

@@ -88,7 +88,7 @@ def load_rows(name: str, subset: str, split: str, columns: Sequence[str]) -> Row
         source, where = _from_hub(name, subset, split), f"{name}, {subset}, {split} on the hub"
         found = set(source.column_names)
     else:
-        paths = _in_mirror(Path(mirror).expanduser(), name, subset, split)
+        paths = find_in_mirror(Path(mirror).expanduser(), name, subset, split)
         where = str(paths[0])
         if paths[0].suffix == ".parquet":
             source = ParquetRows(paths)
@@ -115,7 +115,8 @@ def _check_columns(row: Any, columns: Sequence[str]) -> None:
         raise UserError(f"this row has no column {', '.join(missing)}; it has {', '.join(inner) or 'none'}")
 
 
-def _in_mirror(mirror: Path, name: str, subset: str, split: str) -> list[Path]:
+def find_in_mirror(mirror: Path, name: str, subset: str, split: str) -> list[Path]:
+    """Return the files of a split in a mirror. Raises UserError where there are none, or not all."""
     folders = [mirror / name / subset, *([mirror / name / "data"] if subset == "default" else [])]
     for folder in folders:
         for ending in (".jsonl", ".jsonl.gz", ".parquet"):

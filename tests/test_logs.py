@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 
 from nanochat import logs
 from nanochat.errors import UserError
-from nanochat.logs import RunLog, read_log
+from nanochat.logs import RunLog, check_wandb, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -297,6 +298,7 @@ def test_a_name_without_wandb_installed_says_what_to_install(monkeypatch):
 
 class FakeWandb:
     Error = type("Error", (Exception,), {})
+    id = "abc"
 
     def __init__(self, problem=None):
         self.problem, self.logged, self.finished, self.started = problem, [], [], None
@@ -327,6 +329,34 @@ def test_wandb_gets_the_numbers_the_config_and_the_exit_code(monkeypatch, tmp_pa
     assert fake.started == {"project": "nanochat", "name": "first", "job_type": "base",
                             "config": {"depth": 4, "folder": "x"}, "dir": str(tmp_path / "base")}
     assert fake.logged == [{"step": 3, "train/loss": 2.5}, {"val/bpb": 1.0}] and fake.finished == [1]
+
+
+def test_a_run_that_resumes_goes_on_in_its_wandb_run_and_others_begin_one(monkeypatch):
+    fake, started = FakeWandb(), []
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for number, (name, resumes) in enumerate([("first", True), ("first", True), ("first", False), ("first", True),
+                                              ("other", True)]):
+        fake.id = fake.id if resumes and name == "first" and number else f"id{number}"
+        RunLog("base", "d4", {}, wandb_run=name, resumes=resumes).close()
+        started.append((fake.started.get("id"), fake.started.get("resume")))
+    assert started == [(None, None), ("id0", "allow"), (None, None), ("id2", "allow"), (None, None)]
+
+
+@pytest.mark.parametrize("mode, key, refused", [("online", False, True), ("online", True, False),
+                                                ("offline", False, False), ("disabled", False, False)])
+def test_nobody_logged_in_to_wandb_is_seen_before_anything_is_done(monkeypatch, mode, key, refused):
+    fake = FakeWandb()
+    fake.setup = lambda: SimpleNamespace(settings=SimpleNamespace(mode=mode))
+    fake.login = lambda prompt, verify: key
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    check_wandb("dummy")
+    if refused:
+        with pytest.raises(UserError, match="nobody is logged in.*wandb login.*WANDB_MODE=offline"):
+            check_wandb("first")
+    else:
+        check_wandb("first")
+    assert fake.started is None
 
 
 def test_a_wandb_that_refuses_says_the_ways_out(monkeypatch):
