@@ -4,7 +4,7 @@ For each problem several answers are sampled from the current model (on-policy, 
 The advantage of an answer is its reward minus the mean reward of its group; a group whose answers all have the same
 reward teaches nothing and is left out. The gradient is that of −Σ advantage · log p(token) / N over the N sampled
 tokens of the whole step, the closing token among them. Tokens that the calculator inserted were not the model's choice
-and do not count.
+and do not count. An answer that was cut at the limit of tokens earns nothing, whatever it holds so far.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,8 +70,13 @@ def rollouts(engine: Engine, task: Any, conversations: Sequence[dict], seeds: Se
     answered = engine.generate_many(prompts, num_samples, seed=list(seeds), **options)
     for conversation, rows in zip(conversations, answered):
         texts = [engine.tokenizer.decode([token for token in row.tokens if token not in engine.stops]) for row in rows]
-        groups.append(AnswerGroup(rows, [task.reward(conversation, text) for text in texts]))
+        groups.append(AnswerGroup(rows, [reward_of(task, conversation, row, text) for row, text in zip(rows, texts)]))
     return groups
+
+
+def reward_of(task: Any, conversation: dict, row: Row, text: str) -> float:
+    """Return the reward of an answer: the task's if the model ended it, 0 if it was cut ("#### 1800" to "#### 18")."""
+    return task.reward(conversation, text) if row.ended == "stop" else 0.0
 
 
 def rollout_stats(groups: Sequence[AnswerGroup], stop: bool, ranks: Ranks) -> RolloutStats:

@@ -8,12 +8,14 @@ from nanochat.small_world.world import pick
 from tasks.base import (
     Task,
     calculator_parts,
+    meant_number,
     non_negative,
     number_after_hashes,
     one_of,
     question_and_answer,
     reference_text,
     rng_for,
+    same_number,
     text_part,
     until_assistant_end,
 )
@@ -131,6 +133,10 @@ class SpellingBee(SpellingTask):
     def evaluate(self, conversation: dict, answer: str) -> bool:
         """Return whether the number after the first `#### ` is the count."""
         return number_after_hashes(until_assistant_end(answer)) == number_after_hashes(reference_text(conversation))
+
+    def evaluate_lenient(self, conversation: dict, answer: str) -> bool:
+        """Return whether the number that the answer gives, in any usual form, is the count."""
+        return same_number(meant_number(until_assistant_end(answer)), number_after_hashes(reference_text(conversation)))
 
 
 def spelled(word: str) -> str:

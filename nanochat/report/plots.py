@@ -27,8 +27,8 @@ Line = tuple[str, list[float], list[float]]  # label, steps, values
 def plain_matplotlib() -> Iterator[None]:
     """Within the block, matplotlib is as it ships: no settings of the user, no display, no backend but Agg.
 
-    Notebooks set MPLBACKEND for every process that they start, to a module that is in their environment alone; importing
-    matplotlib then fails.
+    Notebooks set MPLBACKEND for every process that they start, to a module of their own environment. Where that module
+    is missing, matplotlib cannot be imported.
     """
     users = os.environ.pop("MPLBACKEND", None)
     try:
