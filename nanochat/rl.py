@@ -7,6 +7,7 @@ tokens of the whole step, the closing token among them. Tokens that the calculat
 and do not count. An answer that was cut at the limit of tokens earns nothing, whatever it holds so far.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
@@ -124,6 +125,17 @@ def pass_rates(groups: Sequence[AnswerGroup], problems: int, samples: int, ranks
     sums = [sum(pass_at_k(correct, len(group.rows), k) for correct, group in zip(right, groups)) for k in ks]
     totals = all_reduce_sum(torch.tensor(sums, device=ranks.device, dtype=torch.float32), ranks).tolist()
     return {f"pass@{k}": total / problems for k, total in zip(ks, totals)}
+
+
+def standard_error(groups: Sequence[AnswerGroup], problems: int, ranks: Ranks) -> float:
+    """Return the standard error of pass@1 as the mean over problems. Collective. Arguments are those of `pass_rates`.
+
+    The problems are the sample: their own shares of right answers say how much the mean would vary with others.
+    """
+    shares = [sum(reward >= 1 for reward in group.rewards) / len(group.rows) for group in groups]
+    sums = torch.tensor([sum(shares), sum(share * share for share in shares)], device=ranks.device, dtype=torch.float32)
+    mean, square = (total / problems for total in all_reduce_sum(sums, ranks).tolist())
+    return math.sqrt(max(0.0, square - mean * mean) / max(1, problems - 1))
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:

@@ -35,7 +35,8 @@ from nanochat.distributed import (
 )
 from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.evaluation.loss import evaluate_bpb
+from nanochat.evaluation.loss import EvalRows, evaluate_bpb
+from nanochat.evaluation.verdict import Progress
 from nanochat.files import base_dir, free_name, lock
 from nanochat.gpt import GPT
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
@@ -366,6 +367,7 @@ class StageRun:
     loader: whose position is saved, where the number of the step does not say it.
     kernels: the implementations that the operations use.
     results: meta fields of the checkpoints to come, such as val_bpb.
+    progress: compares the end of the stage with its beginning.
     """
 
     origin: Origin
@@ -377,6 +379,7 @@ class StageRun:
     loader: PackedLoader | None
     kernels: Choice
     results: dict[str, Any]
+    progress: Progress
     saver: BackgroundSaver = field(default_factory=BackgroundSaver)
     began: float = field(default_factory=time.time)
 
@@ -497,9 +500,20 @@ class StageRun:
             self.log.say(f"step {step:05d} | saved {self.origin.folder}")
             self.log.record("checkpoint", step=step, folder=str(self.origin.folder))
 
-    def evaluate_bpb(self, step: int, rows: Iterable[Any], token_bytes: torch.Tensor) -> None:
-        """Print and record the bits per byte on `rows`; later checkpoints say it as val_bpb. Collective."""
+    def evaluate_bpb(self, step: int, rows: EvalRows, token_bytes: torch.Tensor, whole: bool = True) -> None:
+        """Print and record the bits per byte on `rows`; later checkpoints say it as val_bpb. Collective.
+
+        whole: False only measures where the run begins, on a few batches.
+        """
+        def measure(known: float | None = None) -> None:
+            self.progress.measure(step, self.num_iterations, "bpb",
+                                  lambda n: evaluate_bpb(self.model, rows.first(n), token_bytes, self.ranks),
+                                  len(rows), rows.shape, known)
+
+        if not whole:
+            return measure()
         bpb = evaluate_bpb(self.model, rows, token_bytes, self.ranks)
+        measure(bpb)
         self.results["val_bpb"] = bpb
         self.log.say(f"step {step:05d} | validation bpb {bpb:.4f}")
         self.log.record("val", step=step, bpb=bpb)
@@ -524,12 +538,22 @@ class StageRun:
         on_main("sample answers", answer, self.ranks)
 
     def finish(self, text: str, **results: Any) -> None:
-        """Print and record that the run is done. text: the result in words. results: fields of the record."""
+        """Print and record that the run is done, and whether it taught anything.
+
+        text: the result in words. results: fields of the record.
+        """
         memory = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else None
         seconds = time.time() - self.began
+        verdict = self.progress.verdict
+        if verdict is not None:
+            self.log.record("verdict", step=self.num_iterations, **asdict(verdict))
         self.log.record("done", step=self.num_iterations, seconds=seconds, peak_memory=memory, **results)
         self.log.say(f"done in {clock(seconds)}: {text}" + (f", peak memory {memory / 1e9:.1f} GB" if memory else "")
                      + f". The model is in {self.origin.folder}")
+        if verdict is not None:
+            self.log.say(str(verdict))
+            if verdict.warning():
+                self.log.say(verdict.warning())
 
 
 @contextmanager
@@ -546,10 +570,12 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
         results: meta fields of every checkpoint, as they are before the first evaluation.
     """
     optimizer = make_optimizer(origin, config, ranks)
+    progress = Progress(dict(origin.meta.get("began") or {}) if origin.step else {}, fresh=origin.step == 0)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
                 enabled=ranks.is_main) as log:
         run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
-                       log=log, loader=loader, kernels=kernels, results=results)
+                       log=log, loader=loader, kernels=kernels, results={**results, "began": progress.began},
+                       progress=progress)
         try:
             yield run
         except BaseException:  # training has diverged, for example: the last checkpoint before that is not lost

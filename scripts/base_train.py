@@ -223,6 +223,9 @@ def run(config: Config, ranks: Ranks) -> None:
 
         actions = [PeriodicAction(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows(), token_bytes),
                                   at_zero=True)]
+        if config.eval_every <= 0 and not origin.step:
+            actions.append(PeriodicAction(-1, lambda step: run.evaluate_bpb(step, val_rows(), token_bytes, whole=False),
+                                          at_start=True, at_end=False))
         if bundle is not None:
             actions.append(PeriodicAction(config.core_metric_every, evaluate_tasks))
         run.train(lambda step: (next(loader) for _ in range(micro_batches)), plan,

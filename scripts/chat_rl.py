@@ -18,7 +18,7 @@ from nanochat.distributed import Ranks, machine_first
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.recipe import MOST_ROWS, Rows, published
-from nanochat.rl import batches, pass_rates, rollout_stats, rollouts
+from nanochat.rl import batches, pass_rates, rollout_stats, rollouts, standard_error
 from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
@@ -101,7 +101,9 @@ def run(config: Config, ranks: Ranks) -> None:
             groups = rollouts(engine, test, [test[i] for i in mine], list(mine), config.eval_samples, **sampling)
             rates = pass_rates(groups, count, config.eval_samples, ranks)
             log.say(f"step {step:05d} | " + ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items()))
-            log.record("pass", step=step, **rates)
+            error = standard_error(groups, count, ranks)
+            log.record("pass", step=step, **rates, error=error)
+            run.progress.measure_rate(step, num_iterations, "pass@1", rates["pass@1"], error)
             if step == num_iterations:
                 run.results["rates"] = rates
 

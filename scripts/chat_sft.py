@@ -94,9 +94,16 @@ def run(config: Config, ranks: Ranks) -> None:
                        f"conversations; {run.where()}"],
                       data=data.source, flops_per_token=model.flops_per_token(T), conversations=len(train_task))
 
+        def loss_on(count: int) -> float:
+            return evaluate_loss(model, chain.from_iterable(val_steps(i) for i in range(count)), ranks)
+
+        def compare(step: int, known: float | None = None) -> None:
+            run.progress.measure(step, num_iterations, "validation loss", loss_on,
+                                 min(config.eval_steps, len(val_steps)), [config.target_examples_per_step, T], known)
+
         def validate(step: int) -> None:
-            count = min(config.eval_steps, len(val_steps))
-            loss = evaluate_loss(model, chain.from_iterable(val_steps(i) for i in range(count)), ranks)
+            loss = loss_on(min(config.eval_steps, len(val_steps)))
+            compare(step, loss)
             run.results["val_loss"] = loss
             log.say(f"step {step:05d} | validation loss {loss:.4f}")
             log.record("val", step=step, loss=loss)
@@ -111,6 +118,8 @@ def run(config: Config, ranks: Ranks) -> None:
 
         run.train(steps, plan, [
             PeriodicAction(config.eval_every, validate, at_zero=True),
+            *([PeriodicAction(-1, compare, at_start=True, at_end=False)]
+              if config.eval_every <= 0 and not origin.step else []),
             PeriodicAction(config.eval_metrics_every, grade, at_end=False),
             PeriodicAction(-1, lambda step: run.sample_answers(step, val_task)),
         ], mfu=False)  # the tokens of a step are the supervised ones alone

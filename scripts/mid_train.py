@@ -91,6 +91,8 @@ def run(config: Config, ranks: Ranks) -> None:
         run.train(lambda step: (next(loader) for _ in range(micro_batches)), plan, [
             PeriodicAction(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows, token_bytes),
                            at_zero=True),
+            *([PeriodicAction(-1, lambda step: run.evaluate_bpb(step, val_rows, token_bytes, whole=False),
+                              at_start=True, at_end=False)] if config.eval_every <= 0 and not origin.step else []),
             PeriodicAction(-1, lambda step: run.sample_answers(step, val_task)),
         ])
         run.log.record("packing", **loader.counts)
