@@ -169,7 +169,8 @@ class Origin:
     step: optimizer steps of this stage that are done; 0 for a new run.
     model: on the device. tokenizer: its own. meta: of the checkpoint the model was loaded from; empty for a new model.
     loaded: which checkpoint that is and why, in words.
-    provenance: meta fields of every checkpoint the run writes ("data", and "from" where it began from a checkpoint).
+    provenance: meta fields of every checkpoint the run writes ("data", "from" where it began from a checkpoint, and
+        "identity", the digests of its data).
     lock: on rank 0, of `lock_run`: no other run writes to the folder as long as this file is open.
     """
 

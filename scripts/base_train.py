@@ -20,6 +20,7 @@ from nanochat.checkpoint import load_checkpoint, load_on_ranks
 from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir
+from nanochat.dataset.identity import identity_of_bundle, identity_of_shards, with_identity
 from nanochat.dataset.shards import read_source
 from nanochat.distributed import Ranks, dtype_of_run, on_main
 from nanochat.errors import UserError
@@ -184,6 +185,8 @@ def run(config: Config, ranks: Ranks) -> None:
     origin = origin_of(config, shape, tokenizer, text, ranks)
     if is_trained(origin, num_iterations, ranks):
         return
+    origin = with_identity(origin, lambda: identity_of_shards(source.paths), lambda: {
+        **identity_of_shards(TextSource(tokenizer, "val", text).paths), **identity_of_bundle(bundle)}, ranks)
     model = origin.model
     if config.fp8 or config.fp8_emulated:
         model.train_in_fp8(fp8)

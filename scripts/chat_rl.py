@@ -14,6 +14,7 @@ from typing import Literal
 
 from nanochat.chat_data import Conversations
 from nanochat.cli import flag, run_main
+from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first
 from nanochat.engine import Engine
 from nanochat.errors import UserError
@@ -83,6 +84,7 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))
     if is_trained(origin, num_iterations, ranks):
         return
+    origin = with_identity(origin, train.identity, test.identity, ranks)
     config, kernels = fit_and_choose(config, origin.model, origin.model.config.sequence_len, None, MOST_ROWS["rl"],
                                      ranks, meta=origin.meta if origin.step else {})
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, rates=RL.rates,

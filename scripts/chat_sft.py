@@ -16,6 +16,7 @@ from typing import Literal
 
 from nanochat.chat_data import SupervisedSteps
 from nanochat.cli import flag, run_main
+from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first
 from nanochat.errors import UserError
 from nanochat.evaluation.chat import evaluate_task
@@ -84,6 +85,7 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * len(steps)))
     if is_trained(origin, num_iterations, ranks):
         return
+    origin = with_identity(origin, train_task.identity, val_task.identity, ranks)
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None,
                         rates=replace(SFT.rates, warmdown_ratio=config.warmdown_ratio), muon_momentum=SFT.momentum)
     graded = recipes.graded(data.source, seed=data.seed)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from nanochat.chat_data import ConversationSource, count_tokens
 from nanochat.cli import flag, run_main
 from nanochat.dataloader import PackedLoader
+from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first, on_main
 from nanochat.evaluation.loss import EvalRows
 from nanochat.recipe import MOST_ROWS, Rows, published
@@ -72,6 +73,7 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * tokens / config.total_batch_size))
     if is_trained(origin, num_iterations, ranks):
         return
+    origin = with_identity(origin, train_task.identity, val_task.identity, ranks)
     config, kernels = fit_and_choose(config, model, T, config.total_batch_size // T, MOST_ROWS["mid"], ranks,
                                      meta=origin.meta if origin.step else {}, compiled=compiled)
     B = config.device_batch_size

@@ -19,9 +19,11 @@ from collections.abc import Collection, Iterator
 from decimal import Decimal, InvalidOperation
 from typing import Any, overload
 
+from nanochat.dataset.identity import digest_of
 from nanochat.errors import UserError
 
 CATEGORICAL, GENERATIVE, NONE = "categorical", "generative", "none"
+IDENTITY_SAMPLE = 64  # conversations of a task that its digest covers
 TEST_SHARE = 0.1   # of the words and pairs of numbers that a hash splits
 HASHES = re.compile(r"#### (-?[0-9.,]+)")
 NUMBER = re.compile(r"(?:(?<![\w.])-)?\d[\d,]*(?:\.\d+)?")
@@ -72,6 +74,14 @@ class Task:
     def reward(self, conversation: dict, answer: str) -> float:
         """Return the reward of an answer in reinforcement learning, 0 to 1."""
         return float(self.evaluate(conversation, answer))
+
+    def identity(self) -> dict[str, str]:
+        """Return by name a digest of what this task is made of, the same on every machine with the same data.
+
+        It is that of the length and of some conversations; a subclass that has files adds theirs.
+        """
+        some = range(0, len(self), max(1, len(self) // IDENTITY_SAMPLE))
+        return {self.name: digest_of([len(self), *(self[i] for i in some)])}
 
     @overload
     def __getitem__(self, i: int) -> dict: ...
@@ -125,6 +135,14 @@ class TaskSequence(Task):
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
+
+    def identity(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for task in self.tasks:
+            for name, digest in task.identity().items():
+                names = itertools.chain([name], (f"{name} {number}" for number in itertools.count(2)))
+                found[next(free for free in names if free not in found)] = digest
+        return found
 
     def conversation(self, i: int) -> dict:
         which = bisect.bisect_right(self.ends, i)

@@ -4,6 +4,7 @@ A model reads tokens, not letters, so it has to learn the letters of each token.
 either task.
 """
 
+from nanochat.dataset.identity import digest_of
 from nanochat.small_world.world import pick
 from tasks.base import (
     Task,
@@ -74,6 +75,9 @@ class SpellingTask(Task):
 
     def __len__(self) -> int:
         return self.size
+
+    def identity(self) -> dict[str, str]:
+        return {**super().identity(), f"{self.name}, words of {self.source}": digest_of(self.words)}
 
     def word(self, i: int) -> str:
         """Return the word of conversation i."""

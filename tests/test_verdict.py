@@ -46,7 +46,8 @@ def test_a_loss_is_compared_on_the_same_batches():
 
 
 @pytest.mark.parametrize("before, after, word", [(2.0, 1.9, "better"), (2.0, 2.001, "no change"),
-                                                 (2.0, 2.0, "no change"), (2.0, 1.999, "no change"), (2.0, 2.05, "worse"), (0.0, 0.1, "worse")])
+                                                 (2.0, 2.0, "no change"), (2.0, 1.999, "no change"),
+                                                 (2.0, 2.05, "worse"), (0.0, 0.1, "worse")])
 def test_words_for_losses(before, after, word):
     verdict = judge_loss("bpb", before, after)
     assert verdict.word == word and (verdict.warning() != "") == (word != "better")
