@@ -515,6 +515,8 @@ class StageRun:
             return measure()
         bpb = evaluate_bpb(self.model, rows, token_bytes, self.ranks)
         measure(bpb)
+        if self.origin.stage.name == "base" and self.progress.verdict is not None:
+            self.progress.compare_with_unigram(bpb, rows.unigram_bpb(token_bytes))
         self.results["val_bpb"] = bpb
         self.log.say(f"step {step:05d} | validation bpb {bpb:.4f}")
         self.log.record("val", step=step, bpb=bpb)

@@ -532,6 +532,25 @@ def test_a_section_that_cannot_be_made_costs_itself(monkeypatch):
     assert "## SFT" in text and cells(text[text.index("## Summary"):], "MMLU")[1] == "0.3100"
 
 
+def test_verdicts_readings_and_what_was_skipped_are_in_the_report():
+    log = base_run()
+    log("verdict", word="worse", text="bpb 2.3100 → 2.3500", name="bpb", before=2.31, after=2.35)
+    eval_log = Log("base_eval", at=NOON + timedelta(minutes=1))
+    eval_log("skipped", what="CORE", why="there is no bundle\nhere").end()
+    sft = Log("sft", at=NOON + timedelta(minutes=2))("model", num_iterations=5, start=0).train(1, 5)
+    sft("verdict", word="better", text="validation loss 2.0 → 1.0")("done", step=5).end()
+    Log("chat_eval_sft", at=NOON + timedelta(minutes=3))("task", name="GSM8K", accuracy=0.1, correct=1, count=10,
+                                                         chance=0.0, seconds=1.0, cut=3, answers=10, as_published=0.2,
+                                                         lenient=0.3).end()
+    text = generate().read_text()
+    assert cells(text, "verdict, end against beginning") == ["worse: bpb 2.3100 → 2.3500"]
+    summary = text[text.index("## Summary"):]
+    assert "- **Base model: worse: bpb 2.3100 → 2.3500**" in summary and "- **SFT" not in summary
+    assert "Skipped: CORE: there is no bundle here" in text
+    assert cells(text, "GSM8K") == ["0.1000", "1", "10", "0.0000", "1.0 s", "3", "0.2000", "0.3000"]
+    assert "- no log, so not in this report: Midtraining, RL" in text
+
+
 def test_of_a_long_log_enough_steps_are_kept_and_the_last_of_each_piece():
     rows = [{"kind": "start"}, *({"kind": "train", "step": step} for step in range(1, 1001)),
             {"kind": "val", "step": 1000}, {"kind": "train", "step": 1001}]

@@ -1,15 +1,17 @@
 """nanochat/evaluation/verdict.py and its place in the stages: a stage that taught nothing or did harm says so."""
 
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from nanochat.distributed import Ranks
 from nanochat.engine import Row
 from nanochat.errors import UserError
-from nanochat.evaluation.loss import evaluate_bpb, evaluate_loss
+from nanochat.evaluation.loss import EvalRows, evaluate_bpb, evaluate_loss
 from nanochat.evaluation.verdict import FEW, Progress, judge_loss
 from nanochat.logs import read_log
 from nanochat.rl import AnswerGroup, standard_error
@@ -77,6 +79,24 @@ def test_what_is_not_finite_is_an_error_and_no_verdict():
         evaluate_bpb(model, [(ids, ids)], torch.ones(97, dtype=torch.int32), ALONE)
     with pytest.raises(UserError, match="loss is nan"):
         evaluate_loss(model, [(ids, ids)], ALONE)
+
+
+def test_a_model_that_knows_no_more_than_frequencies_is_told(tmp_path, monkeypatch):
+    rows = EvalRows.__new__(EvalRows)
+    rng = np.random.default_rng(0)
+    rows._rows = rng.choice(97, size=(3, 2, 33), p=(p := rng.dirichlet(np.ones(97)))).astype(np.int32)
+    rows._rows[2, 1, 9:] = -1                                             # padding
+    sizes = torch.from_numpy(rng.integers(0, 4, 97)).int()
+    targets = [t for t in rows._rows[:, :, 1:].flatten().tolist() if t >= 0 and sizes[t] > 0]
+    share = {t: targets.count(t) / len(targets) for t in set(targets)}
+    bits = -sum(math.log2(share[t]) for t in targets)
+    wanted = bits / sum(int(sizes[t]) for t in targets)
+    assert rows.unigram_bpb(sizes) == pytest.approx(wanted) and p.sum() == pytest.approx(1)
+    progress = Progress({}, fresh=True, verdict=judge_loss("bpb", 3.0, 2.0))
+    progress.compare_with_unigram(2.0, 2.1)
+    assert str(progress.verdict) == "verdict: better: bpb 3.0000 → 2.0000"
+    progress.compare_with_unigram(2.0, 1.9)
+    assert "the frequencies of the tokens alone give 1.9000" in str(progress.verdict)
 
 
 def test_the_standard_error_is_that_of_the_mean_over_problems():

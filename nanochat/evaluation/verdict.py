@@ -12,7 +12,7 @@ a change within twice its standard error is none.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from nanochat.errors import UserError
@@ -87,6 +87,15 @@ class Progress:
                 size = then["batches"]
                 self.verdict = judge_loss(name, then["value"], known if known is not None and size == count
                                           else evaluate(size))
+
+    def compare_with_unigram(self, bpb: float, unigram: float) -> None:
+        """Add to the verdict whether a base model has learnt more than how frequent each token is.
+
+        bpb: of the model. unigram: of a model that knows the frequencies alone, on the same text.
+        """
+        if bpb >= unigram:
+            self.verdict = replace(self.verdict, text=f"{self.verdict.text}; the frequencies of the tokens alone give "
+                                                      f"{unigram:.4f}, so the model has not learnt more than these")
 
     def measure_rate(self, step: int, end: int, name: str, value: float, error: float) -> None:
         """Remember a rate with its standard error at step 0, and judge it at the end; does nothing at other steps."""

@@ -17,6 +17,7 @@ from nanochat.report.runs import (
     scores_by_column,
     wall_clock_seconds,
 )
+from nanochat.stages import STAGES
 
 HEADING = "# Report of a nanochat run"
 PUBLISHED_TIME = "3 h 15 min"
@@ -79,6 +80,8 @@ def overview_section(tag: str, logs: dict[str, StageLog], hourly_price: float | 
               "## Time and cost", "",
               markdown_table(["stage", "time", ""], [[TITLES[stage], format_duration(log.seconds), _status(log)]
                                                      for stage, log in logs.items()])]
+    if missing := [TITLES[stage.name] for stage in STAGES.values() if stage.name not in logs]:
+        lines.append(f"- no log, so not in this report: {', '.join(missing)}")
     wall, busy = wall_clock_seconds(logs), sum(log.seconds for log in logs.values())
     lines.append(f"- total wall-clock time, from the first start to the last end: **{format_duration(wall)}**; "
                  f"all stages together {format_duration(busy)}")
@@ -134,6 +137,8 @@ def stage_section(log: StageLog, plots: list[str]) -> str:
     if rows:
         lines.append(markdown_table(["result", ""], rows))
     lines += _task_tables(log) + _kernel_table(log)
+    for record in log.all("skipped"):
+        lines += [f"Skipped: {record.get('what', 'a part')}: {' '.join(str(record.get('why', '')).split())}", ""]
     lines += [f"![{TITLES[log.stage]}]({name})\n" for name in plots]
     texts = log.last("samples").get("texts") or log.last("loss").get("samples")
     if isinstance(texts, list) and texts:
