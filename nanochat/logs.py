@@ -28,6 +28,7 @@ from nanochat.files import Lock, base_dir, lock, to_json
 MOST_WAITING = 10_000  # records that wait in memory for room on the disk
 NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 NO_WANDB = ("", "dummy")
+LONGEST_LINE = 1 << 26  # bytes of a record; the samples of a run are far shorter
 CONSOLE_GONE = (errno.EIO, errno.EPIPE)  # a closed terminal; a pipe whose reader Ctrl-C ended before us, such as tee
 
 
@@ -274,19 +275,34 @@ class RunLog:
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Return the records of a log in order, without incomplete lines; [] where there is no such file."""
-    rows = []
+    return list(iter_log(path))
+
+
+def iter_log(path: str | Path, unread: Callable[[], object] = lambda: None) -> Iterator[dict[str, Any]]:
+    """Yield the records of a log in order, one line in memory at a time; none where there is no such file.
+
+    unread: called for each line that is no record: incomplete, damaged, or longer than LONGEST_LINE.
+    """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        file = open(path, "rb")
     except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(_finite_or_not(row))
-    return rows
+        return
+    with file:
+        while line := file.readline(LONGEST_LINE):
+            try:
+                if len(line) == LONGEST_LINE:
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(LONGEST_LINE)
+                    raise ValueError("no record is so long")
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("a record is an object")
+                row = _finite_or_not(row)
+            except (ValueError, RecursionError, MemoryError):
+                if line.strip():
+                    unread()
+            else:
+                yield row
 
 
 def _finite_or_not(value: Any) -> Any:

@@ -37,7 +37,8 @@ from nanochat.distributed import (
 )
 from nanochat.engine import Engine
 from nanochat.errors import NotWritten, UserError
-from nanochat.evaluation.loss import evaluate_bpb
+from nanochat.evaluation.loss import EvalRows, evaluate_bpb
+from nanochat.evaluation.verdict import Progress
 from nanochat.files import base_dir, free_name, lock_folder
 from nanochat.gpt import GPT
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
@@ -191,7 +192,8 @@ class Origin:
     step: optimizer steps of this stage that are done; 0 for a new run.
     model: on the device. tokenizer: its own. meta: of the checkpoint the model was loaded from; empty for a new model.
     loaded: which checkpoint that is and why, in words.
-    provenance: meta fields of every checkpoint the run writes ("data", and "from" where it began from a checkpoint).
+    provenance: meta fields of every checkpoint the run writes ("data", "from" where it began from a checkpoint, and
+        "identity", the digests of its data).
     lock: on rank 0, of `lock_run`: no other run writes to the folder as long as it is open.
     resumed: the checkpoint to go on from, with the optimizer state until that is loaded; None for a new run.
     fresh: move what is in the folder aside before the run begins.
@@ -435,6 +437,7 @@ class StageRun:
     loader: whose position is saved, where the number of the step does not say it.
     kernels: the implementations that the operations use.
     results: meta fields of the checkpoints to come, such as val_bpb.
+    progress: compares the end of the stage with its beginning.
     """
 
     origin: Origin
@@ -446,6 +449,7 @@ class StageRun:
     loader: PackedLoader | None
     kernels: Choice
     results: dict[str, Any]
+    progress: Progress
     saver: BackgroundSaver = field(default_factory=BackgroundSaver)
     began: float = field(default_factory=time.time)
 
@@ -575,9 +579,22 @@ class StageRun:
             if step < self.num_iterations and (warning := look_ahead(self.origin.folder, step, self.config.keep)):
                 self.log.say(warning)
 
-    def evaluate_bpb(self, step: int, rows: Iterable[Any], token_bytes: torch.Tensor) -> None:
-        """Print and record the bits per byte on `rows`; later checkpoints say it as val_bpb. Collective."""
+    def evaluate_bpb(self, step: int, rows: EvalRows, token_bytes: torch.Tensor, whole: bool = True) -> None:
+        """Print and record the bits per byte on `rows`; later checkpoints say it as val_bpb. Collective.
+
+        whole: False only measures where the run begins, on a few batches.
+        """
+        def measure(known: float | None = None) -> None:
+            self.progress.measure(step, self.num_iterations, "bpb",
+                                  lambda n: evaluate_bpb(self.model, rows.first(n), token_bytes, self.ranks),
+                                  len(rows), rows.shape, known)
+
+        if not whole:
+            return measure()
         bpb = evaluate_bpb(self.model, rows, token_bytes, self.ranks)
+        measure(bpb)
+        if self.origin.stage.name == "base" and self.progress.verdict is not None:
+            self.progress.compare_with_unigram(bpb, rows.unigram_bpb(token_bytes))
         self.results.update(val_bpb=bpb, val_step=step)
         self.log.say(f"step {step:05d} | validation bpb {bpb:.4f}")
         self.log.record("val", step=step, bpb=bpb)
@@ -602,12 +619,22 @@ class StageRun:
         on_main("sample answers", answer, self.ranks)
 
     def finish(self, text: str, **results: Any) -> None:
-        """Print and record that the run is done. text: the result in words. results: fields of the record."""
+        """Print and record that the run is done, and whether it taught anything.
+
+        text: the result in words. results: fields of the record.
+        """
         memory = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else None
         seconds = time.time() - self.began
+        verdict = self.progress.verdict
+        if verdict is not None:
+            self.log.record("verdict", step=self.num_iterations, **asdict(verdict))
         self.log.record("done", step=self.num_iterations, seconds=seconds, peak_memory=memory, **results)
         self.log.say(f"done in {clock(seconds)}: {text}" + (f", peak memory {memory / 1e9:.1f} GB" if memory else "")
                      + f". The model is in {self.origin.folder}")
+        if verdict is not None:
+            self.log.say(str(verdict))
+            if verdict.warning():
+                self.log.say(verdict.warning())
 
 
 def room_for(origin: Origin, config: Any, optimizer: MuonAdamW, num_iterations: int) -> str:
@@ -639,6 +666,7 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
         raise UserError(f"rank {other} has another tokenizer than rank 0: the text on their machines differs. Copy "
                         "base_data and tokenizer of node 0's base folder to the other nodes.")
     optimizer = make_optimizer(origin, config, ranks)
+    progress = Progress(dict(origin.meta.get("began") or {}) if origin.step else {}, fresh=origin.step == 0)
     warning = on_main("looking at the disk", lambda: room_for(origin, config, optimizer, num_iterations), ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
                 resumes=origin.step > 0, enabled=ranks.is_main) as log:
@@ -647,7 +675,8 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
         if why := os.environ.get(RESTARTED):
             log.record("restart", why=why)
         run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
-                       log=log, loader=loader, kernels=kernels, results=results)
+                       log=log, loader=loader, kernels=kernels, results={**results, "began": progress.began},
+                       progress=progress)
         if warning:
             log.say(warning)
         try:

@@ -34,6 +34,7 @@ from nanochat.cli import (
 )
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir
+from nanochat.dataset.identity import identity_of_bundle, identity_of_shards, with_identity
 from nanochat.dataset.shards import read_source
 from nanochat.distributed import Ranks, dtype_of_run, on_main
 from nanochat.errors import UserError
@@ -226,6 +227,8 @@ def run(config: Config, ranks: Ranks) -> None:
     origin = origin_of(config, shape, tokenizer, text, ranks)
     if is_trained(origin, num_iterations, ranks):
         return
+    origin = with_identity(origin, lambda: identity_of_shards(source.paths), lambda: {
+        **identity_of_shards(TextSource(tokenizer, "val", text).paths), **identity_of_bundle(bundle)}, ranks)
     model = origin.model
     if config.fp8 or config.fp8_emulated:
         model.train_in_fp8(fp8)
@@ -266,6 +269,9 @@ def run(config: Config, ranks: Ranks) -> None:
 
         actions = [PeriodicAction(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows(), token_bytes),
                                   at_zero=True)]
+        if config.eval_every <= 0 and not origin.step:
+            actions.append(PeriodicAction(-1, lambda step: run.evaluate_bpb(step, val_rows(), token_bytes, whole=False),
+                                          at_start=True, at_end=False))
         if bundle is not None:
             actions.append(PeriodicAction(config.core_metric_every, evaluate_tasks))
         run.train(lambda step: (next(loader) for _ in range(micro_batches)), plan,

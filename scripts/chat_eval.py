@@ -133,8 +133,10 @@ def run(config: Config, ranks) -> None:
             accuracy[name], chance[name] = result.accuracy, result.chance
             log.say(f"{name:18s} {result.accuracy:6.1%}  ({result.correct} of {result.count}, "
                     f"chance {result.chance:.1%}, {clock(result.seconds)})")
+            for note in result.notes():
+                log.say(f"  {note}")
             log.record("task", name=name, accuracy=result.accuracy, correct=result.correct, count=result.count,
-                       chance=result.chance, seconds=result.seconds)
+                       chance=result.chance, seconds=result.seconds, **result.readings())
             if ranks.is_main:
                 with atomic_write(folder / f"{name}.jsonl", "w") as file:
                     file.writelines(to_json(row) + "\n" for row in result.rows)

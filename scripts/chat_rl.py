@@ -15,10 +15,11 @@ from typing import Literal
 from nanochat.chat_data import Conversations
 from nanochat.checks import data_unseen, say_what_would_be_done, where
 from nanochat.cli import COUNT, EVERY, NOT_NEGATIVE, POSITIVE, ROWS, TOP_K, Range, flag, run_main
+from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first
 from nanochat.engine import Engine
 from nanochat.recipe import MOST_ROWS, Rows, published
-from nanochat.rl import batches, pass_rates, rollout_stats, rollouts
+from nanochat.rl import batches, pass_rates, rollout_stats, rollouts, standard_error
 from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
@@ -82,6 +83,7 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))
     if is_trained(origin, num_iterations, ranks):
         return
+    origin = with_identity(origin, train.identity, test.identity, ranks)
     config, kernels = fit_and_choose(config, origin.model, origin.model.config.sequence_len, None, MOST_ROWS["rl"],
                                      ranks, meta=origin.meta if origin.step else {})
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, rates=RL.rates,
@@ -103,7 +105,9 @@ def run(config: Config, ranks: Ranks) -> None:
             groups = rollouts(engine, test, [test[i] for i in mine], list(mine), config.eval_samples, **sampling)
             rates = pass_rates(groups, count, config.eval_samples, ranks)
             log.say(f"step {step:05d} | " + ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items()))
-            log.record("pass", step=step, **rates)
+            error = standard_error(groups, count, ranks)
+            log.record("pass", step=step, **rates, error=error)
+            run.progress.measure_rate(step, num_iterations, "pass@1", rates["pass@1"], error)
             if step == num_iterations:
                 run.results["rates"] = rates
 

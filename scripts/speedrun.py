@@ -287,6 +287,12 @@ def conclude(plan: RunPlan, seconds: float) -> None:
         if graded:
             results = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in graded[-1].items())
             print(f"{stage.name:9s} {results}")
+    for stage in (STAGES["base"], *stages):
+        rows = read_log(base_dir() / "logs" / f"{stage.name}_{plan.tag}.jsonl")
+        verdict = next((row for row in reversed(rows) if row["kind"] == "verdict"), None)
+        if verdict:
+            loud = "" if verdict["word"] == "better" else " <-- WARNING" if verdict["word"] != "unknown" else ""
+            print(f"verdict   {stage.noun}: {verdict['word']}: {verdict['text']}{loud}")
     print(f"report    {base_dir() / 'report' / 'report.md'}, copied to ./report.md")
     if stages:
         print(f"next      talk to it: .venv/bin/python -m scripts.chat_web -i {stages[-1].name} (in a browser), or "

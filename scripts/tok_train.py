@@ -25,6 +25,7 @@ from nanochat.files import atomic_write, lock_folder
 from nanochat.recipe import published
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 
+LEAST_COMPRESSION = 1.1  # bytes per token; a vocabulary of bytes has 1
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the round-trip check
 
 
@@ -152,6 +153,7 @@ def _summary(tokenizer: RustBPETokenizer, meta: dict[str, Any], sample: list[str
     """Print what was trained. `kept`: where the previous tokenizer was copied to, if anywhere."""
     _, offsets = tokenizer.encode_flat(sample)
     size = sum(len(text.encode()) for text in sample)
+    rate = size / int(offsets[-1])
     longest = int(tokenizer.token_bytes().argmax())
     print(f"tokenizer: {meta['vocab_size']:,} tokens = 256 bytes + {meta['vocab_size'] - 265:,} merges + 9 special")
     if meta["vocab_size"] < meta["vocab_size_asked"]:
@@ -160,10 +162,15 @@ def _summary(tokenizer: RustBPETokenizer, meta: dict[str, Any], sample: list[str
     if meta["chars"] < 0.5 * meta["chars_uncut"]:
         print(f"    cutting documents at {meta['doc_cap']:,} characters left "
               f"{meta['chars'] / meta['chars_uncut']:.1%} of their text; --doc_cap=0 uses all of it")
-    print(f"    {size / int(offsets[-1]):.2f} bytes per token on {len(sample)} documents, "
+    print(f"    {rate:.2f} bytes per token on {len(sample)} documents, "
           "all of which decode to the same text")
     print(f"    longest token: {tokenizer.id_to_token(longest)!r}")
     print(f"    saved in {folder}, fingerprint {meta['fingerprint'][:8]}")
+    if rate < LEAST_COMPRESSION:
+        print(f"verdict: no change: 1.00 → {rate:.2f} bytes per token\n"
+              "WARNING: this tokenizer hardly compresses: give it a larger --vocab_size, or more text")
+    else:
+        print(f"verdict: better: 1.00 → {rate:.2f} bytes per token")
     if kept is not None:
         print(f"    the previous tokenizer is kept in {kept}")
 

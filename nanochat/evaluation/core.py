@@ -213,8 +213,12 @@ def _result(question: Question, losses: list[float], greedy: bool) -> ExampleRes
     """Choose the prompt with the lowest loss, the first in a tie; language modelling: `greedy` is the result.
 
     A choice that is a prefix of another choice has no scored token and the loss NaN. min() takes it only where it comes
-    first, as the published evaluation does.
+    first, as the published evaluation does. Raises UserError for any other loss that is not finite.
     """
+    for prompt, start, loss in zip(question.prompts, question.starts, losses):
+        if start < len(prompt) and not math.isfinite(loss):
+            raise UserError(f"the model gives a loss of {loss}, so CORE cannot be measured: its weights are damaged, "
+                            "or training had diverged. Evaluate an earlier checkpoint.")
     correct = greedy if question.gold is None else losses.index(min(losses)) == question.gold
     return ExampleResult(correct, losses)
 
