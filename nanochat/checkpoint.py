@@ -31,7 +31,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class Checkpoint:
 # Writing
 
 def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor], meta: dict[str, Any],
-                    optimizer_state: dict | None = None, keep: int | None = None) -> None:
+                    optimizer_state: dict | None = None, keep: int | None = None, spared: Collection[int] = ()) -> None:
     """Write the checkpoint of `step` into `folder`. Only rank 0 calls it.
 
     A published checkpoint of the same step is not overwritten: its files are renamed to `X.kept`.
@@ -88,6 +88,7 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
         optimizer_state: from MuonAdamW.state_dict, or None.
         keep: marks this save as periodic, and deletes all but the newest `keep` of the periodic checkpoints up to this
             step. A save without `keep` is never deleted, and neither is a file that was not written here.
+        spared: steps of periodic checkpoints that are not deleted now.
 
     Raises:
         UserError: the disk is full. The checkpoints that were in the folder are untouched.
@@ -117,7 +118,7 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
     finally:
         _finish(folder)  # after an error, this removes what was written so far
     if keep is not None:
-        _delete_older(folder, step, keep)
+        _delete_older(folder, step, keep, spared)
 
 
 def _write_tensors(path: Path, part: dict) -> dict[str, Any]:
@@ -223,8 +224,8 @@ def _set_aside(path: Path) -> None:
         log.warning("%s was not written here, so it is not overwritten but kept as %s", path, kept.name)
 
 
-def _delete_older(folder: Path, step: int, keep: int) -> None:
-    """Of the valid periodic checkpoints up to `step`, delete all but the newest `keep`."""
+def _delete_older(folder: Path, step: int, keep: int, spared: Collection[int]) -> None:
+    """Of the valid periodic checkpoints up to `step`, delete all but the newest `keep` and those spared."""
     periodic = []
     for older in steps_in(folder):
         if older <= step:
@@ -233,7 +234,7 @@ def _delete_older(folder: Path, step: int, keep: int) -> None:
                 if meta.get("periodical") and "files" in meta:
                     _check_sizes(folder, meta)
                     periodic.append(older)
-    for older in periodic[keep:]:
+    for older in set(periodic[keep:]).difference(spared):
         path = folder / f"meta_{older:06d}.json"
         os.replace(path, path.with_suffix(".json.gone"))
     _finish(folder)

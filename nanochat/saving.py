@@ -20,6 +20,7 @@ thread is no daemon, so a process that ends by itself ends after the write.
 """
 
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class BackgroundSaver:
         return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
 
     def write(self, folder: Path, step: int, model_state: dict[str, Tensor], meta: dict[str, Any],
-              optimizer_state: dict | None = None, keep: int | None = None) -> None:
+              optimizer_state: dict | None = None, keep: int | None = None, spared: Collection[int] = ()) -> None:
         """Start to write a checkpoint of tensors from `host_copy`; arguments as those of `save_checkpoint`.
 
         Raises:
@@ -68,7 +69,7 @@ class BackgroundSaver:
                 if copied is not None:
                     copied.synchronize()
                 with saving(f"step {step}"):
-                    save_checkpoint(folder, step, model_state, meta, optimizer_state, keep)
+                    save_checkpoint(folder, step, model_state, meta, optimizer_state, keep, spared)
             except BaseException as error:
                 self._error = error
 

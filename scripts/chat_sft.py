@@ -25,6 +25,7 @@ from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
     chat_data_choice,
+    finite,
     fit_and_choose,
     is_trained,
     launch,
@@ -96,7 +97,8 @@ def run(config: Config, ranks: Ranks) -> None:
 
         def validate(step: int) -> None:
             count = min(config.eval_steps, len(val_steps))
-            loss = evaluate_loss(model, chain.from_iterable(val_steps(i) for i in range(count)), ranks)
+            rows = chain.from_iterable(val_steps(i) for i in range(count))
+            loss = finite(evaluate_loss(model, rows, ranks), "validation loss", step)
             run.results["val_loss"] = loss
             log.say(f"step {step:05d} | validation loss {loss:.4f}")
             log.record("val", step=step, loss=loss)
