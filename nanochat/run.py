@@ -11,6 +11,7 @@ The same command resumes a run where it stopped, bit for bit. Ctrl-C and SIGTERM
 beside training (nanochat/saving.py).
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +42,7 @@ from nanochat.evaluation.loss import EvalRows, evaluate_bpb
 from nanochat.evaluation.verdict import Progress
 from nanochat.files import base_dir, free_name, lock_folder
 from nanochat.gpt import GPT
+from nanochat.guard import Guard
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
 from nanochat.launcher import RESTARTED, at_step
@@ -56,6 +58,11 @@ from nanochat.watch import busy
 
 C = TypeVar("C")
 REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
+
+
+GUARD = ("what to do about a loss or gradient norm that is not finite or far above the last ones: skip the update, stop "
+         "at once, or off, to stop where they are not finite alone")
+CHECK_EVERY = "steps from one comparison of the weights of all ranks to the next; -1 = before checkpoints only"
 
 
 def kernels_flag() -> Any:
@@ -99,6 +106,8 @@ class ChatStageFlags:
     keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none",
                            within=COUNT_OR_ALL)
     seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled", within=SEED)
+    guard: Literal["skip", "stop", "off"] = flag("skip", GUARD)
+    check_every: int = flag(100, CHECK_EVERY, within=EVERY)
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
     dry_run: bool = dry_run_flag()
@@ -403,6 +412,15 @@ def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:
 
 # ---- the run
 
+def finite(value: float, what: str, step: int) -> float:
+    """Return a result of an evaluation. Raises UserError where it is not finite: the run has not succeeded."""
+    if not math.isfinite(value):
+        raise UserError(f"step {step}: the {what} is {value}, though the losses were finite: the model is broken, and "
+                        "training stops. The last checkpoint is untouched: the same command resumes from it; use lower "
+                        "learning rates if it happens again.")
+    return value
+
+
 @dataclass(frozen=True)
 class PeriodicAction:
     """Something a run does between its steps, such as an evaluation; run(step) does it.
@@ -438,6 +456,7 @@ class StageRun:
     kernels: the implementations that the operations use.
     results: meta fields of the checkpoints to come, such as val_bpb.
     progress: compares the end of the stage with its beginning.
+    guard: judges the steps; `open_run` makes it.
     """
 
     origin: Origin
@@ -452,6 +471,14 @@ class StageRun:
     progress: Progress
     saver: BackgroundSaver = field(default_factory=BackgroundSaver)
     began: float = field(default_factory=time.time)
+    guard: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.model, self.optimizer, self.ranks, self.log, mode=getattr(self.config, "guard", "off"),
+                           check_every=getattr(self.config, "check_every", -1), folder=self.origin.folder,
+                           judges_loss=self.origin.stage.name != "rl", meta=self._meta, start=self.origin.step)
+        if self.origin.step and "guard" in self.origin.meta:
+            self.guard.load_state_dict(self.origin.meta["guard"])
 
     @property
     def model(self) -> GPT:
@@ -506,12 +533,12 @@ class StageRun:
                   flops_per_token=self.model.flops_per_token(self.max_seq_len),
                   peak=peak_flops(self.ranks.device, self.model.compute_dtype) if mfu else None,
                   start=self.origin.step, before_step=self._before_step(actions), save=self._save_and_wait,
-                  await_data=await_data)
+                  await_data=await_data, guard=self.guard)
 
     def train_by(self, one_step: Callable[[int, bool], bool], actions: Sequence[PeriodicAction]) -> None:
         """Train like `train`, with a step of another kind: one_step as `nanochat.training.run_steps` takes it."""
         with explained_out_of_memory(self.config.device_batch_size, self.model.recompute):
-            run_steps(one_step, self.origin.step, self.num_iterations, self.log,
+            run_steps(one_step, self.origin.step, self.num_iterations, self.log, flush=self.guard.settle,
                       before_step=self._before_step(actions), save=self._save_and_wait)
 
     def _before_step(self, actions: Sequence[PeriodicAction]) -> Callable[[int], None]:
@@ -522,10 +549,15 @@ class StageRun:
         def before_step(step: int) -> None:
             at_step(step)
             self._report(self.saver.finished)
-            for action in (*actions, saves):
-                if is_due(action, step, self.origin.step, end):
-                    self.optimizer.wait()  # so that an action may read weights in any way
-                    action.run(step)
+            due = [action for action in (*actions, saves) if is_due(action, step, self.origin.step, end)]
+            if due and step > self.origin.step:  # nothing is evaluated or saved whose last step was not judged
+                self.guard.settle()
+                self.guard.check_weights(step)
+            if step == end:
+                self.guard.check_end(step)
+            for action in due:
+                self.optimizer.wait()  # so that an action may read weights in any way
+                action.run(step)
             if step == end:
                 self.wait_for_save()
 
@@ -535,21 +567,34 @@ class StageRun:
         """Start to save a checkpoint of `step` finished steps. Collective; a thread of rank 0 writes it.
 
         keep: see `save_checkpoint`.
+
+        Raises:
+            UserError: training has diverged, or weights are not finite or not the same on all ranks; then nothing is
+                written.
         """
         self._report(self.saver.wait)
+        self.guard.settle()
+        self.guard.check_weights(step)
+        if not self.guard.may_save(step):
+            return
         optimizer_state = self.optimizer.state_dict(self.saver.host_copy)
         position = gather_objects(self.loader.state_dict() if self.loader is not None else None, self.ranks)
         if self.ranks.is_main:
             weights = {name: self.saver.host_copy(name, tensor) for name, tensor in self.model.state_dict().items()}
             self.saver.write(self.origin.folder, step, weights, {
-                **self.results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
+                **self._meta(), "guard": self.guard.state_dict(),
+                **({"loader": position} if self.loader is not None else {}),
+            }, optimizer_state, keep=keep, keep_every=getattr(self.config, "keep_every", -1),
+               spared=self.guard.spared())
+
+    def _meta(self) -> dict[str, Any]:
+        """Return the meta fields of a checkpoint or a dump, but for those of the moment."""
+        return {**self.results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
                 "device_batch_size": self.config.device_batch_size, "max_seq_len": self.max_seq_len,
                 "recompute": self.config.recompute,
                 "compute_dtype": str(self.model.compute_dtype).removeprefix("torch."),
                 "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(),
-                "world_size": self.ranks.world_size, **self.origin.provenance,
-                **({"loader": position} if self.loader is not None else {}),
-            }, optimizer_state, keep=keep, keep_every=getattr(self.config, "keep_every", -1))
+                "world_size": self.ranks.world_size, **self.origin.provenance}
 
     def wait_for_save(self) -> None:
         """Wait until the run's last checkpoint is on disk, for a while also until there is room. Collective.
@@ -591,7 +636,7 @@ class StageRun:
 
         if not whole:
             return measure()
-        bpb = evaluate_bpb(self.model, rows, token_bytes, self.ranks)
+        bpb = finite(evaluate_bpb(self.model, rows, token_bytes, self.ranks), "validation bpb", step)
         measure(bpb)
         if self.origin.stage.name == "base" and self.progress.verdict is not None:
             self.progress.compare_with_unigram(bpb, rows.unigram_bpb(token_bytes))

@@ -26,7 +26,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class BackgroundSaver:
         return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
 
     def write(self, folder: Path, step: int, model_state: dict[str, Tensor], meta: dict[str, Any],
-              optimizer_state: dict | None = None, keep: int | None = None, keep_every: int = -1) -> None:
+              optimizer_state: dict | None = None, keep: int | None = None, keep_every: int = -1,
+              spared: Collection[int] = ()) -> None:
         """Start to write a checkpoint of tensors from `host_copy`; arguments as those of `save_checkpoint`.
 
         Where the disk is full, older periodic checkpoints make room for it; the newest of them stays.
@@ -91,9 +92,10 @@ class BackgroundSaver:
                 with saving(f"step {step}"):
                     while True:
                         try:
-                            return save_checkpoint(folder, step, model_state, meta, optimizer_state, keep, keep_every)
+                            return save_checkpoint(folder, step, model_state, meta, optimizer_state, keep, keep_every,
+                                                   spared)
                         except NotWritten as error:
-                            if not (error.full and _make_room(folder, step)):
+                            if not (error.full and _make_room(folder, step, spared)):
                                 raise
             except BaseException as error:
                 self._error = error
@@ -175,12 +177,12 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _make_room(folder: Path, step: int) -> bool:
+def _make_room(folder: Path, step: int, spared: Collection[int]) -> bool:
     """Delete the oldest periodic checkpoint for that of `step`, and print it. The newest stays.
 
     Returns False, without deleting anything, where that does not make enough room.
     """
-    newest, *spare = (superseded(folder, step, 0) if folder.is_dir() else []) or [-1]
+    newest, *spare = (superseded(folder, step, 0, spared=spared) if folder.is_dir() else []) or [-1]
     sizes = {old: bytes_on_disk(folder, old) for old in spare}
     if not spare or free_space(folder) + sum(sizes.values()) < bytes_on_disk(folder, newest):
         return False

@@ -47,6 +47,8 @@ from nanochat.loading import model_from_state
 from nanochat.memory import RECOMPUTE_HELP
 from nanochat.recipe import MOST_ROWS, Horizon, RateSchedule, Recompute, Rows, published
 from nanochat.run import (
+    CHECK_EVERY,
+    GUARD,
     REDUCE_DTYPE,
     Origin,
     PeriodicAction,
@@ -131,6 +133,8 @@ class Config:
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
     fp8: bool = flag(False, "products of MLPs and head in 8 bits, on NVIDIA GPUs of compute capability 8.9 and newer")
     fp8_emulated: bool = flag(False, "round as --fp8 does, on any device, slowly: to measure its effect on the loss")
+    guard: Literal["skip", "stop", "off"] = flag("skip", GUARD)
+    check_every: int = flag(100, CHECK_EVERY)
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
     dry_run: bool = dry_run_flag()

@@ -31,7 +31,7 @@ from nanochat.run import (
     start_from_checkpoint,
 )
 from nanochat.stages import STAGES
-from nanochat.training import TrainingPlan, check_finite, clock, train_step
+from nanochat.training import TrainingPlan, clock, train_step
 from tasks import recipes
 
 STAGE, RL = STAGES["rl"], published.rl
@@ -95,7 +95,7 @@ def run(config: Config, ranks: Ranks) -> None:
     sampling = {"max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,
                 "batch_size": config.rollout_batch_size}
     with open_run(origin, config, ranks, num_iterations=num_iterations, kernels=kernels) as run:
-        log = run.log
+        log, guard = run.log, run.guard
         run.introduce(lines, data=data.source, problems=problems.count)
         engine, bos = Engine(origin.model, origin.tokenizer), origin.tokenizer.get_bos_token_id()
 
@@ -122,11 +122,13 @@ def run(config: Config, ranks: Ranks) -> None:
             stats = rollout_stats(groups, stop, ranks)
             loss = norm = 0.0
             if stats.teaching:
-                micro_batches = batches(groups, config.device_batch_size, bos, ranks.device)
+                micro_batches = guard.recorded(step, batches(groups, config.device_batch_size, bos, ranks.device))
                 trained = train_step(origin.model, run.optimizer, micro_batches, ranks, lr_scale=scale,
-                                     momentum=plan.momentum(step), clip=plan.clip)
+                                     momentum=plan.momentum(step), clip=plan.clip, limits=guard.limits(step),
+                                     before_update=guard.check_due(step))
+                guard.watch(step, trained)
+                guard.settle()
                 loss, norm = trained[:2].tolist()
-                check_finite(step, loss, norm, log)
             seconds = time.perf_counter() - began
             log.say(f"step {step + 1:05d}/{num_iterations:05d} | reward {stats.reward:.3f} | {stats.teaching} of "
                     f"{config.examples_per_step} groups teach | {stats.ended:.0%} end, {stats.tokens:.0f} tokens | "

@@ -26,6 +26,7 @@ from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
     chat_data_choice,
+    finite,
     fit_and_choose,
     is_trained,
     launch,
@@ -113,7 +114,7 @@ def run(config: Config, ranks: Ranks) -> None:
                                  min(config.eval_steps, len(val_steps)), [config.target_examples_per_step, T], known)
 
         def validate(step: int) -> None:
-            loss = loss_on(min(config.eval_steps, len(val_steps)))
+            loss = finite(loss_on(min(config.eval_steps, len(val_steps))), "validation loss", step)
             compare(step, loss)
             run.results.update(val_loss=loss, val_step=step)
             log.say(f"step {step:05d} | validation loss {loss:.4f}")

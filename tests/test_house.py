@@ -108,7 +108,7 @@ FLOORS = [
     ["kernels"],
     ["layers", "positions", "cache", "ragged", "mixer", "slc2", "attention", "sampling"],
     ["gpt"],
-    ["optim", "memory", "training", "engine", "evaluation", "checkpoint", "loading", "saving", "rl"],
+    ["optim", "memory", "guard", "training", "engine", "evaluation", "checkpoint", "loading", "saving", "rl"],
     ["run", "llm", "server"],
 ]
 OUTSIDE = {"scripts", "tasks", "tests", "bench", "dev"}  # what the library never imports

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,8 @@ _written: set[Identity] = set()  # files as this process wrote them; a change wi
 
 
 def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor], meta: dict[str, Any],
-                    optimizer_state: dict | None = None, keep: int | None = None, keep_every: int = -1) -> None:
+                    optimizer_state: dict | None = None, keep: int | None = None, keep_every: int = -1,
+                    spared: Collection[int] = ()) -> None:
     """Write the checkpoint of `step` into `folder`. Only rank 0 calls it.
 
     A published checkpoint of the same step, or a damaged one, is not overwritten: its files are renamed to `X.kept`.
@@ -33,8 +35,8 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
         model_state: weights by name; they are stored in float32 and without `_orig_mod.`.
         meta: fields of the meta file. "model_config" (a dict or the dataclass) is required; step and "files" are added.
         optimizer_state: from MuonAdamW.state_dict, or None.
-        keep, keep_every: `keep` marks this save as periodic, and once it is on disk, those of the periodic checkpoints
-            up to this step that `superseded` names are deleted. A save without `keep` is never deleted.
+        keep, keep_every, spared: `keep` marks this save as periodic, and once it is on disk, those of the periodic
+            checkpoints up to this step that `superseded` names are deleted. A save without `keep` is never deleted.
 
     Raises:
         UserError: the disk is full; NotFinite, where a number in the state is not finite. The checkpoints that were in
@@ -75,7 +77,7 @@ def save_checkpoint(folder: str | Path, step: int, model_state: dict[str, Tensor
         with open(folder / name, "rb") as file:
             _written.add(identity(file))
     if keep is not None:
-        delete_checkpoints(folder, superseded(folder, step, keep, keep_every))
+        delete_checkpoints(folder, superseded(folder, step, keep, keep_every, spared))
 
 
 def _write_tensors(path: Path, part: dict) -> dict[str, Any]:
@@ -200,13 +202,13 @@ def is_whole(folder: Path, meta: dict[str, Any]) -> bool:
     return not check_files(folder, meta, unknown)
 
 
-def superseded(folder: Path, step: int, keep: int, keep_every: int = -1) -> list[int]:
+def superseded(folder: Path, step: int, keep: int, keep_every: int = -1, spared: Collection[int] = ()) -> list[int]:
     """Return the steps of the checkpoints up to `step` that may be deleted, newest first.
 
     Only periodic checkpoints that were written here and are whole count, and can be deleted. Of them stay:
 
     - the newest `keep`
-    - those of a step that is a multiple of `keep_every`, if that is above 0
+    - those of a step that is a multiple of `keep_every`, if that is above 0, and those of the steps `spared`
     - the one with the lowest validation loss. Its meta file says when that was measured: of several with the same
       value, the one that was saved soonest after.
     """
@@ -217,7 +219,7 @@ def superseded(folder: Path, step: int, keep: int, keep_every: int = -1) -> list
                 meta = read_meta(folder, older)
                 if meta.get("periodical") and "files" in meta and is_whole(folder, meta):
                     periodic.append(meta)
-    stay = {meta["step"] for meta in periodic[:keep]}
+    stay = {meta["step"] for meta in periodic[:keep]} | set(spared)
     if keep_every > 0:
         stay |= {meta["step"] for meta in periodic if meta["step"] % keep_every == 0}
     measured = [(loss, meta["step"] - meta.get("val_step", meta["step"]), -meta["step"]) for meta in periodic
