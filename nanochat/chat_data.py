@@ -60,13 +60,12 @@ class ConversationSource(Conversations):
         self.bos = tokenizer.get_bos_token_id()
         self.tokenizer_fingerprint = tokenizer.fingerprint()
 
-    def walk(self, start: int, step: int, stop: int | None) -> Iterator[tuple[list[int], list[dict]]]:
-        """Yield (numbers, conversations) of start, start + step, … below `stop` (None: endless), in small pieces."""
+    def walk(self, start: int, stop: int | None) -> Iterator[tuple[list[int], list[dict]]]:
+        """Yield (numbers, conversations) from `start` on, below `stop` (None: endless), in small pieces."""
         while stop is None or start < stop:
-            end = start + PIECE * step
-            numbers = list(range(start, end if stop is None else min(end, stop), step))
+            numbers = list(range(start, start + PIECE if stop is None else min(start + PIECE, stop)))
             yield numbers, [self[number] for number in numbers]
-            start = end
+            start += PIECE
 
     def pick(self, numbers: Sequence[int]) -> dict[int, dict]:
         """Return some conversations by number."""

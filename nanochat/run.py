@@ -22,12 +22,11 @@ import torch
 
 from nanochat.checkpoint import latest_step, load_checkpoint, load_on_ranks
 from nanochat.cli import flag, parse
-from nanochat.dataloader import PackedLoader, reshard
+from nanochat.dataloader import PackedLoader, merged
 from nanochat.distributed import (
     Ranks,
     barrier,
     dtype_of_run,
-    gather_objects,
     joined_ranks,
     on_main,
     peak_flops,
@@ -295,14 +294,14 @@ def cannot_resume(folder: Path, why: str) -> UserError:
                      "--model-tag leaves it where it is.")
 
 
-def loader_state(origin: Origin, ranks: Ranks) -> dict | None:
-    """Return this rank's PackedLoader state to resume from, None for a new run. Raises UserError where it is gone."""
+def loader_state(origin: Origin) -> dict | None:
+    """Return the PackedLoader state to resume from, None for a new run. Raises UserError where it is gone."""
     if not origin.step:
         return None
-    states = origin.meta.get("loader")
-    if not states:
+    state = origin.meta.get("loader")
+    if not state:
         raise cannot_resume(origin.folder, "it does not say how far its data was read")
-    return (states if len(states) == ranks.world_size else reshard(states, ranks.world_size))[ranks.rank]
+    return merged(state) if isinstance(state, list) else state  # a list: one state a rank, as earlier versions saved
 
 
 def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
@@ -319,6 +318,7 @@ def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
         optimizer.load_state_dict(found.optimizer_state)
         if ranks.is_main:
             print_changes(origin.meta.get("user_config", {}), config, origin)
+            print_new_sums(config, origin, ranks)
     return optimizer
 
 
@@ -328,6 +328,21 @@ def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:
                if name in before and hasattr(config, name) and before[name] != getattr(config, name)]
     if changed:
         print(f"note: resuming with other settings than the run in {origin.folder} began with: {', '.join(changed)}")
+
+
+def print_new_sums(config: Any, origin: Origin, ranks: Ranks) -> None:
+    """Print that a resumed run is not bit-equal to an unbroken one, where its ranks or micro-batches are others."""
+    meta, loader = origin.meta, origin.meta.get("loader")
+    before, now = meta.get("world_size"), ranks.world_size
+    rows, own = meta.get("device_batch_size"), config.device_batch_size
+    changed = [f"{old} → {new} {noun}" for old, new, noun in ((before, now, "processes"), (rows, own, "rows a device"))
+               if old not in (None, new)]
+    if isinstance(loader, list) and len(loader) > 1:
+        print(f"note: {origin.folder} was saved before rows had one order for all processes: the documents still to "
+              "come are the same, packed into other rows")
+    elif changed:
+        print(f"note: {', '.join(changed)}: the run goes on with the very next rows, but its sums are taken in another "
+              "order: it is the unbroken run up to rounding, no longer bit for bit")
 
 
 # ---- the run
@@ -469,7 +484,6 @@ class StageRun:
         """
         self._report(self.saver.wait())
         optimizer_state = self.optimizer.state_dict(self.saver.host_copy)
-        position = gather_objects(self.loader.state_dict() if self.loader is not None else None, self.ranks)
         if self.ranks.is_main:
             weights = {name: self.saver.host_copy(name, tensor) for name, tensor in self.model.state_dict().items()}
             self.saver.write(self.origin.folder, step, weights, {
@@ -479,7 +493,7 @@ class StageRun:
                 "compute_dtype": str(self.model.compute_dtype).removeprefix("torch."),
                 "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(),
                 "world_size": self.ranks.world_size, **self.origin.provenance,
-                **({"loader": position} if self.loader is not None else {}),
+                **({"loader": self.loader.state_dict()} if self.loader is not None else {}),
             }, optimizer_state, keep=keep)
 
     def wait_for_save(self) -> None:

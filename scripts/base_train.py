@@ -192,7 +192,8 @@ def run(config: Config, ranks: Ranks) -> None:
     B = config.device_batch_size
     micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
     ahead = 4 if source.shards == source.planned else max(4, 3 * micro_batches)  # so that a run without text can save
-    loader = PackedLoader(source, B, T, ranks=ranks, state=loader_state(origin, ranks), prefetch=ahead)
+    loader = PackedLoader(source, B, T, ranks=ranks, rows_per_step=config.total_batch_size // T,
+                          state=loader_state(origin), prefetch=ahead)
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),
                         muon_momentum=BASE.momentum)

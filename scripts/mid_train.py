@@ -77,7 +77,8 @@ def run(config: Config, ranks: Ranks) -> None:
     B = config.device_batch_size
     micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
     source = ConversationSource(tokenizer, train_task, config.seed)
-    loader = PackedLoader(source, B, T, ranks=ranks, cut=False, state=loader_state(origin, ranks))
+    loader = PackedLoader(source, B, T, ranks=ranks, rows_per_step=config.total_batch_size // T, cut=False,
+                          state=loader_state(origin))
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=replace(MID.rates, warmdown_ratio=config.warmdown_ratio),
                         muon_momentum=MID.momentum)
