@@ -20,6 +20,7 @@ from nanochat.errors import UserError
 from nanochat.ragged import length_on, padded
 
 BATCH_TOKENS = 1 << 14  # of multiple-choice prompts in one forward, padding included
+TIE_MARGIN = 1e-3       # of logits, which batches change by about 1e-5
 
 
 @dataclass
@@ -57,7 +58,10 @@ def evaluate_task(model, tokenizer, task: Any, ranks: Ranks, *, batch_size: int 
                   num_samples: int = 1, max_tokens: int = 512, temperature: float = 0.0, top_k: int | None = None,
                   seed: int = 42, progress: Callable[[int, int, int], object] = lambda done, count, correct: None
                   ) -> TaskResult:
-    """Evaluate a model on a task. Collective; the result does not depend on the number of ranks.
+    """Evaluate a model on a task. Collective; in float32 on a CPU the result does not depend on the number of ranks.
+
+    On a GPU, or in fewer bits, other rows in a batch round its logits differently, so that answers to problems that are
+    nearly a tie may differ.
 
     Args:
         model: a GPT.
@@ -103,6 +107,8 @@ def _grade_choices(model, tokenizer, task: Any, indices: range, batch_size: int)
     """Yield the graded problems of a categorical task.
 
     The answer is the letter with the largest logit as the first token of the assistant. Longest prompts come first.
+    In float32, a prompt whose best letters are nearly a tie goes through the model again, alone, so that its answer
+    does not depend on what else is in its batch.
     """
     prompts = {}
     for index in indices:
@@ -118,8 +124,17 @@ def _grade_choices(model, tokenizer, task: Any, indices: range, batch_size: int)
         for i, index in enumerate(batch):
             conversation = prompts[index][0]
             letters = conversation["letters"]
-            best = letters[int(logits[i, [_letter_id(tokenizer, letter) for letter in letters]].argmax())]
+            of_letters = [_letter_id(tokenizer, letter) for letter in letters]
+            if model.dtype == torch.float32 and _nearly_tied(logits[i, of_letters]):
+                logits[i] = model(torch.tensor([prompts[index][1]], device=model.device), last_only=True)[0, 0].cpu()
+            best = letters[int(logits[i, of_letters].argmax())]
             yield _row(index, task.evaluate(conversation, best), conversation, [best])
+
+
+def _nearly_tied(logits: torch.Tensor) -> bool:
+    """Return whether the two largest of these logits (N,) are closer than TIE_MARGIN."""
+    best = logits.topk(min(2, len(logits))).values
+    return bool(best[0] - best[-1] < TIE_MARGIN)
 
 
 def _letter_id(tokenizer, letter: str) -> int:
@@ -135,7 +150,7 @@ def _grade_generated(model, tokenizer, task: Any, indices: range, **options: Any
     engine = Engine(model, tokenizer)
     conversations = [task[index] for index in indices]
     prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
-    for number, samples in engine.complete(prompts, **options):
+    for number, samples in engine.complete(prompts, batch_invariant=True, **options):
         texts = [tokenizer.decode([token for token in row.tokens if token not in engine.stops]) for row in samples]
         correct = any(task.evaluate(conversations[number], text) for text in texts)
         yield _row(indices[number], correct, conversations[number], texts)
