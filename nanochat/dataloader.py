@@ -75,8 +75,8 @@ class DocumentSource(Protocol):
     tokenizer_fingerprint: str | None
 
     def walk(self, start: int, stop: int | None) -> Iterator[tuple[list[int], list[Any]]]:
-        """Yield (numbers, documents) from `start` on, below `stop` (endless where None), in small pieces; an empty piece
-        where text has to arrive first."""
+        """Yield (numbers, documents) from `start` on, below `stop` (endless where None), in small pieces; an empty
+        piece where text has to arrive first."""
 
     def pick(self, numbers: Sequence[int]) -> dict[int, Any]:
         """Return some documents by number."""

@@ -20,6 +20,7 @@ from typing import IO, Any, Literal, TypeVar
 
 import torch
 
+from nanochat.chat_data import ConversationSteps, SupervisedSteps
 from nanochat.checkpoint import latest_step, load_checkpoint, load_on_ranks
 from nanochat.cli import flag, parse
 from nanochat.dataloader import PackedLoader, merged
@@ -49,6 +50,7 @@ from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
 
 C = TypeVar("C")
+Loader = PackedLoader | ConversationSteps | SupervisedSteps
 REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
 
 
@@ -304,6 +306,11 @@ def loader_state(origin: Origin) -> dict | None:
     return merged(state) if isinstance(state, list) else state  # a list: one state a rank, as earlier versions saved
 
 
+def steps_state(origin: Origin) -> dict | None:
+    """Return the ConversationSteps state to resume from; None for a new run, and of an earlier version."""
+    return origin.meta.get("loader") if origin.step else None
+
+
 def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
     """Return the model's optimizer, with its state where the run resumes. Raises UserError where that is gone."""
     groups = override(published.groups, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr,
@@ -378,7 +385,7 @@ class StageRun:
     """A run of a stage that is ready to train, with its log open; `open_run` makes one.
 
     num_iterations: optimizer steps of the whole run, those before a resume included.
-    loader: whose position is saved, where the number of the step does not say it.
+    loader: whose position in the data is saved.
     kernels: the implementations that the operations use.
     results: meta fields of the checkpoints to come, such as val_bpb.
     """
@@ -389,7 +396,7 @@ class StageRun:
     optimizer: MuonAdamW
     num_iterations: int
     log: RunLog
-    loader: PackedLoader | None
+    loader: Loader | None
     kernels: Choice
     results: dict[str, Any]
     saver: BackgroundSaver = field(default_factory=BackgroundSaver)
@@ -444,7 +451,7 @@ class StageRun:
                 a checkpoint is saved). SystemExit: the process was asked to stop; a checkpoint is saved.
         """
         def await_data(received: list[int]) -> UserError | None:
-            if self.loader is None:
+            if not isinstance(self.loader, PackedLoader):
                 return None
             return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
 
@@ -548,14 +555,14 @@ class StageRun:
 
 @contextmanager
 def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, kernels: Choice,
-             loader: PackedLoader | None = None, **results: Any) -> Iterator[StageRun]:
+             loader: Loader | None = None, **results: Any) -> Iterator[StageRun]:
     """Make the optimizer, open the log and yield the run.
 
     The end of the block, however it ends, waits for the checkpoint that is being written, and closes the log.
 
     Args:
         num_iterations: optimizer steps of the whole run.
-        loader: whose position goes into the checkpoints, where the number of the step does not say it.
+        loader: whose position in the data goes into the checkpoints.
         kernels: from `choose_kernels`.
         results: meta fields of every checkpoint, as they are before the first evaluation.
     """

@@ -30,6 +30,7 @@ from nanochat.run import (
     launch,
     open_run,
     start_from_checkpoint,
+    steps_state,
     tokens_of_row,
 )
 from nanochat.stages import STAGES
@@ -77,7 +78,8 @@ def run(config: Config, ranks: Ranks) -> None:
                                      meta=origin.meta if origin.step else {})
     shape = {"examples_per_step": config.target_examples_per_step, "device_batch_size": config.device_batch_size,
              "max_tokens": T, "ranks": ranks}
-    steps = SupervisedSteps(tokenizer, train_task, seed=config.seed, **shape)
+    steps = SupervisedSteps(tokenizer, train_task, seed=config.seed, step=origin.step, state=steps_state(origin),
+                            **shape)
     val_steps = SupervisedSteps(tokenizer, val_task, **shape)
     num_iterations = config.num_iterations
     if num_iterations <= 0:
@@ -87,8 +89,8 @@ def run(config: Config, ranks: Ranks) -> None:
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None,
                         rates=replace(SFT.rates, warmdown_ratio=config.warmdown_ratio), muon_momentum=SFT.momentum)
     graded = recipes.graded(data.source, seed=data.seed)
-    with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, kernels=kernels,
-                                     val_loss=None) as run:
+    with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, loader=steps,
+                                     kernels=kernels, val_loss=None) as run:
         log = run.log
         run.introduce([f"{num_iterations:,} steps of {config.target_examples_per_step} of {len(train_task):,} "
                        f"conversations; {run.where()}"],

@@ -165,8 +165,8 @@ class ListSource:
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_a_step_is_the_same_rows_on_any_number_of_ranks_and_goes_on_with_the_next_on_any_other(data):
-    """Documents longer than a row, empty ones, fewer than ranks; other ranks, batch and step sizes after each resume."""
+def test_steps_are_the_same_rows_on_any_number_of_ranks_which_may_change(data):
+    """Documents longer than a row, empty ones, fewer than ranks; other ranks and sizes after each resume."""
     lengths = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any), "lengths")
     documents = [[(7 * i + j) % 256 for j in range(length)] for i, length in enumerate(lengths)]
     T, cut = data.draw(st.integers(1, 12), "T"), data.draw(st.booleans(), "cut")

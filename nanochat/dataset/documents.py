@@ -180,15 +180,16 @@ class Documents:
             texts = self._read(*row_group)
             here: list[int] = []
             chars = 0
-            for number in range(number, end if stop is None else min(end, stop)):
-                here.append(number)
-                chars += len(texts[number - end] or "")
+            after = end if stop is None else min(end, stop)
+            for own in range(number, after):
+                here.append(own)
+                chars += len(texts[own - end] or "")
                 if len(here) == PIECE_DOCUMENTS or chars >= PIECE_CHARS:
                     yield here, [texts[n - end] or "" for n in here]
                     here, chars = [], 0
             if here:
                 yield here, [texts[n - end] or "" for n in here]
-            number += 1
+            number = after
 
     def pick(self, numbers: Sequence[int]) -> dict[int, str]:
         """Return the documents with these numbers; reads each row group once."""
