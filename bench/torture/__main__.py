@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: several commands share a few cores here
 
 from bench.measure import command_line, json_flag, provenance, provenance_line, table, write_results
-from bench.torture import damage, kills
+from bench.torture import damage, disks, kills, others, ranks
 from bench.torture.judge import CHANGED, LOST, SKIPPED, SURVIVED, Verdict
 from bench.torture.lab import JOBS, Lab
 from bench.torture.processes import Hung, OutOfTime
@@ -55,6 +56,17 @@ FAULTS: dict[str, tuple[str, Case]] = {
     "all-damaged": ("every checkpoint damaged, or all metas lost", damage.all_damaged),
     "source-damaged": ("the model that a stage began from is damaged", damage.source_damaged),
     "not-finite": ("NaN or infinity in the newest checkpoint, hash correct", damage.not_finite),
+    "two-runs": ("a second run in the same folder, also by a link or with --fresh", ranks.two_runs),
+    "rank-killed": ("one of two ranks, or their owner, is killed", ranks.rank_killed),
+    "rank-stopped": ("one of two ranks stands still for seconds (SIGSTOP)", ranks.rank_stopped),
+    "restarted": ("a rank is killed under --max-restarts", ranks.restarted),
+    "full-disk": ("a disk with less room than a run needs", disks.full_disk),
+    "filled": ("a disk that is filled, or becomes read-only, while a run trains", disks.filled_meanwhile),
+    "full-text": ("text and tokenizer on a full disk", disks.text_on_full_disk),
+    "diverged": ("a ruinous learning rate after a good checkpoint", others.diverged),
+    "report": ("SIGKILL while a report is written again", others.report_killed),
+    "grading": ("SIGKILL while a model is graded", others.grading_killed),
+    "ranks-changed": ("1, 2, 3 ranks in turn between stops", ranks.ranks_changed),
 }
 
 
@@ -104,6 +116,11 @@ def try_case(lab: Lab, name: str, seed: int, case: int) -> Result:
                                   lambda text: told.__setitem__(0, text))
     except Hung as error:
         verdict = Verdict(LOST, str(error))
+    except (OutOfTime, KeyboardInterrupt):
+        raise
+    except Exception as error:  # a night is not ended by one case
+        verdict = Verdict(LOST, f"this program itself failed: {type(error).__name__}: {error}")
+        traceback.print_exc()
     own = [room for room in lab.rooms[rooms:] if room.base.parent.name == f"{name}-{case}"]
     for room in own:
         room.keep = room.keep and verdict.word in (LOST, CHANGED)
@@ -180,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_line(f"\n{provenance_line(about)}\nseed {config.seed}, {time.monotonic() - began:.0f} s\n\n"
                f"{summary(results, names)}")
     for result in failed:
-        print_line(f"\n{result.fault} {result.case}: {result.verdict.word}: {result.verdict.note}\n    again: python -m "
-                   f"bench.torture --seed={config.seed} --only={result.fault} --case={result.case}")
+        print_line(f"\n{result.fault} {result.case}: {result.verdict.word}: {result.verdict.note}\n    again: "
+                   f"python -m bench.torture --seed={config.seed} --only={result.fault} --case={result.case}")
     write_results(config.json, about, config, [asdict(result) for result in results])
     if failed:
         raise SystemExit(1)

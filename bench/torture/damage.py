@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from bench.torture.judge import SURVIVED, Verdict, changed, compare_end, differences, lost, quietly
-from bench.torture.kills import finish, last_line
-from bench.torture.lab import JOBS, Lab, Room, content
+from bench.torture.kills import finish, keep, last_line
+from bench.torture.lab import JOBS, Lab, content
 from bench.torture.processes import Hung
 from nanochat.checkpoint import load_checkpoint, save_checkpoint, steps_in
 from nanochat.errors import UserError
@@ -145,14 +145,14 @@ def all_damaged(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], N
     try:
         code = room.end(life, lab.reference(job).seconds)
     except Hung as error:
-        return _kept(room, lost(str(error)))
+        return keep(room, lost(str(error)))
     gone = [path for path, digest in before.items() if content(folder).get(path) != digest]
     if not code:
-        return _kept(room, lost(f"{words}: it trained anew, exit 0, over what was there"))
+        return keep(room, lost(f"{words}: it trained anew, exit 0, over what was there"))
     if gone:
-        return _kept(room, lost(f"{words}: exit {code}, but {gone[0]} was written over or deleted"))
+        return keep(room, lost(f"{words}: exit {code}, but {gone[0]} was written over or deleted"))
     if "Traceback" in life.text():
-        return _kept(room, changed(f"{words}: a traceback: {last_line(life)}"))
+        return keep(room, changed(f"{words}: a traceback: {last_line(life)}"))
     return Verdict(SURVIVED)
 
 
@@ -190,7 +190,7 @@ def _save_again(folder: Path, step: int, found: object, kind: str) -> None:
     meta = {key: value for key, value in found.meta.items() if key not in ("files", "periodical")}
     try:
         save_checkpoint(folder, step, found.model_state, meta, found.optimizer_state, keep=3)
-        if _holds_bad(folder / f"{kind}_{step:06d}.pt"):
+        if not is_finite(folder / f"{kind}_{step:06d}.pt"):
             return
     except UserError:
         pass
@@ -203,9 +203,10 @@ def _save_again(folder: Path, step: int, found: object, kind: str) -> None:
     path.write_text(json.dumps(written, indent=2), encoding="utf-8")
 
 
-def _holds_bad(path: Path) -> bool:
-    return any(tensor.is_floating_point() and not torch.isfinite(tensor).all()
-               for tensor in _tensors(torch.load(path, weights_only=True)))
+def is_finite(path: Path) -> bool:
+    """Return whether all numbers in a file of tensors are finite."""
+    return all(torch.isfinite(tensor).all() for tensor in _tensors(torch.load(path, weights_only=True))
+               if tensor.is_floating_point())
 
 
 def source_damaged(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], None]) -> Verdict:
@@ -224,19 +225,15 @@ def source_damaged(lab: Lab, rng: random.Random, name: str, tell: Callable[[str]
     try:
         code = room.end(life, whole.seconds)
     except Hung as error:
-        return _kept(room, lost(str(error)))
+        return keep(room, lost(str(error)))
     if content(source) != inputs:
-        return _kept(room, changed(f"{words}: the folder it began from was written to"))
+        return keep(room, changed(f"{words}: the folder it began from was written to"))
     if code:
         if any(content(room.folder(job)).get(path) != digest for path, digest in before.items()):
-            return _kept(room, lost(f"{words}: exit {code}, and the run's own checkpoints were changed"))
+            return keep(room, lost(f"{words}: exit {code}, and the run's own checkpoints were changed"))
         return Verdict(SURVIVED)
     shutil.rmtree(source)  # the comparison is of the run's own files; what it began from is damaged on purpose
     shutil.copytree(whole.base / JOBS[job.source].folder, source)
     verdict = compare_end(room.base, whole.base, job)
-    return _kept(room, Verdict(verdict.word, verdict.note and f"{verdict.note} [{words}]"))
+    return keep(room, Verdict(verdict.word, verdict.note and f"{verdict.note} [{words}]"))
 
-
-def _kept(room: Room, verdict: Verdict) -> Verdict:
-    room.keep = room.keep or verdict.word != SURVIVED
-    return verdict

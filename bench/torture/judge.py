@@ -1,7 +1,7 @@
 """Tell whether the end of a disturbed run is that of an undisturbed one: nothing lost, nothing subtly other.
 
-Two words. Lost: a checkpoint, a step, a record, a file, or the whole run is not there any more, or the command cannot go
-on. Changed: all is there and the commands say so, but a number is another.
+Two words. Lost: a checkpoint, a step, a record, a file, or the whole run is not there any more, or the command cannot
+go on. Changed: all is there and the commands say so, but a number is another.
 """
 
 import json

@@ -102,7 +102,7 @@ def kills(lab: Lab, rng: random.Random, name: str, job: Job, tell: Callable[[str
         await_moment(life, room, job, moment, whole.seconds, rng)
         if life.poll() is not None:
             if life.code:
-                return _keep(room, lost(f"exit code {life.code} after {dict(where)}: {last_line(life)}"))
+                return keep(room, lost(f"exit code {life.code} after {dict(where)}: {last_line(life)}"))
             break
         life.kill()
         where[was_in(room, job, life) + ("" if moment in ("save", "commit", "anywhere", "start") else f" ({moment})")] \
@@ -117,10 +117,10 @@ def finish(room: Room, job: Job, whole: Path, usual: float, *, log: bool = True)
     try:
         code = room.end(life, usual)
     except Hung as error:
-        return _keep(room, lost(str(error)))
+        return keep(room, lost(str(error)))
     if code:
-        return _keep(room, lost(f"the run does not go on, exit code {code}: {last_line(life)}"))
-    return _keep(room, compare_end(room.base, whole, job, log=log))
+        return keep(room, lost(f"the run does not go on, exit code {code}: {last_line(life)}"))
+    return keep(room, compare_end(room.base, whole, job, log=log))
 
 
 def last_line(life: Life) -> str:
@@ -129,7 +129,8 @@ def last_line(life: Life) -> str:
     return next((line for line in reversed(lines) if "error" in line), lines[-1] if lines else "no word")[:300]
 
 
-def _keep(room: Room, verdict: Verdict) -> Verdict:
+def keep(room: Room, verdict: Verdict) -> Verdict:
+    """Keep the folder of a case in which something was lost or changed. Return the verdict."""
     room.keep = room.keep or verdict.word not in (SURVIVED, "skipped")
     return verdict
 
@@ -155,13 +156,13 @@ def signals(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], None]
         try:
             code = room.end(life, whole.seconds)
         except Hung as error:
-            return _keep(room, lost(f"after {signal.Signals(number).name}: {error}"))
+            return keep(room, lost(f"after {signal.Signals(number).name}: {error}"))
         told.append(f"{job.stage} {signal.Signals(number).name} ({moment})")
         if code not in (0, 128 + number):
-            return _keep(room, lost(f"exit code {code} after {signal.Signals(number).name}: {last_line(life)}"))
+            return keep(room, lost(f"exit code {code} after {signal.Signals(number).name}: {last_line(life)}"))
         steps = [int(path.stem[5:]) for path in room.folder(job).glob("meta_*.json")]
         if code and max(steps, default=0) < trained:
-            return _keep(room, lost(f"{signal.Signals(number).name} at step {trained}: the newest checkpoint is of "
+            return keep(room, lost(f"{signal.Signals(number).name} at step {trained}: the newest checkpoint is of "
                                     f"{max(steps, default=0)}"))
     tell(", ".join(told))
     return finish(room, job, whole.base, whole.seconds)
@@ -197,10 +198,10 @@ def text_and_tokenizer(lab: Lab, rng: random.Random, name: str, tell: Callable[[
             count += 1
         life = room.start(argv)
         if code := room.end(life, seconds):
-            return _keep(room, lost(f"{argv[1]} does not go on, exit code {code}: {last_line(life)}"))
+            return keep(room, lost(f"{argv[1]} does not go on, exit code {code}: {last_line(life)}"))
         found, wanted = made(room.base / folder), made(whole / folder)
         differ = sorted(path for path in wanted if found.get(path) != wanted[path])
         if differ:
-            return _keep(room, changed(f"{folder}: other files than undisturbed: {', '.join(differ)[:200]}"))
+            return keep(room, changed(f"{folder}: other files than undisturbed: {', '.join(differ)[:200]}"))
     tell(f"{count} kills")
     return Verdict(SURVIVED)

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.torture.processes import MARK, Life, stragglers
+from bench.torture.processes import MARK, Life, OutOfTime, fork_ranks, stragglers
 from nanochat.stages import STAGES
 
 TAG = "d2"
@@ -103,12 +103,17 @@ class Room:
               env: dict[str, str] | None = None, prepare: Callable[[], None] | None = None) -> Life:
         """Start a command in this folder. See `Life`."""
         argv = command.argv(ranks, more) if isinstance(command, Job) else list(command)
-        own = {"NANOCHAT_BASE_DIR": str(self.base), "NANOCHAT_DTYPE": "float32", MARK: self.mark,
-               "NANOCHAT_PROGRESS": "0", "PYTHONUNBUFFERED": "1", **(env or {})}
-        life = Life(argv, own, self.base.with_name(f"{self.base.name}.out"), fresh=fresh, prepare=prepare,
-                    deadline=self.lab.deadline)
+        if prepare is None and not fresh and argv[1] == "scripts.launch":
+            prepare = fork_ranks
+        life = Life(argv, {**self.environment(), **(env or {})}, self.base.with_name(f"{self.base.name}.out"),
+                    fresh=fresh, prepare=prepare, deadline=self.lab.deadline)
         self.lives.append(life)
         return life
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of the commands here, beside this process's."""
+        return {"NANOCHAT_BASE_DIR": str(self.base), "NANOCHAT_DTYPE": "float32", MARK: self.mark,
+                "NANOCHAT_PROGRESS": "0", "PYTHONUNBUFFERED": "1"}
 
     def end(self, life: Life, usual: float) -> int:
         """Wait until a command ends by itself, and return its exit code. Raises Hung."""
@@ -118,8 +123,8 @@ class Room:
         """Return the folder of a job's checkpoints."""
         return self.base / job.folder
 
-    def close(self) -> None:
-        """End all that runs here, and remove the folder, except where it is to be kept."""
+    def stop(self) -> None:
+        """End all that runs here."""
         for life in self.lives:
             life.kill()
         for _ in range(5):
@@ -130,6 +135,10 @@ class Room:
             if not left:
                 break
             time.sleep(0.05)
+
+    def close(self) -> None:
+        """End all that runs here, and remove the folder, except where it is to be kept."""
+        self.stop()
         if not self.keep:
             shutil.rmtree(self.base.parent, ignore_errors=True)
 
@@ -158,6 +167,12 @@ class Lab:
             room.close()
         if not any(room.keep for room in self.rooms):
             shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def rest(self, seconds: float) -> None:
+        """Wait. Raises OutOfTime where the program's time is over."""
+        if time.monotonic() + seconds > self.deadline:
+            raise OutOfTime
+        time.sleep(seconds)
 
     def empty_room(self, name: str) -> Room:
         """Return a room with nothing in it."""
@@ -197,7 +212,7 @@ class Lab:
             life = room.start(job)
             if code := room.end(life, 30):
                 raise RuntimeError(f"the undisturbed run of {job.stage} ended with {code}:\n{life.text()}")
-            self._references[job] = Reference(room.base, time.monotonic() - life.began)
+            self._references[job] = Reference(room.base, life.seconds)
         return self._references[job]
 
     def stopped(self, job: Job, name: str, step: int, rng: random.Random) -> Room:

@@ -9,6 +9,7 @@ import ctypes
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,11 +17,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
+
+from nanochat import launcher
 
 MARK = "NANOCHAT_TORTURE"  # environment: names the run of this program that a process belongs to
 POLL = 0.002               # seconds between two looks at a process whose moment is awaited
-PR_SET_PDEATHSIG = 1       # Linux: the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # Linux: signal that a process gets when its parent ends; name of a process
 
 
 class OutOfTime(Exception):
@@ -46,7 +50,7 @@ class Life:
     def __init__(self, argv: Sequence[str], env: dict[str, str], output: Path, *, fresh: bool,
                  deadline: float, prepare: Callable[[], None] | None = None):
         self.output, self.deadline, self.code = output, deadline, None
-        self.began = time.monotonic()
+        self.began, self.seconds = time.monotonic(), 0.0
         self.offset = output.stat().st_size if output.exists() else 0
         sys.stdout.flush()
         sys.stderr.flush()
@@ -60,7 +64,7 @@ class Life:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 code = os.waitstatus_to_exitcode(status)
-                self.code = 128 - code if code < 0 else code
+                self.code, self.seconds = 128 - code if code < 0 else code, time.monotonic() - self.began
         return self.code
 
     def until(self, happened: Callable[[], bool], seconds: float) -> bool:
@@ -163,23 +167,87 @@ def _run(argv: list[str]) -> int:
     return code
 
 
-def stragglers(mark: str) -> list[int]:
-    """Return the processes that carry this mark in their environment; [] where there is no /proc."""
-    found, wanted = [], f"{MARK}={mark}".encode()
+class ForkedRank:
+    """What `nanochat.launcher.Owner` needs of subprocess.Popen, with a copy of this process in place of a new Python.
+
+    Its command name in /proc tells `stragglers` and `ranks_of` what it is: its environment there is its ancestor's.
+    """
+
+    def __init__(self, argv: Sequence[str], *, env: dict[str, str], pass_fds: Sequence[int] = (), **_: object):
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 70
+        try:
+            os.setsid()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            for number in set(range(3, 256)) - set(pass_fds):
+                with suppress(OSError):
+                    os.close(number)
+            launcher._told.clear()  # what the owner told is not this process's
+            name_process(f"{env.get(MARK, '')[-6:]}-r{env.get('RANK', '0')}")
+            os.environ.clear()
+            os.environ.update(env)
+            code = _run(list(argv[1:]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with suppress(BaseException):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative after a signal; None while the process runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal while the process runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def fork_ranks() -> None:
+    """Let the launcher in this process copy it for each rank. Call it in the process that will be the launcher."""
+    launcher.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedRank})
+
+
+def name_process(name: str) -> None:
+    """Set the name of this process in /proc, 15 bytes."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def _marked(mark: str) -> dict[int, str]:
+    """Return the processes of a mark, with their ranks; "" for one that is none."""
+    found, wanted = {}, f"{MARK}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):
-            if wanted in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
+            pid, name = int(folder.name), (folder / "comm").read_text().strip()
+            if name.startswith(f"{mark[-6:]}-r"):
+                found[pid] = name[8:]
+            elif wanted in (parts := (folder / "environ").read_bytes().split(b"\0")) and pid != os.getpid():
+                found[pid] = next((part[5:].decode() for part in parts if part.startswith(b"RANK=")), "")
     return found
+
+
+def stragglers(mark: str) -> list[int]:
+    """Return the processes with this mark, in their environment or name; [] where there is no /proc."""
+    return list(_marked(mark))
 
 
 def ranks_of(mark: str) -> dict[int, int]:
     """Return the process of each rank of a job that is running with this mark: rank → pid."""
-    found = {}
-    for pid in stragglers(mark):
-        with suppress(OSError):
-            env = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            rank = next((part[5:] for part in env if part.startswith(b"RANK=")), b"")
-            if rank.isdigit():
-                found[int(rank)] = pid
-    return found
+    return {int(rank): pid for pid, rank in _marked(mark).items() if rank.isdigit() and _runs(pid)}
+
+
+def _runs(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
