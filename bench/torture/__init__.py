@@ -11,3 +11,7 @@ every record of the log, bit for bit.
 
 processes.py starts and ends the commands; lab.py makes the folders and the undisturbed runs; judge.py compares.
 """
+
+import time
+
+BEGAN = time.monotonic()  # before PyTorch is imported, which can take many seconds of the time that was given

@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: several commands share a few cores here
 
 from bench.measure import command_line, json_flag, provenance, provenance_line, table, write_results
-from bench.torture import damage, disks, kills, others, ranks
+from bench.torture import BEGAN, damage, disks, downloads, kills, others, ranks
 from bench.torture.judge import CHANGED, LOST, SKIPPED, SURVIVED, Verdict
 from bench.torture.lab import JOBS, Lab
 from bench.torture.processes import Hung, OutOfTime
@@ -63,6 +63,7 @@ FAULTS: dict[str, tuple[str, Case]] = {
     "full-disk": ("a disk with less room than a run needs", disks.full_disk),
     "filled": ("a disk that is filled, or becomes read-only, while a run trains", disks.filled_meanwhile),
     "full-text": ("text and tokenizer on a full disk", disks.text_on_full_disk),
+    "downloads": ("a hub that cuts, stalls, lies, loops; the client killed", downloads.downloads),
     "diverged": ("a ruinous learning rate after a good checkpoint", others.diverged),
     "report": ("SIGKILL while a report is written again", others.report_killed),
     "grading": ("SIGKILL while a model is graded", others.grading_killed),
@@ -184,17 +185,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not hasattr(os, "fork"):
         raise UserError("bench.torture needs a Unix system: it copies processes with fork.")
     seconds = config.hours * 3600 or config.minutes * 60
-    began = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stopped)
     for module in FORKED:
         importlib.import_module(module)
     scratch = Path(config.scratch or tempfile.mkdtemp(prefix="torture-"))
     about = provenance(command_line("bench.torture", argv))
-    with Lab(scratch, began + seconds - MARGIN) as lab:
+    with Lab(scratch, BEGAN + seconds - MARGIN) as lab:
         results = try_all(lab, config, names)
     failed = [result for result in results if result.verdict.word in (LOST, CHANGED)]
-    print_line(f"\n{provenance_line(about)}\nseed {config.seed}, {time.monotonic() - began:.0f} s\n\n"
+    print_line(f"\n{provenance_line(about)}\nseed {config.seed}, {time.monotonic() - BEGAN:.0f} s\n\n"
                f"{summary(results, names)}")
     for result in failed:
         print_line(f"\n{result.fault} {result.case}: {result.verdict.word}: {result.verdict.note}\n    again: "
