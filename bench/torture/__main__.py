@@ -35,7 +35,7 @@ from nanochat.errors import UserError
 from nanochat.logs import print_line
 
 FORKED = ("nanochat.run", "nanochat.rl", "nanochat.chat_data", "nanochat.evaluation.chat", "nanochat.evaluation.core",
-          "nanochat.dataset.importing", "tasks.recipes", "huggingface_hub", "pyarrow.parquet")  # see `Life`
+          "nanochat.dataset.importing", "tasks.recipes", "huggingface_hub")  # see `Life`; none starts a thread
 MARGIN = 5.0  # seconds kept to end everything in
 
 Case = Callable[[Lab, random.Random, str, Callable[[str], None]], Verdict]
