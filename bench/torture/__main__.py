@@ -59,6 +59,8 @@ FAULTS: dict[str, tuple[str, Case]] = {
     "two-runs": ("a second run in the same folder, also by a link or with --fresh", ranks.two_runs),
     "rank-killed": ("one of two ranks, or their owner, is killed", ranks.rank_killed),
     "rank-stopped": ("one of two ranks stands still for seconds (SIGSTOP)", ranks.rank_stopped),
+    "rank-hangs": ("one of two ranks stands still for good (SIGSTOP)", ranks.rank_hangs),
+    "node-killed": ("one of two nodes is killed and comes back", ranks.node_killed),
     "restarted": ("a rank is killed under --max-restarts", ranks.restarted),
     "full-disk": ("a disk with less room than a run needs", disks.full_disk),
     "filled": ("a disk that is filled, or becomes read-only, while a run trains", disks.filled_meanwhile),

@@ -100,13 +100,15 @@ class Room:
         self.keep = False
 
     def start(self, command: Job | Sequence[str], *, fresh: bool = False, ranks: int = 0, more: Sequence[str] = (),
-              env: dict[str, str] | None = None, prepare: Callable[[], None] | None = None) -> Life:
-        """Start a command in this folder. See `Life`."""
+              env: dict[str, str] | None = None, prepare: Callable[[], None] | None = None, own_output: str = ""
+              ) -> Life:
+        """Start a command in this folder. See `Life`. own_output: name of a file of its own for what it prints."""
         argv = command.argv(ranks, more) if isinstance(command, Job) else list(command)
         if prepare is None and not fresh and argv[1] == "scripts.launch":
             prepare = fork_ranks
-        life = Life(argv, {**self.environment(), **(env or {})}, self.base.with_name(f"{self.base.name}.out"),
-                    fresh=fresh, prepare=prepare, deadline=self.lab.deadline)
+        output = self.base.with_name(f"{own_output or self.base.name}.out")
+        life = Life(argv, {**self.environment(), **(env or {})}, output, fresh=fresh, prepare=prepare,
+                    deadline=self.lab.deadline)
         self.lives.append(life)
         return life
 

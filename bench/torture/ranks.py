@@ -1,12 +1,15 @@
 """Several processes: one of them, or their owner, is killed or stopped; their number changes; two runs meet."""
 
+import importlib.util
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from bench.torture.judge import SURVIVED, Verdict, all_whole, changed, lost, read_curve
 from bench.torture.kills import await_moment, finish, keep, last_line
@@ -14,6 +17,9 @@ from bench.torture.lab import JOBS, PATIENCE, START, Job, Lab, Room, with_ranks
 from bench.torture.processes import Hung, Life, ranks_of
 from nanochat.logs import read_log
 
+OWN = ("scripts.launch", "--ranks={ranks}", "--max-restarts=3")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node={ranks}", "--max-restarts=3")
+HANG_LIMIT = 60.0  # seconds in which a rank that hangs is to be ended, where the settings say ten
 SAME = 1e-4       # largest relative difference of the losses of one curve on other numbers of ranks, over 40 steps
 
 
@@ -97,13 +103,46 @@ def rank_stopped(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], 
     return finish(room, job, whole.base, whole.seconds)
 
 
+def rank_hangs(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], None]) -> Verdict:
+    """One of two ranks stands still for good: it is named and the job ended; then the same command goes on."""
+    if not launcher_has("hang_seconds"):
+        return Verdict("skipped", "scripts.launch does not look for ranks that hang")
+    job = with_ranks(JOBS[rng.choice(("base", "mid", "sft", "rl"))], 2)
+    whole = lab.reference(job)
+    room = lab.room(job, name)
+    life = room.start(job, env={"NANOCHAT_HANG_WARN": "4", "NANOCHAT_HANG_END": "10"})
+    if not begun(room, job, life, whole.seconds):
+        return keep(room, lost(f"did not begin: {last_line(life)}"))
+    life.last(rng.uniform(0, whole.seconds / 4))
+    rank = rng.randrange(2)
+    ranks = ranks_of(room.mark)
+    tell(f"{job.stage}: rank {rank}")
+    if rank not in ranks or life.poll() is not None:
+        return Verdict("skipped", "the run had ended already")
+    _kill(ranks[rank], signal.SIGSTOP)
+    try:
+        code = life.wait(START + HANG_LIMIT)
+    except Hung as error:
+        return keep(room, lost(f"rank {rank} of 2 stopped: {error}"))
+    if code and f"rank {rank}" not in life.text():
+        return keep(room, changed(f"rank {rank} of 2 stopped, and nothing names it: {last_line(life)}"))
+    return finish(room, job, whole.base, whole.seconds)
+
+
+def launcher_has(word: str) -> bool:
+    """Return whether scripts.launch speaks of something."""
+    spec = importlib.util.find_spec("scripts.launch")
+    return spec is not None and spec.origin is not None and word in Path(spec.origin).read_text(encoding="utf-8")
+
+
 def restarted(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], None]) -> Verdict:
-    """A rank is killed under torchrun --max-restarts: the job comes back by itself, to the same end."""
-    job = replace(with_ranks(JOBS[rng.choice(("base", "mid"))], 2), launcher=(
-        "torch.distributed.run", "--standalone", "--nproc_per_node={ranks}", "--max-restarts=3"))
+    """A rank is killed under --max-restarts: the job comes back by itself, to the same end."""
+    own = launcher_has("max_restarts") and rng.random() < 0.7
+    job = replace(with_ranks(JOBS[rng.choice(("base", "mid"))], 2), launcher=OWN if own else TORCHRUN)
     whole = lab.reference(with_ranks(JOBS[job.stage], 2))
     room = lab.room(job, name)
     life = room.start(job)
+    by = "scripts.launch" if own else "torchrun"
     for _ in range(rng.randint(1, 2)):
         if not begun(room, job, life, whole.seconds):
             break
@@ -112,14 +151,48 @@ def restarted(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], Non
         rank = rng.randrange(2)
         if rank in ranks:
             _kill(ranks[rank], signal.SIGKILL)
-            tell(f"{job.stage}: rank {rank} killed")
+            tell(f"{job.stage}, {by}: rank {rank} killed")
     try:
         code = room.end(life, 3 * whole.seconds)
     except Hung as error:
-        return keep(room, lost(str(error)))
+        return keep(room, lost(f"{by}: {error}"))
     if code:
-        return keep(room, lost(f"exit code {code}: {last_line(life)}"))
+        return keep(room, lost(f"{by}: exit code {code}: {last_line(life)}"))
     return finish(room, job, whole.base, whole.seconds)
+
+
+def node_killed(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], None]) -> Verdict:
+    """Of two nodes of one rank each, one is killed with all that runs on it, and started again: the run goes on."""
+    if not launcher_has("nnodes"):
+        return Verdict("skipped", "scripts.launch knows one node")
+    base = with_ranks(JOBS[rng.choice(("base", "mid"))], 2)
+    whole = lab.reference(base)
+    room = lab.room(base, name)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    commands = [replace(base, launcher=(*OWN[:1], "--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1",
+                                        f"--master-port={port}", "--ranks=1", "--max-restarts=3")).argv()
+                for node in range(2)]
+    lives = [room.start(command, fresh=True, own_output=f"node{node}") for node, command in enumerate(commands)]
+    if not begun(room, base, lives[0], whole.seconds):
+        return keep(room, lost(f"did not begin: {last_line(lives[0])} | {last_line(lives[1])}"))
+    lives[0].last(rng.uniform(0, whole.seconds / 2))
+    tell(f"{base.stage}: node 1")
+    ranks = ranks_of(room.mark)
+    lives[1].kill()
+    if 1 in ranks:
+        _kill(ranks[1], signal.SIGKILL)
+    room.lab.rest(rng.uniform(0, 3))
+    if lives[0].poll() is None:
+        lives[1] = room.start(commands[1], fresh=True, own_output="node1b")
+    try:
+        codes = [room.end(life, 3 * whole.seconds) for life in lives]
+    except Hung as error:
+        return keep(room, lost(str(error)))
+    if codes[0]:
+        return keep(room, lost(f"exit codes {codes}: {last_line(lives[0])}"))
+    return finish(room, base, whole.base, whole.seconds)
 
 
 def ranks_changed(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], None]) -> Verdict:
