@@ -15,7 +15,36 @@ while [ -L "$file" ]; do # a link to this file
     link=$(readlink "$file")
     case $link in /*) file=$link ;; *) file=$(dirname "$file")/$link ;; esac
 done
-cd "$(dirname "$file")"
+
+folder=$(dirname "$file")
+
+# What was typed is looked at before anything is set up.
+for argument in "$@"; do
+    case $argument in
+        --dry-run | --dry_run)
+            [ -x "$folder/.venv/bin/python" ] || echo "note: to look at this machine, --dry-run needs the set-up, which" \
+                "installs into .venv; nothing else is done" ;;
+        -h | --help)
+            [ ! -x "$folder/.venv/bin/python" ] || { cd "$folder" && exec .venv/bin/python -m scripts.speedrun --help; }
+            sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$file" # not set up yet: the comment above
+            exit 0 ;;
+        [A-Z]*=*)
+            echo "error: $argument: settings stand before the command, as in SPEEDRUN_PROFILE=d26 bash speedrun.sh;" \
+                "the arguments are --dry-run and --help" >&2
+            exit 2 ;;
+        *)
+            echo "error: $argument is no argument of speedrun.sh: there is --dry-run and --help; settings stand before" \
+                "the command, as in SPEEDRUN_PROFILE=d26 bash speedrun.sh" >&2
+            exit 2 ;;
+    esac
+done
+
+# Paths in settings are those of the folder where this was typed.
+export NANOCHAT_CALLED_FROM=$PWD
+for name in NANOCHAT_BASE_DIR NANOCHAT_TASK_DATA; do
+    case ${!name:-} in '' | /* | '~'*) ;; *) export "$name=$PWD/${!name}" ;; esac
+done
+cd "$folder"
 SECONDS=0
 
 # The set-up runs in a process group of its own: a signal that reaches this shell alone ends all of it.

@@ -108,6 +108,30 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_answers():
         assert pass_at_k(correct, samples, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
+def test_a_cut_answer_earns_nothing_and_the_same_text_ended_does(tokenizer):
+    class Sums:
+        def reward(self, conversation, answer):
+            return float(answer == "#### 18")
+
+    end = tokenizer.encode_special("<|assistant_end|>")
+    ids = tokenizer.encode("#### 18")
+
+    class Answers:
+        stops = {end}
+
+        def __init__(self):
+            self.tokenizer = tokenizer
+
+        def generate_many(self, prompts, num_samples, **options):
+            return [[Row(prompt, len(ids), tokens=ids, mask=[1] * len(ids), ended="length"),
+                     Row(prompt, 99, tokens=[*ids, end], mask=[1] * (len(ids) + 1), ended="stop")]
+                    for prompt in prompts]
+
+    chat = {"messages": [{"role": "user", "content": "9 + 9"}, {"role": "assistant", "content": "#### 18"}]}
+    group, = rollouts(Answers(), Sums(), [chat], [1], 2)
+    assert group.rewards == [0.0, 1.0] and group.teaches
+
+
 class Stops:
     """Worth 1 for an answer that ends at once: only the closing token can earn it."""
 

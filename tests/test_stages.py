@@ -12,14 +12,15 @@ import time
 import pytest
 import torch
 
-from nanochat import checkpoint
+from nanochat import rl
+from nanochat.checkpoint import tensors
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import read_log
 from nanochat.run import move_aside
 from nanochat.tools import sandbox
 from nanochat.tools.sandbox import Level, best_level
-from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train
+from scripts import base_eval, base_train, chat_eval, chat_rl, chat_sft, mid_train
 from tasks import recipes
 from tests.conftest import ROOT
 from tests.test_distributed import start_ranks
@@ -37,6 +38,11 @@ STAGES = {"mid": (mid_train, MID, "mid_checkpoints", 6), "sft": (chat_sft, SFT, 
           "rl": (chat_rl, RL, "chatrl_checkpoints", 4)}
 
 
+def odd_length(task, conversation, row, text):
+    """Return a reward that untrained models earn in half their answers, though they are cut."""
+    return float(len(text) % 2)
+
+
 @pytest.fixture(scope="module")
 def trained(tiny, make_once):
     """Return a base folder with a tiny model of each stage. Tests only read it."""
@@ -45,7 +51,7 @@ def trained(tiny, make_once):
             (base / name).symlink_to(tiny / name)
         base_train.main([*TINY, "--num-iterations=2", "--max-seq-len=128", "--total-batch-size=256"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(recipes.WorldSums, "reward", lambda self, conversation, answer: float(len(answer) % 2))
+            patch.setattr(rl, "reward_of", odd_length)
             for script, flags, _, _ in STAGES.values():
                 script.main(flags)
     return make_once("trained", make)
@@ -67,15 +73,17 @@ def weights(base, stage, step):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_resumes_bit_for_bit_and_then_is_done(base, monkeypatch, capsys, stage):
     script, flags, folder, steps = STAGES[stage]
-    monkeypatch.setattr(recipes.WorldSums, "reward", lambda self, conversation, answer: float(len(answer) % 2))
+    monkeypatch.setattr(rl, "reward_of", odd_length)
     whole = weights(base, stage, steps)
     for path in (base / folder / "d2").glob(f"*_{steps:06d}*"):
         path.unlink()
-    read, real = [], checkpoint._read_tensors
-    monkeypatch.setattr(checkpoint, "_read_tensors", lambda *args: read.append(args[:2]) or real(*args))
+    read, real = [], tensors.open_file
+    monkeypatch.setattr(tensors, "open_file", lambda *args: read.append(args[:2]) or real(*args))
     script.main(flags)
-    own = base / folder / "d2"  # nothing of the model it began from but its meta file
-    assert read == [(own, f"model_{steps // 2:06d}.pt"), (own, f"optim_{steps // 2:06d}.pt")]
+    own = base / folder / "d2"  # to verify and to load; of the model it began from, nothing but sizes and meta file
+    assert [name for where, name in read if where == own][:2] == [
+        f"model_{steps // 2:06d}.pt", f"optim_{steps // 2:06d}.pt"]
+    assert len([name for where, name in read if where != own]) == 1
     assert f"resuming from step {steps // 2}" in capsys.readouterr().out
     assert_same(weights(base, stage, steps), whole)
     before = weights(base, stage, steps // 2)
@@ -141,7 +149,7 @@ def test_fine_tuning_on_two_ranks_is_that_on_one(base, monkeypatch):
 def _rl(ranks: Ranks, base, flags):
     torch.set_num_threads(1)
     os.environ.update(NANOCHAT_BASE_DIR=str(base), NANOCHAT_DTYPE="float32")
-    recipes.WorldSums.reward = lambda self, conversation, answer: float(len(answer) % 2)
+    rl.reward_of = odd_length
     from nanochat.cli import parse
     chat_rl.run(parse(chat_rl.Config, flags), ranks)
 
@@ -158,7 +166,7 @@ def test_runs_moved_aside_within_a_second_are_all_kept(tmp_path, monkeypatch):
 
 def test_a_rank_without_a_problem_changes_nothing(base, monkeypatch):
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
-    monkeypatch.setattr(recipes.WorldSums, "reward", recipes.WorldSums.reward)  # restores what _rl replaces
+    monkeypatch.setattr(rl, "reward_of", rl.reward_of)  # restores what _rl replaces
     flags = [*RL, "--fresh", "--num-iterations=2", "--examples-per-step=1", "--num-samples=4", "--eval-examples=1"]
     start_ranks(2, _rl, base, flags)
     two = weights(base, "rl", 2)
@@ -207,16 +215,65 @@ def test_the_level_of_the_sandbox_is_said_and_refused_before_anything_is_graded(
     assert "World-Choice" not in capsys.readouterr().out
 
 
+def files_of(base):
+    return {path: path.stat().st_mtime_ns for path in base.rglob("*")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_says_what_would_be_done_and_changes_nothing(base, capsys, stage):
+    script, flags, folder, steps = STAGES[stage]
+    before = files_of(base)
+    script.main([*flags, "--dry-run", f"--num-iterations={steps + 2}"])
+    out = capsys.readouterr().out
+    assert f"{steps + 2} steps" in out and f"would resume from step {steps}" in out and "nothing was changed" in out
+    assert f"every {steps // 2} steps, the last 2 of these kept" in out and str(base / folder / "d2") in out
+    script.main([*flags, "--dry-run", "--fresh"])
+    assert f"the run in {base / folder / 'd2'} would be moved aside" in capsys.readouterr().out
+    assert files_of(base) == before
+
+
+def test_a_dry_run_of_base_training_and_of_the_evaluations_changes_nothing(base, capsys):
+    before = files_of(base)
+    flags = [*TINY, "--max-seq-len=128", "--total-batch-size=256", "--dry-run"]
+    base_train.main([*flags, "--num-iterations=9"])
+    out = capsys.readouterr().out
+    assert "train 9 steps of 256 tokens" in out and "would resume from step 2" in out
+    base_train.main([*flags, "--num-iterations=9", "--model-tag=new"])
+    assert "it would begin at step 0" in capsys.readouterr().out
+    base_eval.main(["--device-type=cpu", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "not CORE" in out and "bits per byte of" in out and "the facts of the small world" in out
+    chat_eval.main(["-i", "sft", "--device-type=cpu", "--dry-run"])
+    assert "would be asked World-Questions (" in capsys.readouterr().out
+    assert files_of(base) == before
+
+
+def test_a_run_is_moved_aside_only_when_nothing_can_be_wrong_any_more(base, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    before = files_of(base / "mid_checkpoints")
+    for flags in ([f"--conversations={bad}"], ["--total-batch-size=100"], ["--run=x", "--model-step=77"]):
+        with pytest.raises(UserError), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nanochat.run.check_wandb", lambda name: None)
+            mid_train.main([*MID, "--fresh", *flags])
+        assert files_of(base / "mid_checkpoints") == before
+    with pytest.raises(UserError, match="wandb"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanochat.run.check_wandb", lambda name: None)
+        patch.setitem(sys.modules, "wandb", None)  # found missing when the run is opened: still not moved
+        mid_train.main([*MID, "--fresh", "--run=x"])
+    assert files_of(base / "mid_checkpoints") == before
+
+
 @pytest.mark.parametrize("script, flags, message", [
     (chat_eval, ["-a", "GSM9K"], "there is no task 'GSM9K'; there is .*GSM8K"),
     (chat_eval, ["-g", "d9"], "no usable checkpoint"),
     (mid_train, ["--total-batch-size=100"], "--total-batch-size"),
     (mid_train, ["--conversations=/nowhere/mine.jsonl"], "mine.jsonl"),
     (chat_sft, ["--target-examples-per-step=0"], "--target-examples-per-step"),
-    (chat_sft, ["--eval-steps=0"], "--eval-steps must be at least 1"),
-    (chat_rl, ["--num-samples=1"], "--num-samples must be at least 2"),
-    (chat_rl, ["--eval-examples=0"], "--eval-examples must be at least 1"),
-    (chat_eval, ["-i", "sft", "-x", "0"], "--max-problems is a number from 1 on, or -1 for all, not 0"),
+    (chat_sft, ["--eval-steps=0"], "--eval-steps is 0; it must be at least 1"),
+    (chat_rl, ["--num-samples=1"], "--num-samples is 1; it must be from 2"),
+    (chat_rl, ["--eval-examples=0"], "--eval-examples is 0; it must be at least 1"),
+    (chat_eval, ["-i", "sft", "-x", "0"], "--max-problems is 0; it must be .*, or -1"),
 ])
 def test_wrong_flags_get_one_clear_line(base, script, flags, message):
     usual = {mid_train: MID, chat_sft: SFT, chat_rl: RL}.get(script, ["--device-type=cpu"])

@@ -15,11 +15,12 @@ from nanochat.errors import UserError
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tokenizer.conversation import turns_of
+from nanochat.tools.sandbox import passes
 from tasks.arc import ARC
 from tasks.base import reference_text
 from tasks.gsm8k import GSM8K, parts_of
 from tasks.hub import load_rows
-from tasks.humaneval import HumanEval, imports_of, program_of
+from tasks.humaneval import HumanEval, program_of, setting_of
 from tasks.mmlu import MMLU
 from tasks.multiple_choice import prompt
 from tasks.smoltalk import SmolTalk
@@ -165,8 +166,7 @@ def test_humaneval_program(mirror):
     prompt = HUMANEVAL_ROW["prompt"]
     assert task[0]["messages"] == [{"role": "user", "content": prompt},
                                    {"role": "assistant", "content": prompt + "    return x + 1\n"}]
-    assert imports_of(prompt) == "import math\nfrom typing import List"
-    assert imports_of("# a\n\nimport os\nx = 1\nimport sys\n") == "import os"
+    assert setting_of(prompt, "f") == "import math\nfrom typing import List"
     start = "import math\nfrom typing import List\n\n"
     answer = "Here:\n```python\ndef f(x):\n    return 2\n```\nor\n```\nf = 1\n```"
     assert program_of(prompt, answer) == start + "def f(x):\n    return 2"
@@ -174,6 +174,89 @@ def test_humaneval_program(mirror):
     for answer in ("def f(x): return 2", "\n def f(x): return 2\n", "So:\n```python \ndef f(x): return 2\n```",
                    "```py\ndef f(x): return 2\n```", "```python\r\ndef f(x): return 2\r\n```"):
         assert program_of(prompt, answer) == start + "def f(x): return 2"
+
+
+HARD_PROMPT = """from __future__ import annotations
+from typing import (
+    List,
+    Tuple)
+import math; import re
+
+FACTOR = 3
+
+
+@dataclass_like
+class Pair:
+    one: int = 1
+
+
+def poly(xs: list, x: float):
+    \"\"\" Value of the polynomial with coefficients xs at x. \"\"\"
+    return sum(c * math.pow(x, i) for i, c in enumerate(xs))
+
+
+@cached
+def find_root(xs: list):
+    \"\"\" Find x with poly(xs, x) = 0.
+
+    >>> find_root([-6, 3])
+    \"\"\"
+"""
+PLAIN_PROMPT = HARD_PROMPT.replace("@dataclass_like\n", "").replace("@cached\n", "")
+FUNCTION = "def find_root(xs):\n    a, b = xs\n    return -a / b\n"
+
+
+def test_what_a_humaneval_prompt_defines_stays_and_the_function_asked_for_goes():
+    setting = setting_of(HARD_PROMPT, "find_root")
+    assert setting.splitlines() == [
+        "from __future__ import annotations", "from typing import (", "    List,", "    Tuple)",
+        "import math; import re", "FACTOR = 3", "@dataclass_like", "class Pair:",
+        "    one: int = 1", "def poly(xs: list, x: float):",
+        '    """ Value of the polynomial with coefficients xs at x. """',
+        "    return sum(c * math.pow(x, i) for i, c in enumerate(xs))"]
+    assert setting_of("import os\n\ndef f(x):\n", "f") == "import os"              # a signature alone
+    assert setting_of("import os\nthis is no Python\ndef f(x):\n", "f").startswith("import os\nthis")
+    assert setting_of("no function here", "f") == setting_of("", "f") == ""
+
+
+@pytest.mark.parametrize("answer", [
+    FUNCTION, PLAIN_PROMPT + "    a, b = xs\n    return -a / b\n",
+    "    a, b = xs\n    return -a / b\n", "a, b = xs\nreturn -a / b", "a, b = xs\n    return -a / b\n",
+    f"Sure, here it is:\n\n```python\n{FUNCTION}```\n\nIt returns x.",
+    "```\n    a, b = xs\n    return -a / b\n```",
+    f"It is called so:\n```\nfind_root([1, 2])\n```\nand this is it:\n```py\n{FUNCTION}```",
+    f"```python\nfrom __future__ import annotations\n{FUNCTION}```"])
+def test_a_right_humaneval_program_passes_in_every_form_and_a_near_miss_does_not(answer):
+    checks = "def check(candidate):\n    assert abs(poly([-6, 3], candidate([-6, 3]))) < 1e-4\n\ncheck(find_root)\n"
+    for wrong in (False, True):
+        program = program_of(PLAIN_PROMPT, answer.replace("-a / b", "a / b") if wrong else answer, "find_root")
+        assert passes(program, checks).ok is not wrong, program
+
+
+def test_other_readings_of_a_humaneval_answer_are_lenient(mirror):
+    mirror("openai/openai_humaneval/openai_humaneval/test.jsonl", [HUMANEVAL_ROW])
+    task = HumanEval()
+    chat, body = task[0], "    return x + one\n"
+    for answer in (f"First\n```python\none = 1\n```\nthen\n```python\ndef f(x):\n{body}```",
+                   f"```python\none = 1\ndef f(x):\n{body}",                 # not closed
+                   f"~~~\none = 1\ndef f(x):\n{body}~~~",
+                   "- so:\n  ```python\n  one = 1\n  def f(x):\n      return x + one\n  ```",
+                   f"This does it:\n\nimport math\none = 1\n\ndef f(x):\n{body}\nI hope this helps."):
+        for right in (True, False):
+            given = answer if right else answer.replace("x + one", "x - one")
+            assert not task.evaluate(chat, given) and task.evaluate_lenient(chat, given) == right, given
+    assert task[:1].evaluate_lenient(chat, "~~~\ndef f(x):\n    return x + 1\n~~~")  # a view grades as its task
+    for answer in ("", "I cannot.", "def f(x):\n    return x", "```", "(" * 5000, "\0"):
+        assert not task.evaluate(chat, answer) and not task.evaluate_lenient(chat, answer)
+
+
+def test_gsm8k_is_read_strictly_and_leniently(mirror):
+    mirror("openai/gsm8k/main/test.jsonl", [GSM8K_ROW])
+    task = GSM8K("main", "test")
+    for answer, strict, lenient in (("#### 1200", True, True), ("#### $1,200.", False, True), ("1200", False, True),
+                                    ("#### 1200.0 apples", False, True), ("#### 120", False, False),
+                                    ("#### 12001", False, False), ("#### -1200", False, False)):
+        assert (task.evaluate(task[0], answer), task.evaluate_lenient(task[0], answer)) == (strict, lenient), answer
 
 
 def test_humaneval_is_graded_by_running(mirror):
@@ -221,6 +304,18 @@ def test_real_rows_all_render_and_references_are_right(shared, mirror):
             elif task.name == "GSM8K":
                 assert task.evaluate(conversation, as_written(conversation))
                 assert not task.evaluate(conversation, "#### 3.1415")
+
+
+def test_real_prompts_with_helpers_take_any_form(shared, mirror):
+    mirror("openai/openai_humaneval/openai_humaneval/test.jsonl.gz",
+           rows_of(shared / "data/humaneval/HumanEval.jsonl.gz"))
+    task = HumanEval()
+    found = [chat for chat in task if chat["task_id"] in ("HumanEval/32", "HumanEval/38", "HumanEval/50")]
+    for chat in found:
+        prompt, whole = chat["messages"][0]["content"], reference_text(chat)
+        for answer in (whole[whole.rindex(f"def {chat['entry_point']}"):], f"```\n{whole[len(prompt):]}```"):
+            assert task.evaluate(chat, answer), (chat["task_id"], answer)
+    assert len(found) == 3
 
 
 def test_real_programs_are_whole(shared, mirror):

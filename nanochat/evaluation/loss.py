@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from nanochat.distributed import Ranks, all_reduce_sum, barrier, broadcast_object, machine_first
-from nanochat.errors import UserError
+from nanochat.errors import NotWritten, UserError
 from nanochat.files import atomic_write, base_dir, sweep, to_json
+from nanochat.logs import print_line
 from nanochat.ragged import length_on, padded
 
 EVAL_ROWS_FORMAT = 1  # higher after a change of what a file of rows holds, or of how documents are packed
@@ -36,7 +37,7 @@ def evaluate_bpb(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]
         ranks: None does not reduce over ranks.
 
     Raises:
-        UserError: where no target counts.
+        UserError: where no target counts, or the loss is not finite.
     """
     device = token_bytes.device
     totals = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
@@ -52,21 +53,29 @@ def evaluate_bpb(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]
     if size == 0:
         raise UserError("no text to evaluate on: the validation shard holds fewer tokens than one batch. "
                         "Use a smaller --device-batch-size or --max-seq-len, or more text.")
-    return nats / (math.log(2) * size)
+    return _finite(nats / (math.log(2) * size), "bits per byte are")
 
 
 @torch.no_grad()
 def evaluate_loss(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks) -> float:
     """Return the mean loss in nats over the targets that are not −1, of all batches of all ranks. Collective.
 
-    batches: (inputs, targets), both (B, T) ids. NaN where no target counts.
+    batches: (inputs, targets), both (B, T) ids. NaN where no target counts. Raises UserError where it is not finite.
     """
     totals = torch.zeros(2, device=ranks.device)
     for inputs, targets in batches:
         totals[0] += model(inputs, targets, loss_reduction="sum")
         totals[1] += (targets != -1).sum()
     loss, count = all_reduce_sum(totals, ranks).tolist()
-    return loss / count if count else math.nan
+    return _finite(loss / count, "loss is") if count else math.nan
+
+
+def _finite(value: float, what: str) -> float:
+    """Return a result. Raises UserError where it is none."""
+    if not math.isfinite(value):
+        raise UserError(f"the {what} {value} on the validation data: the weights are damaged, or training has "
+                        "diverged. Use an earlier checkpoint; lower the learning rates if it happens again.")
+    return value
 
 
 class EvalRows:
@@ -86,7 +95,7 @@ class EvalRows:
         cut: as PackedLoader takes it.
 
     Raises:
-        UserError: on all ranks, where the rows of a machine cannot be made or written.
+        UserError: on all ranks, where the rows of a machine cannot be made.
     """
 
     def __init__(self, source, batch_size: int, sequence_len: int, tokens: int, *, ranks: Ranks, cut: bool = True):
@@ -103,7 +112,12 @@ class EvalRows:
 
         def rows() -> np.ndarray:
             if (found := _read_rows(path)) is None:
-                _write_rows(path, _packed_rows(source, batch_size, sequence_len, count, cut))
+                made = _packed_rows(source, batch_size, sequence_len, count, cut)
+                try:
+                    _write_rows(path, made)
+                except NotWritten as error:  # costs time and memory: each rank tokenises for itself
+                    print_line(f"warning: the tokenised validation text is not kept: {error}")
+                    return made
                 found = _read_rows(path)
             return found
 
@@ -112,8 +126,29 @@ class EvalRows:
             barrier(ranks, "tokenising the validation text")
             path.unlink(missing_ok=True)  # who has opened it keeps it
 
+    def __len__(self) -> int:
+        """The batches of all ranks."""
+        return len(self._rows)
+
+    @property
+    def shape(self) -> list[int]:
+        """B and T of a batch."""
+        return [self._rows.shape[1], self._rows.shape[2] - 1]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in range(self.ranks.rank, len(self._rows), self.ranks.world_size):
+        return self.first(len(self._rows))
+
+    def unigram_bpb(self, token_bytes: Tensor) -> float:
+        """Return the bits per byte of a model that knows how frequent each token is in these rows, and nothing else."""
+        sizes = token_bytes.cpu().numpy()
+        targets = self._rows[:, :, 1:]
+        counts = np.bincount(targets[targets >= 0], minlength=len(sizes)).astype(np.float64) * (sizes > 0)
+        size, seen = float((counts * sizes).sum()), counts[counts > 0]
+        return float(-(seen * np.log2(seen / seen.sum())).sum()) / size if size else math.inf
+
+    def first(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's part of the first `count` batches."""
+        for number in range(self.ranks.rank, min(count, len(self._rows)), self.ranks.world_size):
             rows = torch.from_numpy(np.array(self._rows[number])).to(self.ranks.device).long()
             inputs = rows[:, :-1]
             yield torch.where(inputs < 0, self.bos, inputs), rows[:, 1:].contiguous()
