@@ -15,7 +15,7 @@ change the weights before they are copied, and the memory of one bucket serves f
 for one checkpoint, which every save uses again; on a GPU it is pinned, and PyTorch rounds each pinned tensor up to a
 power of two (6.9 GB at d20); allocating it makes the first save slower. The other ranks need none.
 
-A process that is killed while the thread writes loses this checkpoint alone; nanochat/checkpoint.py says why. The
+A process that is killed while the thread writes loses this checkpoint alone; nanochat/checkpoint/ says why. The
 thread is no daemon, so a process that ends by itself ends after the write.
 """
 
