@@ -297,6 +297,7 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
         begun_from = _described(source, meta)
     else:
         model, tokenizer, meta = model_and_tokenizer(resumed, "as asked")
+        resumed.model_state = {}  # the optimizer gives the weights other memory
         begun_from = on_main(f"looking what {folder} began from",
                              lambda: _origin_of(resumed, source, parent_folder, parent_step), ranks)
     model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype") if resumed else None)
@@ -325,11 +326,11 @@ def _origin_of(resumed: Checkpoint, source: str, folder: Path, step: int | None)
     if step is None and (whole is None or damaged and whole < said["step"]):
         return said  # of what it began from; the run itself is whole
     now = _described(source, load_checkpoint(folder, whole, weights=False).meta)
-    if said != now:  # else a newer one is damaged
+    if said not in (None, now):  # else a newer one is damaged
         raise UserError(f"{resumed.folder} was trained from another model than {folder} holds now (step "
                         f"{said['step']} then, {now['step']} now, or other weights of that step). --fresh moves it "
                         "aside and trains anew.")
-    return said
+    return now
 
 
 def _described(stage: str, meta: dict[str, Any]) -> dict[str, Any]:

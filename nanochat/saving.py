@@ -18,7 +18,7 @@ power of two (6.9 GB at d20); allocating it makes the first save slower. The oth
 Only rank 0 writes. Where other machines have a base folder of their own, `copy_to_machines` gives them the checkpoint
 before it is loaded.
 
-A process that is killed while the thread writes loses this checkpoint alone; nanochat/checkpoint.py says why. The
+A process that is killed while the thread writes loses this checkpoint alone; nanochat/checkpoint/ says why. The
 thread is no daemon, so a process that ends by itself ends after the write.
 """
 

@@ -203,6 +203,7 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
         if meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
             raise UserError(f"{folder} was trained with another tokenizer. {way_out}")
         model = model_from_state(new, resumed.model_state, what=str(folder))
+        resumed.model_state = {}  # the optimizer gives the weights other memory
     model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype"))
     return Origin(stage=STAGES["base"], folder=folder, step=resumed.step if resumed else 0, model=model,
                   tokenizer=tokenizer, meta=meta, loaded="", provenance={"data": read_source(text)}, lock=file,

@@ -1,4 +1,4 @@
-"""nanochat/checkpoint.py: a checkpoint is whole or absent, whatever happens, and readers get clear errors."""
+"""nanochat/checkpoint/: a checkpoint is whole or absent, whatever happens, and readers get clear errors."""
 
 import errno
 import itertools

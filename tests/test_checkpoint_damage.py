@@ -278,6 +278,14 @@ def test_a_state_that_is_not_finite_is_not_saved_and_nothing_makes_room_for_it(t
     assert content(tmp_path) == before
 
 
+def test_numbers_are_finite_though_their_sum_is_not():
+    large = torch.full((4,), 3e38)
+    assert tensors.not_finite({"a": [large, large.bfloat16(), torch.zeros(0), torch.tensor(2), "text"]}) == ""
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        assert tensors.not_finite({"a": large, "b": {"c": torch.tensor([3e38, wrong])}}) == "b c"
+    assert tensors.not_finite([torch.tensor([float("inf"), float("-inf")], dtype=torch.float16)]) == "0"
+
+
 def keep_with(folder, step, keep, keep_every=-1, **meta):
     save_checkpoint(folder, step, weights(step), META | {"val_bpb": None, "value": step} | meta, momenta(step),
                     keep=keep, keep_every=keep_every)

@@ -81,8 +81,8 @@ def parse_meta(path: Path) -> dict[str, Any]:
     if not sound:
         raise Corrupt(f"{path} is not the meta file of a checkpoint: it must be a JSON object with model_config, and "
                       "list no files but its own.")
-    ours = [name for name in ("format", "meta_sha256") if name in meta]  # all metas since format 2 have both
-    if ours and not (len(ours) == 2 and _seal_holds(text, meta)) or "periodical" in meta and "files" not in meta:
+    since_format_2 = "format" in meta or "meta_sha256" in meta  # both, so that neither can be lost
+    if since_format_2 and not _seal_holds(text, meta) or "periodical" in meta and "files" not in meta:
         raise Corrupt(f"{path} is damaged, or was changed after it was written: its sha256 is not the one in it.")
     if meta.get("format", FORMAT) != FORMAT:
         raise Corrupt(f"{path} is of format {meta['format']}, which this version does not know: it is of a newer one.")

@@ -115,10 +115,9 @@ def not_finite(part: Any) -> str:
     is none."""
     for name, tensor in tensors_in(part):
         if tensor.is_floating_point() and tensor.numel():
-            tensor = tensor.detach()
-            # One pass without memory of its own; NaN anywhere makes both NaN.
-            low, high = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())
-            if not (math.isfinite(low) and math.isfinite(high)):
+            tensor = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
+            # One pass without memory of its own. NaN or infinity makes the sum one of them; so may large numbers.
+            if not math.isfinite(tensor.sum()) and not all(map(math.isfinite, torch.aminmax(tensor))):
                 return name or "it"
     return ""
 
