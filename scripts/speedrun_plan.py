@@ -371,6 +371,12 @@ def check_plan(plan: RunPlan) -> None:
                            Ranks(0, 0, gpus, torch.device("cpu")))
     if plan.source == "import":
         flags = parse(ImportFlags, plan.text_flags)
+        for path in plan.text:
+            if not os.path.exists(path):
+                several = len(plan.text) > 1
+                raise UserError(f"SPEEDRUN_TEXT: {path} does not exist."
+                                + (f" It was read as {len(plan.text)} paths, since none has the whole name; put quotes "
+                                   "around a path with spaces." if several else ""))
         look_at_files(plan.text, TextFormat(flags.doc_separator.strip(), flags.text_column, flags.encoding))
     mirror = os.environ.get(MIRROR)
     if plan.chat == "hub" and mirror:

@@ -353,6 +353,8 @@ def test_a_dry_run_reads_the_text_and_hands_on_the_flags_of_its_import(monkeypat
     latin.write_bytes("Größe. Some words of Ann.\n".encode("cp1252"))
     with pytest.raises(UserError, match="absent.txt does not exist"):
         dry_run(monkeypatch, capsys, SPEEDRUN_TEXT=str(absent))
+    with pytest.raises(UserError, match="My does not exist. It was read as 2 paths.*quotes"):
+        dry_run(monkeypatch, capsys, SPEEDRUN_TEXT=f"{tmp_path}/My Notes")
     with pytest.raises(UserError, match="is not utf-8.*--encoding"):
         dry_run(monkeypatch, capsys, SPEEDRUN_TEXT=str(latin))
     out = dry_run(monkeypatch, capsys, SPEEDRUN_TEXT=str(latin), SPEEDRUN_TEXT_FLAGS="--encoding=cp1252")

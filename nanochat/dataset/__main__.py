@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from nanochat.checks import need_writable
-from nanochat.cli import COUNT, COUNT_OR_ALL, SEED, Range, flag, parse, parser_of, run_main
+from nanochat.cli import COUNT, FAR, SEED, Range, flag, parse, parser_of, run_main
 from nanochat.dataset.readers import TextFormat, look_at_files
 from nanochat.dataset.shards import data_dir
 from nanochat.files import in_words
@@ -26,8 +26,8 @@ REPLACE = "replace shards that were imported or generated earlier"
 
 @dataclass
 class FetchFlags:
-    num_files: int = flag(MISSING, "training shards to fetch, about 100 MB each; -1 is all 1822", short="n",
-                          within=COUNT_OR_ALL)
+    num_files: int = flag(MISSING, "training shards to fetch, about 100 MB each, beside the validation shard; -1 is "
+                                   "all 1822", short="n", within=Range(0, FAR, also=-1))
     num_workers: int = flag(4, "parallel downloads", short="w", within=Range(1, 256))
     revision: str = flag("main", "branch, tag or commit of the data set; resolved to a commit at the first fetch, "
                                  "which later fetches reuse")
