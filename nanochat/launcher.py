@@ -305,8 +305,7 @@ def death(code: int) -> str:
 class Group:
     """The ranks of one machine among those of a job on several.
 
-    first: of its ranks. world: of all machines. node: of this machine among `nodes`. address, port: where ranks meet.
-    master: the socket that listens there, on node 0.
+    first: of its ranks. world: ranks of all. address, port: where they meet. master: what listens there, on node 0.
     """
 
     first: int
@@ -538,7 +537,8 @@ class Owner:
             if member.name == name and not member.killed:
                 member.reason, member.failed_at = how, 0.0
                 member.kill()
-                member.popen.wait()  # so that it is the first that ends
+                with suppress(subprocess.TimeoutExpired):
+                    member.popen.wait(GRACE)  # so that it is the first that ends
 
     def _hear_elsewhere(self, job: Job) -> None:
         """Let a job fail here where it does on another machine, and the other way round."""
@@ -573,7 +573,7 @@ class Owner:
         """End what must end: of a job that fails or was asked to stop."""
         now, running = time.monotonic(), job.running
         failing = job.first is not None or job.failed is not None
-        if not running or not (failing or job.stopped):
+        if not (running and (failing or job.stopped)):
             return
         if self._hasten:
             for member in running:

@@ -230,21 +230,23 @@ class Watch:
 
     def _exchange(self) -> None:
         """Write this rank's sign of life and read the others'. A call may wait for ever where the store hangs."""
-        everyone = False  # whether all have shown themselves
         keys = [f"nanochat/life/{rank}" for rank in range(self.world_size)]
-        with suppress(Exception):  # the store has gone: the run ends, or a collective will say it
-            while not self.ended.is_set():
-                self.store.set(keys[self.rank], json.dumps(vars(self._own_beat())))
-                everyone = everyone or self.store.check(keys)
-                for rank, text in enumerate(self.store.multi_get(keys) if everyone else ()):
-                    beat, before = Beat(**json.loads(text)), self._seen[rank].beat
-                    if before is None or before.number != beat.number:
-                        self._seen[rank] = Seen(beat)
-                self._answered = time.monotonic()
-                self.ended.wait(self._pause)
-            return
-        if not self.ended.wait(5):
-            self._answered = float("inf")
+        for _ in range(2):  # a connection may break alone; where the store has gone, _look names it
+            with suppress(Exception):
+                everyone = False  # whether all have shown themselves
+                while not self.ended.is_set():
+                    self.store.set(keys[self.rank], json.dumps(vars(self._own_beat())))
+                    everyone = everyone or self.store.check(keys)
+                    for rank, text in enumerate(self.store.multi_get(keys) if everyone else ()):
+                        beat, before = Beat(**json.loads(text)), self._seen[rank].beat
+                        if before is None or before.number != beat.number:
+                            self._seen[rank] = Seen(beat)
+                    self._answered = time.monotonic()
+                    self.ended.wait(self._pause)
+            if self.ended.wait(self._pause):
+                return
+            with suppress(Exception):
+                self.store = self.store.clone()
 
     def _look(self) -> None:
         last = time.monotonic()
@@ -258,8 +260,6 @@ class Watch:
             self._look_once(now)
 
     def _look_once(self, now: float) -> None:
-        if self._answered == float("inf"):
-            return
         unanswered = now - self._answered
         if unanswered > min(self.warn, self.end):
             self._store_is_silent(unanswered)

@@ -1,8 +1,9 @@
-"""A program for tests/test_watch.py and tests/test_nodes.py: ranks that meet in five steps, of which one has an accident in step 2.
+"""A program for tests/test_watch.py and tests/test_nodes.py: ranks that meet in five steps; one has an
+accident in step 2.
 
     python -m scripts.launch --ranks=2 tests.launched_hang -- hang 1           # rank 1 sleeps for ever
     python -m scripts.launch --ranks=2 tests.launched_hang -- kill 1 FILE      # only where FILE is not there yet
-    python -m scripts.launch --ranks=2 tests.launched_hang -- until FILE       # meet again and again, until FILE is there
+    python -m scripts.launch --ranks=2 tests.launched_hang -- until FILE       # meet until FILE is there
 """
 
 import json

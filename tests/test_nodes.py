@@ -125,6 +125,7 @@ def test_a_machine_with_another_command_is_refused(tmp_path):
     assert second.communicate(timeout=120) and second.returncode == 0
 
 
+@pytest.mark.long
 def test_a_machine_is_killed_and_returns_and_the_run_ends_as_an_undisturbed_one(tiny, tmp_path):
     """Each machine has a base folder of its own, so that the one that returns needs node 0's checkpoint."""
     bases = [own_base(tiny, tmp_path / str(node)) for node in (0, 1)]
@@ -153,6 +154,24 @@ def test_a_machine_is_killed_and_returns_and_the_run_ends_as_an_undisturbed_one(
     assert_same(weights(bases[0], "base", 60), weights(alone, "base", 60))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_signal_on_one_machine_lets_all_save_and_end(tiny, tmp_path, node, number):
+    bases, port = [own_base(tiny, tmp_path / str(number)) for number in (0, 1)], free_port()
+    nodes = [start_node(number, bases[number], port, [*BASE, "--num-iterations=99999", "--save-every=-1"])
+             for number in (0, 1)]
+    try:
+        read_until(nodes[0], "step 00009/")
+        nodes[node].send_signal(number)
+        outs = [each.communicate(timeout=120)[0] for each in nodes]
+    finally:
+        end(*nodes)
+    assert nodes[node].returncode == 128 + number, outs
+    assert nodes[1 - node].returncode in (130, 143) and "restart" not in "".join(outs), outs
+    assert latest_step(bases[0] / "base_checkpoints" / "d2") >= 9
+
+
 @pytest.fixture(scope="module")
 def namespaces():
     """Two network namespaces with a cable between them: their names, and a function that pulls and plugs it."""
@@ -179,6 +198,7 @@ def namespaces():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.mark.long
 def test_a_short_cut_of_the_network_harms_nothing_and_a_long_one_ends_the_job(namespaces, tmp_path):
     names, cable = namespaces
     ended = tmp_path / "ended"
@@ -207,8 +227,8 @@ def test_a_short_cut_of_the_network_harms_nothing_and_a_long_one_ends_the_job(na
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_whole_speedrun_on_two_machines(tmp_path, monkeypatch, shared):
     bases = [tmp_path / ("both" if shared else str(node)) for node in (0, 1)]
-    for name, value in {"SPEEDRUN_PROFILE": "small", "SPEEDRUN_DEVICE_BATCH": "2", "NNODES": "2", "OMP_NUM_THREADS": "1",
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+    for name, value in {"SPEEDRUN_PROFILE": "small", "SPEEDRUN_DEVICE_BATCH": "2", "NNODES": "2",
+                        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
     nodes = []
     for node, base in enumerate(bases):
