@@ -28,11 +28,13 @@ from nanochat.errors import UserError
 from nanochat.files import OF_OPEN_FILES, TROUBLES, in_words, not_written, sha256_of, sync_folder
 
 RETRIES = 6              # attempts in a row that gain no byte
+WITHOUT_NETWORK = 3      # of them, where none could connect: that is seldom mended in half a minute
 BACK_OFF = 1.0           # seconds before the second attempt; each next wait is twice as long, up to LONGEST_BACK_OFF
 LONGEST_BACK_OFF = 60.0
 LONGEST_WAIT = 900.0     # seconds that a server may ask for (Retry-After); it is not waited for longer
 TIMEOUT = 30.0           # seconds without a byte
 BUSY = (408, 425, 429)   # besides 5xx: statuses that a later attempt may mend
+NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "ConnectionError")  # of huggingface_hub's session and `datasets`
 WRONG_FILES = 2          # that are taken from a server before it is given up
 RESTARTS = 10            # of one file from its beginning, before it is given up
 
@@ -80,6 +82,14 @@ class _Broken(OSError):
     """An answer that ended early, or is not the file; a next attempt may bring it."""
 
 
+class _Refused(OSError):
+    """An answer with the status of an error."""
+
+    def __init__(self, response: Any):
+        super().__init__(f"status {response.status_code}")
+        self.response = response
+
+
 class Retries:
     """Counts the attempts at one thing, prints a line before each next one, and waits.
 
@@ -90,23 +100,26 @@ class Retries:
     """
 
     def __init__(self, what: str, say: Callable[[str], None], stop: threading.Event | None = None):
-        self.what, self.say, self.stop, self.failed = what, say, stop or threading.Event(), 0
+        self.what, self.say, self.stop = what, say, stop or threading.Event()
+        self.failed, self.connected = 0, False
 
     def gained(self) -> None:
         """Count from the beginning again, as this attempt brought something."""
-        self.failed = 0
+        self.failed, self.connected = 0, True
 
     def wait(self, error: Exception) -> None:
         """Wait before the next attempt, as long as the server asks for. Raises NotFetched where it was the last."""
         self.failed += 1
         status, reason, asked = status_of(error), reason_of(error), retry_after(error)
-        if self.failed >= RETRIES:
-            raise NotFetched(f"{reason}, {RETRIES} times in a row", status, network=status is None) from error
+        self.connected |= status is not None or type(error).__name__ not in NOT_CONNECTED
+        most = RETRIES if self.connected else WITHOUT_NETWORK
+        if self.failed >= most:
+            raise NotFetched(f"{reason}, {most} times in a row", status, network=status is None) from error
         if asked is not None and asked > LONGEST_WAIT:
             raise NotFetched(f"{reason}: the server asks to wait {asked:.0f} s", status) from error
         wait = min(LONGEST_BACK_OFF, BACK_OFF * 2**(self.failed - 1)) * random.uniform(0.75, 1.25)  # not all at once
         wait = wait if asked is None else asked + min(1.0, BACK_OFF) * random.random()
-        self.say(f"{self.what}: {reason}; attempt {self.failed + 1} of {RETRIES} in {wait:.0f} s")
+        self.say(f"{self.what}: {reason}; attempt {self.failed + 1} of {most} in {wait:.0f} s")
         pause(wait, self.stop)
 
 
@@ -147,7 +160,8 @@ def reason_of(error: Exception) -> str:
     if status is not None:
         words = {401: " (log in: set HF_TOKEN)", 403: " (no access: ask for it, or set HF_TOKEN)",
                  404: " (not found)", 429: " (too many requests)"}
-        return f"the server answers {status}{words.get(status, '')}"
+        said = " ".join((error.response.headers.get("X-Error-Message") or "").split())[:200]  # of the hub
+        return f"the server answers {status}{words.get(status, '')}{': ' if said else ''}{said}"
     name = type(error).__name__
     if isinstance(error, ValueError) and not isinstance(error, UserError):
         return "the answer is not that of a hub, but perhaps a web page (does this network ask to sign in?)"
@@ -160,7 +174,7 @@ def reason_of(error: Exception) -> str:
 def ask_hub(ask: Callable[[], R], what: str, say: Callable[[str], None], stop: threading.Event | None = None) -> R:
     """Return the answer of a call of the hub's API; try again where that may help.
 
-    Without a network, and where something else than a hub answers, it is given up after three attempts.
+    Without a network, and where something else than a hub answers, it is given up after WITHOUT_NETWORK attempts.
 
     Raises:
         NotFetched: there is no answer, or it is a refusal; its status tells which.
@@ -177,7 +191,7 @@ def ask_hub(ask: Callable[[], R], what: str, say: Callable[[str], None], stop: t
         except (HTTPError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             # the last four come from an answer that no hub gives
             status = status_of(error)
-            if not may_pass(status) or status is None and retries.failed >= 2:
+            if not may_pass(status) or status is None and retries.failed >= WITHOUT_NETWORK - 1:
                 raise NotFetched(reason_of(error), status, network=status is None) from error
             retries.wait(error)
 
@@ -239,6 +253,10 @@ def fetch_file(url: str, path: Path, listed: Listed, *, say: Callable[[str], Non
         os.replace(part, path)
         transfer.about.unlink(missing_ok=True)
         sync_folder(path.parent)
+    except NotFetched:
+        if not transfer.can_go_on():
+            part.unlink(missing_ok=True)
+        raise
     except OSError as error:
         if error.errno in TROUBLES:
             raise not_written(path, error, f"{in_words(_size(part))} of which came and are kept") from error
@@ -268,10 +286,9 @@ class _Transfer:
     def run(self) -> None:
         """Append what is missing. Raises an error of the session, or _Broken where the answer ends early."""
         from huggingface_hub import get_session
-        from huggingface_hub.utils import hf_raise_for_status
         size, version = self.listed.size, self._version()
         checked = bool(self.listed.sha256 or self.listed.git_sha1)
-        if _size(self.part) and (size is not None and _size(self.part) > size or not checked and not version
+        if _size(self.part) and (size is not None and _size(self.part) > size or not self.can_go_on()
                                  or self.whole_only):
             self.restart()
         have = _size(self.part)
@@ -281,7 +298,8 @@ class _Transfer:
         if have:
             headers |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if not checked else {})
         with get_session().stream("GET", self.url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as answer:
-            hf_raise_for_status(answer)
+            if answer.status_code >= 400:
+                raise _Refused(answer)
             packed = answer.headers.get("Content-Encoding", "identity").lower() not in ("", "identity")
             ranged = answer.headers.get("Content-Range", "")
             if "text/html" in answer.headers.get("Content-Type", "") and self.part.suffix != ".html":
@@ -314,6 +332,10 @@ class _Transfer:
             raise _Broken(f"more than the {end} bytes of the file came")
         if end is not None and have < end:
             raise _Broken(f"the connection broke off after {have} of {end} bytes")
+
+    def can_go_on(self) -> bool:
+        """Return whether a later attempt can use what came."""
+        return _size(self.part) > 0 and bool(self.listed.sha256 or self.listed.git_sha1 or self._version())
 
     def restart(self) -> None:
         """Drop what came."""

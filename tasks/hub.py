@@ -26,7 +26,7 @@ import numpy as np
 from nanochat.errors import UserError
 from nanochat.files import TROUBLES
 from nanochat.logs import print_line
-from nanochat.transfer import WRONG_FILES, Listed, NotFetched, Retries, may_pass, reason_of, status_of
+from nanochat.transfer import WITHOUT_NETWORK, WRONG_FILES, Listed, NotFetched, Retries, may_pass, reason_of, status_of
 from tasks.lines import JsonLines
 
 SEED = 42
@@ -157,9 +157,9 @@ def _from_hub(name: str, subset: str, split: str) -> Any:
                 continue
             cause = _cause(error)
             if not may_pass(status_of(cause)) or not _is_of_network(cause):
-                raise NotFetched(reason_of(cause) if status_of(cause) else
-                                 f"{type(error).__name__}: {reason_of(error)[:200]}", status_of(cause))
-            if status_of(cause) is None and retries.failed >= 2:
+                words = next(iter(str(error).strip().splitlines()), "")[:200]
+                raise NotFetched(reason_of(cause) if status_of(cause) else f"{type(error).__name__}: {words}")
+            if status_of(cause) is None and retries.failed >= WITHOUT_NETWORK - 1:
                 raise NotFetched(reason_of(cause), network=True)
             retries.wait(cause)
         except NotFetched as told:
