@@ -11,7 +11,6 @@ The same command resumes a run where it stopped, bit for bit. Ctrl-C and SIGTERM
 beside training (nanochat/saving.py).
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ from nanochat.errors import UserError
 from nanochat.evaluation.loss import evaluate_bpb
 from nanochat.files import base_dir, free_name, lock
 from nanochat.gpt import GPT
-from nanochat.guard import Guard
+from nanochat.guard import CHECK_EVERY, GUARD, Guard, finite
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
 from nanochat.loading import checkpoint_dir, load_model
@@ -53,11 +52,6 @@ from nanochat.training import TrainingPlan, clock, run_steps, train
 
 C = TypeVar("C")
 REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
-
-
-GUARD = ("what to do about a loss or gradient norm that is not finite or far above the last ones: skip the update, stop "
-         "at once, or off, to stop where they are not finite alone")
-CHECK_EVERY = "steps from one comparison of the weights of all ranks to the next; -1 = before checkpoints only"
 
 
 def kernels_flag() -> Any:
@@ -340,15 +334,6 @@ def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:
 
 
 # ---- the run
-
-def finite(value: float, what: str, step: int) -> float:
-    """Return a result of an evaluation. Raises UserError where it is not finite: the run has not succeeded."""
-    if not math.isfinite(value):
-        raise UserError(f"step {step}: the {what} is {value}, though the losses were finite: the model is broken, and "
-                        "training stops. The last checkpoint is untouched: the same command resumes from it; use lower "
-                        "learning rates if it happens again.")
-    return value
-
 
 @dataclass(frozen=True)
 class PeriodicAction:
