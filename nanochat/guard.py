@@ -64,6 +64,11 @@ SUSPECT = 5         # steps above it, from which on nothing is saved
 DUMPS = "diverged"  # folder of the dumps and of what was set aside, in the folder of the checkpoints
 
 
+GUARD = ("what to do about a loss or gradient norm that is not finite or far above the last ones: skip the update, "
+         "stop at once, or off, to stop where they are not finite alone")
+CHECK_EVERY = "steps from one comparison of the weights of all ranks to the next; -1 = before checkpoints only"
+
+
 # ---- histories, and what follows from them
 
 @dataclass(frozen=True)
@@ -365,7 +370,8 @@ class Guard:
         if self.mode == "skip":
             many = f"{len(self.skipped)} of the last {min(WINDOW, step + 1)} updates were skipped, and "
         again = self._dump(step, loss, norm, f"{step} steps: its update and later ones were skipped")
-        raise UserError(f"step {step}: {why}: {many}training has diverged and stops. {self._way_out(self.saved)}{again}")
+        raise UserError(f"step {step}: {why}: {many}training has diverged and stops. "
+                        f"{self._way_out(self.saved)}{again}")
 
     # -- what ends a run
 
@@ -380,8 +386,9 @@ class Guard:
     def _stop_for_weights(self, step: int, wrong: str, what: str = "") -> None:
         self.log.record("weights", step=step, wrong=wrong)
         what = what or "weights are broken: "
-        raise UserError(f"step {step}: {what}{wrong}. Nothing is saved, and training stops. {self._way_out(self.saved)} "
-                        "If it happens at another step the next time, suspect the hardware.")
+        raise UserError(f"step {step}: {what}{wrong}. Nothing is saved, and training stops. "
+                        f"{self._way_out(self.saved)} If it happens at another step the next time, suspect the "
+                        "hardware.")
 
     def _stop_for_trend(self, step: int, loss: float, norm: float) -> None:
         trend = self.trend
@@ -439,8 +446,8 @@ class Guard:
         """Return whether a checkpoint of `step` finished steps may be written; say it where not. `check_weights` and
         `settle` come before."""
         if self.trend.above >= SUSPECT:
-            self.log.say(f"step {step:05d} | not saved: the smoothed loss {self.trend.smooth:.3f} is more than {MARGIN:g}"
-                         f" above its lowest, {self.trend.lowest:.3f}; training stops if it stays there")
+            self.log.say(f"step {step:05d} | not saved: the smoothed loss {self.trend.smooth:.3f} is more than "
+                         f"{MARGIN:g} above its lowest, {self.trend.lowest:.3f}; training stops if it stays there")
             return False
         self.saved.append(step)
         return True
@@ -455,6 +462,17 @@ class Guard:
         """Raise UserError where the run ends with a loss that has risen. Collective."""
         if self.trend.above >= SUSPECT:
             self._stop_for_trend(step - 1, *self._last)
+
+
+# ---- results
+
+def finite(value: float, what: str, step: int) -> float:
+    """Return a result of an evaluation. Raises UserError where it is not finite: the run has not succeeded."""
+    if not math.isfinite(value):
+        raise UserError(f"step {step}: the {what} is {value}, though the losses were finite: the model is broken, and "
+                        "training stops. The last checkpoint is untouched: the same command resumes from it; use lower "
+                        "learning rates if it happens again.")
+    return value
 
 
 # ---- dumps
@@ -492,8 +510,8 @@ def redo(folder: Path, device: torch.device, say: Callable[[str], None] = print)
     if config.get("fp8") or config.get("fp8_emulated"):
         model.train_in_fp8(REAL if config.get("fp8") and device.type == "cuda" else EMULATED)
     counted = max(1, sum(int((batch[1] != -1).sum()) for of_rank in batches for batch in of_rank))
-    say(f"step {about['step']}: weights of {about['weights']}; {sum(map(len, batches))} micro-batches of {len(batches)} "
-        f"ranks, {counted:,} supervised tokens, {str(model.compute_dtype).removeprefix('torch.')}")
+    say(f"step {about['step']}: weights of {about['weights']}; {sum(map(len, batches))} micro-batches of "
+        f"{len(batches)} ranks, {counted:,} supervised tokens, {str(model.compute_dtype).removeprefix('torch.')}")
     total, first = 0.0, {}
     with _watching(model, first):
         for rank, of_rank in enumerate(batches):

@@ -18,10 +18,10 @@ within `gathering_in_forward(model)`, a step does not wait for them, but the nex
 
 A single process does the same arithmetic without communication or padding. On a GPU nothing waits for the host.
 
-A step whose gradient or loss is not finite, or above a limit, changes nothing: the weights, the momenta, AdamW's moments
-and its count of steps stay as they are, on all ranks alike. The device decides that by itself, and the host may ask
-later (`applied`): in the arithmetic of such a step, the gradient is 0, and the factors that would let the state decay
-are those of no step. So the number of steps that AdamW's bias correction needs is kept on the device, too.
+A step whose gradient or loss is not finite, or above a limit, changes nothing: the weights, the momenta, AdamW's
+moments and its count of steps stay as they are, on all ranks alike. The device decides that by itself, and the host may
+ask later (`applied`): in the arithmetic of such a step, the gradient is 0, and the factors that would let the state
+decay are those of no step. So the number of steps that AdamW's bias correction needs is kept on the device, too.
 
 Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 """

@@ -11,7 +11,6 @@ The same command resumes a run where it stopped, bit for bit. Ctrl-C and SIGTERM
 beside training (nanochat/saving.py).
 """
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +42,7 @@ from nanochat.evaluation.loss import EvalRows, evaluate_bpb
 from nanochat.evaluation.verdict import Progress
 from nanochat.files import base_dir, free_name, lock_folder
 from nanochat.gpt import GPT
-from nanochat.guard import Guard
+from nanochat.guard import CHECK_EVERY, GUARD, Guard, finite
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
 from nanochat.launcher import RESTARTED, at_step
@@ -60,11 +59,6 @@ from nanochat.watch import busy
 C = TypeVar("C")
 Loader = PackedLoader | ConversationSteps | SupervisedSteps
 REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
-
-
-GUARD = ("what to do about a loss or gradient norm that is not finite or far above the last ones: skip the update, stop "
-         "at once, or off, to stop where they are not finite alone")
-CHECK_EVERY = "steps from one comparison of the weights of all ranks to the next; -1 = before checkpoints only"
 
 
 def kernels_flag() -> Any:
@@ -435,15 +429,6 @@ def print_new_sums(config: Any, origin: Origin, ranks: Ranks) -> None:
 
 
 # ---- the run
-
-def finite(value: float, what: str, step: int) -> float:
-    """Return a result of an evaluation. Raises UserError where it is not finite: the run has not succeeded."""
-    if not math.isfinite(value):
-        raise UserError(f"step {step}: the {what} is {value}, though the losses were finite: the model is broken, and "
-                        "training stops. The last checkpoint is untouched: the same command resumes from it; use lower "
-                        "learning rates if it happens again.")
-    return value
-
 
 @dataclass(frozen=True)
 class PeriodicAction:

@@ -42,13 +42,12 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig, meta_model
+from nanochat.guard import CHECK_EVERY, GUARD
 from nanochat.kernels.fp8 import EMULATED, REAL, check_fp8
 from nanochat.loading import model_from_state
 from nanochat.memory import RECOMPUTE_HELP
 from nanochat.recipe import MOST_ROWS, Horizon, RateSchedule, Recompute, Rows, published
 from nanochat.run import (
-    CHECK_EVERY,
-    GUARD,
     REDUCE_DTYPE,
     Origin,
     PeriodicAction,

@@ -21,12 +21,12 @@ from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first
 from nanochat.evaluation.chat import evaluate_task
 from nanochat.evaluation.loss import evaluate_loss
+from nanochat.guard import finite
 from nanochat.recipe import MOST_ROWS, Rows, published
 from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
     chat_data_choice,
-    finite,
     fit_and_choose,
     is_trained,
     launch,
