@@ -22,10 +22,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from nanochat.chat_data import ConversationSteps, SupervisedSteps
 from nanochat.checkpoint import Checkpoint, Corrupt, latest_step, load_checkpoint, load_to_resume, steps_in
 from nanochat.checks import check_batch, check_tag, conversation_files, dry_run_flag, need_writable
 from nanochat.cli import COUNT, COUNT_OR_ALL, EVERY, NOT_NEGATIVE, SEED, STEP_OR_LAST, flag, parse
-from nanochat.dataloader import PackedLoader, reshard
+from nanochat.dataloader import PackedLoader, merged
 from nanochat.distributed import (
     Ranks,
     barrier,
@@ -57,6 +58,7 @@ from nanochat.training import TrainingPlan, clock, run_steps, train
 from nanochat.watch import busy
 
 C = TypeVar("C")
+Loader = PackedLoader | ConversationSteps | SupervisedSteps
 REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
 
 
@@ -372,14 +374,19 @@ def cannot_resume(folder: Path, why: str) -> UserError:
                      "another --model-tag leaves it where it is.")
 
 
-def loader_state(origin: Origin, ranks: Ranks) -> dict | None:
-    """Return this rank's PackedLoader state to resume from, None for a new run. Raises UserError where it is gone."""
+def loader_state(origin: Origin) -> dict | None:
+    """Return the PackedLoader state to resume from, None for a new run. Raises UserError where it is gone."""
     if not origin.step:
         return None
-    states = origin.meta.get("loader")
-    if not states:
+    state = origin.meta.get("loader")
+    if not state:
         raise cannot_resume(origin.folder, "it does not say how far its data was read")
-    return (states if len(states) == ranks.world_size else reshard(states, ranks.world_size))[ranks.rank]
+    return merged(state) if isinstance(state, list) else state  # a list: one state a rank, as earlier versions saved
+
+
+def steps_state(origin: Origin) -> dict | None:
+    """Return the ConversationSteps state to resume from; None for a new run, and of an earlier version."""
+    return origin.meta.get("loader") if origin.step else None
 
 
 def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
@@ -399,6 +406,7 @@ def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
         origin.resumed.optimizer_state = None
         if ranks.is_main:
             print_changes(origin.meta.get("user_config", {}), config, origin)
+            print_new_sums(config, origin, ranks)
     return optimizer
 
 
@@ -408,6 +416,21 @@ def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:
                if name in before and hasattr(config, name) and before[name] != getattr(config, name)]
     if changed:
         print(f"note: resuming with other settings than the run in {origin.folder} began with: {', '.join(changed)}")
+
+
+def print_new_sums(config: Any, origin: Origin, ranks: Ranks) -> None:
+    """Print that a resumed run is not bit-equal to an unbroken one, where its ranks or micro-batches are others."""
+    meta, loader = origin.meta, origin.meta.get("loader")
+    before, now = meta.get("world_size"), ranks.world_size
+    rows, own = meta.get("device_batch_size"), config.device_batch_size
+    changed = [f"{old} → {new} {noun}" for old, new, noun in ((before, now, "processes"), (rows, own, "rows a device"))
+               if old not in (None, new)]
+    if isinstance(loader, list) and len(loader) > 1:
+        print(f"note: {origin.folder} was saved before rows had one order for all processes: the documents still to "
+              "come are the same, packed into other rows")
+    elif changed:
+        print(f"note: {', '.join(changed)}: the run goes on with the very next rows, but its sums are taken in another "
+              "order: it is the unbroken run up to rounding, no longer bit for bit")
 
 
 # ---- the run
@@ -452,7 +475,7 @@ class StageRun:
     """A run of a stage that is ready to train, with its log open; `open_run` makes one.
 
     num_iterations: optimizer steps of the whole run, those before a resume included.
-    loader: whose position is saved, where the number of the step does not say it.
+    loader: whose position in the data is saved.
     kernels: the implementations that the operations use.
     results: meta fields of the checkpoints to come, such as val_bpb.
     progress: compares the end of the stage with its beginning.
@@ -465,7 +488,7 @@ class StageRun:
     optimizer: MuonAdamW
     num_iterations: int
     log: RunLog
-    loader: PackedLoader | None
+    loader: Loader | None
     kernels: Choice
     results: dict[str, Any]
     progress: Progress
@@ -523,7 +546,7 @@ class StageRun:
                 a checkpoint is saved). SystemExit: the process was asked to stop; a checkpoint is saved.
         """
         def await_data(received: list[int]) -> UserError | None:
-            if self.loader is None:
+            if not isinstance(self.loader, PackedLoader):
                 return None
             with busy("waiting for text"):
                 return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
@@ -578,14 +601,12 @@ class StageRun:
         if not self.guard.may_save(step):
             return
         optimizer_state = self.optimizer.state_dict(self.saver.host_copy)
-        position = gather_objects(self.loader.state_dict() if self.loader is not None else None, self.ranks)
         if self.ranks.is_main:
             weights = {name: self.saver.host_copy(name, tensor) for name, tensor in self.model.state_dict().items()}
             self.saver.write(self.origin.folder, step, weights, {
                 **self._meta(), "guard": self.guard.state_dict(),
-                **({"loader": position} if self.loader is not None else {}),
-            }, optimizer_state, keep=keep, keep_every=getattr(self.config, "keep_every", -1),
-               spared=self.guard.spared())
+                **({"loader": self.loader.state_dict()} if self.loader is not None else {}),
+            }, optimizer_state, keep=keep, keep_every=self.config.keep_every, spared=self.guard.spared())
 
     def _meta(self) -> dict[str, Any]:
         """Return the meta fields of a checkpoint or a dump, but for those of the moment."""
@@ -692,14 +713,14 @@ def room_for(origin: Origin, config: Any, optimizer: MuonAdamW, num_iterations: 
 
 @contextmanager
 def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, kernels: Choice,
-             loader: PackedLoader | None = None, **results: Any) -> Iterator[StageRun]:
+             loader: Loader | None = None, **results: Any) -> Iterator[StageRun]:
     """Make the optimizer, open the log and yield the run.
 
     The end of the block, however it ends, waits for the checkpoint that is being written, and closes the log.
 
     Args:
         num_iterations: optimizer steps of the whole run.
-        loader: whose position goes into the checkpoints, where the number of the step does not say it.
+        loader: whose position in the data goes into the checkpoints.
         kernels: from `choose_kernels`.
         results: meta fields of every checkpoint, as they are before the first evaluation.
 

@@ -249,7 +249,8 @@ def run(config: Config, ranks: Ranks) -> None:
     if config.dry_run:
         return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
     ahead = 4 if source.shards == source.planned else max(4, 3 * micro_batches)  # so that a run without text can save
-    loader = PackedLoader(source, B, T, ranks=ranks, state=loader_state(origin, ranks), prefetch=ahead)
+    loader = PackedLoader(source, B, T, ranks=ranks, rows_per_step=config.total_batch_size // T,
+                          state=loader_state(origin), prefetch=ahead)
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),
                         muon_momentum=BASE.momentum)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.chat_data import Conversations
+from nanochat.chat_data import ConversationSteps
 from nanochat.checks import data_unseen, say_what_would_be_done, where
 from nanochat.cli import COUNT, EVERY, NOT_NEGATIVE, POSITIVE, ROWS, TOP_K, Range, flag, run_main
 from nanochat.dataset.identity import with_identity
@@ -29,6 +29,7 @@ from nanochat.run import (
     launch,
     open_run,
     start_from_checkpoint,
+    steps_state,
 )
 from nanochat.stages import STAGES
 from nanochat.training import TrainingPlan, clock, train_step
@@ -77,7 +78,7 @@ def run(config: Config, ranks: Ranks) -> None:
         return
     train, test = machine_first(lambda: [recipes.rl(data.source, split, seed=data.seed) for split in ("train", "test")],
                                 ranks)
-    problems = Conversations(train, config.seed)
+    problems = ConversationSteps(train, config.seed, config.examples_per_step, origin.step, steps_state(origin))
     num_iterations = config.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))
@@ -94,7 +95,7 @@ def run(config: Config, ranks: Ranks) -> None:
         return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
     sampling = {"max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,
                 "batch_size": config.rollout_batch_size}
-    with open_run(origin, config, ranks, num_iterations=num_iterations, kernels=kernels) as run:
+    with open_run(origin, config, ranks, num_iterations=num_iterations, loader=problems, kernels=kernels) as run:
         log, guard = run.log, run.guard
         run.introduce(lines, data=data.source, problems=problems.count)
         engine, bos = Engine(origin.model, origin.tokenizer), origin.tokenizer.get_bos_token_id()
@@ -113,8 +114,7 @@ def run(config: Config, ranks: Ranks) -> None:
 
         def one_step(step: int, stop: bool) -> bool:
             began, scale = time.perf_counter(), plan.lr_scale(step)
-            first = step * config.examples_per_step
-            numbers = range(first, first + config.examples_per_step)[ranks.rank::ranks.world_size]
+            numbers = problems.take(step)[ranks.rank::ranks.world_size]
             origin.model.eval()
             groups = rollouts(engine, problems.task, [problems[number] for number in numbers],
                               [config.seed + 1 + number for number in numbers], config.num_samples, **sampling)

@@ -32,6 +32,7 @@ from nanochat.run import (
     launch,
     open_run,
     start_from_checkpoint,
+    steps_state,
     tokens_of_row,
 )
 from nanochat.stages import STAGES
@@ -81,7 +82,8 @@ def run(config: Config, ranks: Ranks) -> None:
                                      meta=origin.meta if origin.step else {})
     shape = {"examples_per_step": config.target_examples_per_step, "device_batch_size": config.device_batch_size,
              "max_tokens": T, "ranks": ranks}
-    steps = SupervisedSteps(tokenizer, train_task, seed=config.seed, **shape)
+    steps = SupervisedSteps(tokenizer, train_task, seed=config.seed, step=origin.step, state=steps_state(origin),
+                            **shape)
     val_steps = SupervisedSteps(tokenizer, val_task, **shape)
     num_iterations = config.num_iterations
     if num_iterations <= 0:
@@ -101,8 +103,8 @@ def run(config: Config, ranks: Ranks) -> None:
                 graded[name] = task
     if config.dry_run:
         return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
-    with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, kernels=kernels,
-                                     val_loss=None) as run:
+    with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, loader=steps,
+                                     kernels=kernels, val_loss=None) as run:
         log = run.log
         run.introduce(lines, data=data.source, flops_per_token=model.flops_per_token(T), conversations=len(train_task))
 

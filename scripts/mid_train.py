@@ -88,7 +88,8 @@ def run(config: Config, ranks: Ranks) -> None:
     if config.dry_run:
         return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
     source = ConversationSource(tokenizer, train_task, config.seed)
-    loader = PackedLoader(source, B, T, ranks=ranks, cut=False, state=loader_state(origin, ranks))
+    loader = PackedLoader(source, B, T, ranks=ranks, rows_per_step=config.total_batch_size // T, cut=False,
+                          state=loader_state(origin))
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=replace(MID.rates, warmdown_ratio=config.warmdown_ratio),
                         muon_momentum=MID.momentum)

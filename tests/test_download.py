@@ -11,7 +11,7 @@ import time
 import pytest
 
 from nanochat import transfer
-from nanochat.dataloader import PackedLoader, TextSource, reshard
+from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import arrival, iter_documents, shard_paths
 from nanochat.dataset.__main__ import main
 from nanochat.dataset.download import REPO, fetch
@@ -256,24 +256,31 @@ def text(hub, tmp_path, small, monkeypatch):  # noqa: F811
     return [path.name for path in train]
 
 
-def loaders(folder, world_size, states=None, **options):
-    return [PackedLoader(TextSource(ByteTokenizer(), "train", folder, **options), 3, 24, prefetch=6,
-                         ranks=one_of(rank, world_size), state=states and states[rank]) for rank in range(world_size)]
+def loaders(folder, world_size, state=None, **options):
+    """Of each rank; a step is 12 rows."""
+    return [PackedLoader(TextSource(ByteTokenizer(), "train", folder, **options), 12 // world_size, 24, prefetch=6,
+                         ranks=one_of(rank, world_size), state=state) for rank in range(world_size)]
+
+
+def rows_of_all(reading, steps):
+    """The rows of so many steps, in order."""
+    return [row for _ in range(steps) for loader in reading for row in rows_of(loader, 1)]
 
 
 def position(state):
-    return {key: state[key] for key in ("rank", "world_size", "next", "waiting")}
+    return {key: state[key] for key in ("rows", "next", "waiting", "order")}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_order_of_documents_does_not_depend_on_when_they_arrive(hub, tmp_path, text, world_size):
     run(len(text), tmp_path / "whole")
-    batches = 230 // world_size  # more than one pass
-    expected, wholes = [], []
-    for loader in loaders(tmp_path / "whole", world_size):
-        expected.append(rows_of(loader, batches))
-        assert loader.passes == 1
-        loader.close()
+    steps, states = 60, []  # more than one pass
+    [whole], expected = loaders(tmp_path / "whole", 1), []
+    for _ in range(steps):
+        states.append(position(whole.state_dict()))
+        expected += rows_of(whole, 1)
+    assert whole.passes == 1
+    whole.close()
 
     part, dice, said = tmp_path / "part", random.Random(world_size), []
     run(1, part)
@@ -290,13 +297,14 @@ def test_the_order_of_documents_does_not_depend_on_when_they_arrive(hub, tmp_pat
             hub.gates[name].set()
     releasing = threading.Thread(target=release)
     releasing.start()
-    got, saved = [[] for _ in reading], {}
-    for batch in range(batches):
-        for rank, loader in enumerate(reading):
-            assert batch % 3 or loader.prepare(3) is None
-            got[rank] += rows_of(loader, 1)
-        if batch % 10 == 0:
-            saved[batch + 1] = [json.loads(json.dumps(loader.state_dict())) for loader in reading]
+    got, saved = [], {}
+    for step in range(steps):
+        if step % 4 == 0:
+            saved[step] = [json.loads(json.dumps(loader.state_dict())) for loader in reading]
+            assert all(position(state) == states[step] for state in saved[step])
+        for loader in reading:
+            assert step % 3 or loader.prepare(3) is None
+            got += rows_of(loader, 1)
     fetching.join()
     releasing.join()
     assert got == expected
@@ -304,26 +312,17 @@ def test_the_order_of_documents_does_not_depend_on_when_they_arrive(hub, tmp_pat
     for loader in reading:
         loader.close()
 
-    # every state resumes as that of a run that had all text
+    # the state of any rank resumes, on any number of ranks, as that of a run that had all text
     first = {state["shards"] for states in saved.values() for state in states}
     assert min(first) < len(text) == max(first)
-    for batch in [number for number, states in saved.items() if states[0]["shards"] < len(text)][:3] + [max(saved)]:
+    early = [step for step, states in saved.items() if states[0]["shards"] < len(text)]
+    for step in {*early[:3], max(saved)}:
         for options in ({}, {"expected": len(text)}):
-            for rank, loader in enumerate(loaders(part, world_size, saved[batch], **options)):
-                assert rows_of(loader, 3) == expected[rank][3 * batch:3 * batch + 9] or batch == max(saved)
-                loader.close()
-        wholes = loaders(tmp_path / "whole", world_size)
-        for loader in wholes:
-            rows_of(loader, batch)
-        plain = reshard([loader.state_dict() for loader in wholes], 3)
-        others = reshard(saved[batch], 3)
-        assert list(map(position, others)) == list(map(position, plain))
-        for mine, theirs in zip(loaders(part, 3, others), loaders(tmp_path / "whole", 3, plain)):
-            assert rows_of(mine, 2) == rows_of(theirs, 2)
-            mine.close()
-            theirs.close()
-        for loader in wholes:
-            loader.close()
+            for count, state in ((1, saved[step][0]), (3, saved[step][-1])):
+                others = loaders(part, count, state, **options)
+                assert rows_of_all(others, 3) == expected[12 * step:12 * step + 36]
+                for loader in others:
+                    loader.close()
 
 
 def test_a_resumed_run_waits_for_the_shards_it_has_read(hub, tmp_path, text):
@@ -337,7 +336,7 @@ def test_a_resumed_run_waits_for_the_shards_it_has_read(hub, tmp_path, text):
     fetching.start()
     opening = threading.Timer(0.1, hub.gates[text[1]].set)
     opening.start()
-    [loader] = loaders(tmp_path / "part", 1, [state], expected=len(text))
+    [loader] = loaders(tmp_path / "part", 1, state, expected=len(text))
     assert rows_of(loader, 5) == expected
     loader.close()
     fetching.join()
@@ -353,7 +352,7 @@ def test_text_that_will_not_come_is_told_after_what_is_there(hub, tmp_path, text
     while (error := loader.prepare(2)) is None:
         got += rows_of(loader, 1)
     got += rows_of(loader, 1)  # what it had prepared, one of two
-    assert text[1] in str(error) and got == rows_of(whole, len(got) // 3)
+    assert text[1] in str(error) and got == rows_of(whole, len(got) // 12)
     with pytest.raises(UserError, match=f"{text[1]} of the 3 planned shards.*no download is running"):
         rows_of(loader, 100)
     whole.close()
