@@ -13,6 +13,7 @@ machine, so a case that is repeated is of the same kind, not the same to the mic
 import importlib
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -65,6 +66,7 @@ FAULTS: dict[str, tuple[str, Case]] = {
     "full-disk": ("a disk with less room than a run needs", disks.full_disk),
     "filled": ("a disk that is filled, or becomes read-only, while a run trains", disks.filled_meanwhile),
     "full-text": ("text and tokenizer on a full disk", disks.text_on_full_disk),
+    "odd-places": ("odd folder names, no UTF-8, no home, no folder", disks.odd_places),
     "downloads": ("a hub that cuts, stalls, lies, loops; the client killed", downloads.downloads),
     "diverged": ("a ruinous learning rate after a good checkpoint", others.diverged),
     "report": ("SIGKILL while a report is written again", others.report_killed),
@@ -173,6 +175,16 @@ def summary(results: list[Result], names: list[str]) -> str:
     return table(["", "fault", "times", "survived", "lost", "changed"], rows, (0, 1))
 
 
+def moments(results: list[Result]) -> str:
+    """Return in a line where the processes were that `kills-*` killed."""
+    where: Counter[str] = Counter()
+    for result in results:
+        if result.fault.startswith("kills-") and result.fault != "kills-text":
+            for count, word in re.findall(r"(\d+) ([^,]+)", result.about):
+                where[word] += int(count)
+    return f"{sum(where.values())} kills: " + ", ".join(f"{count} {word}" for word, count in where.most_common())
+
+
 def _stopped(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
@@ -197,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = try_all(lab, config, names)
     failed = [result for result in results if result.verdict.word in (LOST, CHANGED)]
     print_line(f"\n{provenance_line(about)}\nseed {config.seed}, {time.monotonic() - BEGAN:.0f} s\n\n"
-               f"{summary(results, names)}")
+               f"{summary(results, names)}\n\n{moments(results)}")
     for result in failed:
         print_line(f"\n{result.fault} {result.case}: {result.verdict.word}: {result.verdict.note}\n    again: "
                    f"python -m bench.torture --seed={config.seed} --only={result.fault} --case={result.case}")

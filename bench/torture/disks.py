@@ -1,5 +1,5 @@
 """Disks that are full, become full, or may not be written to: training goes on where it can, nothing is half-written,
-and with room again the same command ends as if nothing had happened.
+and with room again the same command ends as if nothing had happened. And folders with odd names.
 
 As root on Linux a small file system in memory is mounted for each case; elsewhere the largest file that a process may
 write is limited, which gives the same errors in the middle of a write.
@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.torture.judge import SURVIVED, Verdict, all_whole, changed, lost
+from bench.torture.judge import SURVIVED, Verdict, all_whole, changed, compare_end, lost
 from bench.torture.kills import finish, keep, last_line, made
-from bench.torture.lab import JOBS, PATIENCE, START, TEXT, Job, Lab, Room
+from bench.torture.lab import JOBS, PATIENCE, START, TEXT, Job, Lab, Room, content
 from bench.torture.processes import Hung
 
 MB = 1 << 20
@@ -61,8 +61,7 @@ def small_disk(room: Room, size: int) -> Iterator[Callable[[str], None]]:
     finally:
         room.stop()
         if room.keep:
-            with_nothing_lost = room.base.with_name("kept")
-            shutil.copytree(room.base, with_nothing_lost, symlinks=True)
+            shutil.copytree(room.base, room.base.with_name("kept"), symlinks=True)
         subprocess.run(["umount", "-l", str(room.base)], capture_output=True)
 
 
@@ -184,3 +183,43 @@ def text_on_full_disk(lab: Lab, rng: random.Random, name: str, tell: Callable[[s
             if differ:
                 return keep(room, changed(f"{folder} is other than undisturbed: {', '.join(differ)[:200]}"))
     return Verdict(SURVIVED)
+
+
+NAMES = ("with space", "模型と語", "a'b\"c", "name=1;x", "%s {0} $HOME", "tail.", "n" * 200)
+LOCALES = ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+           {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "none.such", "LANG": ""}, {"HOME": "/nowhere"})
+
+
+def odd_places(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], None]) -> Verdict:
+    """Train in folders with odd names, without UTF-8, without a home: the same end. In no folder at all: a sentence."""
+    job = JOBS[rng.choice(list(JOBS))]
+    whole = lab.reference(job)
+    room = lab.room(job, name)
+    how = rng.choice(("name", "name", "locale", "locale", "file", "nowhere"))
+    fresh, env, bad = how == "locale", {}, ""
+    if how == "name":
+        place = room.base.with_name(rng.choice(NAMES))
+        room.base.rename(place)
+        room.base = place
+    elif how == "locale":
+        env = rng.choice(LOCALES)
+    elif how == "file":
+        bad = str(room.base.with_name("a-file"))
+        Path(bad).write_text("text")
+    else:
+        bad = "/proc/nowhere/base"
+    words = f"{job.stage}: {how} {room.base.name if how == 'name' else env or bad}"
+    tell(words)
+    before = content(room.base)
+    life = room.start(job, fresh=fresh, env={**env, **({"NANOCHAT_BASE_DIR": bad} if bad else {})})
+    try:
+        code = room.end(life, whole.seconds)
+    except Hung as error:
+        return keep(room, lost(f"{words}: {error}"))
+    if bad:
+        if not code or "error:" not in life.text() or "Traceback" in life.text():
+            return keep(room, changed(f"{words}: exit code {code}, {last_line(life)}"))
+        return Verdict(SURVIVED) if content(room.base) == before else keep(room, lost(f"{words}: files changed"))
+    if code:
+        return keep(room, lost(f"{words}: exit code {code}, {last_line(life)}"))
+    return keep(room, compare_end(room.base, whole.base, job))
