@@ -216,7 +216,8 @@ def test_the_level_of_the_sandbox_is_said_and_refused_before_anything_is_graded(
 
 
 def files_of(base):
-    return {path: path.stat().st_mtime_ns for path in base.rglob("*")}
+    """Return when each file was written, but for the locks, which runs touch."""
+    return {path: path.stat().st_mtime_ns for path in base.rglob("*") if path.suffix != ".lock"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
