@@ -181,7 +181,7 @@ class MuonAdamW:
                                      f"float32 on {ranks.device}; convert the model before")
         self.buckets = make_buckets(groups, ranks, reduce_dtype, bucket_elements)
         self._factors = {group["betas"]: AdamWFactors(group["betas"], ranks.device)
-                         for group in groups if group["kind"] == "adamw"}
+                         for group in groups if group["kind"] == "adamw" and "betas" in group}
         self._started = 0                     # buckets whose reduction has begun, in their order
         self._released = False                # whether these hold all that backward computed: p.grad is None
         self._missing: list[int] | None = None  # of each bucket, gradients to come; None: nobody counts them
@@ -300,12 +300,12 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, *, lr_scale: float = 1.0, momentum: float = 0.95, grad_scale: float | Tensor = 1.0,
-             clip: float | None = None, norm_limit: float = math.inf, unless: Tensor | None = None) -> Tensor:
+             clip: float | None = None, norm_limit: float = math.inf, allowed: Tensor | None = None) -> Tensor:
         """Update all weights. Collective: all ranks call it with the same arguments.
 
         The gradient is grad_scale times the sum over the ranks: of what was reduced within `reducing`, or else of
         p.grad, which is not changed and counts as zeros where it is None. Where its norm is not finite or above
-        norm_limit, or `unless` says so, nothing is updated: no weight, no state, no count of steps. `applied` tells.
+        norm_limit, or `allowed` is False, nothing is updated: no weight, no state, no count of steps. `applied` tells.
 
         Args:
             lr_scale: factor of every group's learning rate.
@@ -313,7 +313,7 @@ class MuonAdamW:
             grad_scale: factor of the gradient, such as 1 / number of tokens.
             clip: the largest norm of the gradient; a larger one is scaled down to it. None for no limit.
             norm_limit: the norm above which the step is skipped.
-            unless: 0-d bool, on the device, the same on all ranks: True skips the step.
+            allowed: 0-d bool, on the device, the same on all ranks: False skips the step. None is True.
 
         Returns:
             The norm of the whole gradient before clipping, 0-d, on the device; nothing waits for it.
@@ -332,8 +332,8 @@ class MuonAdamW:
         squares = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).square().sum()
         norm = all_reduce_sum(squares, self.ranks).sqrt() * grad_scale
         ok = norm <= min(norm_limit, LARGEST)  # not for NaN either. It is the same number on all ranks
-        if unless is not None:
-            ok = ok & ~unless
+        if allowed is not None:
+            ok = ok & allowed
         scale = torch.where(ok, grad_scale * (1 if clip is None else (clip / (norm + 1e-6)).clamp(max=1)), 0)
         self.applied, self._steps = ok, self._steps + ok
         of_adamw = {betas: factors.at(self._steps * ok) for betas, factors in self._factors.items()}

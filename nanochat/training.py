@@ -130,12 +130,12 @@ def train_step(model: torch.nn.Module, optimizer: MuonAdamW, batches: Iterable[A
     stats = all_reduce_sum(stats, ranks)
     counted = stats[1].clamp_min(1)
     loss = stats[0] / counted
-    wrong = ~(loss.abs() <= min(limits.loss, LARGEST))
+    allowed = loss.abs() <= min(limits.loss, LARGEST)  # not for NaN either
     if limits.hold:
-        wrong = wrong | ~optimizer.applied
+        allowed = allowed & optimizer.applied
     before_update()
     norm = optimizer.step(lr_scale=lr_scale, momentum=momentum, grad_scale=1 / counted, clip=clip,
-                          norm_limit=limits.norm, unless=wrong)
+                          norm_limit=limits.norm, allowed=allowed)
     return torch.stack([loss, norm.to(stats.dtype), stats[1], stats[2], optimizer.applied])
 
 
