@@ -195,7 +195,9 @@ class Lock:
         with suppress(OSError, ValueError), self._file:
             self._file.truncate(0)  # other machines see by this that nobody holds it
 
-    __del__ = close
+    def __del__(self) -> None:
+        with suppress(Exception):  # Python may be ending
+            self.close()
 
     def __enter__(self) -> "Lock":
         return self

@@ -20,6 +20,7 @@ import torch
 from nanochat import logs
 from nanochat.errors import UserError
 from nanochat.logs import RunLog, check_wandb, read_log
+from tests.conftest import ROOT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -417,3 +418,18 @@ def test_a_run_goes_on_where_its_console_is_gone(tmp_path, terminal):
     process.communicate(b"x", timeout=60)
     assert process.returncode == 0 and (tmp_path / "saved").exists()
     assert len([row for row in read_log(logs.base_dir() / "logs" / "base_gone.jsonl") if row["kind"] == "train"]) == 3
+
+
+def test_a_log_has_one_writer(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    text = "import sys; from nanochat.logs import RunLog; log = RunLog('rl', 't', {}); print('open', flush=True)"
+    other = subprocess.Popen([sys.executable, "-c", f"{text}; sys.stdin.read()"], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "open\n"
+    with pytest.raises(UserError, match=rf"another run writes .*rl_t.jsonl: process {other.pid}, .*`kill {other.pid}`"):
+        RunLog("rl", "t", {})
+    RunLog("rl", "t", {}, enabled=False)  # another rank
+    RunLog("rl", "other", {}).close()
+    other.communicate("")
+    RunLog("rl", "t", {}).close()
+    assert [row["kind"] for row in read_log(tmp_path / "logs" / "rl_t.jsonl")].count("start") == 2

@@ -73,6 +73,21 @@ def test_the_place_of_a_machine_is_checked():
             place_of(*settings)
 
 
+def test_the_slurm_script_gives_each_task_its_place(tmp_path):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "setup.sh").write_text("echo set up\n")
+    (tmp_path / "speedrun.sh").write_text('echo "$NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT $*"\n')
+    for name, text in {"scontrol": '[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"',
+                       "srun": 'shift; for id in 0 1; do SLURM_NODEID=$id "$@"; done'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
+           "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_JOB_ID": "41007"}
+    env.pop("MASTER_PORT", None)
+    done = subprocess.run(["bash", str(ROOT / "dev" / "slurm.sh"), "--dry-run"], env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["set up", "2 0 n3 21007 --dry-run", "2 1 n3 21007 --dry-run"], done
+
+
 class Failing:
     """A stand-in for an owner whose jobs fail with these codes at these steps."""
 
