@@ -35,7 +35,8 @@ C = TypeVar("C")
 
 # ---- ranges
 
-FAR = 1 << 53  # limits from here on are not told: nobody comes near them
+UNTOLD = 1 << 20  # limits from here on are told only to who goes beyond them
+FAR = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ class Range:
             parts.append(f"at least {_short(self.low)}")
         if self.above is not None:
             parts.append(f"above {_short(self.above)}")
-        if self.high is not None and (self.high < FAR or self.low is self.above is None):
+        if self.high is not None and (self.high < UNTOLD or self.low is self.above is None):
             parts.append(f"at most {_short(self.high)}")
         if self.below is not None:
             parts.append(f"below {_short(self.below)}")
         text = " and ".join(parts) or "a finite number"
-        if self.low is not None and self.high is not None and self.high < FAR:
+        if self.low is not None and self.high is not None and self.high < UNTOLD:
             text = f"from {_short(self.low)} to {_short(self.high)}"
         return text + (f", or {_short(self.also)}" if self.also is not None else "")
 

@@ -119,7 +119,7 @@ def test_every_number_has_a_range_that_holds_its_default_and_nothing_that_cannot
         (Range(1, also=-1), (1, -1), (0, -2), "at least 1, or -1"),
         (Range(0, (1 << 63) - 1), (0, (1 << 63) - 1), (1 << 63,), "at least 0"),
         (Range(above=0, high=1), (1,), (0, 1.1), "above 0 and at most 1"),
-        (Range(1, 1 << 20), (1 << 20,), ((1 << 20) + 1,), "from 1 to 2^20"),
+        (Range(1, 1 << 20), (1 << 20,), ((1 << 20) + 1,), "at least 1"),
         (Range(), (-5,), (), "a finite number"),
     ],
 )

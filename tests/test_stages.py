@@ -272,7 +272,7 @@ def test_a_run_is_moved_aside_only_when_nothing_can_be_wrong_any_more(base, tmp_
     (mid_train, ["--conversations=/nowhere/mine.jsonl"], "mine.jsonl"),
     (chat_sft, ["--target-examples-per-step=0"], "--target-examples-per-step"),
     (chat_sft, ["--eval-steps=0"], "--eval-steps is 0; it must be at least 1"),
-    (chat_rl, ["--num-samples=1"], "--num-samples is 1; it must be from 2"),
+    (chat_rl, ["--num-samples=1"], "--num-samples is 1; it must be at least 2"),
     (chat_rl, ["--eval-examples=0"], "--eval-examples is 0; it must be at least 1"),
     (chat_eval, ["-i", "sft", "-x", "0"], "--max-problems is 0; it must be .*, or -1"),
 ])
