@@ -673,6 +673,9 @@ class StageRun:
     def finish(self, text: str, **results: Any) -> None:
         """Print and record that the run is done, and whether it taught anything.
 
+        A stage that did harm is told loudly and its exit status is 0: its checkpoint is whole, and whether it is wanted
+        is not for a number to decide.
+
         text: the result in words. results: fields of the record.
         """
         memory = torch.cuda.max_memory_allocated() if self.ranks.device.type == "cuda" else None

@@ -376,7 +376,7 @@ def test_a_users_backend_and_settings_do_not_stop_the_plots(tmp_path, monkeypatc
     pytest.importorskip("matplotlib")
     base_run()
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: no such font\n")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://not_in_this_environment",
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "not_in_this_environment",
                         "MATPLOTLIBRC": str(tmp_path)}
     done = subprocess.run([sys.executable, "-m", "nanochat.report"], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "note:" not in done.stdout, done.stdout + done.stderr
@@ -464,6 +464,24 @@ def test_a_kill_at_any_rename_leaves_one_whole_report(monkeypatch):
     assert tree(base_dir() / "report") == before
     generate()
     assert (base_dir() / "report" / "report.md").exists()
+
+
+def test_a_rename_that_fails_brings_the_old_report_back(monkeypatch):
+    base_run()
+    generate()
+    before = tree(base_dir() / "report")
+    monkeypatch.setattr(writing, "_exchange", lambda first, second: False)
+    real, calls = os.rename, []
+
+    def rename(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    main([])
+    assert tree(base_dir() / "report") == before and len(calls) == 3
 
 
 def test_what_cannot_be_copied_or_kept_is_told(capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from nanochat.engine import Row
 from nanochat.errors import UserError
 from nanochat.evaluation.loss import EvalRows, evaluate_bpb, evaluate_loss
 from nanochat.evaluation.verdict import FEW, Progress, judge_loss
-from nanochat.logs import read_log
+from nanochat.logs import RunLog, read_log
 from nanochat.rl import AnswerGroup, standard_error
-from scripts import base_train
+from scripts import base_train, speedrun
+from scripts.speedrun_plan import Machine
 from tests.helpers import small_model
 from tests.test_training import TINY
 
@@ -136,3 +138,17 @@ def test_a_run_says_at_its_end_what_it_taught_and_remembers_its_beginning_on_res
     last = verdicts(tiny_base, "still")[-1]
     assert last["word"] == "worse" and last["before"] == began["value"] < last["after"]
     shutil.rmtree(folder)
+
+
+def test_speedrun_repeats_the_verdict_of_every_stage_and_is_loud_about_harm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("SPEEDRUN_PROFILE", "small")
+    plan = speedrun.make_plan(Machine([], 0, 2))
+    for stage, loss in (("base", (2.0, 1.0)), ("mid", (2.0, 2.1)), ("sft", (2.0, 2.0))):
+        with RunLog(stage, plan.tag, {}) as log:
+            log.record("verdict", **asdict(judge_loss("bpb", *loss)))
+    speedrun.conclude(plan, 5.0)
+    found = [line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("verdict")]
+    assert found == ["pretraining: better: bpb 2.0000 → 1.0000",
+                     "mid-training: worse: bpb 2.0000 → 2.1000 <-- WARNING",
+                     "fine-tuning: no change: bpb 2.0000 → 2.0000 <-- WARNING"]
