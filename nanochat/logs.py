@@ -124,7 +124,7 @@ class RunLog:
 
     def __init__(self, stage: str, tag: str, config: dict[str, Any], *, wandb_run: str = "dummy",
                  resumes: bool = False, enabled: bool = True):
-        self.path = base_dir() / "logs" / f"{stage}_{tag}.jsonl"
+        self.path = log_path(stage, tag)
         self.enabled, self._file, self._wandb, self._bar = enabled, None, None, None
         self._failed = self._wandb_failed = False
         self._waiting: deque[bytes] = deque()  # lines that could not be written yet
@@ -271,6 +271,11 @@ class RunLog:
         else:
             code = 0 if kind is None else 130 if issubclass(kind, KeyboardInterrupt) else 1
         self.close(code)
+
+
+def log_path(stage: str, tag: str) -> Path:
+    """Return where the log of a stage of a model is."""
+    return base_dir() / "logs" / f"{stage}_{tag}.jsonl"
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

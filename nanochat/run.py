@@ -47,7 +47,7 @@ from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish
 from nanochat.kernels.dispatch import TrainingShape, has_triton
 from nanochat.launcher import RESTARTED, at_step
 from nanochat.loading import load_model, model_and_tokenizer, on_ranks
-from nanochat.logs import RunLog, check_wandb
+from nanochat.logs import RunLog, check_wandb, log_path, read_log
 from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import Recompute, override, published
@@ -349,10 +349,14 @@ def tokens_of_row(config: Any, model: GPT) -> int:
 
 
 def is_trained(origin: Origin, num_iterations: int, ranks: Ranks) -> bool:
-    """Return whether the run has already done all its steps, and print that.
+    """Return whether the run has already come to its end, and print that. Collective.
+
+    A run that was stopped or killed after its last step, before it had evaluated, saved and recorded its end, has not.
 
     Raises UserError where it has not, and cannot go on, since its optimizer state is gone.
     """
+    if origin.step == num_iterations and on_main("reading the log", lambda: lacks_end(origin), ranks):
+        return False
     if origin.step < num_iterations:
         if origin.resumed is not None and origin.resumed.optimizer_state is None:
             raise cannot_resume(origin.folder, origin.resumed.no_optimizer)
@@ -361,6 +365,18 @@ def is_trained(origin: Origin, num_iterations: int, ranks: Ranks) -> bool:
         print(f"{origin.folder} is trained: step {origin.step} of {num_iterations}. Nothing to do; --fresh trains it "
               "anew.")
     return True
+
+
+def lacks_end(origin: Origin) -> bool:
+    """Return whether the log has steps of the run after the last record of an end, and the run can still go on to it.
+
+    False where there is no log.
+    """
+    if origin.resumed is None or origin.resumed.optimizer_state is None:
+        return False
+    rows = read_log(log_path(origin.stage.name, origin.folder.name))
+    last = next((row["kind"] for row in reversed(rows) if row.get("kind") in ("train", "rl", "done")), "done")
+    return last != "done"
 
 
 def cannot_resume(folder: Path, why: str) -> UserError:
@@ -447,11 +463,14 @@ class PeriodicAction:
     at_end: bool = True
 
 
-def is_due(action: PeriodicAction, step: int, start: int, end: int) -> bool:
-    """Return whether an action is due before step `step` of a run from `start` to `end`; step == end is the end."""
+def is_due(action: PeriodicAction, step: int, start: int, end: int, stopped: bool = False) -> bool:
+    """Return whether an action is due before step `step` of a run from `start` to `end`; step == end is the end.
+
+    stopped: the checkpoint of `start` was saved when the run was asked to stop, before what was due at that step.
+    """
     if step == end:
         return action.at_end
-    if step == start:
+    if step == start and not (stopped and action.every > 0 and step % action.every == 0):
         return action.at_start or action.at_zero and step == 0 and action.every > 0
     return action.every > 0 and step % action.every == 0
 
@@ -542,7 +561,14 @@ class StageRun:
                   flops_per_token=self.model.flops_per_token(self.max_seq_len),
                   peak=peak_flops(self.ranks.device, self.model.compute_dtype) if mfu else None,
                   start=self.origin.step, before_step=self._before_step(actions), save=self._save_and_wait,
-                  await_data=await_data, guard=self.guard)
+                  await_data=await_data, guard=self.guard, tokens=self._tokens_before(plan))
+
+    def _tokens_before(self, plan: TrainingPlan) -> int:
+        """Return how many tokens this run trained on before it resumed, by its log, where the step does not tell."""
+        if plan.tokens_per_step is not None or not self.origin.step or not self.ranks.is_main:
+            return 0
+        return next((row["tokens"] for row in reversed(read_log(self.log.path)) if row.get("kind") == "train"
+                     and row.get("step") == self.origin.step and isinstance(row.get("tokens"), int)), 0)
 
     def train_by(self, one_step: Callable[[int, bool], bool], actions: Sequence[PeriodicAction]) -> None:
         """Train like `train`, with a step of another kind: one_step as `nanochat.training.run_steps` takes it."""
@@ -551,14 +577,14 @@ class StageRun:
                       before_step=self._before_step(actions), save=self._save_and_wait)
 
     def _before_step(self, actions: Sequence[PeriodicAction]) -> Callable[[int], None]:
-        end = self.num_iterations
+        end, stopped = self.num_iterations, bool(self.origin.step and self.origin.meta.get("stopped"))
         keep = self.config.keep
         saves = PeriodicAction(self.config.save_every, lambda step: self.save(step, None if step == end else keep))
 
         def before_step(step: int) -> None:
             at_step(step)
             self._report(self.saver.finished)
-            due = [action for action in (*actions, saves) if is_due(action, step, self.origin.step, end)]
+            due = [action for action in (*actions, saves) if is_due(action, step, self.origin.step, end, stopped)]
             if due and step > self.origin.step:  # nothing is evaluated or saved whose last step was not judged
                 self.guard.settle()
                 self.guard.check_weights(step)
@@ -572,10 +598,10 @@ class StageRun:
 
         return before_step
 
-    def save(self, step: int, keep: int | None = None) -> None:
+    def save(self, step: int, keep: int | None = None, stopped: bool = False) -> None:
         """Start to save a checkpoint of `step` finished steps. Collective; a thread of rank 0 writes it.
 
-        keep: see `save_checkpoint`.
+        keep: see `save_checkpoint`. stopped: what is due at this step, such as an evaluation, was not done.
 
         Raises:
             UserError: training has diverged, or weights are not finite or not the same on all ranks; then nothing is
@@ -590,7 +616,7 @@ class StageRun:
         if self.ranks.is_main:
             weights = {name: self.saver.host_copy(name, tensor) for name, tensor in self.model.state_dict().items()}
             self.saver.write(self.origin.folder, step, weights, {
-                **self._meta(), "guard": self.guard.state_dict(),
+                **self._meta(), "guard": self.guard.state_dict(), **({"stopped": True} if stopped else {}),
                 **({"loader": self.loader.state_dict()} if self.loader is not None else {}),
             }, optimizer_state, keep=keep, keep_every=self.config.keep_every, spared=self.guard.spared())
 
@@ -612,7 +638,7 @@ class StageRun:
         barrier(self.ranks, "saving the last checkpoint")
 
     def _save_and_wait(self, step: int) -> None:
-        self.save(step)
+        self.save(step, stopped=True)
         self.wait_for_save()
 
     def _report(self, written: Callable[[], Sequence[int]]) -> None:
@@ -700,6 +726,12 @@ def room_for(origin: Origin, config: Any, optimizer: MuonAdamW, num_iterations: 
     return check_room(origin.folder, size, saves, config.keep, num_iterations - origin.step)
 
 
+def measured_before(origin: Origin) -> dict[str, Any]:
+    """Return what the run measured before it resumed: its next checkpoints say it until it is measured again."""
+    return {name: origin.meta[name] for name in ("val_bpb", "val_loss", "val_step")
+            if origin.step and name in origin.meta}
+
+
 @contextmanager
 def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, kernels: Choice,
              loader: Loader | None = None, **results: Any) -> Iterator[StageRun]:
@@ -730,8 +762,8 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
         if why := os.environ.get(RESTARTED):
             log.record("restart", why=why)
         run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
-                       log=log, loader=loader, kernels=kernels, results={**results, "began": progress.began},
-                       progress=progress)
+                       log=log, loader=loader, kernels=kernels, progress=progress,
+                       results={**results, **measured_before(origin), "began": progress.began})
         if warning:
             log.say(warning)
         try:

@@ -197,7 +197,7 @@ def train(model: torch.nn.Module, optimizer: MuonAdamW, batches: Callable[[int],
           before_step: Callable[[int], None] = lambda step: None,
           save: Callable[[int], None] = lambda step: None,
           await_data: Callable[[list[int]], UserError | None] = lambda received: None,
-          guard: Guard | None = None) -> None:
+          guard: Guard | None = None, tokens: int = 0) -> None:
     """Train with `train_step` from step `start` to plan.num_iterations.
 
     Args:
@@ -207,12 +207,13 @@ def train(model: torch.nn.Module, optimizer: MuonAdamW, batches: Callable[[int],
         before_step, save, await_data: see `run_steps`. The time of before_step does not count in tokens per second.
             Before a save, `guard.settle` must be called.
         guard: judges the steps; None stops at the first loss or gradient norm that is not finite.
+        tokens: supervised ones before `start`, for the log of a run whose steps do not have the same number.
 
     Raises:
         UserError: training has diverged, or there is no more data.
         SystemExit: the process was asked to stop; see `run_steps`.
     """
-    reports = _StepReports(plan, ranks, log, start, flops_per_token, peak)
+    reports = _StepReports(plan, ranks, log, start, flops_per_token, peak, tokens)
     judge = guard or Guard(model, optimizer, ranks, log, start=start)
 
     def one_step(step: int, stop: bool) -> bool:
@@ -240,13 +241,13 @@ class _StepReports:
     """Turns the numbers of each step into a console line and a log record."""
 
     def __init__(self, plan: TrainingPlan, ranks: Ranks, log: RunLog, start: int, flops_per_token: float,
-                 peak: float | None):
+                 peak: float | None, tokens: int):
         self.plan, self.log, self.start, self.flops_per_token = plan, log, start, flops_per_token
         self.peak = None if peak is None else peak * ranks.world_size
         self.smooth, self.weight, self.seconds, self.timed = 0.0, 0.0, 0.0, 0
         self.last = time.perf_counter()
         self.last_line = 0.0
-        self.tokens = 0
+        self.tokens = tokens
 
     def exclude(self, seconds: float) -> None:
         """Do not count this time as training."""

@@ -36,6 +36,8 @@ def test_an_event_is_due_at_its_multiples_and_at_the_end():
     assert steps_of(action(-1, at_zero=True)) == [10]
     assert steps_of(action(-1, at_start=True)) == [0, 10]
     assert steps_of(action(4, at_start=True), start=3) == [3, 4, 8, 10]
+    assert is_due(action(4), 4, 4, 10, stopped=True)  # it was asked to stop before that was done
+    assert not is_due(action(4), 5, 5, 10, stopped=True) and not is_due(action(-1), 4, 4, 10, stopped=True)
 
 
 def test_a_signal_ends_the_steps_with_a_save_of_those_that_are_done(tmp_path, monkeypatch):

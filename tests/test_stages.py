@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from nanochat import rl
+from nanochat import rl, training
 from nanochat.checkpoint import tensors
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
@@ -90,6 +90,57 @@ def test_a_stage_resumes_bit_for_bit_and_then_is_done(base, monkeypatch, capsys,
     assert any(not torch.equal(before[name], whole[name]) for name in whole)  # the second half changed weights
     script.main(flags)
     assert "Nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", [4, 6])
+def test_what_was_due_when_a_run_was_asked_to_stop_is_done_when_it_goes_on(base, monkeypatch, capsys, end):
+    """It saves the step it is at, and evaluates nothing: neither in the middle nor after the last step."""
+    flags = [*SFT, "--eval-every=2", "--eval-metrics-every=-1"]
+    step, calls = training.train_step, []
+
+    def asked(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == end - 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    chat_sft.main([*flags, "--model-tag=d2", "--fresh"])
+    whole, log = weights(base, "sft", 6), base / "logs" / "sft_d2.jsonl"
+    wanted = {(row["kind"], row["step"]): row.get("loss") for row in read_log(log)
+              if row["kind"] in ("train", "val") and "step" in row}
+    tokens = [row["tokens"] for row in read_log(log) if row["kind"] == "train"][-1]
+    log.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", asked)
+        with pytest.raises(SystemExit):
+            chat_sft.main([*flags, "--fresh"])
+    meta = base / "chatsft_checkpoints" / "d2" / f"meta_{end:06d}.json"
+    assert json.loads(meta.read_text())["stopped"] and f"saving step {end}" in capsys.readouterr().out
+    assert ("val", end) not in {(row["kind"], row.get("step")) for row in read_log(log)}
+    chat_sft.main(flags)
+    rows = read_log(log)
+    assert {(row["kind"], row["step"]): row.get("loss") for row in rows if row["kind"] in ("train", "val")} == wanted
+    assert [row["tokens"] for row in rows if row["kind"] == "train"][-1] == tokens
+    assert rows[-1]["kind"] == "end" and any(row["kind"] == "done" for row in rows)
+    last = json.loads((base / "chatsft_checkpoints" / "d2" / "meta_000006.json").read_text())
+    assert last["val_step"] == 6 and "stopped" not in last
+    assert_same(weights(base, "sft", 6), whole)
+    capsys.readouterr()
+    chat_sft.main(flags)
+    assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_checkpoints_between_two_validations_say_the_last_one_after_a_resume_too(base):
+    flags = [*SFT, "--eval-every=2", "--eval-metrics-every=-1", "--save-every=1", "--keep=9", "--fresh"]
+    chat_sft.main(flags)
+    folder = base / "chatsft_checkpoints" / "d2"
+    said = json.loads((folder / "meta_000003.json").read_text())
+    for path in (path for step in range(3, 7) for path in folder.glob(f"*_{step:06d}*")):
+        path.unlink()
+    chat_sft.main(flags[:-1])
+    again = json.loads((folder / "meta_000003.json").read_text())
+    assert said["val_step"] == 2 and {name: again[name] for name in ("val_loss", "val_step")} == {
+        name: said[name] for name in ("val_loss", "val_step")}
 
 
 def test_metas_hold_what_published_code_reads_and_where_the_model_comes_from(base):
