@@ -444,6 +444,13 @@ def run_main(main: Callable[[], object]) -> None:
                 _end_with(told)
             tell_owner(reason=f"{type(error).__name__}: {error}")
             raise
+        except UnicodeEncodeError as error:
+            if "surrogates" not in error.reason:
+                raise
+            name = error.object.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            _end_with(UserError(f"the name {name!r} has letters that are not UTF-8, or that the locale of this "
+                                f"terminal ({sys.getfilesystemencoding()}) does not have. Set PYTHONUTF8=1 or "
+                                "LC_ALL=C.UTF-8, or use another name."))
         except Exception as error:
             tell_owner(reason=f"{type(error).__name__}: {error}")
             raise

@@ -122,6 +122,8 @@ def not_written(path: str | Path, error: OSError, after: str = "and an older fil
 
 def disk_error(error: OSError) -> UserError | None:
     """Return an error in words for one that a disk raised; None for others, such as those of a network."""
+    if error.errno == errno.ENOENT and "temporary directory" in str(error):  # of tempfile
+        return UserError(f"{error.strerror}. Set TMPDIR to a folder you can write to.")
     if error.errno not in TROUBLES or error.filename is None and error.errno not in FULL:
         return None
     name = os.fsdecode(error.filename2 or error.filename or ".")  # an open file that is written to has no name here

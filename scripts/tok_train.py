@@ -142,8 +142,13 @@ def _keep_previous(folder: Path, fingerprint: str) -> Path | None:
     if not aside.exists():
         partial = folder.with_name(f"{aside.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder, partial)
-        partial.rename(aside)
+        try:
+            shutil.copytree(folder, partial)
+            partial.rename(aside)
+        except OSError as error:  # copytree raises one of its own, with a list
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"the tokenizer that is in {folder} cannot be kept as {aside} ({str(error)[:300]}); it "
+                            "was not replaced. Free some space, or set NANOCHAT_BASE_DIR to another disk.") from error
     (folder / "eval.json").unlink(missing_ok=True)  # it describes the previous tokenizer
     return aside
 

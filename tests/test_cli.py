@@ -1,6 +1,7 @@
 """nanochat/cli.py: command lines from dataclasses."""
 
 import errno
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -130,6 +131,13 @@ def test_an_error_of_the_disk_that_nobody_explained_is_one_line(capsys, number, 
         raise ConnectionResetError(errno.ECONNRESET, "x")
     with pytest.raises(ConnectionResetError):
         run_main(other)
+
+
+def test_a_name_that_the_locale_does_not_have_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: os.fsdecode(b"/data/caf\xc3\xa9 \xff").encode())
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and told.count("\n") == 1 and "/data/café" in told and "PYTHONUTF8=1" in told
 
 
 def test_an_interrupt_is_code_130_and_other_errors_stay_as_they_are():
