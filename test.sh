@@ -5,8 +5,14 @@
 #     bash test.sh -k tokenizer
 #     bash test.sh --slow
 #     bash test.sh -n 4            # pytest in four processes; -n 0: in a single one, as a debugger needs
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh test.sh
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+file=$0
+while [ -L "$file" ]; do # a link to this file
+    link=$(readlink "$file")
+    case $link in /*) file=$link ;; *) file=$(dirname "$file")/$link ;; esac
+done
+cd "$(dirname "$file")" || exit 1
 bash dev/setup.sh || exit 1
 # shellcheck source=/dev/null
 . .venv/.nanochat-rust

@@ -23,7 +23,7 @@ from bench.measure import (
     table,
     write_results,
 )
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, DEPTH, ROUNDS, ROWS, Range, flag, parse, run_main
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
 from nanochat.errors import UserError
 from nanochat.evaluation.chat import evaluate_task
@@ -39,11 +39,11 @@ from tasks.spelling import SpellingBee
 class Config:
     """Flags of bench.chat."""
 
-    depth: int = flag(4, "layers; sets width too")
-    vocab_size: int = flag(1024, "tokens of the vocabulary")
-    problems: int = flag(32, "problems of each task, and rows decoded together")
-    max_tokens: int = flag(64, "tokens of an answer, at most")
-    rounds: int = flag(3, "times that each way is timed; the median counts")
+    depth: int = flag(4, "layers; sets width too", within=DEPTH)
+    vocab_size: int = flag(1024, "tokens of the vocabulary", within=Range(1, 1 << 24))
+    problems: int = flag(32, "problems of each task, and rows decoded together", within=ROWS)
+    max_tokens: int = flag(64, "tokens of an answer, at most", within=COUNT)
+    rounds: int = flag(3, "times that each way is timed; the median counts", within=ROUNDS)
     device: str = flag("", "cuda, mps or cpu; unset takes the best available")
     json: str = json_flag()
 

@@ -22,7 +22,7 @@ from bench.measure import (
     table,
     write_results,
 )
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, DEPTH, ROUNDS, ROW_TOKENS, Range, flag, parse, run_main
 from nanochat.distributed import close_ranks, init_ranks
 from nanochat.errors import UserError
 from nanochat.evaluation.core import CoreTaskResult, evaluate_core_task, load_examples, score_plain
@@ -37,11 +37,12 @@ class Config:
 
     bundle: str = flag("", "folder with core.yaml and tasks; unset is eval_bundle, downloaded if it is missing")
     tokenizer: str = flag("", "folder of a tokenizer; unset is that of $NANOCHAT_BASE_DIR")
-    depth: int = flag(4, "layers; also sets the width")
-    vocab_size: int = flag(65536, "tokens in the vocabulary of the model; 0 takes that of the tokenizer")
-    sequence_len: int = flag(2048, "longest sequence of the model, in tokens")
-    max_per_task: int = flag(20, "examples of each task")
-    rounds: int = flag(1, "times that each way is timed; the median is reported")
+    depth: int = flag(4, "layers; also sets the width", within=DEPTH)
+    vocab_size: int = flag(65536, "tokens in the vocabulary of the model; 0 takes that of the tokenizer",
+                           within=Range(0, 1 << 24))
+    sequence_len: int = flag(2048, "longest sequence of the model, in tokens", within=ROW_TOKENS)
+    max_per_task: int = flag(20, "examples of each task", within=COUNT)
+    rounds: int = flag(1, "times that each way is timed; the median is reported", within=ROUNDS)
     tasks: str = flag("", "labels of tasks, separated by commas; unset takes all that have a file")
     device: str = flag("", "cuda, mps or cpu; unset takes the best available")
     json: str = json_flag()

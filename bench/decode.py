@@ -39,7 +39,7 @@ from bench.measure import (
 from bench.peer import Endless
 from bench.twin import TwinGPT
 from nanochat.cache import Cache
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, DEPTH, Range, flag, parse, run_main
 from nanochat.distributed import close_ranks, compute_dtype, init_ranks
 from nanochat.engine import Engine
 from nanochat.errors import UserError
@@ -54,15 +54,15 @@ PUBLISHED = "published engine, float32"
 class Config:
     """Flags of bench.decode."""
 
-    depth: int = flag(4, "layers; also sets the width")
-    vocab_size: int = flag(2048, "tokens in the vocabulary")
-    prompt: int = flag(128, "tokens of the prompt")
-    new_tokens: int = flag(64, "tokens to generate for each sequence")
+    depth: int = flag(4, "layers; also sets the width", within=DEPTH)
+    vocab_size: int = flag(2048, "tokens in the vocabulary", within=Range(1, 1 << 24))
+    prompt: int = flag(128, "tokens of the prompt", within=COUNT)
+    new_tokens: int = flag(64, "tokens to generate for each sequence", within=COUNT)
     batches: str = flag("1,64", "batch sizes, separated by commas; one measurement each")
-    naive_points: int = flag(3, "lengths at which a full forward is timed")
-    prefills: int = flag(3, "timed prefills; the median is reported")
+    naive_points: int = flag(3, "lengths at which a full forward is timed", within=COUNT)
+    prefills: int = flag(3, "timed prefills; the median is reported", within=COUNT)
     peer: str = flag("", "another checkout with a nanochat.gpt, whose decoding is timed too")
-    threads: int = flag(0, "CPU threads; 0 is the default of torch")
+    threads: int = flag(0, "CPU threads; 0 is the default of torch", within=Range(0, 4096))
     device: str = flag("", "cuda, mps or cpu; unset takes the best available")
     json: str = json_flag()
 

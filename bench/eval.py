@@ -39,7 +39,7 @@ from bench.measure import (
     write_results,
 )
 from bench.twin import TwinGPT
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, DEPTH, ROUNDS, ROW_TOKENS, ROWS, Range, flag, parse, run_main
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
 from nanochat.errors import UserError
 from nanochat.evaluation.core_bundle import CoreTask, bundle_dir, open_bundle
@@ -55,15 +55,16 @@ PARTS = ("bpb", "core", "chat")
 class Config:
     """Flags of bench.eval."""
 
-    depth: int = flag(4, "layers; also sets the width")
-    vocab_size: int = flag(8192, "tokens in the vocabulary; for generated answers, that of the tokenizer")
-    max_seq_len: int = flag(256, "tokens in a sequence")
-    device_batch_size: int = flag(16, "sequences in a batch, for bits per byte")
+    depth: int = flag(4, "layers; also sets the width", within=DEPTH)
+    vocab_size: int = flag(8192, "tokens in the vocabulary; for generated answers, that of the tokenizer",
+                           within=Range(1, 1 << 24))
+    max_seq_len: int = flag(256, "tokens in a sequence", within=ROW_TOKENS)
+    device_batch_size: int = flag(16, "sequences in a batch, for bits per byte", within=ROWS)
     bundle: str = flag("", "folder with core.yaml and tasks; unset is that of $NANOCHAT_BASE_DIR, or else random text")
-    max_per_task: int = flag(12, "examples of each CORE task")
-    problems: int = flag(8, "problems of each chat task, and sequences in a batch")
-    max_tokens: int = flag(24, "most tokens of an answer")
-    rounds: int = flag(3, "times that each way is timed; the median is reported")
+    max_per_task: int = flag(12, "examples of each CORE task", within=COUNT)
+    problems: int = flag(8, "problems of each chat task, and sequences in a batch", within=ROWS)
+    max_tokens: int = flag(24, "most tokens of an answer", within=COUNT)
+    rounds: int = flag(3, "times that each way is timed; the median is reported", within=ROUNDS)
     only: str = flag("", f"some of {', '.join(PARTS)}, separated by commas; unset is all")
     peer: str = flag("", "another checkout with a nanochat.gpt, whose losses are timed too")
     device: str = flag("", "cuda, mps or cpu; unset takes the best available")

@@ -36,7 +36,7 @@ from bench.measure import (
     table,
     write_results,
 )
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, DEPTH, ROUNDS, Range, flag, parse, run_main
 from nanochat.distributed import close_ranks, compute_dtype, init_ranks
 from nanochat.errors import UserError
 from nanochat.kernels.cross_entropy import IGNORE, SOFTCAP, head_loss, head_loss_twin
@@ -51,14 +51,14 @@ Loss = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 class Config:
     """Flags of bench.head."""
 
-    depth: int = flag(4, "layers of the model whose width is taken")
-    tokens: int = flag(4096, "in a step")
-    vocab_size: int = flag(2048, "tokens the model knows")
+    depth: int = flag(4, "layers of the model whose width is taken", within=DEPTH)
+    tokens: int = flag(4096, "in a step", within=COUNT)
+    vocab_size: int = flag(2048, "tokens the model knows", within=Range(1, 1 << 24))
     dtype: str = flag("auto",
                       "of the hidden states: bfloat16, float32, or auto: what the model computes in on this device")
-    rounds: int = flag(7, "timed calls of each way; the median is shown")
+    rounds: int = flag(7, "timed calls of each way; the median is shown", within=ROUNDS)
     compile: str = flag("auto", "time torch.compile of the twin too: yes, no, or auto (on GPUs)")
-    threads: int = flag(0, "CPU threads; 0 leaves it to torch")
+    threads: int = flag(0, "CPU threads; 0 leaves it to torch", within=Range(0, 4096))
     device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     json: str = json_flag()
 

@@ -51,7 +51,7 @@ from bench.measure import (
     write_results,
 )
 from bench.train import our_case, twin_case
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import DEPTH, ROUNDS, ROW_TOKENS, ROWS, Range, flag, parse, run_main
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
@@ -70,17 +70,17 @@ Outputs = Tensor | tuple[Tensor, ...]
 class Config:
     """Flags of bench.kernels."""
 
-    depth: int = flag(4, "layers of the model whose shapes are taken")
-    device_batch_size: int = flag(16, "rows")
-    max_seq_len: int = flag(256, "tokens in a row; keys that a decode step sees")
-    vocab_size: int = flag(2048, "tokens the model knows")
-    decode_rows: int = flag(64, "rows of a decode step")
+    depth: int = flag(4, "layers of the model whose shapes are taken", within=DEPTH)
+    device_batch_size: int = flag(16, "rows", within=ROWS)
+    max_seq_len: int = flag(256, "tokens in a row; keys that a decode step sees", within=ROW_TOKENS)
+    vocab_size: int = flag(2048, "tokens the model knows", within=Range(1, 1 << 24))
+    decode_rows: int = flag(64, "rows of a decode step", within=ROWS)
     dtype: str = flag("auto", "bfloat16, float32, or auto: what the model computes in on this device")
-    rounds: int = flag(7, "measurements of each way; the median is shown")
+    rounds: int = flag(7, "measurements of each way; the median is shown", within=ROUNDS)
     compile: str = flag("auto", "time torch.compile of the twins too: yes, no, or auto (on GPUs)")
     only: str = flag("", "words that the names of the wanted operations contain, separated by commas; unset means all")
     peer: str = flag("", "a checkout with a nanochat.gpt: its whole model is timed beside ours and the twin")
-    threads: int = flag(0, "CPU threads; 0 leaves it to torch")
+    threads: int = flag(0, "CPU threads; 0 leaves it to torch", within=Range(0, 4096))
     device: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     json: str = json_flag()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.measure import command_line, json_flag, median, provenance, provenance_line, si, table, write_results
-from nanochat.cli import flag, parser_of, run_main
+from nanochat.cli import COUNT, DEPTH, FROM_ZERO, POSITIVE, ROW_TOKENS, ROWS, Range, flag, parser_of, run_main
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.gpt import GPTConfig
@@ -34,15 +34,15 @@ MODELS = {"hybrid": "", "attention": "A"}
 class Config:
     """Flags of bench.real_text."""
 
-    minutes: float = flag(15.0, "training time of the hybrid, in minutes")
+    minutes: float = flag(15.0, "training time of the hybrid, in minutes", within=POSITIVE)
     match: Literal["tokens", "time"] = flag("tokens", "what is the same for both models")
-    depth: int = flag(4, "layers; sets width too")
-    vocab_size: int = flag(8192, "tokens of the tokenizer")
-    max_seq_len: int = flag(256, "tokens in a row")
-    device_batch_size: int = flag(16, "rows of a micro-batch on each device")
-    total_batch_size: int = flag(8192, "tokens in an optimizer step")
-    eval_tokens: int = flag(500_000, "tokens to validate on at the end")
-    steps: int = flag(0, "optimizer steps of both, instead of --minutes; 0 = unset")
+    depth: int = flag(4, "layers; sets width too", within=DEPTH)
+    vocab_size: int = flag(8192, "tokens of the tokenizer", within=Range(265, 1 << 24))
+    max_seq_len: int = flag(256, "tokens in a row", within=ROW_TOKENS)
+    device_batch_size: int = flag(16, "rows of a micro-batch on each device", within=ROWS)
+    total_batch_size: int = flag(8192, "tokens in an optimizer step", within=COUNT)
+    eval_tokens: int = flag(500_000, "tokens to validate on at the end", within=COUNT)
+    steps: int = flag(0, "optimizer steps of both, instead of --minutes; 0 = unset", within=FROM_ZERO)
     doc_separator: str = flag("<|doc|>", "line that ends a document in .txt files")
     base_dir: str = flag("", "base folder to work in; unset is bench_real_text in the usual one")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best available")

@@ -35,7 +35,7 @@ from bench.measure import (
     write_results,
 )
 from nanochat.checkpoint import save_checkpoint
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, DEPTH, POSITIVE, ROWS, Range, flag, parse, run_main
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.small_world import documents
@@ -48,16 +48,16 @@ ROOT = Path(__file__).resolve().parent.parent
 class Config:
     """Flags of bench.serve."""
 
-    depth: int = flag(4, "layers of the model")
-    vocab_size: int = flag(2048, "tokens it knows")
-    clients: int = flag(64, "clients at once")
-    seconds: float = flag(60.0, "seconds that they send requests")
-    requests: int = flag(48, "different requests")
-    max_tokens: int = flag(64, "tokens of an answer")
-    max_rows: int = flag(64, "answers decoded together (the server's flag)")
-    busy: int = flag(16, "rows decoded while first tokens are timed")
-    turns: int = flag(10, "turns of the chat")
-    words: int = flag(110, "words of a turn's question")
+    depth: int = flag(4, "layers of the model", within=DEPTH)
+    vocab_size: int = flag(2048, "tokens it knows", within=Range(1, 1 << 24))
+    clients: int = flag(64, "clients at once", within=ROWS)
+    seconds: float = flag(60.0, "seconds that they send requests", within=POSITIVE)
+    requests: int = flag(48, "different requests", within=COUNT)
+    max_tokens: int = flag(64, "tokens of an answer", within=COUNT)
+    max_rows: int = flag(64, "answers decoded together (the server's flag)", within=ROWS)
+    busy: int = flag(16, "rows decoded while first tokens are timed", within=ROWS)
+    turns: int = flag(10, "turns of the chat", within=COUNT)
+    words: int = flag(110, "words of a turn's question", within=COUNT)
     quantize: str = flag("none", "int8 serves with 8-bit weights")
     json: str = json_flag()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import command_line, json_flag, provenance, provenance_line, table, write_results
-from nanochat.cli import flag, parser_of, run_main
+from nanochat.cli import ROUNDS, Range, flag, parser_of, run_main
 from nanochat.errors import UserError
 from nanochat.tokenizer import SPLIT_PATTERN
 
@@ -30,9 +30,9 @@ PEER = Path(__file__).with_name("tokenizer_peer.py")
 class Config:
     """Flags of bench.tokenizer."""
 
-    vocab_size: int = flag(8192, "tokens, including the 256 bytes, without special tokens")
-    threads: int = flag(2, "threads of each tokenizer")
-    rounds: int = flag(3, "times that each is measured; the best counts")
+    vocab_size: int = flag(8192, "tokens, including the 256 bytes, without special tokens", within=Range(256, 1 << 24))
+    threads: int = flag(2, "threads of each tokenizer", within=Range(0, 4096))
+    rounds: int = flag(3, "times that each is measured; the best counts", within=ROUNDS)
     peer_python: str = flag("", "a Python in which PyPI's rustbpe is installed; unset leaves it out")
     json: str = json_flag()
 

@@ -34,7 +34,7 @@ from bench.measure import (
     write_results,
 )
 from bench.twin import TwinGPT
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, DEPTH, FROM_ZERO, ROW_TOKENS, ROWS, Range, flag, parse, run_main
 from nanochat.distributed import Ranks, close_ranks, compute_dtype, init_ranks, peak_flops
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
@@ -48,17 +48,18 @@ CLIP = 1.0
 class Config:
     """Flags of bench.train."""
 
-    depth: int = flag(4, "layers; also sets the width")
-    max_seq_len: int = flag(256, "tokens in a sequence")
-    device_batch_size: int = flag(16, "sequences in a step")
-    vocab_size: int = flag(2048, "tokens in the vocabulary")
-    steps: int = flag(7, "timed steps of each case; the median is reported")
-    warmup: int = flag(2, "steps of each case before the timed ones")
-    threads: int = flag(0, "CPU threads; 0 is the default of torch")
+    depth: int = flag(4, "layers; also sets the width", within=DEPTH)
+    max_seq_len: int = flag(256, "tokens in a sequence", within=ROW_TOKENS)
+    device_batch_size: int = flag(16, "sequences in a step", within=ROWS)
+    vocab_size: int = flag(2048, "tokens in the vocabulary", within=Range(1, 1 << 24))
+    steps: int = flag(7, "timed steps of each case; the median is reported", within=COUNT)
+    warmup: int = flag(2, "steps of each case before the timed ones", within=FROM_ZERO)
+    threads: int = flag(0, "CPU threads; 0 is the default of torch", within=Range(0, 4096))
     device: str = flag("", "cuda, mps or cpu; unset takes the best available")
     compile: str = flag("auto", "compile the blocks of our model: yes, no, or auto (on GPUs), as base_train")
     peer: str = flag("", "another checkout with a nanochat.gpt, whose forward and backward are timed too")
-    loss_curve: int = flag(0, "steps to train in bfloat16 and in float32, to compare the losses; nothing is timed")
+    loss_curve: int = flag(0, "steps to train in bfloat16 and in float32, to compare the losses; nothing is timed",
+                           within=FROM_ZERO)
     json: str = json_flag()
 
 

@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:  # so that it runs as a file, without an installed
     sys.path.insert(0, str(ROOT))
 
 from dev.identity_phrases import FULL, GREETINGS, OPENINGS, RIVALS, SHORT, SHORT_OPENINGS, Topic  # noqa: E402
-from nanochat.cli import flag, parse, run_main  # noqa: E402
+from nanochat.cli import COUNT, SEED, flag, parse, run_main  # noqa: E402
 from nanochat.errors import UserError  # noqa: E402
 from nanochat.files import atomic_write, base_dir, to_json  # noqa: E402
 from nanochat.recipe import published  # noqa: E402
@@ -55,8 +55,8 @@ SMALL = {"size": "4 million", "data": "stories of a small invented world", "time
 class Config(Description):
     """The flags: the description, and what to write."""
 
-    count: int = flag(published.identity.count, "conversations")
-    seed: int = flag(0, "of the random choice of phrases")
+    count: int = flag(published.identity.count, "conversations", within=COUNT)
+    seed: int = flag(0, "of the random choice of phrases", within=SEED)
     short: bool = flag(published.identity.short, "short questions and answers, for a tiny model")
     out: str = flag("", "file to write; unset: identity_conversations.jsonl in the base directory")
 

@@ -43,7 +43,7 @@ from dev import gpu_kernels as single  # noqa: E402
 from dev import gpu_parts as parts  # noqa: E402
 from dev import gpu_speed as fast  # noqa: E402
 from dev.gpu_correctness import Report, Run, Skipped  # noqa: E402
-from nanochat.cli import flag, parse, run_main  # noqa: E402
+from nanochat.cli import POSITIVE, flag, parse, run_main  # noqa: E402
 from nanochat.distributed import init_ranks  # noqa: E402
 from nanochat.errors import UserError  # noqa: E402
 from nanochat.files import atomic_write  # noqa: E402
@@ -54,7 +54,7 @@ class Config:
     """Flags of gpu_check."""
 
     out: str = flag("", "folder for gpu_check.json and gpu_check.md; unset is $OUT, else dev/gpu_check_out")
-    minutes: float = flag(8.0, "time it may take, in minutes")
+    minutes: float = flag(8.0, "time it may take, in minutes", within=POSITIVE)
     tiny: bool = flag(False, "small shapes, as on a CPU")
     golden: str = flag("", "folder of golden values; unset is ../shared/golden where that is")
     compile: str = flag("auto", "check and time compiled blocks too: yes, no, or auto (on GPUs)")

@@ -17,8 +17,15 @@
 #     NANOCHAT_SKIP_CHECKS=1             do not check the free disk space, the NVIDIA driver and Python.h
 #
 # Must run with bash 3.2, the version that macOS has.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh dev/setup.sh
 set -euo pipefail
 trap 'exit 130' INT
+
+case ${1:-} in
+    '') ;;
+    -h | --help) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "error: the set-up takes no arguments, such as $1; its settings are in the environment (--help)" >&2; exit 2 ;;
+esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$ROOT"

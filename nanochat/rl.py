@@ -62,13 +62,17 @@ def rollouts(engine: Engine, task: Any, conversations: Sequence[dict], seeds: Se
              **options: Any) -> list[AnswerGroup]:
     """Draw num_samples answers to each problem of a task and return them with the task's rewards.
 
+    An answer depends on the weights, its problem, its seed and its number alone. On a CPU that holds to the last bit,
+    whatever is decoded beside it. On a GPU, where logits are the same up to rounding and a token may differ, it holds
+    where the rows decoded together are those of one problem: with a batch_size of num_samples.
+
     Args:
         conversations: the problems. seeds: one for each.
         options: of Engine.complete (max_tokens, …).
     """
     prompts = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
     groups = []
-    answered = engine.generate_many(prompts, num_samples, seed=list(seeds), **options)
+    answered = engine.generate_many(prompts, num_samples, seed=list(seeds), batch_invariant=True, **options)
     for conversation, rows in zip(conversations, answered):
         texts = [engine.tokenizer.decode([token for token in row.tokens if token not in engine.stops]) for row in rows]
         groups.append(AnswerGroup(rows, [reward_of(task, conversation, row, text) for row, text in zip(rows, texts)]))
@@ -83,10 +87,9 @@ def reward_of(task: Any, conversation: dict, row: Row, text: str) -> float:
 def rollout_stats(groups: Sequence[AnswerGroup], stop: bool, ranks: Ranks) -> RolloutStats:
     """Return what the answers of all ranks are like. Collective. stop: whether this rank was asked to stop."""
     rows = [row for group in groups for row in group.rows]
-    sums = torch.tensor([sum(sum(group.rewards) for group in groups), len(rows), sum(group.teaches for group in groups),
-                         sum(len(row.tokens) for row in rows), sum(row.ended == "stop" for row in rows), stop],
-                        device=ranks.device, dtype=torch.float32)  # without it, integers on a rank that has no problem
-    reward, answers, teaching, tokens, ended, stopping = all_reduce_sum(sums, ranks).tolist()
+    sums = _sums([sum(sum(group.rewards) for group in groups), len(rows), sum(group.teaches for group in groups),
+                  sum(len(row.tokens) for row in rows), sum(row.ended == "stop" for row in rows), stop], ranks)
+    reward, answers, teaching, tokens, ended, stopping = sums
     return RolloutStats(reward / answers, int(teaching), ended / answers, tokens / answers, stopping > 0)
 
 
@@ -123,8 +126,13 @@ def pass_rates(groups: Sequence[AnswerGroup], problems: int, samples: int, ranks
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples]
     right = [sum(reward >= 1 for reward in group.rewards) for group in groups]
     sums = [sum(pass_at_k(correct, len(group.rows), k) for correct, group in zip(right, groups)) for k in ks]
-    totals = all_reduce_sum(torch.tensor(sums, device=ranks.device, dtype=torch.float32), ranks).tolist()
-    return {f"pass@{k}": total / problems for k, total in zip(ks, totals)}
+    return {f"pass@{k}": total / problems for k, total in zip(ks, _sums(sums, ranks))}
+
+
+def _sums(numbers: Sequence[float], ranks: Ranks) -> list[float]:
+    """Add up numbers over all ranks. Collective."""
+    precise = torch.float32 if ranks.device.type == "mps" else torch.float64  # mps has no float64
+    return all_reduce_sum(torch.tensor(numbers, device=ranks.device, dtype=precise), ranks).tolist()
 
 
 def standard_error(groups: Sequence[AnswerGroup], problems: int, ranks: Ranks) -> float:

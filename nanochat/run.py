@@ -11,18 +11,21 @@ The same command resumes a run where it stopped, bit for bit. Ctrl-C and SIGTERM
 beside training (nanochat/saving.py).
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from nanochat.checkpoint import latest_step, load_checkpoint, load_on_ranks
-from nanochat.cli import flag, parse
-from nanochat.dataloader import PackedLoader, reshard
+from nanochat.chat_data import ConversationSteps, SupervisedSteps
+from nanochat.checkpoint import Checkpoint, Corrupt, latest_step, load_checkpoint, load_to_resume, steps_in
+from nanochat.checks import check_batch, check_tag, conversation_files, dry_run_flag, need_writable
+from nanochat.cli import COUNT, COUNT_OR_ALL, EVERY, NOT_NEGATIVE, SEED, STEP_OR_LAST, flag, parse
+from nanochat.dataloader import PackedLoader, merged
 from nanochat.distributed import (
     Ranks,
     barrier,
@@ -34,23 +37,27 @@ from nanochat.distributed import (
     precision_note,
 )
 from nanochat.engine import Engine
-from nanochat.errors import UserError
+from nanochat.errors import NotWritten, UserError
 from nanochat.evaluation.loss import EvalRows, evaluate_bpb
 from nanochat.evaluation.verdict import Progress
-from nanochat.files import base_dir, free_name, lock
+from nanochat.files import base_dir, free_name, lock_folder
 from nanochat.gpt import GPT
+from nanochat.guard import CHECK_EVERY, GUARD, Guard, finite
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
-from nanochat.loading import checkpoint_dir, load_model
-from nanochat.logs import RunLog
+from nanochat.launcher import RESTARTED, at_step
+from nanochat.loading import load_model, model_and_tokenizer, on_ranks
+from nanochat.logs import RunLog, check_wandb
 from nanochat.memory import RECOMPUTE_HELP, explained_out_of_memory, fit_batch
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.recipe import Recompute, override, published
-from nanochat.saving import BackgroundSaver
+from nanochat.saving import BackgroundSaver, check_room, copy_to_machines, look_ahead
 from nanochat.stages import Stage
 from nanochat.training import TrainingPlan, clock, run_steps, train
+from nanochat.watch import busy
 
 C = TypeVar("C")
+Loader = PackedLoader | ConversationSteps | SupervisedSteps
 REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
 
 
@@ -68,26 +75,46 @@ class ChatStageFlags:
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     model_tag: str = flag("", "which model to start from; unset takes the only or the deepest one. "
                               "The result has the same name")
-    model_step: int = flag(-1, "which of its checkpoints; -1 is the last")
+    model_step: int = flag(-1, "which of its checkpoints; -1 is the last", within=STEP_OR_LAST)
     data: Literal["auto", "hub", "small-world"] = flag("auto", "what to train on: the published mixture, or "
                                                        "conversations about the built-in small world; auto is what "
                                                        "goes with the base model")
     conversations: str = flag("", "further conversations, your own: .jsonl files, with commas between")
-    num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data")
-    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)")
-    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)")
+    num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data",
+                               within=COUNT_OR_ALL)
+    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)",
+                               within=NOT_NEGATIVE)
+    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)",
+                                 within=NOT_NEGATIVE)
     matrix_lr: float = flag(published.groups["matrices"].lr,
-                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)")
-    init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates")
-    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps")
-    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit")
+                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)",
+                            within=NOT_NEGATIVE)
+    init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates", within=NOT_NEGATIVE)
+    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps",
+                               within=NOT_NEGATIVE)
+    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit", within=NOT_NEGATIVE)
     reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
     recompute: Recompute = flag(published.mid.recompute, RECOMPUTE_HELP)
-    save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only")
-    keep: int = flag(published.mid.keep, "periodical checkpoints to keep; the last one always stays")
-    seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled")
+    save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only",
+                           within=EVERY)
+    keep: int = flag(published.mid.keep, "periodical checkpoints to keep, beside the one of them with the best "
+                     "validation and those of --keep-every; the last one always stays", within=COUNT)
+    keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none",
+                           within=COUNT_OR_ALL)
+    seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled", within=SEED)
+    guard: Literal["skip", "stop", "off"] = flag("skip", GUARD)
+    check_every: int = flag(100, CHECK_EVERY, within=EVERY)
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
+    dry_run: bool = dry_run_flag()
+
+    def check(self) -> None:
+        """Raise UserError for flags that do not fit one another, and for files that are not there."""
+        check_tag(self.model_tag)
+        check_batch(self)
+        for path in conversation_files(self.conversations):
+            if not path.is_file():
+                raise UserError(f"--conversations: there is no file {path}")
 
 
 def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] | None, description: str) -> None:
@@ -96,6 +123,7 @@ def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] 
     parse_wish(config.kernels)  # raises for names that do not exist, before anything is loaded
     try:
         with joined_ranks(config.device_type) as ranks:
+            on_main("looking at wandb", lambda: check_wandb(config.run), ranks)
             run(config, ranks)
     finally:
         apply_wish(Wish())  # the choice was that of this run
@@ -171,7 +199,9 @@ class Origin:
     loaded: which checkpoint that is and why, in words.
     provenance: meta fields of every checkpoint the run writes ("data", "from" where it began from a checkpoint, and
         "identity", the digests of its data).
-    lock: on rank 0, of `lock_run`: no other run writes to the folder as long as this file is open.
+    lock: on rank 0, of `lock_run`: no other run writes to the folder as long as it is open.
+    resumed: the checkpoint to go on from, with the optimizer state until that is loaded; None for a new run.
+    fresh: move what is in the folder aside before the run begins.
     """
 
     stage: Stage
@@ -182,7 +212,9 @@ class Origin:
     meta: dict[str, Any]
     loaded: str
     provenance: dict[str, Any]
-    lock: IO | None = None
+    lock: ExitStack | None = None
+    resumed: Checkpoint | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,30 +229,40 @@ class ChatDataChoice:
     extra: list[Path]
 
 
-def resume_step(folder: Path, fresh: bool, ranks: Ranks) -> int | None:
-    """Return the step of the checkpoint in `folder` to resume from, None for a new run. Collective.
+def checkpoint_to_resume(folder: Path, config: Any, ranks: Ranks) -> Checkpoint | None:
+    """Return the checkpoint from which a run in `folder` goes on, None for a new run. Collective.
 
-    fresh: move the folder aside first, so that the run is a new one.
+    config: --fresh: it is a new one in any case, and `open_run` moves the folder aside, when nothing can be wrong any
+    more. See `load_to_resume` for the rest; machines without a copy get one, but in a dry run.
     """
-    def look() -> int | None:
-        if fresh:
-            move_aside(folder)
-        return latest_step(folder)
+    if config.fresh:
+        return None
+    if not config.dry_run:
+        copy_to_machines(folder, None, ranks)
+    return load_to_resume(folder, ranks, device=ranks.device)
 
-    return on_main(f"looking for a checkpoint in {folder}", look, ranks)
 
+def claim(folder: Path, config: Any, ranks: Ranks) -> ExitStack | None:
+    """Lock the folder of a run, and see that it can be written. Collective; a dry run changes nothing.
 
-def lock_run(folder: Path, ranks: Ranks) -> IO | None:
-    """Keep other runs from writing to a folder of checkpoints, as long as the returned file is open. Collective.
-
-    Raises UserError where another run does.
+    Raises UserError where another run has it, or it cannot be written to.
     """
-    files = []
-    way_out = ("Two runs cannot write to one folder: wait until it ends, or stop it with `kill {pid}` (it saves "
-               "first); another --model-tag trains beside it.")
-    path = base_dir() / "locks" / f"{folder.parent.name}_{folder.name}.lock"
-    on_main(f"locking {folder}", lambda: files.append(lock(path, f"{folder} is in use by a run", way_out)), ranks)
-    return files[0] if files else None
+    on_main(f"looking at {folder}", lambda: need_writable(folder), ranks)
+    return None if config.dry_run else lock_run(folder, ranks)
+
+
+def lock_run(folder: Path, ranks: Ranks) -> ExitStack | None:
+    """Keep other runs from writing to a folder of checkpoints, as long as the returned stack is open. Collective.
+
+    The lock lies beside the folder, so that it counts on all machines that see it. Raises UserError where another run
+    holds it.
+    """
+    locks = []
+    way_out = ("Two runs cannot write to one folder: wait until it ends, or stop it with {kill} (it saves first); "
+               "another --model-tag trains beside it.")
+    on_main(f"locking {folder}",
+            lambda: locks.append(lock_folder(folder, f"{folder} is in use by a run", way_out)), ranks)
+    return locks[0] if locks else None
 
 
 def move_aside(folder: Path) -> None:
@@ -235,29 +277,54 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
     """Load the model that a chat stage starts from: the stage's own last checkpoint, else that of the stage `source`.
 
     Raises:
-        UserError: there is none, or the run to resume began from another model than `source` holds.
+        UserError: there is none that can be used, or the run to resume began from another model than `source` holds.
     """
-    parent_folder = checkpoint_dir(source, config.model_tag or None)
+    parent_folder, _ = on_ranks(source, config.model_tag or None, None if config.model_step < 0 else config.model_step,
+                                ranks)
     tag = parent_folder.name
     folder = base_dir() / stage.folder / tag
-    file = lock_run(folder, ranks)
-    step = resume_step(folder, config.fresh, ranks) or 0
+    file = claim(folder, config, ranks)
     parent_step = None if config.model_step < 0 else config.model_step
-    name, wanted = (stage.name, step) if step else (source, parent_step)
-    model, tokenizer, meta = load_model(name, ranks.device, model_tag=tag, step=wanted, ranks=ranks)
-    model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype") if step else None)
+    resumed = checkpoint_to_resume(folder, config, ranks)
+    if resumed is None:
+        model, tokenizer, meta = load_model(source, ranks.device, model_tag=tag, step=parent_step, ranks=ranks)
+        begun_from = _described(source, meta)
+    else:
+        model, tokenizer, meta = model_and_tokenizer(resumed, "as asked")
+        resumed.model_state = {}  # the optimizer gives the weights other memory
+        begun_from = on_main(f"looking what {folder} began from",
+                             lambda: _origin_of(resumed, source, parent_folder, parent_step), ranks)
+    model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype") if resumed else None)
+    return Origin(stage=stage, folder=folder, step=resumed.step if resumed else 0, model=model, tokenizer=tokenizer,
+                  meta=meta, loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from},
+                  lock=file, resumed=resumed, fresh=config.fresh)
 
-    begun_from = _described(source, load_checkpoint(parent_folder, parent_step, weights=False).meta if step else meta)
-    if step and meta.get("from", begun_from) != begun_from:
-        # the newest may have a damaged file, so that the run began from the one before
-        begun_from = _described(source, load_on_ranks(parent_folder, parent_step, ranks, mapped=True).meta)
-    if step and meta.get("from", begun_from) != begun_from:
-        raise UserError(f"{folder} was trained from another model than {parent_folder} holds now (step "
-                        f"{meta['from'].get('step')} then, {begun_from['step']} now, or other weights of that step). "
-                        "--fresh moves it aside and trains anew.")
-    return Origin(stage=stage, folder=folder, step=step, model=model, tokenizer=tokenizer, meta=meta,
-                  loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from},
-                  lock=file)
+
+def _origin_of(resumed: Checkpoint, source: str, folder: Path, step: int | None) -> dict[str, Any]:
+    """Return what the run to resume began from, as `_described` says it.
+
+    Args:
+        resumed: the checkpoint to go on from.
+        source, folder, step: the stage to start from, its folder and the step that is asked for.
+
+    Raises:
+        UserError: the folder holds another model now.
+    """
+    said = resumed.meta.get("from")
+    with suppress(Corrupt):
+        now = _described(source, load_checkpoint(folder, step, weights=False).meta)
+        if said in (None, now):
+            return now
+    whole = latest_step(folder, optimizer=False) if step is None else step
+    damaged = said and (said["step"] in steps_in(folder) or (folder / f"model_{said['step']:06d}.pt").exists())
+    if step is None and (whole is None or damaged and whole < said["step"]):
+        return said  # of what it began from; the run itself is whole
+    now = _described(source, load_checkpoint(folder, whole, weights=False).meta)
+    if said not in (None, now):  # else a newer one is damaged
+        raise UserError(f"{resumed.folder} was trained from another model than {folder} holds now (step "
+                        f"{said['step']} then, {now['step']} now, or other weights of that step). --fresh moves it "
+                        "aside and trains anew.")
+    return now
 
 
 def _described(stage: str, meta: dict[str, Any]) -> dict[str, Any]:
@@ -271,8 +338,8 @@ def chat_data_choice(config: ChatStageFlags, meta: dict[str, Any]) -> ChatDataCh
     """Return what a chat stage learns from; with --data=auto what goes with the model of this meta."""
     about = meta.get("data") or {}
     auto = "small-world" if about.get("source") == "small-world" else "hub"
-    extra = [Path(part).expanduser() for part in config.conversations.split(",") if part]
-    return ChatDataChoice(auto if config.data == "auto" else config.data, about.get("seed", 0), extra)
+    return ChatDataChoice(auto if config.data == "auto" else config.data, about.get("seed", 0),
+                          conversation_files(config.conversations))
 
 
 def tokens_of_row(config: Any, model: GPT) -> int:
@@ -282,8 +349,13 @@ def tokens_of_row(config: Any, model: GPT) -> int:
 
 
 def is_trained(origin: Origin, num_iterations: int, ranks: Ranks) -> bool:
-    """Return whether the run has already done all its steps, and print that."""
+    """Return whether the run has already done all its steps, and print that.
+
+    Raises UserError where it has not, and cannot go on, since its optimizer state is gone.
+    """
     if origin.step < num_iterations:
+        if origin.resumed is not None and origin.resumed.optimizer_state is None:
+            raise cannot_resume(origin.folder, origin.resumed.no_optimizer)
         return False
     if ranks.is_main:
         print(f"{origin.folder} is trained: step {origin.step} of {num_iterations}. Nothing to do; --fresh trains it "
@@ -293,34 +365,43 @@ def is_trained(origin: Origin, num_iterations: int, ranks: Ranks) -> bool:
 
 def cannot_resume(folder: Path, why: str) -> UserError:
     """Return the error that a checkpoint cannot be trained on, with the way out."""
-    return UserError(f"{folder} cannot be trained on: {why}. --fresh moves it aside and trains anew; another "
-                     "--model-tag leaves it where it is.")
+    return UserError(f"{folder} cannot be trained on: {why.rstrip('.')}. --fresh moves it aside and trains anew; "
+                     "another --model-tag leaves it where it is.")
 
 
-def loader_state(origin: Origin, ranks: Ranks) -> dict | None:
-    """Return this rank's PackedLoader state to resume from, None for a new run. Raises UserError where it is gone."""
+def loader_state(origin: Origin) -> dict | None:
+    """Return the PackedLoader state to resume from, None for a new run. Raises UserError where it is gone."""
     if not origin.step:
         return None
-    states = origin.meta.get("loader")
-    if not states:
+    state = origin.meta.get("loader")
+    if not state:
         raise cannot_resume(origin.folder, "it does not say how far its data was read")
-    return (states if len(states) == ranks.world_size else reshard(states, ranks.world_size))[ranks.rank]
+    return merged(state) if isinstance(state, list) else state  # a list: one state a rank, as earlier versions saved
+
+
+def steps_state(origin: Origin) -> dict | None:
+    """Return the ConversationSteps state to resume from; None for a new run, and of an earlier version."""
+    return origin.meta.get("loader") if origin.step else None
 
 
 def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
-    """Return the model's optimizer, with its state where the run resumes. Raises UserError where that is gone."""
+    """Return the model's optimizer, with its state where the run resumes, which is then dropped from `origin`.
+
+    Raises UserError where that is gone.
+    """
     groups = override(published.groups, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr,
                       unembedding_lr=config.unembedding_lr, weight_decay=config.weight_decay,
                       lr_frac=getattr(config, "init_lr_frac", 1.0))
     optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks, origin.model.compute_dtype,
                           reduce_dtype=getattr(torch, config.reduce_dtype))
-    if origin.step:
-        found = load_on_ranks(origin.folder, origin.step, ranks, weights=False, optimizer=True, mapped=True)
-        if found.optimizer_state is None:
-            raise cannot_resume(origin.folder, found.no_optimizer)
-        optimizer.load_state_dict(found.optimizer_state)
+    if origin.resumed is not None:
+        if origin.resumed.optimizer_state is None:
+            raise cannot_resume(origin.folder, origin.resumed.no_optimizer)
+        optimizer.load_state_dict(origin.resumed.optimizer_state)
+        origin.resumed.optimizer_state = None
         if ranks.is_main:
             print_changes(origin.meta.get("user_config", {}), config, origin)
+            print_new_sums(config, origin, ranks)
     return optimizer
 
 
@@ -330,6 +411,21 @@ def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:
                if name in before and hasattr(config, name) and before[name] != getattr(config, name)]
     if changed:
         print(f"note: resuming with other settings than the run in {origin.folder} began with: {', '.join(changed)}")
+
+
+def print_new_sums(config: Any, origin: Origin, ranks: Ranks) -> None:
+    """Print that a resumed run is not bit-equal to an unbroken one, where its ranks or micro-batches are others."""
+    meta, loader = origin.meta, origin.meta.get("loader")
+    before, now = meta.get("world_size"), ranks.world_size
+    rows, own = meta.get("device_batch_size"), config.device_batch_size
+    changed = [f"{old} → {new} {noun}" for old, new, noun in ((before, now, "processes"), (rows, own, "rows a device"))
+               if old not in (None, new)]
+    if isinstance(loader, list) and len(loader) > 1:
+        print(f"note: {origin.folder} was saved before rows had one order for all processes: the documents still to "
+              "come are the same, packed into other rows")
+    elif changed:
+        print(f"note: {', '.join(changed)}: the run goes on with the very next rows, but its sums are taken in another "
+              "order: it is the unbroken run up to rounding, no longer bit for bit")
 
 
 # ---- the run
@@ -365,10 +461,11 @@ class StageRun:
     """A run of a stage that is ready to train, with its log open; `open_run` makes one.
 
     num_iterations: optimizer steps of the whole run, those before a resume included.
-    loader: whose position is saved, where the number of the step does not say it.
+    loader: whose position in the data is saved.
     kernels: the implementations that the operations use.
     results: meta fields of the checkpoints to come, such as val_bpb.
     progress: compares the end of the stage with its beginning.
+    guard: judges the steps; `open_run` makes it.
     """
 
     origin: Origin
@@ -377,12 +474,20 @@ class StageRun:
     optimizer: MuonAdamW
     num_iterations: int
     log: RunLog
-    loader: PackedLoader | None
+    loader: Loader | None
     kernels: Choice
     results: dict[str, Any]
     progress: Progress
     saver: BackgroundSaver = field(default_factory=BackgroundSaver)
     began: float = field(default_factory=time.time)
+    guard: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.model, self.optimizer, self.ranks, self.log, mode=getattr(self.config, "guard", "off"),
+                           check_every=getattr(self.config, "check_every", -1), folder=self.origin.folder,
+                           judges_loss=self.origin.stage.name != "rl", meta=self._meta, start=self.origin.step)
+        if self.origin.step and "guard" in self.origin.meta:
+            self.guard.load_state_dict(self.origin.meta["guard"])
 
     @property
     def model(self) -> GPT:
@@ -395,12 +500,6 @@ class StageRun:
     @property
     def max_seq_len(self) -> int:
         return tokens_of_row(self.config, self.model)
-
-    def where(self) -> str:
-        """Return processes, device and precision in words."""
-        count = self.ranks.world_size
-        return (f"{count} process{'es' if count > 1 else ''} on {self.ranks.device.type}, "
-                f"{str(self.model.compute_dtype).removeprefix('torch.')}")
 
     def introduce(self, lines: Sequence[str], **about: Any) -> None:
         """Print what the run is about to do, and record the model. about: further fields of the record."""
@@ -433,21 +532,22 @@ class StageRun:
                 a checkpoint is saved). SystemExit: the process was asked to stop; a checkpoint is saved.
         """
         def await_data(received: list[int]) -> UserError | None:
-            if self.loader is None:
+            if not isinstance(self.loader, PackedLoader):
                 return None
-            return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
+            with busy("waiting for text"):
+                return self.loader.prepare(3 * plan.micro_batches, lambda: bool(received))
 
         with explained_out_of_memory(self.config.device_batch_size, self.model.recompute):
             train(self.model, self.optimizer, batches, plan, self.ranks, self.log,
                   flops_per_token=self.model.flops_per_token(self.max_seq_len),
                   peak=peak_flops(self.ranks.device, self.model.compute_dtype) if mfu else None,
                   start=self.origin.step, before_step=self._before_step(actions), save=self._save_and_wait,
-                  await_data=await_data)
+                  await_data=await_data, guard=self.guard)
 
     def train_by(self, one_step: Callable[[int, bool], bool], actions: Sequence[PeriodicAction]) -> None:
         """Train like `train`, with a step of another kind: one_step as `nanochat.training.run_steps` takes it."""
         with explained_out_of_memory(self.config.device_batch_size, self.model.recompute):
-            run_steps(one_step, self.origin.step, self.num_iterations, self.log,
+            run_steps(one_step, self.origin.step, self.num_iterations, self.log, flush=self.guard.settle,
                       before_step=self._before_step(actions), save=self._save_and_wait)
 
     def _before_step(self, actions: Sequence[PeriodicAction]) -> Callable[[int], None]:
@@ -456,11 +556,17 @@ class StageRun:
         saves = PeriodicAction(self.config.save_every, lambda step: self.save(step, None if step == end else keep))
 
         def before_step(step: int) -> None:
-            self._report(self.saver.finished())
-            for action in (*actions, saves):
-                if is_due(action, step, self.origin.step, end):
-                    self.optimizer.wait()  # so that an action may read weights in any way
-                    action.run(step)
+            at_step(step)
+            self._report(self.saver.finished)
+            due = [action for action in (*actions, saves) if is_due(action, step, self.origin.step, end)]
+            if due and step > self.origin.step:  # nothing is evaluated or saved whose last step was not judged
+                self.guard.settle()
+                self.guard.check_weights(step)
+            if step == end:
+                self.guard.check_end(step)
+            for action in due:
+                self.optimizer.wait()  # so that an action may read weights in any way
+                action.run(step)
             if step == end:
                 self.wait_for_save()
 
@@ -469,37 +575,61 @@ class StageRun:
     def save(self, step: int, keep: int | None = None) -> None:
         """Start to save a checkpoint of `step` finished steps. Collective; a thread of rank 0 writes it.
 
-        keep: see `save_checkpoint`. Raises UserError where the checkpoint before could not be written.
+        keep: see `save_checkpoint`.
+
+        Raises:
+            UserError: training has diverged, or weights are not finite or not the same on all ranks; then nothing is
+                written.
         """
-        self._report(self.saver.wait())
+        self._report(self.saver.wait)
+        self.guard.settle()
+        self.guard.check_weights(step)
+        if not self.guard.may_save(step):
+            return
         optimizer_state = self.optimizer.state_dict(self.saver.host_copy)
-        position = gather_objects(self.loader.state_dict() if self.loader is not None else None, self.ranks)
         if self.ranks.is_main:
             weights = {name: self.saver.host_copy(name, tensor) for name, tensor in self.model.state_dict().items()}
             self.saver.write(self.origin.folder, step, weights, {
-                **self.results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
+                **self._meta(), "guard": self.guard.state_dict(),
+                **({"loader": self.loader.state_dict()} if self.loader is not None else {}),
+            }, optimizer_state, keep=keep, keep_every=self.config.keep_every, spared=self.guard.spared())
+
+    def _meta(self) -> dict[str, Any]:
+        """Return the meta fields of a checkpoint or a dump, but for those of the moment."""
+        return {**self.results, "model_config": self.model.config.to_dict(), "user_config": asdict(self.config),
                 "device_batch_size": self.config.device_batch_size, "max_seq_len": self.max_seq_len,
                 "recompute": self.config.recompute,
                 "compute_dtype": str(self.model.compute_dtype).removeprefix("torch."),
                 "num_iterations": self.num_iterations, "tokenizer": self.tokenizer.fingerprint(),
-                "world_size": self.ranks.world_size, **self.origin.provenance,
-                **({"loader": position} if self.loader is not None else {}),
-            }, optimizer_state, keep=keep)
+                "world_size": self.ranks.world_size, **self.origin.provenance}
 
     def wait_for_save(self) -> None:
-        """Wait until the checkpoint that is being written is on disk. Collective. Raises UserError where it is not."""
-        self._report(self.saver.wait())
+        """Wait until the run's last checkpoint is on disk, for a while also until there is room. Collective.
+
+        Raises NotWritten where it is not.
+        """
+        self._tell(self.saver.wait_for_room(self.log.say))
         barrier(self.ranks, "saving the last checkpoint")
 
     def _save_and_wait(self, step: int) -> None:
         self.save(step)
         self.wait_for_save()
 
-    def _report(self, written: Sequence[int]) -> None:
-        """Print and record that the checkpoints of these steps are on disk."""
+    def _report(self, written: Callable[[], Sequence[int]]) -> None:
+        """Tell which checkpoints are on disk, or warn that a periodic one could not be written: the run goes on."""
+        try:
+            self._tell(written())
+        except NotWritten as error:
+            self.log.say(f"warning: step {self.saver.step:05d} was not saved: {error} Training goes on.")
+            self.log.record("not_saved", step=self.saver.step, reason=str(error))
+
+    def _tell(self, written: Sequence[int]) -> None:
+        """Print and record that the checkpoints of these steps are on disk, and warn where the disk fills."""
         for step in written:
             self.log.say(f"step {step:05d} | saved {self.origin.folder}")
             self.log.record("checkpoint", step=step, folder=str(self.origin.folder))
+            if step < self.num_iterations and (warning := look_ahead(self.origin.folder, step, self.config.keep)):
+                self.log.say(warning)
 
     def evaluate_bpb(self, step: int, rows: EvalRows, token_bytes: torch.Tensor, whole: bool = True) -> None:
         """Print and record the bits per byte on `rows`; later checkpoints say it as val_bpb. Collective.
@@ -513,11 +643,11 @@ class StageRun:
 
         if not whole:
             return measure()
-        bpb = evaluate_bpb(self.model, rows, token_bytes, self.ranks)
+        bpb = finite(evaluate_bpb(self.model, rows, token_bytes, self.ranks), "validation bpb", step)
         measure(bpb)
         if self.origin.stage.name == "base" and self.progress.verdict is not None:
             self.progress.compare_with_unigram(bpb, rows.unigram_bpb(token_bytes))
-        self.results["val_bpb"] = bpb
+        self.results.update(val_bpb=bpb, val_step=step)
         self.log.say(f"step {step:05d} | validation bpb {bpb:.4f}")
         self.log.record("val", step=step, bpb=bpb)
 
@@ -562,32 +692,54 @@ class StageRun:
                 self.log.say(verdict.warning())
 
 
+def room_for(origin: Origin, config: Any, optimizer: MuonAdamW, num_iterations: int) -> str:
+    """Return a warning where the disk has no room for all that the run will write; see `check_room`."""
+    size = sum(4 * p.numel() for p in origin.model.parameters()) + optimizer.bytes_of_state()
+    every = config.save_every
+    saves = (num_iterations - 1) // every - origin.step // every if every > 0 else 0
+    return check_room(origin.folder, size, saves, config.keep, num_iterations - origin.step)
+
+
 @contextmanager
 def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, kernels: Choice,
-             loader: PackedLoader | None = None, **results: Any) -> Iterator[StageRun]:
+             loader: Loader | None = None, **results: Any) -> Iterator[StageRun]:
     """Make the optimizer, open the log and yield the run.
 
     The end of the block, however it ends, waits for the checkpoint that is being written, and closes the log.
 
     Args:
         num_iterations: optimizer steps of the whole run.
-        loader: whose position goes into the checkpoints, where the number of the step does not say it.
+        loader: whose position in the data goes into the checkpoints.
         kernels: from `choose_kernels`.
         results: meta fields of every checkpoint, as they are before the first evaluation.
+
+    Raises:
+        NotWritten: on all ranks, where the disk has no room for a checkpoint.
     """
+    prints = gather_objects(origin.tokenizer.fingerprint(), ranks)
+    if other := next((rank for rank, print_ in enumerate(prints) if print_ != prints[0]), 0):
+        raise UserError(f"rank {other} has another tokenizer than rank 0: the text on their machines differs. Copy "
+                        "base_data and tokenizer of node 0's base folder to the other nodes.")
     optimizer = make_optimizer(origin, config, ranks)
     progress = Progress(dict(origin.meta.get("began") or {}) if origin.step else {}, fresh=origin.step == 0)
+    warning = on_main("looking at the disk", lambda: room_for(origin, config, optimizer, num_iterations), ranks)
     with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
-                enabled=ranks.is_main) as log:
+                resumes=origin.step > 0, enabled=ranks.is_main) as log:
+        if origin.fresh:  # only now: what else could be wrong with the flags was looked at
+            on_main(f"moving {origin.folder} aside", lambda: move_aside(origin.folder), ranks)
+        if why := os.environ.get(RESTARTED):
+            log.record("restart", why=why)
         run = StageRun(origin=origin, config=config, ranks=ranks, optimizer=optimizer, num_iterations=num_iterations,
                        log=log, loader=loader, kernels=kernels, results={**results, "began": progress.began},
                        progress=progress)
+        if warning:
+            log.say(warning)
         try:
             yield run
         except BaseException:  # training has diverged, for example: the last checkpoint before that is not lost
             try:
-                run._report(run.saver.wait())
+                run._tell(run.saver.wait())
             except UserError as error:
                 log.say(f"besides: {error}")
             raise
-        run._report(run.saver.wait())
+        run._tell(run.saver.wait())

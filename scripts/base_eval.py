@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from nanochat.cli import flag, parse, run_main
-from nanochat.dataset import data_dir
+from nanochat.checks import need_writable
+from nanochat.cli import COUNT_OR_ALL, flag, parse, run_main
 from nanochat.dataset.shards import shards_in
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
-from nanochat.evaluation.core import CoreResult, bundle_of_ranks, evaluate_core
+from nanochat.evaluation.core import CoreResult, bundle_of_ranks, check_bundle, evaluate_core
 from nanochat.evaluation.core_bundle import Bundle, BundleUnavailable
 from nanochat.evaluation.loss import log_likelihoods
 from nanochat.files import atomic_write, base_dir, to_json
@@ -39,8 +39,21 @@ class Config(base_loss.Config):
     """Flags of base_eval, after those of base_loss."""
 
     eval: str = flag("", f"parts to run, of {','.join(PARTS)}; unset runs all that are possible here")
-    max_per_task: int = flag(published.base_eval.max_per_task, "examples of each CORE task; -1 = all")
+    max_per_task: int = flag(published.base_eval.max_per_task, "examples of each CORE task; -1 = all",
+                             within=COUNT_OR_ALL)
     bundle: str = flag("", "folder of the tasks of CORE; unset is eval_bundle, downloaded if it is missing")
+
+    def check(self) -> None:
+        """Raise UserError for parts that do not exist, and a folder that is not there."""
+        super().check()
+        if wrong := [part for part in self.parts() if part not in PARTS]:
+            raise UserError(f"--eval names {wrong[0]!r}; its parts are {', '.join(PARTS)}, separated by commas")
+        if self.bundle and not Path(self.bundle).expanduser().is_dir():
+            raise UserError(f"--bundle: there is no folder {self.bundle}")
+
+    def parts(self) -> list[str]:
+        """Return the parts that --eval names; [] for all that are possible."""
+        return [part.strip() for part in self.eval.split(",") if part.strip()]
 
 
 def small_world_recall(model, tokenizer, meta: dict[str, Any], log: RunLog) -> None:
@@ -96,10 +109,8 @@ def core(model, tokenizer, bundle: Bundle, max_per_task: int, step: int, ranks: 
 
 def evaluate(model, tokenizer, meta: dict[str, Any], config: Config, ranks: Ranks, log: RunLog) -> None:
     """Run the parts that --eval names, or all that are possible; the others are skipped with a message. Collective."""
-    asked = [part.strip() for part in config.eval.split(",") if part.strip()]
+    asked = config.parts()
     parts = asked or list(PARTS)
-    if wrong := [part for part in parts if part not in PARTS]:
-        raise UserError(f"--eval names {wrong[0]!r}; its parts are {', '.join(PARTS)}, separated by commas")
     if "core" in parts:
         own_text = (meta.get("data") or {}).get("source") == "small-world"
         try:
@@ -114,7 +125,7 @@ def evaluate(model, tokenizer, meta: dict[str, Any], config: Config, ranks: Rank
             core(model, tokenizer, bundle, config.max_per_task, meta["step"], ranks, log)
     text_parts = [part for part in ("bpb", "sample") if part in parts]
     if text_parts:
-        folder = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
+        folder = base_loss.text_folder(config)
         if asked or shards_in(folder):
             base_loss.evaluate(model, tokenizer, config, ranks, log, text_parts)
         else:
@@ -124,11 +135,38 @@ def evaluate(model, tokenizer, meta: dict[str, Any], config: Config, ranks: Rank
         small_world_recall(model, tokenizer, meta, log)
 
 
+def look(tokenizer, meta: dict[str, Any], config: Config, ranks: Ranks) -> list[str]:
+    """Return what would be evaluated, in words. Raises UserError where a part that --eval names is not possible.
+
+    Text is looked at before CORE is evaluated, which may take an hour.
+    """
+    need_writable(base_dir() / "base_eval")
+    asked, lines = config.parts(), []
+    parts, small_world = asked or list(PARTS), (meta.get("data") or {}).get("source") == "small-world"
+    if "core" in parts:
+        try:
+            bundle = bundle_of_ranks(config.bundle, ranks, fetch=False)
+            check_bundle(bundle, config.max_per_task, ranks)
+            lines.append(f"CORE: {len(bundle.tasks)} tasks")
+        except BundleUnavailable:
+            lines.append("CORE, if its tasks can be downloaded" if asked or not small_world else
+                         "not CORE: its tasks are not there, and the model knows only the small world")
+    if {"bpb", "sample"} & set(parts):
+        if asked or shards_in(base_loss.text_folder(config)):
+            lines += base_loss.look_at_text(tokenizer, config)
+        else:
+            lines.append(f"not bits per byte and samples: there is no text in {base_loss.text_folder(config)}")
+    if "small-world" in parts and small_world:
+        lines.append("the facts of the small world")
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the flags say. Raises UserError for a mistake of the user."""
     config = parse(Config, argv, __doc__)
     base_loss.run(config, "base_eval",
-                  lambda model, tokenizer, meta, ranks, log: evaluate(model, tokenizer, meta, config, ranks, log))
+                  lambda model, tokenizer, meta, ranks, log: evaluate(model, tokenizer, meta, config, ranks, log),
+                  lambda tokenizer, meta, ranks: look(tokenizer, meta, config, ranks))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,22 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat.checkpoint import load_checkpoint, load_on_ranks
-from nanochat.cli import flag, run_main
+from nanochat.checks import check_batch, check_tag, dry_run_flag, say_what_would_be_done, where
+from nanochat.cli import (
+    COUNT,
+    COUNT_OR_ALL,
+    DEPTH,
+    EVERY,
+    FRACTION,
+    FROM_ZERO,
+    NOT_NEGATIVE,
+    ROW_TOKENS,
+    ROWS,
+    SEED,
+    Range,
+    flag,
+    run_main,
+)
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir
 from nanochat.dataset.identity import identity_of_bundle, identity_of_shards, with_identity
@@ -28,6 +42,7 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig, meta_model
+from nanochat.guard import CHECK_EVERY, GUARD
 from nanochat.kernels.fp8 import EMULATED, REAL, check_fp8
 from nanochat.loading import model_from_state
 from nanochat.memory import RECOMPUTE_HELP
@@ -36,15 +51,15 @@ from nanochat.run import (
     REDUCE_DTYPE,
     Origin,
     PeriodicAction,
+    checkpoint_to_resume,
+    claim,
     compile_wanted,
     fit_and_choose,
     is_trained,
     kernels_flag,
     launch,
     loader_state,
-    lock_run,
     open_run,
-    resume_step,
 )
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -60,50 +75,79 @@ class Config:
 
     run: str = flag("dummy", "name of the wandb run; dummy means no wandb")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
-    depth: int = flag(BASE.shape.depth, "layers; sets width (64 a layer) and heads too")
-    max_seq_len: int = flag(BASE.shape.max_seq_len, "tokens in a row")
+    depth: int = flag(BASE.shape.depth, "layers; sets width (64 a layer) and heads too", within=DEPTH)
+    max_seq_len: int = flag(BASE.shape.max_seq_len, "tokens in a row", within=ROW_TOKENS)
     layer_pattern: str = flag(BASE.shape.layer_pattern,
                               "mixer of each layer, S for SLC2 and A for attention; one letter stands for all layers")
-    window: int = flag(BASE.shape.window, "tokens that attention sees, each itself and those before it; 0 = all")
-    n_kernel: int = flag(BASE.shape.n_kernel, "taps of the SLC2 convolution")
-    slc_rate: int = flag(BASE.shape.slc_rate, "one layer in this many is attention")
+    window: int = flag(BASE.shape.window, "tokens that attention sees, each itself and those before it; 0 = all",
+                       within=FROM_ZERO)
+    n_kernel: int = flag(BASE.shape.n_kernel, "taps of the SLC2 convolution", within=Range(1, 64))
+    slc_rate: int = flag(BASE.shape.slc_rate, "one layer in this many is attention", within=COUNT)
     num_iterations: int = flag(BASE.horizon.num_iterations,
-                               "optimizer steps; counts before the next two; -1 = unset")
-    target_flops: float = flag(BASE.horizon.target_flops, "train until this many FLOPs are done; -1 = unset")
-    target_param_data_ratio: float = flag(BASE.horizon.target_param_data_ratio, "train on this many tokens a parameter")
+                               "optimizer steps; counts before the next two; -1 = unset", within=COUNT_OR_ALL)
+    target_flops: float = flag(BASE.horizon.target_flops, "train until this many FLOPs are done; -1 = unset",
+                               within=Range(above=0, also=-1))
+    target_param_data_ratio: float = flag(BASE.horizon.target_param_data_ratio, "train on this many tokens a parameter",
+                                          within=Range(above=0, also=-1))
     device_batch_size: Rows = flag(BASE.device_batch_size,
-                                   "rows a device takes at a time; auto is what fits its memory")
+                                   "rows a device takes at a time; auto is what fits its memory", within=ROWS)
     recompute: Recompute = flag(BASE.recompute, RECOMPUTE_HELP)
-    total_batch_size: int = flag(BASE.total_batch_size, "tokens of all devices in an optimizer step")
-    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)")
-    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)")
+    total_batch_size: int = flag(BASE.total_batch_size, "tokens of all devices in an optimizer step", within=COUNT)
+    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)",
+                               within=NOT_NEGATIVE)
+    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)",
+                                 within=NOT_NEGATIVE)
     matrix_lr: float = flag(published.groups["matrices"].lr,
-                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)")
-    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps")
-    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit")
+                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)",
+                            within=NOT_NEGATIVE)
+    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps",
+                               within=NOT_NEGATIVE)
+    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit", within=NOT_NEGATIVE)
     reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
-    warmup_ratio: float = flag(BASE.rates.warmup_ratio, "part of the steps over which the learning rates rise")
-    warmdown_ratio: float = flag(BASE.rates.warmdown_ratio, "part of the steps over which the learning rates fall")
-    final_lr_frac: float = flag(BASE.rates.final_lr_frac, "learning rates at the end, as a fraction of the full ones")
-    eval_every: int = flag(BASE.eval_every, "steps from one validation to the next; -1 = at the end only")
-    eval_tokens: int = flag(BASE.eval_tokens, "tokens to validate on")
+    warmup_ratio: float = flag(BASE.rates.warmup_ratio, "part of the steps over which the learning rates rise",
+                               within=FRACTION)
+    warmdown_ratio: float = flag(BASE.rates.warmdown_ratio, "part of the steps over which the learning rates fall",
+                                 within=FRACTION)
+    final_lr_frac: float = flag(BASE.rates.final_lr_frac, "learning rates at the end, as a fraction of the full ones",
+                                within=FRACTION)
+    eval_every: int = flag(BASE.eval_every, "steps from one validation to the next; -1 = at the end only", within=EVERY)
+    eval_tokens: int = flag(BASE.eval_tokens, "tokens to validate on", within=COUNT)
     core_metric_every: int = flag(BASE.core_metric_every,
-                                  "steps from one CORE evaluation to the next, and one at the end; -1 = never")
+                                  "steps from one CORE evaluation to the next, and one at the end; -1 = never",
+                                  within=EVERY)
     core_metric_max_per_task: int = flag(BASE.core_metric_max_per_task,
-                                         "examples of each task in that evaluation; -1 = all")
-    sample_every: int = flag(BASE.sample_every, "steps from one set of samples to the next; -1 = at the end only")
-    save_every: int = flag(BASE.save_every, "steps from one checkpoint to the next; -1 = at the end only")
-    keep: int = flag(BASE.keep, "periodical checkpoints to keep; the last one always stays")
+                                         "examples of each task in that evaluation; -1 = all", within=COUNT_OR_ALL)
+    sample_every: int = flag(BASE.sample_every, "steps from one set of samples to the next; -1 = at the end only",
+                             within=EVERY)
+    save_every: int = flag(BASE.save_every, "steps from one checkpoint to the next; -1 = at the end only", within=EVERY)
+    keep: int = flag(BASE.keep, "periodical checkpoints to keep, beside the one of them with the best validation "
+                     "and those of --keep-every; the last one always stays", within=COUNT)
+    keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none",
+                           within=COUNT_OR_ALL)
     model_tag: str = flag("", "name of the checkpoint folder; unset is d<depth>")
     data_dir: str = flag("", "folder of shards; unset is base_data")
     shards: int = flag(-1, "training shards that are planned: it begins with the first while a download brings the "
-                           "rest; -1 = those that are there")
-    seed: int = flag(BASE.seed, "of the initial weights")
+                           "rest; -1 = those that are there", within=COUNT_OR_ALL)
+    seed: int = flag(BASE.seed, "of the initial weights", within=SEED)
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
     fp8: bool = flag(False, "products of MLPs and head in 8 bits, on NVIDIA GPUs of compute capability 8.9 and newer")
     fp8_emulated: bool = flag(False, "round as --fp8 does, on any device, slowly: to measure its effect on the loss")
+    guard: Literal["skip", "stop", "off"] = flag("skip", GUARD)
+    check_every: int = flag(100, CHECK_EVERY)
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
+    dry_run: bool = dry_run_flag()
+
+    def check(self) -> None:
+        """Raise UserError for flags that do not fit one another."""
+        check_tag(self.model_tag)
+        check_batch(self)
+        if self.warmup_ratio + self.warmdown_ratio > 1:
+            raise UserError(f"--warmup-ratio {self.warmup_ratio:g} and --warmdown-ratio {self.warmdown_ratio:g} are "
+                            "more than the whole run together; their sum must be at most 1")
+        if self.num_iterations < 0 and self.target_flops < 0 and self.target_param_data_ratio < 0:
+            raise UserError("no horizon: set --num-iterations, --target-flops or --target-param-data-ratio above 0")
+        model_shape(self, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,13 +186,13 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
         UserError: the folder holds a model of another shape or tokenizer.
     """
     folder = base_dir() / STAGES["base"].folder / (config.model_tag or f"d{config.depth}")
-    file = lock_run(folder, ranks)
-    step, meta = resume_step(folder, config.fresh, ranks), {}
-    if step is None:
+    file = claim(folder, config, ranks)
+    resumed = checkpoint_to_resume(folder, config, ranks)
+    meta = resumed.meta if resumed else {}
+    if resumed is None:
         torch.manual_seed(config.seed)  # initialised on the CPU: the same weights for every device and number of ranks
         model = GPT(shape).to(ranks.device)
     else:
-        meta = load_checkpoint(folder, step, weights=False).meta
         way_out = "Use another --model-tag, or --fresh to move it aside and start anew."
         old, new = meta["model_config"], shape.to_dict()
         if old != new:
@@ -157,11 +201,12 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
             raise UserError(f"{folder} holds a model of another shape ({differ}). {way_out}")
         if meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
             raise UserError(f"{folder} was trained with another tokenizer. {way_out}")
-        found = load_on_ranks(folder, step, ranks, device=ranks.device)  # straight to the device, tensor by tensor
-        meta, model = found.meta, model_from_state(new, found.model_state, what=str(folder))
+        model = model_from_state(new, resumed.model_state, what=str(folder))
+        resumed.model_state = {}  # the optimizer gives the weights other memory
     model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype"))
-    return Origin(stage=STAGES["base"], folder=folder, step=step or 0, model=model, tokenizer=tokenizer, meta=meta,
-                  loaded="", provenance={"data": read_source(text)}, lock=file)
+    return Origin(stage=STAGES["base"], folder=folder, step=resumed.step if resumed else 0, model=model,
+                  tokenizer=tokenizer, meta=meta, loaded="", provenance={"data": read_source(text)}, lock=file,
+                  resumed=resumed, fresh=config.fresh)
 
 
 def run(config: Config, ranks: Ranks) -> None:
@@ -175,11 +220,12 @@ def run(config: Config, ranks: Ranks) -> None:
     shape = model_shape(config, tokenizer.get_vocab_size())
     bundle = None
     if config.core_metric_every > 0:  # find what is wrong with it at the start, not after thousands of steps
-        bundle = bundle_of_ranks(None, ranks)
+        bundle = bundle_of_ranks(None, ranks, fetch=not config.dry_run)
         check_bundle(bundle, config.core_metric_max_per_task, ranks)
     text = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
     source = TextSource(tokenizer, "train", text, expected=None if config.shards == -1 else config.shards,
                         say=print if ranks.is_main else lambda text: None)  # now: without text, no model is made
+    val_source = TextSource(tokenizer, "val", text)
 
     num_iterations = horizon(config, meta_model(shape))
     origin = origin_of(config, shape, tokenizer, text, ranks)
@@ -194,8 +240,17 @@ def run(config: Config, ranks: Ranks) -> None:
                                      meta=origin.meta, compiled=compiled)
     B = config.device_batch_size
     micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
+    parameters, tokens = sum(p.numel() for p in model.parameters()), num_iterations * config.total_batch_size
+    lines = [f"model d{config.depth}: {parameters:,} parameters, width {shape.n_embd}, {shape.n_head} heads, layers "
+             f"{shape.pattern()}, vocabulary {shape.vocab_size:,}, rows of {shape.sequence_len}",
+             f"train {num_iterations:,} steps of {config.total_batch_size:,} tokens = {tokens / 1e6:,.1f}M tokens "
+             f"({tokens / parameters:.1f} a parameter), {model.flops_per_token() * tokens:.2e} FLOPs; "
+             f"{where(model, ranks)}, {micro_batches} micro-batch{'es' * (micro_batches > 1)} of {B} rows a step"]
+    if config.dry_run:
+        return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
     ahead = 4 if source.shards == source.planned else max(4, 3 * micro_batches)  # so that a run without text can save
-    loader = PackedLoader(source, B, T, ranks=ranks, state=loader_state(origin, ranks), prefetch=ahead)
+    loader = PackedLoader(source, B, T, ranks=ranks, rows_per_step=config.total_batch_size // T,
+                          state=loader_state(origin), prefetch=ahead)
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),
                         muon_momentum=BASE.momentum)
@@ -203,18 +258,11 @@ def run(config: Config, ranks: Ranks) -> None:
                           val_bpb=None) as run:
         log, token_bytes = run.log, get_token_bytes(ranks.device)
         prompts = beginnings(tokenizer, text) if ranks.is_main else []
-        parameters, tokens = sum(p.numel() for p in model.parameters()), num_iterations * config.total_batch_size
-        run.introduce([
-            f"model d{config.depth}: {parameters:,} parameters, width {shape.n_embd}, {shape.n_head} heads, layers "
-            f"{shape.pattern()}, vocabulary {shape.vocab_size:,}, rows of {shape.sequence_len}",
-            f"train {num_iterations:,} steps of {config.total_batch_size:,} tokens = {tokens / 1e6:,.1f}M tokens "
-            f"({tokens / parameters:.1f} a parameter), {model.flops_per_token() * tokens:.2e} FLOPs; {run.where()}, "
-            f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of {B} rows a step",
-        ], flops_per_token=model.flops_per_token(), tokens=tokens)
+        run.introduce(lines, flops_per_token=model.flops_per_token(), tokens=tokens)
 
         @cache
         def val_rows() -> EvalRows:
-            return EvalRows(TextSource(tokenizer, "val", text), B, T, config.eval_tokens, ranks=ranks)
+            return EvalRows(val_source, B, T, config.eval_tokens, ranks=ranks)
 
         def evaluate_tasks(step: int) -> None:
             result = evaluate_core(model, tokenizer, bundle, config.core_metric_max_per_task, ranks=ranks)

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, LARGEST, PENALTY, STEP_OR_LAST, TEMPERATURE, TOP_K, TOP_P, Range, flag, parse, run_main
 from nanochat.distributed import init_ranks
 from nanochat.engine import Engine
 from nanochat.errors import UserError
@@ -35,15 +35,18 @@ class Config:
 
     source: str = flag("sft", "which model: sft, mid, rl, base, or a folder", short="i")
     model_tag: str = flag("", "which of its models; unset takes the only or the deepest one", short="g")
-    step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
+    step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s", within=STEP_OR_LAST)
     prompt: str = flag("", "one question to answer; unset starts a conversation", short="p")
     temperature: float = flag(DEFAULTS.temperature, "0 takes the most likely token each time; higher is more varied",
-                              short="t")
-    top_k: int = flag(DEFAULTS.top_k, "sample from this many of the most likely tokens; 0 = all", short="k")
-    top_p: float = flag(DEFAULTS.top_p, "sample from the most likely tokens that together have this probability")
-    repetition_penalty: float = flag(DEFAULTS.repetition_penalty, "above 1 makes tokens seen before less likely")
-    max_tokens: int = flag(DEFAULTS.max_tokens, "tokens of an answer at most")
-    seed: int = flag(-1, "of the random numbers; -1 takes new ones each time")
+                              short="t", within=TEMPERATURE)
+    top_k: int = flag(DEFAULTS.top_k, "sample from this many of the most likely tokens; 0 = all", short="k",
+                      within=TOP_K)
+    top_p: float = flag(DEFAULTS.top_p, "sample from the most likely tokens that together have this probability",
+                        within=TOP_P)
+    repetition_penalty: float = flag(DEFAULTS.repetition_penalty, "above 1 makes tokens seen before less likely",
+                                     within=PENALTY)
+    max_tokens: int = flag(DEFAULTS.max_tokens, "tokens of an answer at most", within=COUNT)
+    seed: int = flag(-1, "of the random numbers; -1 takes new ones each time", within=Range(0, LARGEST, also=-1))
     quantize: Literal["none", "int8"] = flag("none", "int8: weights of 8 bits, faster on a CPU, a little less exact")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
 
@@ -194,8 +197,6 @@ def converse(chat: Conversation) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer once, or until the user leaves. Raises UserError for what the user can correct."""
     config = parse(Config, argv, __doc__)
-    if config.max_tokens < 1:
-        raise UserError(f"--max-tokens must be at least 1, not {config.max_tokens}")
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         with suppress(AttributeError, ValueError):  # not a file: a test, a notebook
             stream.reconfigure(errors=errors)

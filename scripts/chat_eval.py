@@ -8,13 +8,15 @@ Files under $NANOCHAT_BASE_DIR: chat_eval/<source>_<tag>_<step>/<task>.jsonl, on
 model; and the log, logs/chat_eval_<source>_<tag>.jsonl.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.checks import check_tag, dry_run_flag, need_writable
+from nanochat.cli import COUNT, COUNT_OR_ALL, ROWS, SEED, STEP_OR_LAST, TEMPERATURE, TOP_K, flag, parse, run_main
 from nanochat.distributed import joined_ranks, machine_first
 from nanochat.errors import UserError
 from nanochat.evaluation.chat import chatcore, evaluate_task
@@ -26,6 +28,7 @@ from nanochat.stages import CHAT_STAGES, STAGES
 from nanochat.tools.sandbox import run_python
 from nanochat.training import clock
 from tasks import recipes
+from tasks.hub import MIRROR
 
 GRADING = published.chat_eval
 PROGRESS_EVERY = 5.0  # seconds between lines of progress
@@ -37,19 +40,24 @@ class Config:
 
     source: Literal[tuple(stage.name for stage in CHAT_STAGES)] = flag("sft", "stage of the model", short="i")
     task_name: str = flag("", "tasks, separated by |; unset takes all", short="a")
-    temperature: float = flag(GRADING.temperature, "of sampling; 0 is greedy", short="t")
-    max_new_tokens: int = flag(GRADING.max_new_tokens, "most tokens of an answer", short="m")
+    temperature: float = flag(GRADING.temperature, "of sampling; 0 is greedy", short="t", within=TEMPERATURE)
+    max_new_tokens: int = flag(GRADING.max_new_tokens, "most tokens of an answer", short="m", within=COUNT)
     num_samples: int = flag(GRADING.num_samples, "answers to a problem; one correct answer is enough (pass@k)",
-                            short="n")
-    top_k: int = flag(GRADING.top_k, "sample from this many most likely tokens; 0 = all", short="k")
-    batch_size: int = flag(GRADING.batch_size, "sequences in one batch", short="b")
+                            short="n", within=ROWS)
+    top_k: int = flag(GRADING.top_k, "sample from this many most likely tokens; 0 = all", short="k", within=TOP_K)
+    batch_size: int = flag(GRADING.batch_size, "sequences in one batch", short="b", within=ROWS)
     model_tag: str = flag("", "which model; unset takes the only or the deepest one", short="g")
-    step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
-    max_problems: int = flag(GRADING.max_problems, "problems of each task; -1 = all", short="x")
+    step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s", within=STEP_OR_LAST)
+    max_problems: int = flag(GRADING.max_problems, "problems of each task; -1 = all", short="x", within=COUNT_OR_ALL)
     data: Literal["auto", "hub", "small-world"] = flag(
         "auto", "which tasks: the published ones, or those of the built-in small world; auto is those of its training")
-    seed: int = flag(42, "of sampling, where the temperature is above 0")
+    seed: int = flag(42, "of sampling, where the temperature is above 0", within=SEED)
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+    dry_run: bool = dry_run_flag()
+
+    def check(self) -> None:
+        """Raise UserError for a tag that is none."""
+        check_tag(self.model_tag)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,10 +93,6 @@ def select_tasks(names: str, data: str, seed: int) -> dict:
 
 def run(config: Config, ranks) -> None:
     """Evaluate one model. Collective."""
-    if config.max_problems == 0 or config.max_problems < -1:
-        raise UserError(f"--max-problems is a number from 1 on, or -1 for all, not {config.max_problems}")
-    if min(config.num_samples, config.batch_size, config.max_new_tokens) < 1:
-        raise UserError("--num-samples, --batch-size and --max-new-tokens must be at least 1")
     model, tokenizer, meta = load_for_decoding(config.source, ranks.device, model_tag=config.model_tag or None,
                                                step=None if config.step < 0 else config.step, ranks=ranks)
     about = meta.get("data") or {}
@@ -97,12 +101,22 @@ def run(config: Config, ranks) -> None:
     level = run_python("").level.name.lower() if "HumanEval" in tasks else ""  # now, so that an error comes early
     tag = Path(meta["folder"]).name
     folder = base_dir() / "chat_eval" / f"{config.source}_{tag}_{meta['step']:06d}"
+    for path in (folder, base_dir() / "logs"):
+        need_writable(path)
+    if config.dry_run:
+        seen = data != "hub" or os.environ.get(MIRROR)  # else they would have to be fetched
+        counts = {name: f"{len(make()):,} problems" if seen else "from the hub" for name, make in tasks.items()}
+        if ranks.is_main:
+            print(f"{meta['loaded']} would be asked " + ", ".join(f"{name} ({count})" for name, count in counts.items())
+                  + f"; the answers would go to {folder}\nnothing was changed: this was --dry-run")
+        return
+    loaded = {name: machine_first(make, ranks) for name, make in tasks.items()}  # all, before the first is asked
     with RunLog(STAGES[config.source].graded_by, tag, asdict(config), enabled=ranks.is_main) as log:
         log.say(meta["loaded"])
         if level:
             log.say(f"programs of HumanEval run in a sandbox of the level {level}")
         accuracy, chance, published_way = {}, {}, {}
-        for name, make in tasks.items():
+        for name, task in loaded.items():
             last_line = time.time()
 
             def progress(done: int, count: int, correct: int, name: str = name) -> None:
@@ -112,7 +126,7 @@ def run(config: Config, ranks) -> None:
                     last_line = time.time()
                     log.say(f"  {name:16s} {done}/{count}, {correct / done:.1%} so far")
 
-            result = evaluate_task(model, tokenizer, machine_first(make, ranks), ranks, batch_size=config.batch_size,
+            result = evaluate_task(model, tokenizer, task, ranks, batch_size=config.batch_size,
                                    max_problems=config.max_problems, num_samples=config.num_samples,
                                    max_tokens=config.max_new_tokens, temperature=config.temperature,
                                    top_k=config.top_k, seed=config.seed, progress=progress)

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.chat_data import Conversations
-from nanochat.cli import flag, run_main
+from nanochat.chat_data import ConversationSteps
+from nanochat.checks import data_unseen, say_what_would_be_done, where
+from nanochat.cli import COUNT, EVERY, NOT_NEGATIVE, POSITIVE, ROWS, TOP_K, Range, flag, run_main
 from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first
 from nanochat.engine import Engine
-from nanochat.errors import UserError
 from nanochat.recipe import MOST_ROWS, Rows, published
 from nanochat.rl import batches, pass_rates, rollout_stats, rollouts, standard_error
 from nanochat.run import (
@@ -29,9 +29,10 @@ from nanochat.run import (
     launch,
     open_run,
     start_from_checkpoint,
+    steps_state,
 )
 from nanochat.stages import STAGES
-from nanochat.training import TrainingPlan, check_finite, clock, train_step
+from nanochat.training import TrainingPlan, clock, train_step
 from tasks import recipes
 
 STAGE, RL = STAGES["rl"], published.rl
@@ -43,25 +44,25 @@ class Config(ChatStageFlags):
     most likely tokens and learnt as if from all."""
 
     source: Literal[STAGE.starts_from] = flag(STAGE.starts_from[0], "stage to start from")
-    num_epochs: float = flag(RL.num_epochs, "how often to go through the problems")
+    num_epochs: float = flag(RL.num_epochs, "how often to go through the problems", within=POSITIVE)
     device_batch_size: Rows = flag(RL.device_batch_size,
-                                   "answers a device learns from at a time; auto is what fits its memory")
-    rollout_batch_size: int = flag(RL.rollout_batch_size, "answers a device writes at a time")
-    examples_per_step: int = flag(RL.examples_per_step, "problems of all devices in an optimizer step")
+                                   "answers a device learns from at a time; auto is what fits its memory", within=ROWS)
+    rollout_batch_size: int = flag(RL.rollout_batch_size, "answers a device writes at a time", within=ROWS)
+    examples_per_step: int = flag(RL.examples_per_step, "problems of all devices in an optimizer step", within=COUNT)
     num_samples: int = flag(RL.num_samples,
-                            "answers to each problem, 2 or more: their rewards are compared with one another")
-    max_new_tokens: int = flag(RL.max_new_tokens, "tokens of an answer at most")
-    temperature: float = flag(RL.temperature, "sampling temperature; only 1 is on-policy")
-    top_k: int = flag(RL.top_k, "sample from this many most likely tokens; 0 = all, and only that is on-policy")
-    init_lr_frac: float = flag(RL.init_lr_frac, "factor of all learning rates")
-    save_every: int = flag(RL.save_every, "steps from one checkpoint to the next; -1 = at the end only")
-    eval_every: int = flag(RL.eval_every, "steps from one evaluation to the next; -1 = before and after only")
-    eval_examples: int = flag(RL.eval_examples, "problems of the test in an evaluation")
-    eval_samples: int = flag(RL.eval_samples, "answers to each of them, for pass@1 to pass@this")
-
-
-AT_LEAST = {"examples_per_step": 1, "num_samples": 2, "device_batch_size": 1, "eval_examples": 1, "eval_samples": 1,
-            "max_new_tokens": 1}
+                            "answers to each problem, 2 or more: their rewards are compared with one another",
+                            within=Range(2, 1 << 20))
+    max_new_tokens: int = flag(RL.max_new_tokens, "tokens of an answer at most", within=COUNT)
+    temperature: float = flag(RL.temperature, "sampling temperature; only 1 is on-policy",
+                              within=Range(above=0, high=100))
+    top_k: int = flag(RL.top_k, "sample from this many most likely tokens; 0 = all, and only that is on-policy",
+                      within=TOP_K)
+    init_lr_frac: float = flag(RL.init_lr_frac, "factor of all learning rates", within=NOT_NEGATIVE)
+    save_every: int = flag(RL.save_every, "steps from one checkpoint to the next; -1 = at the end only", within=EVERY)
+    eval_every: int = flag(RL.eval_every, "steps from one evaluation to the next; -1 = before and after only",
+                           within=EVERY)
+    eval_examples: int = flag(RL.eval_examples, "problems of the test in an evaluation", within=COUNT)
+    eval_samples: int = flag(RL.eval_samples, "answers to each of them, for pass@1 to pass@this", within=ROWS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,14 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config, ranks: Ranks) -> None:
     """Run reinforcement learning on these ranks."""
-    for name, least in AT_LEAST.items():
-        if getattr(config, name) != "auto" and getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}")
     origin = start_from_checkpoint(STAGE, config.source, config, ranks)
     data = chat_data_choice(config, origin.meta)
+    if config.dry_run and data_unseen(data.source, config, origin, ranks):
+        return
     train, test = machine_first(lambda: [recipes.rl(data.source, split, seed=data.seed) for split in ("train", "test")],
                                 ranks)
-    problems = Conversations(train, config.seed)
+    problems = ConversationSteps(train, config.seed, config.examples_per_step, origin.step, steps_state(origin))
     num_iterations = config.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))
@@ -89,12 +89,15 @@ def run(config: Config, ranks: Ranks) -> None:
                                      ranks, meta=origin.meta if origin.step else {})
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, rates=RL.rates,
                         muon_momentum=RL.momentum)
+    lines = [f"{num_iterations:,} steps of {config.examples_per_step} problems, {config.num_samples} answers to each; "
+             f"{where(origin.model, ranks)}"]
+    if config.dry_run:
+        return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
     sampling = {"max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,
                 "batch_size": config.rollout_batch_size}
-    with open_run(origin, config, ranks, num_iterations=num_iterations, kernels=kernels) as run:
-        log = run.log
-        run.introduce([f"{num_iterations:,} steps of {config.examples_per_step} problems, {config.num_samples} answers "
-                       f"to each; {run.where()}"], data=data.source, problems=problems.count)
+    with open_run(origin, config, ranks, num_iterations=num_iterations, loader=problems, kernels=kernels) as run:
+        log, guard = run.log, run.guard
+        run.introduce(lines, data=data.source, problems=problems.count)
         engine, bos = Engine(origin.model, origin.tokenizer), origin.tokenizer.get_bos_token_id()
 
         def evaluate(step: int) -> None:
@@ -111,8 +114,7 @@ def run(config: Config, ranks: Ranks) -> None:
 
         def one_step(step: int, stop: bool) -> bool:
             began, scale = time.perf_counter(), plan.lr_scale(step)
-            first = step * config.examples_per_step
-            numbers = range(first, first + config.examples_per_step)[ranks.rank::ranks.world_size]
+            numbers = problems.take(step)[ranks.rank::ranks.world_size]
             origin.model.eval()
             groups = rollouts(engine, problems.task, [problems[number] for number in numbers],
                               [config.seed + 1 + number for number in numbers], config.num_samples, **sampling)
@@ -120,11 +122,13 @@ def run(config: Config, ranks: Ranks) -> None:
             stats = rollout_stats(groups, stop, ranks)
             loss = norm = 0.0
             if stats.teaching:
-                micro_batches = batches(groups, config.device_batch_size, bos, ranks.device)
+                micro_batches = guard.recorded(step, batches(groups, config.device_batch_size, bos, ranks.device))
                 trained = train_step(origin.model, run.optimizer, micro_batches, ranks, lr_scale=scale,
-                                     momentum=plan.momentum(step), clip=plan.clip)
+                                     momentum=plan.momentum(step), clip=plan.clip, limits=guard.limits(step),
+                                     before_update=guard.check_due(step))
+                guard.watch(step, trained)
+                guard.settle()
                 loss, norm = trained[:2].tolist()
-                check_finite(step, loss, norm, log)
             seconds = time.perf_counter() - began
             log.say(f"step {step + 1:05d}/{num_iterations:05d} | reward {stats.reward:.3f} | {stats.teaching} of "
                     f"{config.examples_per_step} groups teach | {stats.ended:.0%} end, {stats.tokens:.0f} tokens | "

@@ -15,12 +15,13 @@ from itertools import chain
 from typing import Literal
 
 from nanochat.chat_data import SupervisedSteps
-from nanochat.cli import flag, run_main
+from nanochat.checks import data_unseen, say_what_would_be_done, where
+from nanochat.cli import COUNT, COUNT_OR_ALL, EVERY, FRACTION, NOT_NEGATIVE, POSITIVE, ROWS, Range, flag, run_main
 from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first
-from nanochat.errors import UserError
 from nanochat.evaluation.chat import evaluate_task
 from nanochat.evaluation.loss import evaluate_loss
+from nanochat.guard import finite
 from nanochat.recipe import MOST_ROWS, Rows, published
 from nanochat.run import (
     ChatStageFlags,
@@ -31,6 +32,7 @@ from nanochat.run import (
     launch,
     open_run,
     start_from_checkpoint,
+    steps_state,
     tokens_of_row,
 )
 from nanochat.stages import STAGES
@@ -45,20 +47,22 @@ class Config(ChatStageFlags):
     """Flags of chat_sft; the defaults are the published recipe."""
 
     source: Literal[STAGE.starts_from] = flag(STAGE.starts_from[0], "stage to start from")
-    num_epochs: float = flag(SFT.num_epochs, "how often to go through the data")
-    max_seq_len: int = flag(SFT.max_seq_len, "tokens at which a conversation is cut; -1 = the model's own")
+    num_epochs: float = flag(SFT.num_epochs, "how often to go through the data", within=POSITIVE)
+    max_seq_len: int = flag(SFT.max_seq_len, "tokens at which a conversation is cut; -1 = the model's own",
+                            within=Range(1, 1 << 24, also=-1))
     device_batch_size: Rows = flag(SFT.device_batch_size,
-                                   "conversations a device takes at a time; auto is what fits its memory")
+                                   "conversations a device takes at a time; auto is what fits its memory", within=ROWS)
     target_examples_per_step: int = flag(SFT.target_examples_per_step,
-                                         "conversations of all devices in an optimizer step")
-    init_lr_frac: float = flag(SFT.init_lr_frac, "factor of all learning rates")
+                                         "conversations of all devices in an optimizer step", within=COUNT)
+    init_lr_frac: float = flag(SFT.init_lr_frac, "factor of all learning rates", within=NOT_NEGATIVE)
     warmdown_ratio: float = flag(SFT.rates.warmdown_ratio,
-                                 "part of the steps over which the learning rates fall to zero")
-    eval_every: int = flag(SFT.eval_every, "steps from one validation to the next; -1 = at the end only")
-    eval_steps: int = flag(SFT.eval_steps, "validation: this many steps' worth of conversations")
+                                 "part of the steps over which the learning rates fall to zero", within=FRACTION)
+    eval_every: int = flag(SFT.eval_every, "steps from one validation to the next; -1 = at the end only", within=EVERY)
+    eval_steps: int = flag(SFT.eval_steps, "validation: this many steps' worth of conversations", within=COUNT)
     eval_metrics_every: int = flag(SFT.eval_metrics_every,
-                                   "steps from one grading on multiple choice to the next; -1 = never")
-    eval_metrics_max_problems: int = flag(SFT.eval_metrics_max_problems, "problems of each task in that grading")
+                                   "steps from one grading on multiple choice to the next; -1 = never", within=EVERY)
+    eval_metrics_max_problems: int = flag(SFT.eval_metrics_max_problems, "problems of each task in that grading",
+                                          within=COUNT_OR_ALL)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,17 +72,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config, ranks: Ranks) -> None:
     """Run fine-tuning on these ranks."""
-    if config.eval_steps < 1:
-        raise UserError(f"--eval-steps must be at least 1, not {config.eval_steps}")
     origin = start_from_checkpoint(STAGE, config.source, config, ranks)
     model, tokenizer, T = origin.model, origin.tokenizer, tokens_of_row(config, origin.model)
     data = chat_data_choice(config, origin.meta)
+    if config.dry_run and data_unseen(data.source, config, origin, ranks):
+        return
     train_task, val_task = machine_first(lambda: recipes.sft(data.source, seed=data.seed, extra=data.extra), ranks)
     config, kernels = fit_and_choose(config, model, T, None, MOST_ROWS["sft"], ranks,
                                      meta=origin.meta if origin.step else {})
     shape = {"examples_per_step": config.target_examples_per_step, "device_batch_size": config.device_batch_size,
              "max_tokens": T, "ranks": ranks}
-    steps = SupervisedSteps(tokenizer, train_task, seed=config.seed, **shape)
+    steps = SupervisedSteps(tokenizer, train_task, seed=config.seed, step=origin.step, state=steps_state(origin),
+                            **shape)
     val_steps = SupervisedSteps(tokenizer, val_task, **shape)
     num_iterations = config.num_iterations
     if num_iterations <= 0:
@@ -88,13 +93,20 @@ def run(config: Config, ranks: Ranks) -> None:
     origin = with_identity(origin, train_task.identity, val_task.identity, ranks)
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None,
                         rates=replace(SFT.rates, warmdown_ratio=config.warmdown_ratio), muon_momentum=SFT.momentum)
-    graded = recipes.graded(data.source, seed=data.seed)
-    with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, kernels=kernels,
-                                     val_loss=None) as run:
+    lines = [f"{num_iterations:,} steps of {config.target_examples_per_step} of {len(train_task):,} conversations; "
+             f"{where(model, ranks)}"]
+    graded = {}
+    if config.eval_metrics_every > 0:  # now, so that a data set that cannot be had ends the run before it begins
+        for name, make in recipes.graded(data.source, seed=data.seed).items():
+            task = machine_first(make, ranks)
+            if task.kind == "categorical":
+                graded[name] = task
+    if config.dry_run:
+        return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
+    with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, loader=steps,
+                                     kernels=kernels, val_loss=None) as run:
         log = run.log
-        run.introduce([f"{num_iterations:,} steps of {config.target_examples_per_step} of {len(train_task):,} "
-                       f"conversations; {run.where()}"],
-                      data=data.source, flops_per_token=model.flops_per_token(T), conversations=len(train_task))
+        run.introduce(lines, data=data.source, flops_per_token=model.flops_per_token(T), conversations=len(train_task))
 
         def loss_on(count: int) -> float:
             return evaluate_loss(model, chain.from_iterable(val_steps(i) for i in range(count)), ranks)
@@ -104,19 +116,17 @@ def run(config: Config, ranks: Ranks) -> None:
                                  min(config.eval_steps, len(val_steps)), [config.target_examples_per_step, T], known)
 
         def validate(step: int) -> None:
-            loss = loss_on(min(config.eval_steps, len(val_steps)))
+            loss = finite(loss_on(min(config.eval_steps, len(val_steps))), "validation loss", step)
             compare(step, loss)
-            run.results["val_loss"] = loss
+            run.results.update(val_loss=loss, val_step=step)
             log.say(f"step {step:05d} | validation loss {loss:.4f}")
             log.record("val", step=step, loss=loss)
 
         def grade(step: int) -> None:
-            for name, make in graded.items():
-                task = machine_first(make, ranks)
-                if task.kind == "categorical":
-                    result = evaluate_task(model, tokenizer, task, ranks, max_problems=config.eval_metrics_max_problems)
-                    log.say(f"step {step:05d} | {name} {result.accuracy:.1%}")
-                    log.record("metric", step=step, name=name, accuracy=result.accuracy)
+            for name, task in graded.items():
+                result = evaluate_task(model, tokenizer, task, ranks, max_problems=config.eval_metrics_max_problems)
+                log.say(f"step {step:05d} | {name} {result.accuracy:.1%}")
+                log.record("metric", step=step, name=name, accuracy=result.accuracy)
 
         run.train(steps, plan, [
             PeriodicAction(config.eval_every, validate, at_zero=True),

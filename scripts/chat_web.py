@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, FROM_ZERO, PORT, ROWS, STEP_OR_LAST, TEMPERATURE, TOP_K, Range, flag, parse, run_main
 from nanochat.errors import UserError
 from nanochat.request import MAX_ANSWERS, MAX_BODY_BYTES, MAX_CHARS, SERVER_CHAT, TIMEOUT_SECONDS
 
@@ -26,17 +26,18 @@ class Config:
     source: str = flag("sft", "which model is the default: sft, mid, rl, base, a folder, or owner/name on the hub",
                        short="i")
     model_tag: str = flag("", "which of its models; unset takes the only or the deepest one", short="g")
-    step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s")
+    step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s", within=STEP_OR_LAST)
     temperature: float = flag(SERVER_CHAT.temperature,
                               "default of requests: 0 takes the most likely token each time; higher is more varied",
-                              short="t")
+                              short="t", within=TEMPERATURE)
     top_k: int = flag(SERVER_CHAT.top_k,
                       "default of requests: sample from this many of the most likely tokens; 0 = all",
-                      short="k")
-    max_tokens: int = flag(SERVER_CHAT.max_tokens, "default of chat requests: tokens of an answer at most", short="m")
-    port: int = flag(8000, "to listen on; 0 takes one that is free", short="p")
+                      short="k", within=TOP_K)
+    max_tokens: int = flag(SERVER_CHAT.max_tokens, "default of chat requests: tokens of an answer at most", short="m",
+                           within=COUNT)
+    port: int = flag(8000, "to listen on; 0 takes one that is free", short="p", within=PORT)
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 serves the whole network")
-    num_gpus: int = flag(1, "GPUs to use, a worker on each", short="n")
+    num_gpus: int = flag(1, "GPUs to use, a worker on each", short="n", within=Range(1, 1024))
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     dtype: Literal["", "float32", "bfloat16"] = flag("", "precision to compute in; unset takes the device's best",
                                                      short="d")
@@ -45,26 +46,21 @@ class Config:
     cors: str = flag("", "origins whose pages may use the API, with commas between; * is all")
     allow_host: str = flag("", "names that a server on 127.0.0.1 answers to beside localhost, with commas between")
     log_chats: str = flag("", "file to write every conversation to, a JSON line each; unset writes none")
-    max_rows: int = flag(16, "answers decoded together, a worker")
-    max_waiting: int = flag(64, "answers that may wait in the queue, a worker; more get 429")
-    max_n: int = flag(MAX_ANSWERS, "answers of one request at most")
-    max_chars: int = flag(MAX_CHARS, "characters of a prompt or conversation at most")
-    max_body_bytes: int = flag(MAX_BODY_BYTES, "bytes of a request at most")
-    max_models: int = flag(4, "models that stay loaded, a worker")
-    prefix_mb: int = flag(256, "memory of the prefix cache, a model, in MiB; 0 keeps nothing")
-    timeout: float = flag(TIMEOUT_SECONDS, "seconds that a request may take")
-    shutdown_seconds: float = flag(10.0, "seconds that running requests have to finish at the shutdown")
+    max_rows: int = flag(16, "answers decoded together, a worker", within=ROWS)
+    max_waiting: int = flag(64, "answers that may wait in the queue, a worker; more get 429", within=FROM_ZERO)
+    max_n: int = flag(MAX_ANSWERS, "answers of one request at most", within=ROWS)
+    max_chars: int = flag(MAX_CHARS, "characters of a prompt or conversation at most", within=COUNT)
+    max_body_bytes: int = flag(MAX_BODY_BYTES, "bytes of a request at most", within=COUNT)
+    max_models: int = flag(4, "models that stay loaded, a worker", within=ROWS)
+    prefix_mb: int = flag(256, "memory of the prefix cache, a model, in MiB; 0 keeps nothing", within=Range(0, 1 << 30))
+    timeout: float = flag(TIMEOUT_SECONDS, "seconds that a request may take", within=Range(above=0, high=1e6))
+    shutdown_seconds: float = flag(10.0, "seconds that running requests have to finish at the shutdown",
+                                   within=Range(0, 1e6))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until a signal ends it. Raises UserError for what the user can correct."""
     config = parse(Config, argv, __doc__)
-    for name, least in (("num_gpus", 1), ("max_tokens", 1), ("max_rows", 1), ("max_waiting", 0), ("max_n", 1),
-                        ("max_chars", 1),
-                        ("max_body_bytes", 1), ("max_models", 1), ("prefix_mb", 0), ("top_k", 0), ("temperature", 0),
-                        ("timeout", 0.001), ("shutdown_seconds", 0), ("port", 0)):
-        if not getattr(config, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(config, name)}")
     if config.num_gpus > 1 and config.device_type not in ("", "cuda"):
         raise UserError(f"--num-gpus {config.num_gpus} needs GPUs; "
                         f"with --device-type {config.device_type} there is one worker")

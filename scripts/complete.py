@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, PENALTY, ROWS, SEED, TEMPERATURE, TOP_K, TOP_P, flag, parse, run_main
 from nanochat.distributed import init_ranks
 from nanochat.engine import Engine
 from nanochat.loading import load_for_decoding
@@ -22,13 +22,16 @@ class Config:
     """Flags of complete."""
 
     prompt: str = flag("", "text to continue; unset starts a new document", short="p")
-    max_tokens: int = flag(DEFAULTS.max_tokens, "tokens to write at most")
-    num_samples: int = flag(1, "how many continuations")
-    temperature: float = flag(DEFAULTS.temperature, "0 takes the most likely token each time; higher is more varied")
-    top_k: int = flag(DEFAULTS.top_k, "sample from this many of the most likely tokens; 0 = all")
-    top_p: float = flag(DEFAULTS.top_p, "sample from the most likely tokens that together have this probability")
-    repetition_penalty: float = flag(DEFAULTS.repetition_penalty, "above 1 makes tokens seen before less likely")
-    seed: int = flag(DEFAULTS.seed, "of the random numbers")
+    max_tokens: int = flag(DEFAULTS.max_tokens, "tokens to write at most", within=COUNT)
+    num_samples: int = flag(1, "how many continuations", within=ROWS)
+    temperature: float = flag(DEFAULTS.temperature, "0 takes the most likely token each time; higher is more varied",
+                              within=TEMPERATURE)
+    top_k: int = flag(DEFAULTS.top_k, "sample from this many of the most likely tokens; 0 = all", within=TOP_K)
+    top_p: float = flag(DEFAULTS.top_p, "sample from the most likely tokens that together have this probability",
+                        within=TOP_P)
+    repetition_penalty: float = flag(DEFAULTS.repetition_penalty, "above 1 makes tokens seen before less likely",
+                                     within=PENALTY)
+    seed: int = flag(DEFAULTS.seed, "of the random numbers", within=SEED)
     source: str = flag("base", "which model: base, mid, sft, rl, or a folder")
     model_tag: str = flag("", "which of its models; unset takes the only or the deepest one")
     quantize: Literal["none", "int8"] = flag("none", "int8: weights of 8 bits, faster on a CPU, a little less exact")

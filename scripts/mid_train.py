@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nanochat.chat_data import ConversationSource, count_tokens
-from nanochat.cli import flag, run_main
+from nanochat.checks import data_unseen, say_what_would_be_done, where
+from nanochat.cli import COUNT, EVERY, FRACTION, POSITIVE, ROWS, Range, flag, run_main
 from nanochat.dataloader import PackedLoader
 from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first, on_main
@@ -42,14 +43,16 @@ MID = published.mid
 class Config(ChatStageFlags):
     """Flags of mid_train; the defaults are the published recipe."""
 
-    num_epochs: float = flag(MID.num_epochs, "how often to go through the data")
-    max_seq_len: int = flag(MID.max_seq_len, "tokens in a row; -1 = as the base model")
+    num_epochs: float = flag(MID.num_epochs, "how often to go through the data", within=POSITIVE)
+    max_seq_len: int = flag(MID.max_seq_len, "tokens in a row; -1 = as the base model",
+                            within=Range(1, 1 << 24, also=-1))
     device_batch_size: Rows = flag(MID.device_batch_size,
-                                   "rows a device takes at a time; auto is what fits its memory")
-    total_batch_size: int = flag(MID.total_batch_size, "tokens of all devices in an optimizer step")
-    warmdown_ratio: float = flag(MID.rates.warmdown_ratio, "part of the steps over which the learning rates fall")
-    eval_every: int = flag(MID.eval_every, "steps from one validation to the next; -1 = at the end only")
-    eval_tokens: int = flag(MID.eval_tokens, "tokens to validate on")
+                                   "rows a device takes at a time; auto is what fits its memory", within=ROWS)
+    total_batch_size: int = flag(MID.total_batch_size, "tokens of all devices in an optimizer step", within=COUNT)
+    warmdown_ratio: float = flag(MID.rates.warmdown_ratio, "part of the steps over which the learning rates fall",
+                                 within=FRACTION)
+    eval_every: int = flag(MID.eval_every, "steps from one validation to the next; -1 = at the end only", within=EVERY)
+    eval_tokens: int = flag(MID.eval_tokens, "tokens to validate on", within=COUNT)
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
 
 
@@ -66,6 +69,8 @@ def run(config: Config, ranks: Ranks) -> None:
     T = tokens_of_row(config, model)
     share_of_micro_batches(config.total_batch_size, config.device_batch_size, T, ranks)  # raises early
     data = chat_data_choice(config, origin.meta)
+    if config.dry_run and data_unseen(data.source, config, origin, ranks):
+        return
     train_task, val_task = machine_first(lambda: recipes.mid(data.source, seed=data.seed, extra=data.extra), ranks)
     num_iterations = config.num_iterations
     if num_iterations <= 0:
@@ -78,16 +83,19 @@ def run(config: Config, ranks: Ranks) -> None:
                                      meta=origin.meta if origin.step else {}, compiled=compiled)
     B = config.device_batch_size
     micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
+    lines = [f"{num_iterations:,} steps of {config.total_batch_size:,} tokens from {len(train_task):,} conversations; "
+             f"{where(model, ranks)}"]
+    if config.dry_run:
+        return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
     source = ConversationSource(tokenizer, train_task, config.seed)
-    loader = PackedLoader(source, B, T, ranks=ranks, cut=False, state=loader_state(origin, ranks))
+    loader = PackedLoader(source, B, T, ranks=ranks, rows_per_step=config.total_batch_size // T, cut=False,
+                          state=loader_state(origin))
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=replace(MID.rates, warmdown_ratio=config.warmdown_ratio),
                         muon_momentum=MID.momentum)
     with loader, open_run(origin, config, ranks, num_iterations=num_iterations, loader=loader, kernels=kernels,
                           val_bpb=None) as run:
-        run.introduce([f"{num_iterations:,} steps of {config.total_batch_size:,} tokens from {len(train_task):,} "
-                       f"conversations; {run.where()}"],
-                      data=data.source, flops_per_token=model.flops_per_token(T), conversations=len(train_task))
+        run.introduce(lines, data=data.source, flops_per_token=model.flops_per_token(T), conversations=len(train_task))
         token_bytes = tokenizer.token_bytes().to(ranks.device)
         val_rows = EvalRows(ConversationSource(tokenizer, val_task), B, T, config.eval_tokens, ranks=ranks, cut=False)
         run.train(lambda step: (next(loader) for _ in range(micro_batches)), plan, [

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bench.measure import table
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, DEPTH, NOT_NEGATIVE, Range, flag, parse, run_main
 from nanochat.distributed import gpu_peak
 from nanochat.errors import UserError
 from nanochat.gpt import meta_model
@@ -29,11 +29,12 @@ from scripts.speedrun_plan import Machine, RunPlan, accumulation_of, sized_plan
 class Flags:
     """Flags of plan."""
 
-    depth: int = flag(published.base.shape.depth, "layers of the model; the rest of the published recipe follows")
-    gpus: int = flag(8, "GPUs of one machine")
+    depth: int = flag(published.base.shape.depth, "layers of the model; the rest of the published recipe follows",
+                      within=DEPTH)
+    gpus: int = flag(8, "GPUs of one machine", within=Range(1, 1024))
     card: str = flag("H100", f"kind of GPU: {', '.join(CARDS)}")
-    price: float = flag(20.0, "dollars an hour for the whole machine; 0 leaves the cost out")
-    cores: int = flag(64, "CPU cores of the machine")
+    price: float = flag(20.0, "dollars an hour for the whole machine; 0 leaves the cost out", within=NOT_NEGATIVE)
+    cores: int = flag(64, "CPU cores of the machine", within=COUNT)
     rl: bool = flag(False, "with reinforcement learning")
 
 
@@ -80,8 +81,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(Flags, argv, __doc__)
     if flags.card not in CARDS:
         raise UserError(f"--card={flags.card}: it must be one of {', '.join(CARDS)}")
-    if flags.depth < 1 or flags.gpus < 1:
-        raise UserError(f"--depth ({flags.depth}) and --gpus ({flags.gpus}) must be at least 1")
     card, recipe = CARDS[flags.card], at_depth(flags.depth)
     if flags.rl:
         recipe = replace(recipe, stages=(*recipe.stages, "rl"))

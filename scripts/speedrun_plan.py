@@ -6,6 +6,7 @@ settings.
         print(command.shell())              # what to type; scripts/speedrun.py runs the same list
 """
 
+import importlib
 import math
 import os
 import platform
@@ -15,22 +16,32 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 
+from nanochat.checks import need_writable
+from nanochat.cli import COUNT, ROWS, Range, flag, near_name, parse, parse_settings
+from nanochat.dataset.__main__ import ImportFlags
+from nanochat.dataset.readers import TextFormat, look_at_files
 from nanochat.dataset.shards import data_dir, read_source
-from nanochat.distributed import compute_dtype, peak_flops
+from nanochat.distributed import Ranks, compute_dtype, peak_flops
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig, meta_model
 from nanochat.memory import MicroBatch, choose_batch, rows_that_divide
 from nanochat.recipe import MOST_ROWS, PROFILES, Recipe, Rows, changed_flags, published
 from nanochat.stages import CHAT_STAGES, STAGES, Stage
+from nanochat.training import share_of_micro_batches
+from tasks.hub import MIRROR, find_in_mirror
+from tasks.recipes import hub_splits
 
 CHARS_PER_TOKEN = 4.8                      # of FineWeb-Edu, with 65,536 tokens
 SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
 TOKENIZER_SHARDS = 8                       # hold the 2 billion characters that the tokenizer is trained on
 EXPECTED_MFU = 0.5
+CALLED_FROM = "NANOCHAT_CALLED_FROM"       # the folder where speedrun.sh was started
 
 
 @dataclass
@@ -50,10 +61,37 @@ class Machine:
         return f"no GPU, {self.cores} CPU cores ({self.name})"
 
 
+@dataclass
+class Settings:
+    """Settings of a speedrun in the environment, each SPEEDRUN_ and its name in capitals."""
+
+    profile: str = flag("", f"the recipe, one of {', '.join(PROFILES)}; unset: what fits the machine")
+    text: str = flag("", "files and folders of your own text")
+    text_flags: str = flag("", "flags of `python -m nanochat.dataset import` for them")
+    gpus: int = flag(-1, "GPUs to use; unset: all", within=Range(0, 1024))
+    device_batch: int = flag(0, "rows a GPU takes at a time; unset: what fits its memory", within=ROWS)
+    steps: int = flag(0, "optimizer steps of the base model; unset: the recipe's", within=COUNT)
+    shards: int = flag(0, "FineWeb-Edu shards; unset: what the steps need", within=COUNT)
+    rl: Literal["", "1", "0"] = flag("", "with reinforcement learning, or without; unset: as the recipe")
+
+
+def settings() -> Settings:
+    """Return the settings of this process's environment. Raises UserError for a name or a value that is wrong."""
+    found = parse_settings(Settings, "SPEEDRUN_")
+    if found.profile and found.profile not in PROFILES:
+        near = near_name(found.profile, PROFILES)
+        raise UserError(f"SPEEDRUN_PROFILE is {found.profile!r}: it must be one of {', '.join(PROFILES)}."
+                        + (f" Did you mean {near}?" if near else ""))
+    if found.text_flags and not found.text.strip():
+        raise UserError("SPEEDRUN_TEXT_FLAGS is set, but SPEEDRUN_TEXT is not: it names the text they are for.")
+    return found
+
+
 def find_machine() -> Machine:
     """Look at this machine. SPEEDRUN_GPUS limits the GPUs; UserError where it names more than there are."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wanted = _number("SPEEDRUN_GPUS", count)
+    given = settings().gpus
+    wanted = count if given < 0 else given
     if wanted > count:
         raise UserError(f"SPEEDRUN_GPUS is {wanted}, but this machine shows {count} GPU{'s' if count != 1 else ''}.")
     devices = [torch.cuda.get_device_properties(i) for i in range(wanted)]
@@ -61,14 +99,42 @@ def find_machine() -> Machine:
     return Machine([d.name for d in devices], min((d.total_memory for d in devices), default=0), cores)
 
 
-def _number(name: str, default: int) -> int:
-    """Return the whole number in an environment variable, `default` where it is not set."""
-    text = os.environ.get(name, "")
-    if not text:
-        return default
-    if not text.isdecimal() or int(text) < 1 and name != "SPEEDRUN_GPUS":
-        raise UserError(f"{name} is {text!r}: it must be a whole number above 0.")
-    return int(text)
+def text_paths(text: str) -> list[str]:
+    """Return the files and folders that SPEEDRUN_TEXT names: one path that exists, whatever characters it has; else one
+    a line, where all lines exist; else several with spaces between, those with spaces or quotes of their own in quotes.
+
+    Raises UserError where a quote is not closed.
+    """
+    if not text.strip():
+        return []
+    for parts in ([text], [line.strip() for line in text.splitlines() if line.strip()]):
+        found = [_from_there(part) for part in parts]
+        if all(map(os.path.exists, found)):  # unlike Path.exists, False for a name that is too long
+            return found
+    try:
+        return [_from_there(part) for part in shlex.split(text)]
+    except ValueError as error:
+        raise UserError(f"SPEEDRUN_TEXT is {text!r}: there is no such file or folder, and it is no list of them: "
+                        f"{str(error).lower()}. Give one path as it is, one a line, or put each in double "
+                        "quotes.") from error
+
+
+def _from_there(path: str) -> str:
+    """Return a path as seen from the folder where speedrun.sh was started: it changes to the project's."""
+    path, there = os.path.expanduser(path), os.environ.get(CALLED_FROM)
+    return path if os.path.isabs(path) or not there or there == os.getcwd() else os.path.join(there, path)
+
+
+def import_flags(text: str) -> ImportFlags:
+    """Return the flags of SPEEDRUN_TEXT_FLAGS. Raises UserError, or SystemExit with a line, where they are wrong."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"SPEEDRUN_TEXT_FLAGS is {text!r}: {str(error).lower()}.") from error
+    flags = parse(ImportFlags, words)
+    if flags.to or flags.dry_run:
+        raise UserError(f"SPEEDRUN_TEXT_FLAGS is {text!r}: --to and --dry-run do not go with a speedrun.")
+    return flags
 
 
 def hub_reachable() -> bool:
@@ -89,7 +155,8 @@ def hub_reachable() -> bool:
 class RunPlan:
     """What a speedrun will do.
 
-    profile: name of the recipe. source: of the text, "small-world", "import" or "fineweb-edu"; text: paths to import.
+    profile: name of the recipe. source: of the text, "small-world", "import" or "fineweb-edu".
+    text, text_flags: paths to import, and flags of the import.
     steps: optimizer steps of the base model. device_batch: rows a device takes at a time in base and mid-training.
     batch: the micro-batch of base training that is expected with "auto".
     shards: of FineWeb-Edu. seconds: of base training, None where the device's speed is not known. disk: bytes.
@@ -109,6 +176,7 @@ class RunPlan:
     disk: float
     chat: str
     why_no_chat: str = ""
+    text_flags: tuple[str, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -137,11 +205,11 @@ def make_plan(machine: Machine) -> RunPlan:
 
     Raises UserError for a setting that is wrong, text of another run in the way, or no text to be had.
     """
-    name = os.environ.get("SPEEDRUN_PROFILE") or ("d20" if machine.gpus else "small")
-    if name not in PROFILES:
-        raise UserError(f"SPEEDRUN_PROFILE is {name!r}: it must be one of {', '.join(PROFILES)}.")
+    given = settings()
+    name = given.profile or ("d20" if machine.gpus else "small")
     recipe = PROFILES[name]
-    text = shlex.split(os.environ.get("SPEEDRUN_TEXT", ""))
+    text = text_paths(given.text)
+    text_flags = tuple(shlex.split(given.text_flags)) if import_flags(given.text_flags) else ()
     there = read_source(data_dir()).get("source") if data_dir().is_dir() else None
     source = "import" if text else "small-world" if name == "small" else "fineweb-edu"
     if source == "fineweb-edu" and there != "fineweb-edu" and not hub_reachable():
@@ -159,19 +227,18 @@ def make_plan(machine: Machine) -> RunPlan:
         chat = ""
         why = "the Hugging Face hub cannot be reached, and NANOCHAT_TASK_DATA names no mirror of its data sets"
     device = "cuda" if machine.gpus else "cpu"
-    return sized_plan(name, recipe, machine, source=source, text=text, chat=chat, why_no_chat=why,
-                      steps=_number("SPEEDRUN_STEPS", 0), shards=_number("SPEEDRUN_SHARDS", 0),
-                      device_batch=_number("SPEEDRUN_DEVICE_BATCH", 0), dtype=compute_dtype(device),
-                      peak=peak_flops(device, compute_dtype(device)))
+    return sized_plan(name, recipe, machine, source=source, text=text, text_flags=text_flags, chat=chat,
+                      why_no_chat=why, steps=given.steps, shards=given.shards, device_batch=given.device_batch,
+                      dtype=compute_dtype(device), peak=peak_flops(device, compute_dtype(device)))
 
 
 def sized_plan(name: str, recipe: Recipe, machine: Machine, *, source: str, chat: str, text: Sequence[str] = (),
-               why_no_chat: str = "", steps: int = 0, shards: int = 0, device_batch: int = 0,
-               dtype: torch.dtype = torch.bfloat16, peak: float | None = None) -> RunPlan:
+               text_flags: Sequence[str] = (), why_no_chat: str = "", steps: int = 0, shards: int = 0,
+               device_batch: int = 0, dtype: torch.dtype = torch.bfloat16, peak: float | None = None) -> RunPlan:
     """Return the plan of a run, with what follows from recipe and machine: steps, shards, micro-batch, time, disk.
 
     Args:
-        name, source, chat, text, why_no_chat: as in RunPlan.
+        name, source, chat, text, text_flags, why_no_chat: as in RunPlan.
         steps, shards, device_batch: instead of those that follow; 0 for these.
         dtype: of the matrix products.
         peak: FLOP/s of a device; None where that is not known.
@@ -188,7 +255,7 @@ def sized_plan(name: str, recipe: Recipe, machine: Machine, *, source: str, chat
         batch=batch_for(recipe, machine, model, device_batch, dtype),
         shards=shards, seconds=None if peak is None else tokens * flops / (peak * EXPECTED_MFU * gpus),
         disk=16 * parameters * 6 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6), chat=chat,
-        why_no_chat=why_no_chat)
+        why_no_chat=why_no_chat, text_flags=tuple(text_flags))
 
 
 def batch_for(recipe: Recipe, machine: Machine, model: GPT, device_batch: int, dtype: torch.dtype) -> MicroBatch:
@@ -214,9 +281,7 @@ def accumulation_of(plan: RunPlan) -> int:
 def chat_stages(plan: RunPlan) -> list[Stage]:
     """Return the stages after the base model that this run trains: the recipe's, with or without "rl" as SPEEDRUN_RL
     says."""
-    wish = os.environ.get("SPEEDRUN_RL", "")
-    if wish not in ("", "0", "1"):
-        raise UserError(f"SPEEDRUN_RL is {wish!r}: it must be 1 or 0.")
+    wish = settings().rl
     wanted = {*plan.recipe.stages, "rl"} if wish == "1" else {*plan.recipe.stages} - ({"rl"} if wish == "0" else set())
     return [stage for stage in CHAT_STAGES if plan.chat and stage.name in wanted]
 
@@ -288,12 +353,43 @@ def commands(plan: RunPlan) -> list[Command]:
     return [*result, Command("report", "nanochat.report", ("generate",))]
 
 
+def check_plan(plan: RunPlan) -> None:
+    """Look at everything that a run needs before its first command, so that no stage finds it missing after hours.
+
+    Raises:
+        UserError: text that cannot be read, data sets that a mirror lacks, flags that do not fit one another, or
+            folders that cannot be written. SystemExit, with a line, for a flag that a command does not know.
+    """
+    for folder in ("base_data", "tokenizer", "logs", "report", *(stage.folder for stage in STAGES.values())):
+        need_writable(base_dir() / folder)
+    for command in commands(plan):
+        script = importlib.import_module(command.module)
+        if hasattr(script, "Config"):
+            parse(script.Config, command.flags)
+    base, gpus = plan.recipe.base, max(1, len(plan.machine.gpus))
+    share_of_micro_batches(base.total_batch_size, plan.device_batch, base.shape.max_seq_len,
+                           Ranks(0, 0, gpus, torch.device("cpu")))
+    if plan.source == "import":
+        flags = parse(ImportFlags, plan.text_flags)
+        for path in plan.text:
+            if not os.path.exists(path):
+                several = len(plan.text) > 1
+                raise UserError(f"SPEEDRUN_TEXT: {path} does not exist."
+                                + (f" It was read as {len(plan.text)} paths, since none has the whole name; put quotes "
+                                   "around a path with spaces." if several else ""))
+        look_at_files(plan.text, TextFormat(flags.doc_separator.strip(), flags.text_column, flags.encoding))
+    mirror = os.environ.get(MIRROR)
+    if plan.chat == "hub" and mirror:
+        for name, subset, split in hub_splits([stage.name for stage in chat_stages(plan)]):
+            find_in_mirror(Path(mirror).expanduser(), name, subset, split)
+
+
 def _text(plan: RunPlan) -> list[Command]:
     """Return the commands for the text. The first shards of FineWeb-Edu are enough for the tokenizer and the base model
     to begin; the others are fetched meanwhile."""
     module = "nanochat.dataset"
     if plan.source == "import":
-        return [Command("text", module, ("import", *plan.text))]
+        return [Command("text", module, ("import", *plan.text_flags, *plan.text))]
     if plan.source == "small-world":
         return [Command("text", module, ("small-world", f"--docs={plan.recipe.docs}"))]
     first = min(plan.shards, TOKENIZER_SHARDS)

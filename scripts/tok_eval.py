@@ -15,7 +15,7 @@ from unittest import mock
 
 import tiktoken
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, flag, parse, run_main
 from nanochat.dataset import iter_documents
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
@@ -100,14 +100,13 @@ d'arriver où que ce soit.
 
 @dataclass
 class Config:
-    max_chars: int = flag(1_000_000, "characters to read of the training text, and of the validation text")
+    max_chars: int = flag(1_000_000, "characters to read of the training text, and of the validation text",
+                          within=COUNT)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print. Raises UserError if there is no tokenizer, or if it does not restore a text."""
     config = parse(Config, argv, __doc__)
-    if config.max_chars < 1:
-        raise UserError(f"max_chars is {config.max_chars}; it must be 1 or more")
     tokenizer = get_tokenizer()
     others = {OTHERS[name]: enc for name in OTHERS if (enc := _cached_encoding(name)) is not None}
     samples = {name: [text] for name, text in TEXTS.items()}

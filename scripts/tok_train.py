@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.checks import dry_run_flag, need_writable
+from nanochat.cli import COUNT, FROM_ZERO, Range, flag, parse, run_main
 from nanochat.dataset import iter_documents
 from nanochat.dataset.shards import data_dir, read_source
 from nanochat.errors import UserError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, lock_folder
 from nanochat.recipe import published
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 
@@ -30,17 +31,36 @@ SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the ro
 
 @dataclass
 class Config:
-    max_chars: int = flag(published.tokenizer.max_chars, "characters to train on at most")
-    doc_cap: int = flag(published.tokenizer.doc_cap, "characters to use of each document, 0 for all of it")
-    vocab_size: int = flag(published.tokenizer.vocab_size, "tokens, including the 9 special ones; at least 265")
+    max_chars: int = flag(published.tokenizer.max_chars, "characters to train on at most", within=COUNT)
+    doc_cap: int = flag(published.tokenizer.doc_cap, "characters to use of each document, 0 for all of it",
+                        within=FROM_ZERO)
+    vocab_size: int = flag(published.tokenizer.vocab_size, "tokens, including the 9 special ones; at least 265",
+                           within=Range(265, 1 << 24))
+    dry_run: bool = dry_run_flag()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, check and save a tokenizer. Raises UserError for wrong flags, or if there is no text."""
     config = parse(Config, argv, __doc__)
-    if config.max_chars < 1 or config.doc_cap < 0:
-        raise UserError(f"max_chars is {config.max_chars}, doc_cap {config.doc_cap}; "
-                        "the first must be 1 or more, the second 0 or more")
+    folder = tokenizer_dir()
+    need_writable(folder)
+    if config.dry_run:
+        return _say_what_would_be_done(config, folder)
+    way_out = ("Wait until it ends, or stop it with {kill}; with another NANOCHAT_BASE_DIR two can be trained side by "
+               "side.")
+    with lock_folder(folder, f"a tokenizer is already being trained into {folder}", way_out):
+        _train(config, folder)
+
+
+def _say_what_would_be_done(config: Config, folder: Path) -> None:
+    next(iter_documents("train"), None)  # raises where there is no text
+    kept = " The tokenizer that is there would be kept beside it, if it is another." if folder.exists() else ""
+    print(f"a tokenizer of {config.vocab_size:,} tokens would be trained on at most {config.max_chars:,} characters of "
+          f"{data_dir()}, and go to {folder}.{kept} Nothing was changed: this was --dry-run.")
+
+
+def _train(config: Config, folder: Path) -> None:
+    """Train the tokenizer and put it in its place. Only one process at a time may do this."""
     seen: dict[str, Any] = {"chars": 0, "uncut": 0, "docs": 0, "sample": []}
     start = time.perf_counter()
     try:
@@ -55,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not seen["chars"]:
         raise UserError(f"there is no text in {data_dir()}: nothing to train a tokenizer on")
 
-    folder = tokenizer_dir()
     trial = folder.with_name("tokenizer.trial")  # check the files that were written, before they replace anything
     try:
         tokenizer.save(trial)

@@ -28,6 +28,7 @@ from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
 
 DATA = ("hub", "small-world")
+ARC_NAME, SMOLTALK_NAME = "allenai/ai2_arc", "HuggingFaceTB/smol-smoltalk"
 IDENTITY = "identity_conversations.jsonl"   # in the base folder; dev/gen_identity.py makes it
 SFT_START = 50_000                          # first conversation of SFT on the small world: beyond those of mid-training
 PLAIN = {"source": "invented", "phrasings": "plain"}  # spelling tasks for a model that knows only the small world
@@ -87,6 +88,23 @@ def rl(data: str, split: str, seed: int = 0) -> Task:
     """Return the problems of reinforcement learning, GSM8K or the small world's sums. split: "train" or "test"."""
     one_of("data", data, DATA)
     return GSM8K("main", split) if data == "hub" else WorldSums(split, seed)
+
+
+def hub_splits(stages: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Return the splits of the hub's data sets that these stages are trained and graded on: (name, subset, split)."""
+    stages, found = set(stages), []
+    if stages:  # graded after each
+        found += [(ARC_NAME, "ARC-Easy", "test"), (ARC_NAME, "ARC-Challenge", "test"), ("cais/mmlu", "all", "test"),
+                  ("openai/gsm8k", "main", "test"), ("openai/openai_humaneval", "openai_humaneval", "test")]
+    if stages & {"mid", "sft"}:
+        found += [(SMOLTALK_NAME, "default", "train"), (SMOLTALK_NAME, "default", "test")]
+    if stages & {"mid", "sft", "rl"}:
+        found += [("openai/gsm8k", "main", "train")]
+    if "mid" in stages:
+        found += [("cais/mmlu", "auxiliary_train", "train")]
+    if "sft" in stages:
+        found += [(ARC_NAME, "ARC-Easy", "train"), (ARC_NAME, "ARC-Challenge", "train")]
+    return found
 
 
 # ---- the hub: 848,000 conversations in mid-training, 23,000 in SFT

@@ -22,6 +22,10 @@ COVERED_BY = {
     "nanochat": "test_house",
     "nanochat.attention": "test_kernel_attention",
     "nanochat.cache": "test_new_mixer",
+    "nanochat.checkpoint.meta": "test_checkpoint",
+    "nanochat.checkpoint.reading": "test_checkpoint",
+    "nanochat.checkpoint.tensors": "test_checkpoint",
+    "nanochat.checkpoint.writing": "test_checkpoint",
     "nanochat.dataset.arrival": "test_download",
     "nanochat.dataset.documents": "test_dataset",
     "nanochat.dataset.importing": "test_dataset",
@@ -104,7 +108,7 @@ FLOORS = [
     ["kernels"],
     ["layers", "positions", "cache", "ragged", "mixer", "slc2", "attention", "sampling"],
     ["gpt"],
-    ["optim", "memory", "training", "engine", "evaluation", "checkpoint", "loading", "saving", "rl"],
+    ["optim", "memory", "guard", "training", "engine", "evaluation", "checkpoint", "loading", "saving", "rl"],
     ["run", "llm", "server"],
 ]
 OUTSIDE = {"scripts", "tasks", "tests", "bench", "dev"}  # what the library never imports

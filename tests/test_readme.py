@@ -104,6 +104,8 @@ def test_every_setting_of_speedrun_is_understood(command, monkeypatch, tmp_path,
     monkeypatch.setattr(speedrun_plan, "hub_reachable", lambda: True)
     monkeypatch.setattr(speedrun, "find_machine", lambda: speedrun_plan.Machine([], 0, 4))
     monkeypatch.setattr(speedrun, "need_disk", lambda *_: None)
+    monkeypatch.setattr(speedrun_plan, "look_at_files", lambda *_: None)  # the text is not there,
+    monkeypatch.setattr(speedrun, "check_wandb", lambda *_: None)         # and nobody is logged in
     for name, value in settings.items():
         monkeypatch.setenv(name, str(tmp_path / "elsewhere") if name == "NANOCHAT_BASE_DIR" else value)
     speedrun.main(["--dry-run"])

@@ -71,9 +71,11 @@ def origin(tmp_path, step=3, meta=None):
 
 def test_a_checkpoint_without_a_position_in_the_data_is_refused(tmp_path):
     with pytest.raises(UserError, match="d2 cannot be trained on: it does not say how far.*--fresh"):
-        loader_state(origin(tmp_path), ALONE)
-    assert loader_state(origin(tmp_path, step=0, meta={"loader": [{"of": "the stage before"}]}), ALONE) is None
-    assert loader_state(origin(tmp_path, meta={"loader": [{"next": 5}]}), ALONE) == {"next": 5}
+        loader_state(origin(tmp_path))
+    assert loader_state(origin(tmp_path, step=0, meta={"loader": {"of": "the stage before"}})) is None
+    assert loader_state(origin(tmp_path, meta={"loader": {"next": 5}})) == {"next": 5}
+    with pytest.raises(UserError, match="no states of a loader"):
+        loader_state(origin(tmp_path, meta={"loader": [{"next": 5}]}))
 
 
 def test_a_run_that_is_done_says_so(tmp_path, capsys):

@@ -3,6 +3,7 @@
 Covers scripts/speedrun_plan.py too."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.checkpoint import save_checkpoint
 from nanochat.errors import UserError
 from nanochat.launcher import Owner
 from nanochat.recipe import PROFILES
 from scripts import speedrun, speedrun_plan
-from scripts.speedrun_plan import Command, Machine, commands, make_plan
+from scripts.speedrun_plan import Command, Machine, check_plan, commands, make_plan, text_paths
+from tasks import arc, gsm8k, humaneval, mmlu, recipes, smoltalk
 from tests.conftest import ROOT
 from tests.helpers import gone, module_of, tiny_profile
 
@@ -25,9 +28,11 @@ H100 = Machine(["NVIDIA H100 80GB HBM3"] * 8, 80 * 10**9, 64)
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    for name in ("SPEEDRUN_PROFILE", "SPEEDRUN_TEXT", "SPEEDRUN_STEPS", "SPEEDRUN_SHARDS", "SPEEDRUN_DEVICE_BATCH",
-                 "SPEEDRUN_GPUS", "SPEEDRUN_RL", "NANOCHAT_TASK_DATA", "WANDB_RUN"):
-        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.startswith(("SPEEDRUN_", "WANDB_", "NANOCHAT_TASK_DATA", "NANOCHAT_CALLED")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(speedrun, "check_wandb", lambda name: None)
+    monkeypatch.setenv("WANDB_RUN_GROUP", "")  # speedrun sets it
     monkeypatch.setattr(speedrun_plan, "hub_reachable", lambda: True)
     monkeypatch.setattr(speedrun_plan, "compute_dtype",
                         lambda device: torch.bfloat16 if device == "cuda" else torch.float32)
@@ -70,7 +75,7 @@ def test_a_gpu_without_network_is_told_what_else_there_is(monkeypatch):
     monkeypatch.setattr(speedrun_plan, "hub_reachable", lambda: False)
     with pytest.raises(UserError, match="SPEEDRUN_TEXT=.*SPEEDRUN_PROFILE=small"):
         make_plan(H100)
-    monkeypatch.setenv("SPEEDRUN_TEXT", "notes 'my books/'")
+    monkeypatch.setenv("SPEEDRUN_TEXT", "notes 'my books/'")  # make_plan does not look whether they are there
     assert make_plan(H100).text == ["notes", "my books/"]
     monkeypatch.setenv("SPEEDRUN_PROFILE", "small")
     assert make_plan(H100).source == "import"
@@ -124,14 +129,37 @@ def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path
     speedrun.main([])
     second = capfd.readouterr().out
     assert second.count("done before") == 6 and second.count("Nothing to do") == 4, second
+    [model] = (tmp_path / "base" / "chatsft_checkpoints").rglob("model_*.pt")
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=f"step 2: {model} is damaged.*nanochat.checkpoint verify.*--fresh"):
+        speedrun.main([])
+    third = capfd.readouterr().out
+    assert third.count("Nothing to do") == 2 and "== reinforcement learning" not in third, third
+
+
+def test_an_evaluation_is_of_the_newest_model_that_is_whole(tiny_base, monkeypatch):
+    plan = make_plan(Machine([], 0, 2))
+    command = next(command for command in commands(plan) if command.grades == "sft")
+    folder = tiny_base / "chatsft_checkpoints" / plan.tag
+    assert not speedrun.is_done(plan, command)
+    for step in (1, 2):
+        save_checkpoint(folder, step, {"a": torch.zeros(9)}, {"model_config": {}}, {"b": torch.zeros(9)})
+        speedrun.remember(plan, command)
+    (folder / "optim_000002.pt").unlink()  # evaluations do not read it
+    assert speedrun.is_done(plan, command) and speedrun.checkpoint_key(plan, "sft")[1] == 2
+    model = folder / "model_000002.pt"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    assert not speedrun.is_done(plan, command) and speedrun.checkpoint_key(plan, "sft")[1] == 1
+    (folder / "model_000001.pt").unlink()
+    assert not speedrun.is_done(plan, command) and speedrun.checkpoint_key(plan, "sft") is None
 
 
 def test_a_stage_that_fails_ends_the_run_and_says_how_to_go_on():
-    with pytest.raises(UserError, match="nanochat.dataset ended with exit code 2; "
+    with pytest.raises(UserError, match=r"nanochat.dataset ended with exit code 2 \(unrecognized .* --nonsense\); "
                                         "mend what it says, then `bash speedrun.sh` resumes"):
         with Owner() as owner:
             speedrun.execute(owner, Command("text", "nanochat.dataset", ("small-world", "--nonsense")))
-    with pytest.raises(UserError, match=r"exit code 1 \(docs is 0; it must be at least 1\); mend"), Owner() as owner:
+    with pytest.raises(UserError, match=r"exit code 1 \(--docs is 0; it must be at least 1\); mend"), Owner() as owner:
         speedrun.execute(owner, Command("text", "nanochat.dataset", ("small-world", "--docs=0")))
 
 
@@ -186,7 +214,7 @@ def test_the_base_model_trains_while_its_text_is_fetched_and_a_download_that_fai
             events.append("wait")
             return 1
 
-    def execute(_, command):
+    def execute(_, command, begin):
         events.append(command.module)
         if command.module == fails:
             raise UserError("shard_00012 will not come")
@@ -244,6 +272,140 @@ def test_the_shell_script_becomes_the_speedrun_and_hands_on_its_arguments(tmp_pa
     script = shell_project(tmp_path / "failing", "exit 3")
     done = subprocess.run([shell, str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3 and not done.stdout
+
+
+@pytest.mark.parametrize("argument, says", [("SPEEDRUN_PROFILE=d26", "settings stand before the command"),
+                                            ("--depth=26", "no argument of speedrun.sh"),
+                                            ("-n", "--dry-run and --help"),
+                                            ("--dry", "no argument"), ("two words", "two words is no argument")])
+def test_an_argument_it_does_not_know_is_refused_before_the_set_up(tmp_path, argument, says):
+    script = shell_project(tmp_path / "project", "echo set up")
+    done = subprocess.run(["bash", str(script), "--dry-run", argument], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and says in done.stderr and not done.stdout, done
+
+
+def test_help_needs_no_set_up_and_a_dry_run_says_that_it_does(tmp_path):
+    script = shell_project(tmp_path / "project", "echo set up")
+    ready = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, timeout=60).stdout
+    assert "arguments -m scripts.speedrun --help" in ready and "set up" not in ready
+    shutil.rmtree(script.parent / ".venv")
+    shown = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0 and "SPEEDRUN_PROFILE=d26" in shown.stdout and "BASH_VERSION" not in shown.stdout
+    dry = subprocess.run(["bash", str(script), "--dry-run"], capture_output=True, text=True, timeout=60).stdout
+    assert dry.startswith("note: to look at this machine, --dry-run needs the set-up") and "set up" in dry
+
+
+def test_paths_in_settings_are_those_of_the_folder_where_it_was_started(tmp_path, monkeypatch):
+    script = shell_project(tmp_path / "project", "")
+    python = script.parent / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$NANOCHAT_CALLED_FROM;$NANOCHAT_BASE_DIR;"')
+    env = os.environ | {"NANOCHAT_BASE_DIR": "mine"}
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{tmp_path};{tmp_path}/mine;\n"
+    (tmp_path / "Ann's notes").mkdir()
+    monkeypatch.setenv("NANOCHAT_CALLED_FROM", str(tmp_path))
+    assert text_paths("Ann's notes") == [str(tmp_path / "Ann's notes")]
+
+
+# ---- settings and text
+
+@pytest.mark.parametrize("text, folders", [
+    ("Ann's notes", ["Ann's notes"]), ("two words", ["two words"]), ("a\nb c", ["a", "b c"]),
+    ("line\nfeed", ["line\nfeed"]),
+    ("'b c' a", ["b c", "a"]), ("a absent", ["a", "absent"]), ("b\\ c", ["b c"]), ("a " * 200, ["a"] * 200),
+    ('"Ann\'s notes" a', ["Ann's notes", "a"]), (" ", []), ("", [])])
+def test_a_path_that_exists_is_taken_as_it_is_and_others_as_a_list(tmp_path, monkeypatch, text, folders):
+    monkeypatch.chdir(tmp_path)
+    for name in ("Ann's notes", "two words", "a", "b c", "line\nfeed"):
+        (tmp_path / name).mkdir()
+    assert text_paths(text) == folders
+
+
+def test_a_list_with_an_open_quote_is_one_clear_line():
+    with pytest.raises(UserError, match="SPEEDRUN_TEXT is .*no closing quotation. Give one path as it is"):
+        text_paths("Bob's notes and more")
+
+
+@pytest.mark.parametrize("name, value, says", [
+    ("SPEEDRUN_PROFLE", "d26", "did you mean SPEEDRUN_PROFILE"),
+    ("SPEEDRUN_DEPTH", "26", "there is .*SPEEDRUN_PROFILE"),
+    ("SPEEDRUN_STEP", "3", "did you mean SPEEDRUN_STEPS"), ("SPEEDRUN_PROFILE", "smal", "Did you mean small"),
+    ("SPEEDRUN_STEPS", "-5", "must be at least 1"), ("SPEEDRUN_STEPS", "many", "a whole number, at least 1"),
+    ("SPEEDRUN_SHARDS", "0", "must be at least 1"), ("SPEEDRUN_GPUS", "-2", "from 0 to"),
+    ("SPEEDRUN_DEVICE_BATCH", "1.5", "a whole number"), ("SPEEDRUN_RL", "yes", "must be 1 or 0"),
+    ("SPEEDRUN_TEXT_FLAGS", "--encoding=cp1252", "SPEEDRUN_TEXT is not")])
+def test_settings_that_cannot_be_meant_are_refused_with_a_hint(monkeypatch, name, value, says):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}.*{says}"):
+        make_plan(Machine([], 0, 2))
+
+
+def dry_run(monkeypatch, capsys, **settings) -> str:
+    monkeypatch.setattr(speedrun, "find_machine", lambda: Machine([], 0, 2))
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    speedrun.main(["--dry-run"])
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_reads_the_text_and_hands_on_the_flags_of_its_import(monkeypatch, capsys, tmp_path):
+    latin, absent = tmp_path / "Ann's notes.txt", tmp_path / "absent.txt"
+    latin.write_bytes("Größe. Some words of Ann.\n".encode("cp1252"))
+    with pytest.raises(UserError, match="absent.txt does not exist"):
+        dry_run(monkeypatch, capsys, SPEEDRUN_TEXT=str(absent))
+    with pytest.raises(UserError, match="My does not exist. It was read as 2 paths.*quotes"):
+        dry_run(monkeypatch, capsys, SPEEDRUN_TEXT=f"{tmp_path}/My Notes")
+    with pytest.raises(UserError, match="is not utf-8.*--encoding"):
+        dry_run(monkeypatch, capsys, SPEEDRUN_TEXT=str(latin))
+    out = dry_run(monkeypatch, capsys, SPEEDRUN_TEXT=str(latin), SPEEDRUN_TEXT_FLAGS="--encoding=cp1252")
+    assert f"import --encoding=cp1252 {shlex.quote(str(latin))}" in out
+    with pytest.raises(SystemExit):
+        dry_run(monkeypatch, capsys, SPEEDRUN_TEXT=str(latin), SPEEDRUN_TEXT_FLAGS="--encodin=cp1252")
+    assert "did you mean --encoding" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--val-fraction is 1"):
+        dry_run(monkeypatch, capsys, SPEEDRUN_TEXT=str(latin), SPEEDRUN_TEXT_FLAGS="--val-fraction=1")
+
+
+def test_a_batch_that_does_not_divide_and_a_mirror_that_lacks_a_data_set_are_seen_before_anything_is_done(monkeypatch):
+    monkeypatch.setenv("SPEEDRUN_DEVICE_BATCH", "3")
+    with pytest.raises(UserError, match="multiple of a micro-batch"):
+        check_plan(make_plan(H100))
+    monkeypatch.delenv("SPEEDRUN_DEVICE_BATCH")
+    monkeypatch.setenv("NANOCHAT_TASK_DATA", "/mirror")
+    with pytest.raises(UserError, match="the mirror has no allenai/ai2_arc, ARC-Easy, test"):
+        check_plan(make_plan(H100))
+
+
+def test_the_data_sets_that_are_looked_for_are_those_that_the_stages_ask_for(monkeypatch):
+    asked = set()
+
+    def note(name, subset, split, columns):
+        asked.add((name, subset, split))
+        raise UserError("enough")
+
+    for module in (arc, gsm8k, humaneval, mmlu, smoltalk):
+        monkeypatch.setattr(module, "load_rows", note)
+    monkeypatch.setattr(recipes, "Mixture", lambda parts: None)
+    for name in ("ARC", "GSM8K", "HumanEval", "MMLU", "SmolTalk"):
+        whole = getattr(recipes, name)
+        monkeypatch.setattr(recipes, name, lambda *given, whole=whole: Anything(whole, given))
+    for name in ("SimpleSpelling", "SpellingBee"):
+        monkeypatch.setattr(recipes, name, lambda *given, **more: None)
+    recipes.mid("hub"), recipes.sft("hub"), recipes.rl("hub", "train"), recipes.rl("hub", "test")
+    for make in recipes.graded("hub").values():
+        make()
+    assert asked == set(recipes.hub_splits(["mid", "sft", "rl"])) and recipes.hub_splits([]) == []
+
+
+class Anything:
+    """A task whose rows are asked for and never come."""
+
+    def __init__(self, task, given):
+        with pytest.raises(UserError, match="enough"):
+            task(*given)
+
+    def __getitem__(self, part):
+        return self
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -12,14 +12,15 @@ import time
 import pytest
 import torch
 
-from nanochat import checkpoint, rl
+from nanochat import rl
+from nanochat.checkpoint import tensors
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import read_log
 from nanochat.run import move_aside
 from nanochat.tools import sandbox
 from nanochat.tools.sandbox import Level, best_level
-from scripts import base_train, chat_eval, chat_rl, chat_sft, mid_train
+from scripts import base_eval, base_train, chat_eval, chat_rl, chat_sft, mid_train
 from tasks import recipes
 from tests.conftest import ROOT
 from tests.test_distributed import start_ranks
@@ -76,11 +77,13 @@ def test_a_stage_resumes_bit_for_bit_and_then_is_done(base, monkeypatch, capsys,
     whole = weights(base, stage, steps)
     for path in (base / folder / "d2").glob(f"*_{steps:06d}*"):
         path.unlink()
-    read, real = [], checkpoint._read_tensors
-    monkeypatch.setattr(checkpoint, "_read_tensors", lambda *args: read.append(args[:2]) or real(*args))
+    read, real = [], tensors.open_file
+    monkeypatch.setattr(tensors, "open_file", lambda *args: read.append(args[:2]) or real(*args))
     script.main(flags)
-    own = base / folder / "d2"  # nothing of the model it began from but its meta file
-    assert read == [(own, f"model_{steps // 2:06d}.pt"), (own, f"optim_{steps // 2:06d}.pt")]
+    own = base / folder / "d2"  # to verify and to load; of the model it began from, nothing but sizes and meta file
+    assert [name for where, name in read if where == own][:2] == [
+        f"model_{steps // 2:06d}.pt", f"optim_{steps // 2:06d}.pt"]
+    assert len([name for where, name in read if where != own]) == 1
     assert f"resuming from step {steps // 2}" in capsys.readouterr().out
     assert_same(weights(base, stage, steps), whole)
     before = weights(base, stage, steps // 2)
@@ -120,7 +123,7 @@ def test_a_stage_refuses_a_model_it_did_not_begin_with(base):
         chat_sft.main([*SFT, "--num-iterations=8"])
     old = weights(base, "sft", 6)
     chat_sft.main([*SFT, "--fresh"])
-    [aside] = [path for path in (base / "chatsft_checkpoints").iterdir() if path.name != "d2"]
+    [aside] = (base / "chatsft_checkpoints").glob("d2.*")
     assert_same(torch.load(aside / "model_000006.pt", weights_only=True), old)
 
 
@@ -212,16 +215,66 @@ def test_the_level_of_the_sandbox_is_said_and_refused_before_anything_is_graded(
     assert "World-Choice" not in capsys.readouterr().out
 
 
+def files_of(base):
+    """Return when each file was written, but for the locks, which runs touch."""
+    return {path: path.stat().st_mtime_ns for path in base.rglob("*") if path.suffix != ".lock"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_says_what_would_be_done_and_changes_nothing(base, capsys, stage):
+    script, flags, folder, steps = STAGES[stage]
+    before = files_of(base)
+    script.main([*flags, "--dry-run", f"--num-iterations={steps + 2}"])
+    out = capsys.readouterr().out
+    assert f"{steps + 2} steps" in out and f"would resume from step {steps}" in out and "nothing was changed" in out
+    assert f"every {steps // 2} steps, the last 2 of these kept" in out and str(base / folder / "d2") in out
+    script.main([*flags, "--dry-run", "--fresh"])
+    assert f"the run in {base / folder / 'd2'} would be moved aside" in capsys.readouterr().out
+    assert files_of(base) == before
+
+
+def test_a_dry_run_of_base_training_and_of_the_evaluations_changes_nothing(base, capsys):
+    before = files_of(base)
+    flags = [*TINY, "--max-seq-len=128", "--total-batch-size=256", "--dry-run"]
+    base_train.main([*flags, "--num-iterations=9"])
+    out = capsys.readouterr().out
+    assert "train 9 steps of 256 tokens" in out and "would resume from step 2" in out
+    base_train.main([*flags, "--num-iterations=9", "--model-tag=new"])
+    assert "it would begin at step 0" in capsys.readouterr().out
+    base_eval.main(["--device-type=cpu", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "not CORE" in out and "bits per byte of" in out and "the facts of the small world" in out
+    chat_eval.main(["-i", "sft", "--device-type=cpu", "--dry-run"])
+    assert "would be asked World-Questions (" in capsys.readouterr().out
+    assert files_of(base) == before
+
+
+def test_a_run_is_moved_aside_only_when_nothing_can_be_wrong_any_more(base, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    before = files_of(base / "mid_checkpoints")
+    for flags in ([f"--conversations={bad}"], ["--total-batch-size=100"], ["--run=x", "--model-step=77"]):
+        with pytest.raises(UserError), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nanochat.run.check_wandb", lambda name: None)
+            mid_train.main([*MID, "--fresh", *flags])
+        assert files_of(base / "mid_checkpoints") == before
+    with pytest.raises(UserError, match="wandb"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanochat.run.check_wandb", lambda name: None)
+        patch.setitem(sys.modules, "wandb", None)  # found missing when the run is opened: still not moved
+        mid_train.main([*MID, "--fresh", "--run=x"])
+    assert files_of(base / "mid_checkpoints") == before
+
+
 @pytest.mark.parametrize("script, flags, message", [
     (chat_eval, ["-a", "GSM9K"], "there is no task 'GSM9K'; there is .*GSM8K"),
     (chat_eval, ["-g", "d9"], "no usable checkpoint"),
     (mid_train, ["--total-batch-size=100"], "--total-batch-size"),
     (mid_train, ["--conversations=/nowhere/mine.jsonl"], "mine.jsonl"),
     (chat_sft, ["--target-examples-per-step=0"], "--target-examples-per-step"),
-    (chat_sft, ["--eval-steps=0"], "--eval-steps must be at least 1"),
-    (chat_rl, ["--num-samples=1"], "--num-samples must be at least 2"),
-    (chat_rl, ["--eval-examples=0"], "--eval-examples must be at least 1"),
-    (chat_eval, ["-i", "sft", "-x", "0"], "--max-problems is a number from 1 on, or -1 for all, not 0"),
+    (chat_sft, ["--eval-steps=0"], "--eval-steps is 0; it must be at least 1"),
+    (chat_rl, ["--num-samples=1"], "--num-samples is 1; it must be at least 2"),
+    (chat_rl, ["--eval-examples=0"], "--eval-examples is 0; it must be at least 1"),
+    (chat_eval, ["-i", "sft", "-x", "0"], "--max-problems is 0; it must be .*, or -1"),
 ])
 def test_wrong_flags_get_one_clear_line(base, script, flags, message):
     usual = {mid_train: MID, chat_sft: SFT, chat_rl: RL}.get(script, ["--device-type=cpu"])

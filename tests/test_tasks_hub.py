@@ -5,12 +5,15 @@ Covers tasks/hub.py, arc.py, gsm8k.py, humaneval.py, mmlu.py, multiple_choice.py
 
 import csv
 import gzip
+import hashlib
 import io
 import json
+import os
 from itertools import islice
 
 import pytest
 
+from nanochat import transfer
 from nanochat.errors import UserError
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer
@@ -377,13 +380,86 @@ def test_files_that_are_torn_or_empty_or_lack_a_column(mirror):
 def test_without_network_the_mirror_is_explained(monkeypatch):
     import datasets
     monkeypatch.delenv("NANOCHAT_TASK_DATA", raising=False)
+    monkeypatch.setattr(transfer, "BACK_OFF", 0.001)
+    asked = []
 
     def unreachable(*arguments, **options):
+        asked.append(arguments)
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\nmore")
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError,
                        match="Couldn't reach 'openai/gsm8k' on the Hub\\).*set NANOCHAT_TASK_DATA to a folder"):
         GSM8K("main", "test")
+    assert len(asked) == 3
+
+
+def refused(status, retry_after=None):
+    """The error of `datasets` for a status, raised for one of the hub's session."""
+    answer = type("Answer", (), {"status_code": status, "headers": {"Retry-After": retry_after} if retry_after else {}})
+    inner = ConnectionError("inner")
+    inner.response = answer
+    outer = RuntimeError("An error occurred while generating the dataset")
+    outer.__cause__ = inner
+    return outer
+
+
+@pytest.mark.parametrize("errors, told, calls", [
+    ([refused(503), refused(429, "3")], None, 3), ([refused(500)] * 9, "answers 500, 6 times", 6),
+    ([refused(404)], "answers 404", 1), ([refused(401)], "HF_TOKEN", 1),
+    ([json.JSONDecodeError("x", "<html>", 0)] * 9, "sign in", 3),
+    ([ValueError("BuilderConfig 'x' not found")], "not found", 1),
+    ([OSError(28, "No space left on device")], "No space left", 1)], ids=lambda value: str(value)[:30])
+def test_a_hub_that_fails_is_asked_again_where_that_helps(monkeypatch, errors, told, calls):
+    import datasets
+    monkeypatch.delenv("NANOCHAT_TASK_DATA", raising=False)
+    waits, asked, errors = [], [], list(errors)
+    monkeypatch.setattr(transfer, "pause", lambda seconds, stop: waits.append(seconds))
+
+    def load(*arguments, **options):
+        asked.append(options)
+        if errors:
+            raise errors.pop(0)
+        return datasets.Dataset.from_list([{"question": "q", "answer": "#### 1"}])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    if told is None:
+        assert len(GSM8K("main", "test")) == 1 and 3 <= waits[1] <= 4
+    else:
+        with pytest.raises(UserError, match=told):
+            GSM8K("main", "test")
+    assert len(asked) == calls and len(waits) == calls - 1
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_damaged_file_of_a_data_set_is_fetched_again(monkeypatch, tmp_path, capsys, times):
+    import datasets
+    from huggingface_hub import constants
+    monkeypatch.delenv("NANOCHAT_TASK_DATA", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "datasets--openai--gsm8k"
+    right, asked = b"the bytes that the hub lists", []
+    blob = repo / "blobs" / hashlib.sha256(right).hexdigest()
+    old = repo / "blobs" / ("0" * 64)  # of an earlier day: it is not read anew at every start
+    link = repo / "snapshots" / "commit" / "main" / "test.parquet"
+    link.parent.mkdir(parents=True)
+    blob.parent.mkdir(parents=True)
+    old.write_bytes(b"x")
+    os.utime(old, (1, 1))
+
+    def load(*arguments, **options):
+        asked.append(options)
+        if not blob.exists():
+            blob.write_bytes(b"other" if len(asked) <= times else right)
+            link.symlink_to(blob)
+        return datasets.Dataset.from_list([{"question": "q", "answer": "#### 1"}])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    if times == 1:
+        assert len(GSM8K("main", "test")) == 1 and blob.read_bytes() == right
+    else:
+        with pytest.raises(UserError, match="test.parquet came damaged .*, twice"):
+            GSM8K("main", "test")
+        assert not blob.exists() and not link.is_symlink()
+    assert asked == [{"split": "test"}, {"split": "test", "download_mode": "force_redownload"}] and old.exists()
+    assert "test.parquet came damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("make, what", [

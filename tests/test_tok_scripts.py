@@ -66,8 +66,8 @@ def test_a_vocabulary_the_text_cannot_fill_is_said(some_text, capsys, recwarn):
 
 
 @pytest.mark.parametrize("argv, message",
-                         [(["--vocab_size=264"], "vocab_size is 264"), (["--max_chars=0"], "max_chars"),
-                                           (["--doc_cap=-1"], "doc_cap")])
+                         [(["--vocab_size=264"], "--vocab-size is 264"), (["--max_chars=0"], "--max-chars is 0"),
+                          (["--doc_cap=-1"], "--doc-cap is -1")])
 def test_wrong_flags_are_refused_and_nothing_is_written(some_text, argv, message):
     with pytest.raises(UserError, match=message):
         tok_train.main(argv)

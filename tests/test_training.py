@@ -281,10 +281,10 @@ def test_a_run_whose_text_stops_to_arrive_saves_and_resumes(tiny, tmp_path, monk
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--depth=0"], "depth must be at least 1"),
+    (["--depth=0"], "--depth is 0; it must be from 1"),
     (["--total-batch-size=100"], "--total-batch-size=128"),
     (["--layer-pattern=SXS"], "letters, S for SLC2"),
-    (["--device-batch-size=0"], "device_batch_size"),
+    (["--device-batch-size=0"], "--device-batch-size is 0"),
     (["--num-iterations=-1", "--target-param-data-ratio=-1"], "no horizon"),
     (["--core-metric-every=10"], "CORE"),
     (["--data-dir=/nowhere/at/all"], "no text in /nowhere/at/all"),

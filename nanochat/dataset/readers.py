@@ -97,6 +97,21 @@ def read_documents(path: Path, text_format: TextFormat) -> Iterator[str]:
                 yield from _json_array(path, chunks, text_format.text_column)
 
 
+def look_at_files(paths: Iterable[str | Path], text_format: TextFormat) -> list[Path]:
+    """Find the files as `find_files` does and read the first document of each, of plain text its first part.
+
+    Returns the files. Raises UserError for one that cannot be read.
+    """
+    files = [path for _, path in find_files(paths)[0]]
+    for path in files:
+        if suffix_of(path) not in TEXT:
+            next(read_documents(path, text_format), None)
+            continue
+        with _reading(path), gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+            next(_decoded(path, file, text_format.encoding), None)
+    return files
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:

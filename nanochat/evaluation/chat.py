@@ -20,6 +20,7 @@ from nanochat.errors import UserError
 from nanochat.ragged import length_on, padded
 
 BATCH_TOKENS = 1 << 14  # of multiple-choice prompts in one forward, padding included
+TIE_MARGIN = 1e-3       # of logits, which batches change by about 1e-5
 
 
 @dataclass
@@ -85,7 +86,10 @@ def evaluate_task(model, tokenizer, task: Any, ranks: Ranks, *, batch_size: int 
                   num_samples: int = 1, max_tokens: int = 512, temperature: float = 0.0, top_k: int | None = None,
                   seed: int = 42, progress: Callable[[int, int, int], object] = lambda done, count, correct: None
                   ) -> TaskResult:
-    """Evaluate a model on a task. Collective; the result does not depend on the number of ranks.
+    """Evaluate a model on a task. Collective; in float32 on a CPU the result does not depend on the number of ranks.
+
+    On a GPU, or in fewer bits, other rows in a batch round its logits differently, so that answers to problems that are
+    nearly a tie may differ.
 
     A generated answer that was cut at max_tokens is wrong, whatever it holds so far: "#### 1800" cut to "#### 18" is
     not 18.
@@ -134,6 +138,8 @@ def _grade_choices(model, tokenizer, task: Any, indices: range, batch_size: int)
     """Yield the graded problems of a categorical task.
 
     The answer is the letter with the largest logit as the first token of the assistant. Longest prompts come first.
+    In float32, a prompt whose best letters are nearly a tie goes through the model again, alone, so that its answer
+    does not depend on what else is in its batch.
     """
     prompts = {}
     for index in indices:
@@ -149,8 +155,10 @@ def _grade_choices(model, tokenizer, task: Any, indices: range, batch_size: int)
         for i, index in enumerate(batch):
             conversation = prompts[index][0]
             letters = conversation["letters"]
-            scores = _finite(logits[i, [_letter_id(tokenizer, letter) for letter in letters]])
-            best = letters[int(scores.argmax())]
+            of_letters = [_letter_id(tokenizer, letter) for letter in letters]
+            if model.dtype == torch.float32 and _nearly_tied(logits[i, of_letters]):
+                logits[i] = model(torch.tensor([prompts[index][1]], device=model.device), last_only=True)[0, 0].cpu()
+            best = letters[int(_finite(logits[i, of_letters]).argmax())]
             yield _row(index, task.evaluate(conversation, best), conversation, [best])
 
 
@@ -160,6 +168,12 @@ def _finite(logits: torch.Tensor) -> torch.Tensor:
         raise UserError("the model gives NaN or infinity instead of logits, so nothing can be graded: its weights are "
                         "damaged, or training had diverged. Evaluate an earlier checkpoint (--step).")
     return logits
+
+
+def _nearly_tied(logits: torch.Tensor) -> bool:
+    """Return whether the two largest of these logits (N,) are closer than TIE_MARGIN."""
+    best = logits.topk(min(2, len(logits))).values
+    return bool(best[0] - best[-1] < TIE_MARGIN)
 
 
 def _letter_id(tokenizer, letter: str) -> int:
@@ -178,7 +192,7 @@ def _grade_generated(model, tokenizer, task: Any, indices: range, **options: Any
     if prompts:  # what is sampled from NaN is some token, and no error
         with torch.inference_mode():
             _finite(model(padded(prompts[:1], model.device, BATCH_TOKENS)[0])[0, :len(prompts[0])])
-    for number, samples in engine.complete(prompts, **options):
+    for number, samples in engine.complete(prompts, batch_invariant=True, **options):
         texts = [tokenizer.decode([token for token in row.tokens if token not in engine.stops]) for row in samples]
         cut = [row.ended != "stop" for row in samples]
         right = [bool(task.evaluate(conversations[number], text)) for text in texts]

@@ -10,12 +10,11 @@ a run that was stopped and resumed is one run. The report only reads logs: it ca
 stage still trains.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import Range, flag, parse, run_main
 from nanochat.errors import UserError
 from nanochat.report.writing import reset, write
 
@@ -26,7 +25,7 @@ class Config:
 
     tag: str = flag("", "which model; unset takes the one trained or evaluated last")
     hourly_price: float = flag(-1.0, "dollars an hour for the whole machine; unset assumes 3 for each GPU, "
-                                     "and nothing without one")
+                                     "and nothing without one", within=Range(0, also=-1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,8 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         old = reset()
         print(f"the old report was moved to {old}" if old else "there was no report")
         return
-    if not math.isfinite(config.hourly_price):
-        raise UserError(f"--hourly-price must be a number of dollars, not {config.hourly_price}")
     written = write(config.tag or None, config.hourly_price if config.hourly_price >= 0 else None)
     for note in written.notes:
         print(f"note: {note}")
