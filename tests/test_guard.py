@@ -459,7 +459,7 @@ def test_nothing_is_saved_of_an_update_that_breaks_the_weights(tiny_base):
 
 
 def test_a_run_that_ends_with_a_nan_or_an_evaluation_of_nan_has_not_succeeded(tiny_base, monkeypatch):
-    from nanochat import run as running
+    from nanochat.run import stage_run as running
     from scripts import base_train as script
     real, done = training.train_step, []
 

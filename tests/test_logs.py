@@ -22,8 +22,6 @@ from nanochat.errors import UserError
 from nanochat.logs import RunLog, check_wandb, read_log
 from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def strict(path):
     """The records of a log, each line checked to be JSON as the standard has it."""

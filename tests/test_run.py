@@ -120,7 +120,7 @@ def test_blocks_are_compiled_where_the_gpu_can(monkeypatch, capsys):
     gpu = Ranks(0, 0, 1, torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
     for able in (True, False):
-        monkeypatch.setattr("nanochat.run.has_triton", lambda device, least, able=able: able)
+        monkeypatch.setattr("nanochat.run.flags.has_triton", lambda device, least, able=able: able)
         assert compile_wanted("auto", gpu) == able and not compile_wanted("no", gpu)
     assert "needs Triton and a GPU of compute capability 7.0 or later; this is Old GPU" in capsys.readouterr().out
     with pytest.raises(UserError, match="Use --compile=auto or --compile=no"):

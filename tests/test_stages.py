@@ -306,11 +306,11 @@ def test_a_run_is_moved_aside_only_when_nothing_can_be_wrong_any_more(base, tmp_
     before = files_of(base / "mid_checkpoints")
     for flags in ([f"--conversations={bad}"], ["--total-batch-size=100"], ["--run=x", "--model-step=77"]):
         with pytest.raises(UserError), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nanochat.run.check_wandb", lambda name: None)
+            patch.setattr("nanochat.run.flags.check_wandb", lambda name: None)
             mid_train.main([*MID, "--fresh", *flags])
         assert files_of(base / "mid_checkpoints") == before
     with pytest.raises(UserError, match="wandb"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanochat.run.check_wandb", lambda name: None)
+        patch.setattr("nanochat.run.flags.check_wandb", lambda name: None)
         patch.setitem(sys.modules, "wandb", None)  # found missing when the run is opened: still not moved
         mid_train.main([*MID, "--fresh", "--run=x"])
     assert files_of(base / "mid_checkpoints") == before
