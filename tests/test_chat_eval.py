@@ -49,6 +49,26 @@ def test_choices_in_batches_equal_one_prompt_at_a_time(made, batch_size):
     assert result.accuracy == right / 40 and json.dumps(result.rows)
 
 
+def test_near_ties_between_letters_are_settled_alone(made, monkeypatch):
+    model, tokenizer = made
+    task, alone = WorldChoice("test", size=12), []
+    forward = model.forward
+
+    def disturbed(ids, **options):
+        """A batch of several is off by more than rounding, a prompt alone is not."""
+        alone.append(len(ids) == 1)
+        logits = forward(ids, **options)
+        return logits if len(ids) == 1 else logits + 2e-3 * torch.randn(logits.shape, generator=dice)
+
+    dice = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(model, "forward", disturbed)
+    monkeypatch.setattr(chat, "TIE_MARGIN", 1e3)  # all are nearly a tie
+    result = evaluate_task(model, tokenizer, task, ALONE, batch_size=12)
+    monkeypatch.undo()
+    assert sum(alone) == 12 and not alone[0]
+    assert [row["answers"] for row in result.rows] == [[plain_choice(model, tokenizer, asked)] for asked in task]
+
+
 class Lengths(WorldQuestions):
     """The same questions. An answer of even length is correct, so that a random model has some correct ones."""
 

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat import distributed
 from nanochat.distributed import Ranks
@@ -101,6 +102,27 @@ def check(found: dict[str, float], losses: float) -> None:
 @pytest.mark.long
 def test_ranks_and_micro_batches_change_no_curve_and_no_score(tiny, tmp_path):
     check(compare(tmp_path, tiny, 3, 8, [(1, 2), (2, 2), (3, 2), (4, 1)]), losses=1e-5)
+
+
+def _resume(ranks: Ranks, folder: str, flags: list[str]) -> None:
+    os.environ |= {"NANOCHAT_BASE_DIR": folder, "NANOCHAT_DTYPE": "float32"}
+    with open(f"{folder}/out-{ranks.world_size}-{ranks.rank}.txt", "w") as out, contextlib.redirect_stdout(out):
+        module_of("scripts.base_train").main(flags)
+
+
+def test_a_resume_on_other_ranks_goes_on_with_the_next_rows_and_says_what_differs(tiny_base):
+    flags = [*commands(4, 8, 2)["base"], "--save-every=2", "--keep=9"]
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    _resume(ranks, str(tiny_base), flags)
+    whole, folder = told(tiny_base)["base loss"], tiny_base / "base_checkpoints" / "d2"
+    for path in folder.glob("*_000004*"):
+        path.unlink()
+    start_ranks(2, _resume, str(tiny_base), [*flags, "--device-batch-size=1"])
+    losses = told(tiny_base)["base loss"]
+    assert len(losses) == 6 and losses[4:] == pytest.approx(whole[2:], abs=1e-5)
+    out = (tiny_base / "out-2-0.txt").read_text()
+    assert "1 → 2 processes, 2 → 1 rows a device: the run goes on with the very next rows" in out
+    assert "no longer bit for bit" in out and "no longer bit for bit" not in (tiny_base / "out-2-1.txt").read_text()
 
 
 @pytest.mark.slow

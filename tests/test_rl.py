@@ -101,6 +101,28 @@ def test_two_ranks_normalise_over_the_tokens_of_both(tmp_path):
         torch.testing.assert_close(two[1][name], one[1][name], rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("batch_size", [3, 8, 64])
+def test_an_answer_does_not_depend_on_what_is_decoded_beside_it(tokenizer, batch_size):
+    model = small_model(2, vocab_size=tokenizer.get_vocab_size())
+    engine, chats = Engine(model, tokenizer), [{"messages": [
+        {"role": "user", "content": "few words " * i}, {"role": "assistant", "content": ""}]} for i in range(5)]
+    beside = []
+    engine.generate_many = lambda *args, **options: beside.append(options) or Engine.generate_many(
+        engine, *args, **options)
+
+    def drawn(numbers, batch_size):
+        groups = rollouts(engine, Stops(), [chats[i] for i in numbers], [7 + i for i in numbers], 3, max_tokens=12,
+                          batch_size=batch_size)
+        return {i: [row.tokens for row in group.rows] for i, group in zip(numbers, groups)}
+
+    together = drawn(range(5), 15)
+    apart = {}
+    for rank in range(3):
+        apart |= drawn(range(5)[rank::3], batch_size)
+    assert apart == together and len({str(tokens) for rows in together.values() for tokens in rows}) > 10
+    assert all(options["batch_invariant"] for options in beside)  # they would rarely differ without it
+
+
 def test_pass_at_k_is_the_share_of_all_choices_of_k_answers():
     for samples, correct, k in ((8, 3, 1), (8, 3, 2), (8, 3, 8), (5, 0, 3), (5, 5, 1), (4, 3, 2)):
         answers = [True] * correct + [False] * (samples - correct)
