@@ -18,7 +18,6 @@ import torch
 from nanochat import logs
 from nanochat.errors import UserError
 from nanochat.logs import RunLog, read_log
-from tests.conftest import ROOT
 
 ROOT = Path(__file__).resolve().parent.parent
 
