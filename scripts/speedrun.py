@@ -150,7 +150,7 @@ def run_commands(plan: RunPlan, place: Place | None = None) -> None:
                     background = begin() if begin is not None else owner.start(command.title, command.argv())
                     continue
                 else:
-                    execute(owner, command, begin)
+                    execute(owner, command, *([begin] if begin is not None else []))
                     if command.grades:
                         remember(plan, command)
                 if background is not None and command.awaits:

@@ -84,8 +84,8 @@ def test_the_slurm_script_gives_each_task_its_place(tmp_path):
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
            "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_JOB_ID": "41007"}
     env.pop("MASTER_PORT", None)
-    done = subprocess.run(["bash", str(ROOT / "dev" / "slurm.sh"), "--dry-run"], env=env, capture_output=True,
-                          text=True)
+    argv = ["bash", str(ROOT / "dev" / "slurm.sh"), "--dry-run"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["set up", "2 0 n3 21007 --dry-run", "2 1 n3 21007 --dry-run"], done
 
 

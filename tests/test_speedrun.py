@@ -214,7 +214,7 @@ def test_the_base_model_trains_while_its_text_is_fetched_and_a_download_that_fai
             events.append("wait")
             return 1
 
-    def execute(_, command, begin):
+    def execute(_, command):
         events.append(command.module)
         if command.module == fails:
             raise UserError("shard_00012 will not come")
