@@ -135,7 +135,7 @@ def check_ranges(config_class: type, values: Mapping[str, Any], named: Callable[
         within = field.metadata.get("within") or Range()
         if isinstance(value, bool) or not isinstance(value, int | float) or value in within:
             continue
-        if within.high is not None and value > within.high:
+        if within.high is not None and value > within.high >= UNTOLD:
             within = Range(high=within.high)
         hint = ELSEWHERE.get(f"{field.name}={value:g}" if abs(value) < 1e15 else "")
         raise UserError(f"{named(field.name)} is {value}; it must be {within}." + (f" Here {hint}" if hint else ""))
