@@ -6,7 +6,8 @@
     python -m bench.torture --list
 
 The table names each fault, how often it was tried, and what became of it. Exit code 1 where anything was lost or
-changed; the folder of such a case is kept and named. The moments of a kill depend on the seed and on the speed of the
+changed; the folder of such a case is kept and named. The code may not be edited while this runs: commands would be
+copies of the old code that import the new. The moments of a kill depend on the seed and on the speed of the
 machine, so a case that is repeated is of the same kind, not the same to the microsecond.
 """
 
