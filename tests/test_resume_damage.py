@@ -104,7 +104,7 @@ def test_fresh_moves_nothing_where_there_is_nothing_to_start_from(base):  # noqa
     assert files_below(base) == before
 
 
-def test_a_stage_begins_with_the_newest_whole_model_and_goes_on_though_that_is_damaged_later(base, caplog):  # noqa: F811
+def test_a_stage_begins_with_the_newest_whole_model_and_goes_on_where_that_is_lost(base, caplog):  # noqa: F811
     script, flags, folder, steps = STAGES["sft"]
     parent = base / "mid_checkpoints" / "d2"
     flip(parent / "model_000006.pt")
