@@ -337,6 +337,9 @@ def test_verify_names_every_file_of_all_folders_and_ends_with_1_where_one_is_bad
     assert out.count(" whole\n") == 9 and out.count("published one, without a sha256") == 2
     assert str(two) in out and "optim_000001_rank0.pt not listed in its meta file" in out
     flip(two / "optim_000010.pt")
+    with pytest.raises(SystemExit):
+        command(["verify", str(two)])
+    assert capsys.readouterr().out.count(" whole\n") == 5
     (two / "meta_000020.json").unlink()
     before = content(two)
     for path in (two, tmp_path):
