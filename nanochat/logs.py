@@ -88,7 +88,7 @@ class RunLog:
         except OSError as error:
             raise UserError(f"cannot write the log {self.path}: {error.strerror}. "
                             "Correct that, or set NANOCHAT_BASE_DIR to another folder.") from error
-        self._lock = lock(self.path.with_name(f".{self.path.name}.lock"), f"another run writes {self.path}",
+        self._lock = lock(base_dir() / "locks" / f"{self.path.name}.lock", f"another run writes {self.path}",
                           "Two would mix their records: wait until it ends, or stop it with {kill}.")
         if wandb_run not in ("", "dummy"):
             self._wandb = _start_wandb(wandb_run, stage, config)

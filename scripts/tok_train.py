@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from nanochat.cli import flag, parse, run_main
 from nanochat.dataset import iter_documents
 from nanochat.dataset.shards import data_dir, read_source
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, lock_folder
+from nanochat.files import atomic_write, base_dir, lock
 from nanochat.recipe import published
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "the first must be 1 or more, the second 0 or more")
     way_out = ("Wait until it ends, or stop it with {kill}; with another NANOCHAT_BASE_DIR two can be trained side by "
                "side.")
-    with lock_folder(tokenizer_dir(), f"a tokenizer is already being trained into {tokenizer_dir()}", way_out):
+    what = f"a tokenizer is already being trained into {tokenizer_dir()}"
+    with lock(base_dir() / "locks" / "tokenizer.lock", what, way_out) or nullcontext():
         _train(config)
 
 
