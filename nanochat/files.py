@@ -277,16 +277,28 @@ def lock(path: Path, what: str, way_out: str) -> Lock | None:
 
 
 def lock_folder(folder: Path, what: str, way_out: str) -> ExitStack:
-    """Lock a folder for this process with a file beside it, until the returned stack is closed; see `lock`.
+    """Lock a folder for this process, until the returned stack is closed; see `lock`.
 
-    All machines that see the folder see the file. Where the folder is a link, the file is beside the folder that it
-    leads to as well, which others may reach in another way.
+    The file lies on the folder's own disk at a place that follows from the folder, so that all machines that see the
+    folder see it. Where the folder is a link, the folder that it leads to is locked as well.
     """
     with ExitStack() as locks:
         for place in dict.fromkeys((folder.parent.resolve() / folder.name, folder.resolve())):
-            if held := lock(place.with_name(f".{place.name}.lock"), what, way_out):
+            if held := lock(_lock_path(place), what, way_out):
                 locks.enter_context(held)
         return locks.pop_all()
+
+
+def _lock_path(folder: Path) -> Path:
+    """Return base/locks/x_checkpoints_d20.lock for base/x_checkpoints/d20, where that is the folder's own disk; else a
+    hidden file beside the folder, or in it where it is a disk itself."""
+    base = folder.parent.parent
+    if folder.exists() and folder.stat().st_dev != folder.parent.stat().st_dev:
+        return folder / ".lock"
+    whole = base.exists() and (not folder.parent.exists() or base.stat().st_dev == folder.parent.stat().st_dev)
+    if folder.parent.name.endswith("_checkpoints") and whole and os.access(base, os.W_OK):
+        return base / "locks" / f"{folder.parent.name}_{folder.name}.lock"
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _holder(file: IO) -> tuple[str, str, str]:

@@ -135,7 +135,7 @@ class RunLog:
             return
         if Path(f"{stage}_{tag}").name != f"{stage}_{tag}":
             raise UserError(f"a model tag is one name, such as d20, not {tag!r}")
-        self._lock = lock(self.path.with_name(f".{self.path.name}.lock"), f"another run writes {self.path}",
+        self._lock = lock(base_dir() / "locks" / f"{self.path.name}.lock", f"another run writes {self.path}",
                           "Two would mix their records: wait until it ends, or stop it with {kill}.")
         try:
             self._file = open(self.path, "a+b", buffering=0)  # one write per record, appended: lines never mix

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nanochat.cli import COUNT, FROM_ZERO, Range, flag, parse, run_main
 from nanochat.dataset import iter_documents
 from nanochat.dataset.shards import data_dir, read_source
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, lock_folder
+from nanochat.files import atomic_write, base_dir, lock
 from nanochat.recipe import published
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return _say_what_would_be_done(config, folder)
     way_out = ("Wait until it ends, or stop it with {kill}; with another NANOCHAT_BASE_DIR two can be trained side by "
                "side.")
-    with lock_folder(folder, f"a tokenizer is already being trained into {folder}", way_out):
+    what = f"a tokenizer is already being trained into {folder}"
+    with lock(base_dir() / "locks" / "tokenizer.lock", what, way_out) or nullcontext():
         _train(config, folder)
 
 

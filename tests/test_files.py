@@ -244,10 +244,11 @@ def holding(path, how=HOLD):
     return holder
 
 
-def test_a_folder_is_locked_under_all_its_names(tmp_path):
-    shared, link = tmp_path / "disk" / "d2", tmp_path / "base_checkpoints" / "d2"
+@pytest.mark.parametrize("folder", ["base_checkpoints", "elsewhere"])
+def test_a_folder_is_locked_under_all_its_names(tmp_path, folder):
+    shared, link = tmp_path / "disk" / folder / "d2", tmp_path / "base" / "base_checkpoints" / "d2"
     shared.mkdir(parents=True)
-    link.parent.mkdir()
+    link.parent.mkdir(parents=True)
     link.symlink_to(shared)
     holder = holding(link, HOLD.replace("lock(", "lock_folder(").replace("import lock", "import lock_folder"))
     with pytest.raises(UserError, match="the folder is in use"):
@@ -257,7 +258,8 @@ def test_a_folder_is_locked_under_all_its_names(tmp_path):
         lock_folder(link, "the folder is in use", "")
     holder.communicate("")
     with lock_folder(shared, "the folder is in use", ""), lock_folder(link, "the folder is in use", ""):
-        pass
+        where = shared.parent / ".d2.lock", tmp_path / "disk" / "locks" / "base_checkpoints_d2.lock"
+        assert [path.exists() for path in where] == [folder == "elsewhere", folder != "elsewhere"]
 
 
 ELSEWHERE = HOLD.replace("from nanochat.files", """import fcntl, socket

@@ -89,8 +89,7 @@ def claim(folder: Path, config: Any, ranks: Ranks) -> ExitStack | None:
 def lock_run(folder: Path, ranks: Ranks) -> ExitStack | None:
     """Keep other runs from writing to a folder of checkpoints, as long as the returned stack is open. Collective.
 
-    The lock lies beside the folder, so that it counts on all machines that see it. Raises UserError where another run
-    holds it.
+    It counts on all machines that see the folder. Raises UserError where another run holds it.
     """
     locks = []
     way_out = ("Two runs cannot write to one folder: wait until it ends, or stop it with {kill} (it saves first); "
