@@ -6,6 +6,8 @@
 #     WANDB_RUN=name bash speedrun.sh             # with wandb
 #     SPEEDRUN_PROFILE=d26 bash speedrun.sh       # small, d20, d26 or d32 instead of what fits the machine
 #     SPEEDRUN_TEXT="notes/ log.txt.gz" bash speedrun.sh     # your own text instead of FineWeb-Edu or the small world
+#     NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 bash speedrun.sh   # on host0, and with NODE_RANK=1 on the other machine
+#     sbatch --nodes=4 dev/slurm.sh               # on a SLURM cluster
 #
 # All settings: .venv/bin/python -m scripts.speedrun --help
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh speedrun.sh

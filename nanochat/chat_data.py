@@ -47,6 +47,54 @@ class Conversations:
         return self.task[int(self._orders[epoch][place])]
 
 
+    def fingerprint(self, shards: int | None = None) -> str:
+        """Return a hex digest of the number of conversations, the seed, and some of the conversations."""
+        some = [self.task[i] for i in range(0, self.count, max(1, self.count // 16))]
+        return hashlib.sha256(to_json([self.count, self.seed, some]).encode()).hexdigest()[:16]
+
+
+class ConversationSteps(Conversations):
+    """The conversations of each optimizer step, the next `per_step` of the stream, with an exact position.
+
+    Args:
+        task, seed: as for Conversations.
+        per_step: conversations of all ranks in a step.
+        step: steps that are done. state: what `state_dict` returned after them; None where there is none, which takes
+            all steps to have been of per_step conversations.
+
+    Raises:
+        UserError: the state is of other conversations.
+    """
+
+    def __init__(self, task: Any, seed: int, per_step: int, step: int = 0, state: dict | None = None):
+        super().__init__(task, seed)
+        self.per_step, self._step, self._first = per_step, step, step * per_step
+        if state is not None:
+            try:
+                before, count, self._first = state["data"], state["conversations"], state["next"]
+            except (KeyError, TypeError) as error:
+                raise UserError(f"this is no position in the conversations: {error!r}.") from error
+            if before != self.fingerprint():
+                raise UserError("the conversations are not those that the run began with, or in another order "
+                                f"({count:,} then, {self.count:,} now): use the same data and the same --seed, or "
+                                "train anew with --fresh.")
+        self._next = self._first
+
+    def numbers(self, step: int) -> range:
+        """Return the numbers of the conversations of a step."""
+        first = self._first + (step - self._step) * self.per_step
+        return range(first, first + self.per_step)
+
+    def take(self, step: int) -> range:
+        """Return the numbers of the conversations of a step, and set the position behind it."""
+        self._next = self.numbers(step).stop
+        return self.numbers(step)
+
+    def state_dict(self) -> dict:
+        """Return the position as plain JSON, the same on all ranks."""
+        return {"data": self.fingerprint(), "conversations": self.count, "next": self._next}
+
+
 class ConversationSource(Conversations):
     """A task's conversations as a `nanochat.dataloader.DocumentSource`: every token is trained on, the user's too."""
 
@@ -60,13 +108,12 @@ class ConversationSource(Conversations):
         self.bos = tokenizer.get_bos_token_id()
         self.tokenizer_fingerprint = tokenizer.fingerprint()
 
-    def walk(self, start: int, step: int, stop: int | None) -> Iterator[tuple[list[int], list[dict]]]:
-        """Yield (numbers, conversations) of start, start + step, … below `stop` (None: endless), in small pieces."""
+    def walk(self, start: int, stop: int | None) -> Iterator[tuple[list[int], list[dict]]]:
+        """Yield (numbers, conversations) from `start` on, below `stop` (None: endless), in small pieces."""
         while stop is None or start < stop:
-            end = start + PIECE * step
-            numbers = list(range(start, end if stop is None else min(end, stop), step))
+            numbers = list(range(start, start + PIECE if stop is None else min(start + PIECE, stop)))
             yield numbers, [self[number] for number in numbers]
-            start = end
+            start += PIECE
 
     def pick(self, numbers: Sequence[int]) -> dict[int, dict]:
         """Return some conversations by number."""
@@ -76,11 +123,6 @@ class ConversationSource(Conversations):
         """Return the tokens of each whole conversation, without bos."""
         return [np.array(self.tokenizer.render_conversation(conversation, max_tokens=1 << 30)[0][1:], dtype=np.uint32)
                 for conversation in conversations]
-
-    def fingerprint(self, shards: int | None = None) -> str:
-        """Return a hex digest of the number of conversations, the seed, and some of the conversations."""
-        some = [self.task[i] for i in range(0, self.count, max(1, self.count // 16))]
-        return hashlib.sha256(to_json([self.count, self.seed, some]).encode()).hexdigest()[:16]
 
 
 def count_tokens(task: Any, tokenizer: Any, most: int = 20_000) -> int:
@@ -95,12 +137,12 @@ class SupervisedSteps:
     """The micro-batches of every optimizer step of supervised fine-tuning, made one step ahead in a thread.
 
     A step is the next `examples_per_step` conversations, dealt out to the ranks by length so that all have about the
-    same work. A conversation with nothing to learn within max_tokens is replaced by the next one. The number of the
-    step is the whole state, so any number of ranks can resume from it. `close()` or leaving a `with` block ends the
-    thread.
+    same work. A conversation with nothing to learn within max_tokens is replaced by the next one. Any number of ranks
+    can resume from a state, also with other steps. `close()` or leaving a `with` block ends the thread.
 
     Args:
         task: the conversations. seed: of their order.
+        step, state: as for ConversationSteps, to resume.
         examples_per_step: conversations of all ranks in an optimizer step.
         device_batch_size: conversations of a micro-batch at most, padded to the longest; on a GPU to one of seven
             lengths from max_tokens / 8 on.
@@ -111,12 +153,13 @@ class SupervisedSteps:
     """
 
     def __init__(self, tokenizer: Any, task: Any, *, examples_per_step: int, device_batch_size: int, max_tokens: int,
-                 ranks: Ranks, seed: int = 0):
+                 ranks: Ranks, seed: int = 0, step: int = 0, state: dict | None = None):
         if examples_per_step < ranks.world_size or device_batch_size < 1:
             raise UserError(f"a step of {examples_per_step} conversations, in micro-batches of {device_batch_size}, "
                             f"leaves nothing to some of the {ranks.world_size} ranks: set --target-examples-per-step "
                             f"to {ranks.world_size} or more.")
-        self.tokenizer, self.conversations, self.ranks = tokenizer, Conversations(task, seed), ranks
+        self.tokenizer, self.ranks = tokenizer, ranks
+        self.conversations = ConversationSteps(task, seed, examples_per_step, step, state)
         self.examples_per_step, self.device_batch_size = examples_per_step, device_batch_size
         self.max_tokens = max_tokens
         self.replaced = 0  # conversations that had nothing to learn within max_tokens
@@ -132,6 +175,7 @@ class SupervisedSteps:
         ready = self._ahead is not None and self._ahead[0] == step
         made = self._ahead[1] if ready else self._thread.submit(self._make, step)
         rows = made.result()
+        self.conversations.take(step)
         self._ahead = (step + 1, self._thread.submit(self._make, step + 1))
         yield from self.micro_batches(rows)
 
@@ -141,6 +185,10 @@ class SupervisedSteps:
         for i in range(0, len(rows), full):
             yield batch_of(rows[i:i + full], self.tokenizer.get_bos_token_id(), self.ranks.device, full,
                            least=64 * -(-self.max_tokens // 512), most=self.max_tokens)
+
+    def state_dict(self) -> dict:
+        """Return the position behind the last step handed out as plain JSON, the same on all ranks."""
+        return self.conversations.state_dict()
 
     def close(self) -> None:
         """End the thread."""
@@ -153,8 +201,7 @@ class SupervisedSteps:
         self.close()
 
     def _make(self, step: int) -> list[tuple[list[int], list[int]]]:
-        first = step * self.examples_per_step
-        rows = [self._usable(number) for number in range(first, first + self.examples_per_step)]
+        rows = [self._usable(number) for number in self.conversations.numbers(step)]
         rows.sort(key=lambda row: len(row[0]))
         return rows[self.ranks.rank::self.ranks.world_size]
 

@@ -26,8 +26,9 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn, TypeVar
 
 from nanochat.errors import UserError
+from nanochat.files import disk_error
 from nanochat.launcher import obey_owner, tell_owner
-from nanochat.logs import print_line
+from nanochat.logs import console, print_line
 
 C = TypeVar("C")
 
@@ -424,20 +425,38 @@ def parse_settings(config_class: type[C], prefix: str, environ: Mapping[str, str
 def run_main(main: Callable[[], object]) -> None:
     """Run a script's main. A UserError prints one line to stderr and exits with 1; Ctrl-C exits with 130.
 
-    Where the script was started by an owner (nanochat.launcher), it ends with that and tells it why it fails.
+    An error of the disk that nothing more exact was said of is one line, too. Where the script was started by an owner
+    (nanochat.launcher), it ends with that and tells it why it fails.
     """
     obey_owner()
-    try:
-        check_settings()
-        main()
-    except UserError as error:
-        print_line(f"error: {error}", sys.stderr)
-        tell_owner(reason=str(error))
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        if not tell_owner():  # an owner says it, once for all ranks
-            print_line("interrupted", sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        tell_owner(reason=f"{type(error).__name__}: {error}")
-        raise
+    with console():
+        try:
+            check_settings()
+            main()
+        except UserError as error:
+            _end_with(error)
+        except KeyboardInterrupt:
+            if not tell_owner():  # an owner says it, once for all ranks
+                print_line("interrupted", sys.stderr)
+            raise SystemExit(130) from None
+        except OSError as error:
+            if (told := disk_error(error)) is not None:
+                _end_with(told)
+            tell_owner(reason=f"{type(error).__name__}: {error}")
+            raise
+        except UnicodeEncodeError as error:
+            if "surrogates" not in error.reason:
+                raise
+            name = error.object.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            _end_with(UserError(f"the name {name!r} has letters that are not UTF-8, or that the locale of this "
+                                f"terminal ({sys.getfilesystemencoding()}) does not have. Set PYTHONUTF8=1 or "
+                                "LC_ALL=C.UTF-8, or use another name."))
+        except Exception as error:
+            tell_owner(reason=f"{type(error).__name__}: {error}")
+            raise
+
+
+def _end_with(error: UserError) -> NoReturn:
+    print_line(f"error: {error}", sys.stderr)
+    tell_owner(reason=str(error), mend=error.mend)
+    raise SystemExit(1) from None

@@ -13,7 +13,6 @@ COLLECTIVE_MINUTES.
 
 import ctypes
 import functools
-import itertools
 import os
 import pickle
 import re
@@ -31,9 +30,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.errors import UserError
-from nanochat.launcher import MASTER, obey_owner, tell_owner
+from nanochat.errors import Unreachable, UserError
+from nanochat.files import release_locks
+from nanochat.launcher import MASTER, has_owner, obey_owner, tell_owner, told
 from nanochat.logs import print_line
+from nanochat.watch import HUNG, Watch, busy, count_meeting
 
 JOIN_MINUTES = 10        # for all ranks to start
 COLLECTIVE_MINUTES = 20  # between the first and the last rank to come to a collective; the first step compiles
@@ -138,9 +139,32 @@ def init_ranks(device_type: str = "") -> Ranks:
                                     device_id=device if on_gpu else None)
         except dist.DistError as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(f"rank {rank} of {world_size} could not join the others at {address} ({error}). "
-                            "Check that all ranks run and can reach that address.") from error
+            raise Unreachable(f"rank {rank} of {world_size} could not join the others at {address} ({error}). "
+                              "Check that all ranks run and can reach that address.") from error
+        _watch_ranks(rank, local_rank, world_size, device)
     return Ranks(rank, local_rank, world_size, device)
+
+
+_watch: list[Watch] = []  # of this process, where it is one of several ranks
+
+
+def _watch_ranks(rank: int, local_rank: int, world_size: int, device: torch.device) -> None:
+    """Start to watch the ranks; see nanochat/watch.py."""
+    group, store = dist.distributed_c10d._get_default_group(), dist.distributed_c10d._get_default_store()
+    first, count = rank - local_rank, int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
+    _watch[:] = [Watch(rank, world_size, range(first, first + count) if has_owner() else range(0), store.clone(),
+                       group._get_sequence_number_for_group, told(), _give_up, cpu=device.type == "cpu")]
+    _watch[0].start()
+
+
+def _give_up(hung: dict[int, str]) -> None:
+    """End this process, as other ranks hang."""
+    why = "; ".join(f"rank {rank} hangs: {how}" for rank, how in hung.items()) or (
+        "no rank gets on: the network between them is gone, or a GPU hangs")
+    if not tell_owner(hung={str(rank): how for rank, how in hung.items()}, error=f"error: {why}"):
+        print_line(f"error: {why}", sys.stderr)
+    release_locks()
+    os._exit(HUNG)
 
 
 def use_gpu(device: torch.device) -> None:
@@ -188,6 +212,8 @@ def _tune_cpu() -> None:
 def close_ranks() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
+        if _watch:
+            _watch.pop().stop()
         _leave_store(LEAVE_SECONDS)
         dist.destroy_process_group()
 
@@ -233,13 +259,17 @@ def _end_rank(ranks: Ranks, error: BaseException) -> None:
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     else:
         text = f"error: {error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        if not tell_owner(error=text[-20_000:]):  # which prints it; one that all ranks have once
+        mend = isinstance(error, UserError) and error.mend
+        if not tell_owner(error=text[-20_000:], mend=mend):  # which prints it; one that all ranks have once
             print_line(f"rank {ranks.rank} of {ranks.world_size}: {text.rstrip()}", sys.stderr)
+    if _watch:
+        _watch.pop().stop()
     if isinstance(error, SystemExit | KeyboardInterrupt):  # the other ranks are asked to stop too
         _leave_store(LEAVE_SECONDS / 10)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
+    release_locks()
     # No clean-up from here on: closing NCCL may wait for the other ranks until its time limit. The files are closed, as
     # the run's own context managers have ended, and the system frees the GPU with the process.
     os._exit(code)
@@ -256,11 +286,8 @@ def all_reduce_sum(x: Tensor, ranks: Ranks) -> Tensor:
 
 # ---- waiting for rank 0, through the store: no GPU waits, and a signal is heard meanwhile
 
-_meetings = itertools.count()  # all ranks come to the same barriers in the same order
-
-
 def _key() -> tuple[dist.Store, str]:
-    return dist.distributed_c10d._get_default_store(), f"nanochat/{next(_meetings)}"
+    return dist.distributed_c10d._get_default_store(), f"nanochat/{count_meeting()}"
 
 
 def _wait_for(store: dist.Store, key: str, what: str, ranks: Ranks, minutes: float) -> None:
@@ -304,7 +331,8 @@ def on_main(what: str, work: Callable[[], R], ranks: Ranks, minutes: float = MAI
     store, key = _key()
     if ranks.is_main:
         try:
-            result, error = work(), None
+            with busy(what):
+                result, error = work(), None
         except UserError as problem:
             result, error = None, problem
         store.set(key, pickle.dumps((result, error)))
@@ -334,6 +362,11 @@ def gather_objects(obj: Any, ranks: Ranks) -> list[Any]:
     return box
 
 
+def several_machines(ranks: Ranks) -> bool:
+    """Return whether the ranks are on more than one machine, by LOCAL_WORLD_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size) < ranks.world_size
+
+
 def machine_first(work: Callable[[], R], ranks: Ranks) -> R:
     """Call `work` on all ranks, on the first one of each machine before the others, and return its result. Collective.
 
@@ -344,7 +377,8 @@ def machine_first(work: Callable[[], R], ranks: Ranks) -> R:
     result, error = None, ""
     if ranks.local_rank == 0:
         try:
-            result = work()
+            with busy("reading or downloading data"):
+                result = work()
         except UserError as problem:
             error = str(problem)
     barrier(ranks, "the first rank of a machine, which reads or downloads data")

@@ -13,6 +13,8 @@ What holds:
   exit code and the last line on the screen are those of the rank that failed first.
 - When a process has ended, so has everything in its process group.
 - Where the owner is killed, its processes see the end of their line to it. They stop as if asked to by SIGTERM.
+- A process that shows no sign of life, or that the other ranks wait for (nanochat/watch.py), is named after
+  NANOCHAT_HANG_WARN seconds (120) and ended after NANOCHAT_HANG_END (600); 0 means never.
 
 The line is a socket. A process that was started here calls `obey_owner` (`nanochat.cli.run_main` does) and then tells
 its owner what it does: JSON, one object a line, see `tell_owner`. A launcher that has an owner itself hands on what its
@@ -34,6 +36,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat.logs import print_line
+from nanochat.watch import hang_seconds, is_stopped
 
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE = 10.0         # seconds to end in, for a process that does not save anything
@@ -42,8 +45,11 @@ ORPHANED = 600.0     # seconds to end in, for a process whose owner has died
 REMIND = 15.0        # seconds between two lines about what is waited for
 BOUNCE = 1.0         # a second Ctrl-C counts from this many seconds after the first
 TICK = 0.1           # seconds between two looks at the processes
+BEAT = 5.0           # seconds from one sign of life of a process to the next
+STEP_TOLD_AFTER = 0.2  # seconds
 
 LINE, MASTER = "NANOCHAT_OWNER_LINE", "NANOCHAT_MASTER_LISTENS"  # environment: file descriptors, see Owner.start
+RESTARTED = "NANOCHAT_RESTARTED"  # environment: why a job was started anew, for its log
 
 
 def handled_stops() -> list[int]:
@@ -77,7 +83,13 @@ def obey_owner() -> None:
     for stop in STOPS[1:]:
         signal.signal(stop, _exit_of_signal)
     threading.Thread(target=_end_with_owner, args=(_line,), name="owner", daemon=True).start()
+    threading.Thread(target=_show_life, name="life", daemon=True).start()
     tell_owner(ready=True)
+
+
+def _show_life() -> None:
+    while tell_owner(beat=True, step=_told.get("step", -1)):
+        time.sleep(min(BEAT, *(limit / 4 for limit in hang_seconds())))
 
 
 def _exit_of_signal(number: int, frame: object) -> None:
@@ -115,15 +127,39 @@ def tell_owner(**news: Any) -> bool:
         owns: True: it owns processes itself and ends them by the rules of this file.
         error: a text that the owner prints, with the name of the rank.
         reason: why this process fails, in a line, for the owner's last line. An error's last line is one too.
+        mend: True: it fails for what its user must mend, so that starting it again is in vain.
+        step: the optimizer step that it has come to.
+        hung: of ranks that the others wait for in vain, by number as text, how they hang, in words.
+        beat: True: it is alive.
     """
     _told.update(news)
     if "error" in news:
-        news["at"] = time.monotonic()
+        news |= {"at": time.monotonic(), "step": _told.get("step", -1)}
     if _line is None:
         return False
     with _sending, suppress(OSError):  # the owner is gone, or stopped and its buffer full
         _line.send(json.dumps(news).encode() + b"\n", socket.MSG_DONTWAIT)
     return True
+
+
+def has_owner() -> bool:
+    """Return whether this process was started by an Owner, and has called `obey_owner`."""
+    return _line is not None
+
+
+def told() -> dict[str, Any]:
+    """Return the last news of each kind that this process told, whether it has an owner or not."""
+    return _told
+
+
+def at_step(step: int) -> None:
+    """Tell that this process begins optimizer step `step`, but not more often than is of use."""
+    _told.setdefault("first_step", step)
+    now = time.monotonic()
+    if now - _told.get("step_at", 0.0) > STEP_TOLD_AFTER:
+        tell_owner(step=step, step_at=now)
+    else:
+        _told["step"] = step
 
 
 @contextmanager
@@ -172,6 +208,10 @@ class _Member:
     owns: bool = False
     error: str = ""
     reason: str = ""
+    mend: bool = False
+    step: int = -1
+    heard: float = 0.0  # when it last told anything; 0 before the first time
+    named: bool = False  # as one without a sign of life
     failed_at: float = float("inf")  # by the clock that all processes share
     since: float = field(default_factory=time.monotonic)  # of the last change of these
     asked: int = 0  # the signal that it was sent
@@ -200,12 +240,16 @@ class Job:
     """Processes that succeed or fail together.
 
     first: the process that ended first with another code than 0. stopped: the signal that the job was asked to stop
-    with, 0 for none.
+    with, 0 for none. elsewhere: what other machines do for it (scripts/nodes.py), and `failed` there: exit code, reason
+    and whether its user must mend it.
     """
 
     title: str
     members: list[_Member]
     first: _Member | None = None
+    elsewhere: Any = None
+    failed: tuple[int, str, bool] | None = None
+    world: int = 0  # ranks of all machines
     failing_since: float = 0.0
     stopped: int = 0
     stopped_at: float = 0.0
@@ -217,26 +261,60 @@ class Job:
         return [member for member in self.members if member.running]
 
     @property
+    def going_on(self) -> bool:
+        """Whether a process of it runs, here or on another machine."""
+        return bool(self.running) or self.elsewhere is not None and not self.elsewhere.ended()
+
+    @property
     def code(self) -> int:
         """Exit code: that of the process that failed first."""
-        return self.first.code if self.first is not None else 0
+        return self.failed[0] if self.failed is not None else self.first.code if self.first is not None else 0
+
+    @property
+    def step(self) -> int:
+        """The optimizer step that the job came to, −1 where none was told."""
+        return max((member.step for member in self.members), default=-1)
+
+    @property
+    def mend(self) -> bool:
+        """Whether the job failed for what its user must mend, or was ended by a signal that asks it to."""
+        told = self.failed[2] if self.failed is not None else self.first is not None and self.first.mend
+        return told or (self.code in (2, *(128 + number for number in STOPS)))
 
     @property
     def reason(self) -> str:
         """Why the job failed, in a line; "" where it did not fail or nobody knows."""
         first = self.first
+        if self.failed is not None:
+            return self.failed[1]
         if first is None:
             return ""
-        why = first.reason.removeprefix("error: ") or _death(first.code)
-        return f"{first.name} of {len(self.members)} failed first: {why}" if first.name else first.reason
+        why = first.reason.removeprefix("error: ") or death(first.code)
+        return f"{first.name} of {self.world or len(self.members)} failed first: {why}" if first.name else first.reason
 
 
-def _death(code: int) -> str:
+def death(code: int) -> str:
     """Return in words how a process ended that gave no reason itself."""
     if code == 128 + signal.SIGKILL:
         return "it was killed (SIGKILL); often the machine's memory was full"
     names = {128 + number: number.name for number in signal.Signals}
     return f"it was ended by {names[code]}" if code in names else f"it ended with exit code {code}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of one machine among those of a job on several.
+
+    first: of its ranks. world: ranks of all. address, port: where they meet. master: what listens there, on node 0.
+    """
+
+    first: int
+    world: int
+    node: int
+    nodes: int
+    address: str
+    port: int
+    master: socket.socket | None
 
 
 class Owner:
@@ -251,6 +329,8 @@ class Owner:
         self._hasten = False
         self._jobs: list[Job] = []
         self._before: dict[int, Any] = {}
+        self._looked = time.monotonic()
+        self._warn, self._end = hang_seconds()
 
     def __enter__(self) -> "Owner":
         for number in handled_stops():
@@ -277,8 +357,8 @@ class Owner:
         elif number == signal.SIGINT and time.monotonic() - self._stopped_at > BOUNCE:
             self._hasten = True  # a second SIGTERM or SIGHUP is a repetition, as a closed terminal sends it
 
-    def start(self, title: str, argv: Sequence[str], *, ranks: int = 1) -> Job:
-        """Start a program, with several `ranks` as torchrun does: RANK, LOCAL_RANK, WORLD_SIZE and more tell them.
+    def start(self, title: str, argv: Sequence[str], *, ranks: int = 1, group: Group | None = None) -> Job:
+        """Start a program, with several ranks as torchrun does: RANK, LOCAL_RANK, WORLD_SIZE and more tell them.
 
         The port at which the ranks meet listens already when they start, so that nobody else can take it: rank 0
         inherits the socket.
@@ -286,31 +366,38 @@ class Owner:
         Args:
             title: the job's name in messages.
             argv: the program and its arguments. It should call `obey_owner` early.
-            ranks: number of processes.
+            ranks: number of processes on this machine.
+            group: their place among those of several machines; None where this is the only one.
 
         Raises:
             SystemExit: a signal came before.
         """
         if self.stopped:
             raise SystemExit(128 + self.stopped)
-        job = Job(title, [])
-        self._jobs.append(job)
         with socket.create_server(("127.0.0.1", 0), backlog=max(128, ranks)) as master:
-            for rank in range(ranks):
+            group = group or Group(0, ranks, 0, 1, "127.0.0.1", master.getsockname()[1], master)
+            job = Job(title, [], world=group.world)
+            self._jobs.append(job)
+            for local in range(ranks):
+                rank = group.first + local
                 mine, theirs = socket.socketpair()
                 with theirs:
                     env, passed = {**os.environ, LINE: str(theirs.fileno())}, [theirs.fileno()]
-                    if ranks > 1:
-                        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                                "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                                "MASTER_PORT": str(master.getsockname()[1]),
+                    if group.world > 1:
+                        listens = [group.master.fileno()] if rank == 0 and group.master is not None else []
+                        env |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(group.world),
+                                "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": str(group.node),
+                                "GROUP_WORLD_SIZE": str(group.nodes),
+                                "MASTER_ADDR": group.address, "MASTER_PORT": str(group.port),
                                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # as torchrun
-                                MASTER: str(master.fileno()) if rank == 0 else ""}
-                        passed += [master.fileno()] if rank == 0 else []
+                                # a rank that ends makes the C++ of the others print pages
+                                "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+                                MASTER: "".join(map(str, listens))}
+                        passed += listens
                     mine.setblocking(False)
                     popen = subprocess.Popen(argv, env=env, pass_fds=passed, start_new_session=True,
                                              stdin=subprocess.DEVNULL)
-                job.members.append(_Member(f"rank {rank}" if ranks > 1 else "", popen, mine))
+                job.members.append(_Member(f"rank {rank}" if group.world > 1 else "", popen, mine))
         return job
 
     def wait(self, job: Job) -> int:
@@ -320,7 +407,7 @@ class Owner:
             SystemExit: a signal came, and all jobs have ended. The code is 128 + its number, or that of a process that
                 failed on its way to the end.
         """
-        while job.running and not self.stopped:
+        while job.going_on and not self.stopped:
             self._tick()
         if not self.stopped:
             return job.code
@@ -358,7 +445,10 @@ class Owner:
             select.select(lines, [], [], TICK)
         else:
             time.sleep(TICK)
+        self._looked, before = time.monotonic(), self._looked
         for job in self._jobs:
+            for member in job.running if self._looked - before > BEAT else ():  # this process was stopped itself
+                member.heard += self._looked - before if member.heard else 0
             ended = [member for member in job.running if self._has_ended(member)]
             told = [member for member in job.members if self._hear(job, member)]
             for member in sorted(ended, key=lambda member: member.failed_at):
@@ -367,6 +457,9 @@ class Owner:
                     job.first, job.failing_since = member, time.monotonic()
             for member in sorted(told, key=lambda member: member.failed_at):
                 self._print_error(job, member)
+            self._look_for_life(job)
+            if job.elsewhere is not None and not job.stopped:
+                self._hear_elsewhere(job)
             self._enforce(job)
             if ended:
                 self._tell(job)
@@ -398,15 +491,67 @@ class Owner:
                 news = json.loads(text)
             except ValueError:  # cut off by a full buffer
                 continue
-            member.since = time.monotonic()
-            for name in ("ready", "saves", "saving", "owns", "reason"):
+            self._hear_life(job, member)
+            if "beat" in news:
+                member.step = news["step"]
+                continue
+            member.since = member.heard
+            for name in ("ready", "saves", "saving", "owns", "reason", "mend", "step"):
                 setattr(member, name, news.get(name, getattr(member, name)))
+            for rank, how in news.get("hung", {}).items():
+                self._end_hung(job, f"rank {rank}", how)
             if "error" in news:
                 member.error, member.failed_at = news["error"].strip(), min(member.failed_at, news["at"])
                 member.reason = member.error.rpartition("\n")[2]
                 failed = True
             self._tell(job)
         return failed
+
+    def _hear_life(self, job: Job, member: _Member) -> None:
+        now = time.monotonic()
+        if member.named:
+            member.named = False
+            print_line(f"{member.name or job.title} is back after {now - member.heard:.0f} s", sys.stderr)
+        member.heard = now
+
+    def _look_for_life(self, job: Job) -> None:
+        """Name those that have shown no sign of life for long; end those that the other ranks wait for in vain."""
+        for member in job.running:
+            silent = self._looked - member.heard
+            if not member.heard or member.silent or silent < self._warn:
+                continue
+            pid, stopped = member.popen.pid, is_stopped(member.popen.pid)
+            how = (f"it is stopped (SIGSTOP); `kill -CONT {pid}` lets it go on" if stopped else
+                   "its machine is overloaded, or it hangs in the system")
+            if not member.named:
+                member.named = True
+                then = f"; it is ended after {self._end:.0f} s" if len(job.members) > 1 else ""
+                print_line(f"warning: {member.name or job.title} (process {pid}) has shown no sign of life for "
+                           f"{silent:.0f} s: {how}{then}", sys.stderr)
+            if silent > self._end and len(job.members) > 1:
+                self._end_hung(job, member.name, f"no sign of life for {silent:.0f} s"
+                               + (" (stopped by SIGSTOP)" if stopped else ""))
+
+    def _end_hung(self, job: Job, name: str, how: str) -> None:
+        for member in job.running:
+            if member.name == name and not member.killed:
+                member.reason, member.failed_at = how, 0.0
+                member.kill()
+                with suppress(subprocess.TimeoutExpired):
+                    member.popen.wait(GRACE)  # so that it is the first that ends
+
+    def _hear_elsewhere(self, job: Job) -> None:
+        """Let a job fail here where it does on another machine, and the other way round."""
+        if job.first is None and job.failed is None:
+            job.failed = job.elsewhere.problem()
+            if job.failed is not None:
+                job.failing_since = time.monotonic()
+                print_line(f"error: {job.failed[1]}", sys.stderr)
+                job.elsewhere.stop(job.failed[1])
+        elif job.first is not None and job.failed is None:
+            job.elsewhere.stop(job.reason)
+            if not job.going_on and (better := job.elsewhere.better_reason(job.reason)) != job.reason:
+                job.failed = job.code, better, job.mend
 
     def _print_error(self, job: Job, member: _Member) -> None:
         """Print the error of a process: in full the first of a job, of others the last line, each once."""
@@ -419,13 +564,16 @@ class Owner:
 
     def _tell(self, job: Job) -> None:
         """Hand on to the owner of this process what the processes of a job do."""
+        if job.step >= 0:
+            at_step(job.step)
         tell_owner(saves=any(each.saves for each in job.running),
                    saving=next((each.saving for each in job.running if each.saving), ""))
 
     def _enforce(self, job: Job) -> None:
         """End what must end: of a job that fails or was asked to stop."""
         now, running = time.monotonic(), job.running
-        if not running or (job.first is None and not job.stopped):
+        failing = job.first is not None or job.failed is not None
+        if not (running and (failing or job.stopped)):
             return
         if self._hasten:
             for member in running:
@@ -437,7 +585,6 @@ class Owner:
                 if not member.owns or now - member.since > GRACE:  # an owner kills its own processes first
                     member.kill()
             return
-        failing = job.first is not None
         for member in running:
             if failing and not member.owns:
                 self._ask(member, signal.SIGTERM)

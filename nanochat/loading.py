@@ -6,23 +6,29 @@
 """
 
 import dataclasses
+import json
+import os
 import re
-from pathlib import Path
+from contextlib import nullcontext, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import load_on_ranks, nothing_found, steps_in
-from nanochat.distributed import Ranks, compute_dtype
+from nanochat.checkpoint import Checkpoint, holds_checkpoints, load_on_ranks, nothing_found
+from nanochat.distributed import Ranks, compute_dtype, on_main
 from nanochat.engine.quantize import quantize as quantized
 from nanochat.errors import UserError
-from nanochat.files import base_dir
+from nanochat.files import atomic_write, base_dir, in_words, lock, need_disk, to_json
 from nanochat.gpt import GPT, GPTConfig, meta_model
 from nanochat.kernels.choose import apply_wish, wish_of_environment
 from nanochat.layers import join
+from nanochat.logs import print_line
+from nanochat.saving import copy_to_machines
 from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
+from nanochat.transfer import TIMEOUT, Listed, NotFetched, ask_hub, fetch_file
 
 
 def checkpoint_dir(source: str | Path, model_tag: str | None = None) -> Path:
@@ -43,9 +49,9 @@ def _choose_folder(source: str | Path, model_tag: str | None) -> tuple[Path, str
         if Path(model_tag).name != model_tag:
             raise UserError(f"{model_tag!r} is not a model tag: it names one folder under {root}, such as d20.")
         return root / model_tag, "as asked"
-    if source not in STAGES and steps_in(root):
+    if source not in STAGES and holds_checkpoints(root):
         return root, "as asked"
-    tags = [path for path in sorted(root.glob("*")) if path.is_dir() and steps_in(path)]
+    tags = [path for path in sorted(root.glob("*")) if holds_checkpoints(path)]
     if not tags:
         raise UserError(nothing_found(root / "<tag>" if root.is_dir() else root))
     if len(tags) == 1:
@@ -53,8 +59,18 @@ def _choose_folder(source: str | Path, model_tag: str | None) -> tuple[Path, str
     depths = {int(path.name[1:]): path for path in tags if re.fullmatch(r"d\d+", path.name)}
     if depths:
         return depths[max(depths)], f"the deepest of {len(tags)} there"
-    newest = max(tags, key=lambda path: max(meta.stat().st_mtime for meta in path.glob("meta_*")))
+    newest = max(tags, key=lambda path: max((meta.stat().st_mtime for meta in path.glob("meta_*")), default=0))
     return newest, f"the last written of {len(tags)} there"
+
+
+def on_ranks(source: str | Path, model_tag: str | None, step: int | None, ranks: Ranks) -> tuple[Path, str]:
+    """Return the folder that rank 0 chooses, and the reason, on all ranks, when all machines have its checkpoint.
+    Collective."""
+    folder, why = on_main("looking for a model", lambda: _choose_folder(source, model_tag), ranks)
+    if source in STAGES:  # in the base folder of this machine
+        folder = base_dir() / STAGES[source].folder / folder.name
+    copy_to_machines(folder, step, ranks)
+    return folder, why
 
 
 def load_model(source: str | Path, device: str | torch.device, *, model_tag: str | None = None,
@@ -65,19 +81,29 @@ def load_model(source: str | Path, device: str | torch.device, *, model_tag: str
         source: "base", "mid", "sft", "rl", or a folder.
         device: where the weights go.
         model_tag: which model of the stage; see `checkpoint_dir` for what is taken without one.
-        step: which checkpoint; None takes the newest valid one.
+        step: which checkpoint; None takes the newest one that is whole.
         ranks: where all ranks load the same model; one rank of each machine then verifies it. Collective.
 
     Returns:
-        The model; the tokenizer in the checkpoint's folder, or where there is none the one of base_dir(); and the meta
-        dict with two more entries: "folder", and "loaded", a line that says which checkpoint was taken and why.
+        The model, in eval mode; the tokenizer in the checkpoint's folder, or where there is none the one of base_dir();
+        and the meta dict with two more entries: "folder", and "loaded", a line that says which checkpoint was taken and
+        why.
 
     Raises:
         UserError: there is no such checkpoint, or it does not fit the shape in its meta or the tokenizer.
     """
-    apply_wish(wish_of_environment())
-    folder, why = _choose_folder(source, model_tag)
+    folder, why = _choose_folder(source, model_tag) if ranks is None else on_ranks(source, model_tag, step, ranks)
     checkpoint = load_on_ranks(folder, step, ranks or Ranks(0, 0, 1, torch.device(device)), device=device)
+    return model_and_tokenizer(checkpoint, why)
+
+
+def model_and_tokenizer(checkpoint: Checkpoint, why: str) -> tuple[GPT, Any, dict[str, Any]]:
+    """Make the model of a checkpoint and find its tokenizer. why: this checkpoint was taken, in words.
+
+    Returns and raises what `load_model` does.
+    """
+    apply_wish(wish_of_environment())
+    folder = checkpoint.folder
     meta = {**checkpoint.meta, "folder": str(folder), "loaded": f"step {checkpoint.step} of {folder} ({why})"}
     model = model_from_state(meta["model_config"], checkpoint.model_state, what=str(folder))
 
@@ -159,18 +185,113 @@ def check_shapes(model: torch.nn.Module, state: dict[str, Tensor], what: str) ->
 def from_hub(name: str, revision: str | None) -> Path:
     """Fetch a repository in the published format from the Hugging Face hub, and return its local folder.
 
-    name: "owner/name". revision: a branch, tag or commit; None takes the main branch. Raises UserError where it cannot
-    be fetched.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    Each file is verified against the hub's checksum, and a download that was interrupted is resumed. Files that are in
+    the cache of huggingface_hub are taken from there. Where the hub cannot be reached, what is complete here is used.
 
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    Args:
+        name: "owner/name".
+        revision: a branch, tag or commit; None takes the main branch.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
         raise UserError(f"there is no folder {name}: a model is one of {', '.join(STAGES)}, a folder with a "
                         "checkpoint, or owner/name on the hub.")
+    root = base_dir() / "hub" / name.replace("/", "--")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.pt", "*.json", "*.pkl"],
-                                      ignore_patterns=["optim_*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} is no folder, and cannot be fetched from the hub: {why}") from error
+        commit, files = _files_on_hub(name, revision)
+    except NotFetched as error:
+        folder = (_last_from_hub(root, revision) or _in_hub_cache(name, revision)) if error.network else None
+        if folder is None:
+            raise UserError(f"{name} is no folder, and cannot be fetched from the hub at {_endpoint()}: {error}. Check "
+                            "the name, the network, HF_ENDPOINT and, where it is private, HF_TOKEN; or fetch it on "
+                            "another machine and give its folder.") from error
+        print_line(f"note: the hub cannot be reached ({error}); using {name} as it is in {folder}")
+        return folder
+    if not any(path.endswith(".pt") for path in files):
+        raise UserError(f"{name} on the hub holds no checkpoint: there is no model_NNNNNN.pt in it")
+    folder = root / commit
+    missing = {path: listed for path, listed in files.items() if listed.problem(folder / path)}
+    if missing:
+        with lock(root / "lock", f"{name} is fetched already", "Wait until that ends.") or nullcontext():
+            _fetch_files(name, commit, missing, folder)
+    if _revisions(root).get(revision or "main") != commit:
+        with atomic_write(root / "revisions.json", "w") as file:
+            file.write(to_json(_revisions(root) | {revision or "main": commit}, indent=1))
+    return folder
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _files_on_hub(name: str, revision: str | None) -> tuple[str, dict[str, Listed]]:
+    """Return the commit of a repository of the hub, and the files of it that a model needs. Raises NotFetched."""
+    from huggingface_hub import HfApi
+    api = HfApi(endpoint=_endpoint())
+
+    def ask() -> tuple[str, dict[str, Listed]]:
+        info = api.model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT)
+        if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
+            raise ValueError("no commit")
+        return info.sha, {
+            file.rfilename: Listed(file.size, *((file.lfs.sha256,) if file.lfs else ("", file.blob_id or "")))
+            for file in info.siblings if file.rfilename.endswith((".pt", ".json", ".pkl"))
+            and not file.rfilename.rpartition("/")[2].startswith("optim_")}
+
+    return ask_hub(ask, f"{name} on the hub", print_line)
+
+
+def _fetch_files(name: str, commit: str, missing: dict[str, Listed], folder: Path) -> None:
+    """Bring files of a repository, from the cache of huggingface_hub or from the hub."""
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers
+    for path in missing:
+        parts = PurePosixPath(path).parts
+        if PurePosixPath(path).is_absolute() or ".." in parts or any(":" in part or "\\" in part for part in parts):
+            raise UserError(f"{name} is not fetched: its file {path!r} would be written outside of its folder")
+    for path, listed in list(missing.items()):
+        cached = try_to_load_from_cache(name, path, revision=commit)
+        if isinstance(cached, str) and not listed.problem(Path(cached)):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # a cache on another disk is not linked to, but the file fetched
+                (folder / path).unlink(missing_ok=True)
+                os.link(os.path.realpath(cached), folder / path)
+                missing = {other: about for other, about in missing.items() if other != path}
+    need_disk(folder, sum(listed.size or 0 for listed in missing.values()), f"fetching {name}")
+    for path, listed in missing.items():
+        print_line(f"fetching {path} of {name}" + (f" ({in_words(listed.size)})" if listed.size else ""))
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fetch_file(hf_hub_url(name, path, revision=commit, endpoint=_endpoint()), folder / path, listed,
+                       say=print_line, headers=build_hf_headers())
+        except NotFetched as error:
+            raise UserError(f"{path} of {name} cannot be fetched from {_endpoint()}: {error}. The same command goes on "
+                            "where it stopped.") from error
+
+
+def _revisions(root: Path) -> dict[str, str]:
+    """Return which commit each branch or tag was when it was fetched last."""
+    try:
+        found = json.loads((root / "revisions.json").read_text(encoding="utf-8"))
+        return {name: commit for name, commit in found.items() if isinstance(commit, str)}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _last_from_hub(root: Path, revision: str | None) -> Path | None:
+    """Return the folder of a repository that was fetched completely before; None where there is none."""
+    known = _revisions(root)
+    commit = known.get(revision or "main", revision if revision in known.values() else None)
+    return root / commit if commit and (root / commit).is_dir() else None
+
+
+def _in_hub_cache(name: str, revision: str | None) -> Path | None:
+    """Return the folder of a repository in the cache of huggingface_hub; None where there is none."""
+    from huggingface_hub import snapshot_download
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except Exception:  # of many classes
+        return None
+    return folder if any(folder.glob("*.pt")) else None

@@ -15,17 +15,20 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat.errors import UserError
-from nanochat.files import base_dir, to_json
+from nanochat.files import Lock, base_dir, lock, to_json
 
+MOST_WAITING = 10_000  # records that wait in memory for room on the disk
 NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 NO_WANDB = ("", "dummy")
+LONGEST_LINE = 1 << 26  # bytes of a record; the samples of a run are far shorter
 CONSOLE_GONE = (errno.EIO, errno.EPIPE)  # a closed terminal; a pipe whose reader Ctrl-C ended before us, such as tee
 
 
@@ -45,16 +48,63 @@ def print_line(text: str, stream: TextIO | None = None) -> None:
 
 
 @contextmanager
+def console() -> Iterator[None]:
+    """Within the block, no print fails: neither where the console is gone, nor where the output goes to a full disk.
+
+    What the console cannot show is printed as \\u2192.
+
+    The end of the block writes what is left, and drops what cannot be written: Python would end with code 120.
+    """
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        with suppress(AttributeError, ValueError, OSError):  # not every stream can be changed
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = map(_Console, before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            try:
+                stream.flush()
+            except (OSError, ValueError, AttributeError):
+                _lead_nowhere(stream)
+
+
+class _Console:
+    """A stream whose errors of writing are passed over."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _console_may_be_gone(self._stream):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _console_may_be_gone(self._stream):
+            self._stream.flush()
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
 def _console_may_be_gone(stream: TextIO) -> Iterator[None]:
     """Pass over errors of writing to the console. Where it is gone for good, the stream leads nowhere from now on."""
     try:
         yield
     except OSError as error:
         if error.errno in CONSOLE_GONE:
-            with suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+            _lead_nowhere(stream)
 
 
 class RunLog:
@@ -68,23 +118,28 @@ class RunLog:
         enabled: False on ranks other than 0, where no call does anything.
 
     Raises:
-        UserError: the file cannot be written, or wandb is wanted but missing or does not start.
+        UserError: the file cannot be written, another process writes it, or wandb is wanted but missing or does not
+            start.
     """
 
     def __init__(self, stage: str, tag: str, config: dict[str, Any], *, wandb_run: str = "dummy",
                  resumes: bool = False, enabled: bool = True):
-        self.path = base_dir() / "logs" / f"{stage}_{tag}.jsonl"
-        self.enabled, self._file, self._wandb, self._bar, self._failed = enabled, None, None, None, False
-        self._torn = False  # the file may end in the middle of a line
+        self.path = log_path(stage, tag)
+        self.enabled, self._file, self._wandb, self._bar = enabled, None, None, None
+        self._failed = self._wandb_failed = False
+        self._waiting: deque[bytes] = deque()  # lines that could not be written yet
+        self._lost = 0
+        self._lock: Lock | None = None
         self._bar_wanted = enabled and os.environ.get("NANOCHAT_PROGRESS") != "0" and sys.stderr.isatty()
         if not enabled:
             return
         if Path(f"{stage}_{tag}").name != f"{stage}_{tag}":
             raise UserError(f"a model tag is one name, such as d20, not {tag!r}")
+        self._lock = lock(self.path.with_name(f".{self.path.name}.lock"), f"another run writes {self.path}",
+                          "Two would mix their records: wait until it ends, or stop it with {kill}.")
         try:
-            self.path.parent.mkdir(exist_ok=True)
             self._file = open(self.path, "a+b", buffering=0)  # one write per record, appended: lines never mix
-            self._torn = True
+            _end_last_line(self._file)
         except OSError as error:
             raise UserError(f"cannot write the log {self.path}: {error.strerror}. "
                             "Correct that, or set NANOCHAT_BASE_DIR to another folder.") from error
@@ -100,7 +155,7 @@ class RunLog:
         """Append one line: time (UTC, ISO 8601), kind and values (JSON-able, NumPy or PyTorch). wandb gets the numbers.
 
         In wandb a value is named kind/name and plotted over "step", if there is one. A full disk is reported once on
-        the console and does not end the run.
+        the console and does not end the run; the records are written when there is room again.
         """
         if self._file is None:
             return
@@ -108,24 +163,54 @@ class RunLog:
         if clash := row.keys() & values:
             raise ValueError(f"a record's own entries cannot be given as values: {', '.join(sorted(clash))}")
         line = to_json(row | values)
-        self._write(line.encode() + b"\n")
+        self._write(line.encode(errors="backslashreplace") + b"\n")  # of a file name that is not UTF-8
         if self._wandb is not None and kind not in ("start", "wandb", "end"):
             numbers = {name: value for name, value in json.loads(line).items() if isinstance(value, int | float)}
-            self._wandb.log({name if name == "step" else f"{kind}/{name}": value for name, value in numbers.items()})
+            self._tell_wandb(lambda run: run.log({name if name == "step" else f"{kind}/{name}": value
+                                                  for name, value in numbers.items()}))
 
-    def _write(self, data: bytes) -> None:
+    def _tell_wandb(self, tell: Callable[[Any], object]) -> None:
+        """Tell wandb something. Its errors, such as a full disk or a service that ended, do not end the run."""
         try:
-            # An incomplete record, after a kill or a full disk, stays a line of its own. Check only where there may be
-            # one: at other times another writer may be in the middle of its line.
-            if self._torn and _ends_inside_a_line(self._file):
-                data = b"\n" + data
-            written = self._file.write(data)
-            problem = None if written == len(data) else "the disk is full"
+            tell(self._wandb)
+        except Exception as error:  # of many classes
+            if not self._wandb_failed:
+                self._wandb_failed = True
+                self.say(f"warning: wandb fails ({type(error).__name__}: {' '.join(str(error).split())[:200]}). The "
+                         f"run goes on; {self.path} has everything.")
+
+    def _write(self, line: bytes) -> None:
+        """Append a line, after those that could not be written before. Those that cannot now wait for the next call."""
+        self._waiting.append(line)
+        problem = ""
+        try:
+            while self._waiting and not problem:
+                problem = self._append(self._waiting[0])
+                if not problem:
+                    self._waiting.popleft()
         except OSError as error:
-            problem = error.strerror
+            problem = error.strerror or str(error)
         if problem and not self._failed:
-            self.say(f"warning: cannot write the log {self.path}: {problem}. The run continues without it.")
-        self._failed = self._torn = bool(problem)
+            self.say(f"warning: cannot write the log {self.path}: {problem}. The run goes on; its last "
+                     f"{MOST_WAITING:,} records are kept in memory and written once that is possible.")
+        if self._failed and not problem:
+            self.say(f"the log {self.path} is written again"
+                     + (f"; {self._lost:,} records of the time between are lost" if self._lost else ""))
+            self._lost = 0
+        self._failed = bool(problem)
+        if len(self._waiting) > MOST_WAITING:
+            self._waiting.popleft()
+            self._lost += 1
+
+    def _append(self, line: bytes) -> str:
+        """Write a line as a whole or not at all. Return the problem, "" where there is none."""
+        size = os.fstat(self._file.fileno()).st_size
+        written = self._file.write(line)
+        if written == len(line):
+            return ""
+        if written and os.fstat(self._file.fileno()).st_size == size + written:  # nobody else wrote meanwhile
+            self._file.truncate(size)
+        return "the disk is full"
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -165,10 +250,16 @@ class RunLog:
             self._bar, self._bar_wanted = None, False
         if self._file is not None:
             self.record("end", exit_code=exit_code)
-            self._file.close()
+            if self._waiting:
+                self.say(f"warning: {len(self._waiting) + self._lost:,} records are missing in {self.path}")
+            with suppress(OSError):  # a network disk may report a failed write here
+                self._file.close()
             self._file = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+            self._tell_wandb(lambda run: run.finish(exit_code=exit_code))
             self._wandb = None
 
     def __enter__(self) -> "RunLog":
@@ -182,21 +273,41 @@ class RunLog:
         self.close(code)
 
 
+def log_path(stage: str, tag: str) -> Path:
+    """Return where the log of a stage of a model is."""
+    return base_dir() / "logs" / f"{stage}_{tag}.jsonl"
+
+
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Return the records of a log in order, without incomplete lines; [] where there is no such file."""
-    rows = []
+    return list(iter_log(path))
+
+
+def iter_log(path: str | Path, unread: Callable[[], object] = lambda: None) -> Iterator[dict[str, Any]]:
+    """Yield the records of a log in order, one line in memory at a time; none where there is no such file.
+
+    unread: called for each line that is no record: incomplete, damaged, or longer than LONGEST_LINE.
+    """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        file = open(path, "rb")
     except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(_finite_or_not(row))
-    return rows
+        return
+    with file:
+        while line := file.readline(LONGEST_LINE):
+            try:
+                if len(line) == LONGEST_LINE:
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(LONGEST_LINE)
+                    raise ValueError("no record is so long")
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("a record is an object")
+                row = _finite_or_not(row)
+            except (ValueError, RecursionError, MemoryError):
+                if line.strip():
+                    unread()
+            else:
+                yield row
 
 
 def _finite_or_not(value: Any) -> Any:
@@ -207,12 +318,22 @@ def _finite_or_not(value: Any) -> Any:
     return [_finite_or_not(part) for part in value] if isinstance(value, list) else value
 
 
-def _ends_inside_a_line(file: Any) -> bool:
-    """Return whether the last line of an open file has no newline."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return False
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"
+def _end_last_line(file: Any) -> None:
+    """Remove the half of a record that a kill or a full disk left at the end of a log."""
+    size = end = file.seek(0, os.SEEK_END)
+    tail = b""
+    while end and b"\n" not in tail:
+        start = max(0, end - (1 << 16))
+        file.seek(start)
+        tail, end = file.read(end - start) + tail, start
+    tail = tail.rpartition(b"\n")[2]
+    if not tail:
+        return
+    try:
+        json.loads(tail)
+        file.write(b"\n")  # a whole record: the newline alone is missing
+    except ValueError:
+        file.truncate(size - len(tail))
 
 
 def check_wandb(name: str) -> None:

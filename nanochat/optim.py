@@ -18,11 +18,17 @@ within `gathering_in_forward(model)`, a step does not wait for them, but the nex
 
 A single process does the same arithmetic without communication or padding. On a GPU nothing waits for the host.
 
+A step whose gradient or loss is not finite, or above a limit, changes nothing: the weights, the momenta, AdamW's
+moments and its count of steps stay as they are, on all ranks alike. The device decides that by itself, and the host may
+ask later (`applied`): in the arithmetic of such a step, the gradient is 0, and the factors that would let the state
+decay are those of no step. So the number of steps that AdamW's bias correction needs is kept on the device, too.
+
 Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 """
 
+import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +40,8 @@ from nanochat.distributed import Ranks, all_reduce_sum, compute_dtype
 from nanochat.errors import UserError
 from nanochat.kernels.newton_schulz import newton_schulz
 from nanochat.recipe import OptimizerGroup, published
+
+LARGEST = torch.finfo(torch.float32).max  # a norm up to here is finite
 
 
 def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = published.groups) -> list[dict[str, Any]]:
@@ -92,22 +100,46 @@ def _names(module: nn.Module) -> Iterator[str]:
     return (name.replace("_orig_mod.", "") for name, _ in module.named_parameters())
 
 
-def direction(bucket: Bucket, gradient: Tensor, momentum: float, step: int, dtype: torch.dtype) -> Tensor:
+def direction(bucket: Bucket, gradient: Tensor, momentum: float, factors: Sequence[Tensor], dtype: torch.dtype
+              ) -> Tensor:
     """Update the state with this rank's slice of the gradient; return the change of its weights at a rate of 1, flat.
 
-    gradient: flat; it is overwritten. momentum: Muon's. step: counts from 1. dtype: of Newton-Schulz.
+    Args:
+        gradient: flat; it is overwritten. Zeros where the step is skipped.
+        momentum: Muon's.
+        factors: 0-d, on the device. Muon: the weight of the gradient in the momentum, 0 where the step is skipped.
+            AdamW: see `AdamWFactors`.
+        dtype: of Newton-Schulz.
     """
     if bucket.group["kind"] == "muon":
-        average = bucket.state["momentum"].lerp_(gradient, 1 - momentum)
+        average = bucket.state["momentum"].lerp_(gradient, factors[0])
         ahead = gradient.lerp_(average, momentum)  # Nesterov momentum
         changes = [newton_schulz(x, dtype).to(x.dtype).mul(max(1, x.shape[1] / x.shape[2]) ** 0.5).reshape(-1)
                    for x in bucket.stacks(ahead)]
         return changes[0] if len(changes) == 1 else torch.cat(changes)
-    beta1, beta2 = bucket.group["betas"]
-    mean = bucket.state["exp_avg"].lerp_(gradient, 1 - beta1)
-    square = bucket.state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = torch.sqrt(square, out=gradient).mul_((1 - beta2 ** step) ** -0.5).add_(bucket.group["eps"])
-    return torch.div(mean, root, out=root).mul_(1 / (1 - beta1 ** step))
+    weight, decay, of_root, of_mean = factors
+    mean = bucket.state["exp_avg"].lerp_(gradient, weight)
+    square = bucket.state["exp_avg_sq"].mul_(decay).addcmul_(gradient, gradient, value=1 - bucket.group["betas"][1])
+    root = torch.sqrt(square, out=gradient).mul_(of_root).add_(bucket.group["eps"])
+    return torch.div(mean, root, out=root).mul_(of_mean)
+
+
+class AdamWFactors:
+    """AdamW's factors, for a number of steps that the device alone knows: the weight of the gradient in exp_avg, the
+    decay of exp_avg_sq, and for the bias correction, those of 1/√exp_avg_sq and of exp_avg."""
+
+    def __init__(self, betas: tuple[float, float], device: torch.device):
+        """Compute them in Python's arithmetic, up to the step from which on float32 rounds the correction to 1."""
+        mean, square = betas
+        longest = max((math.ceil(26 * math.log(2) / -math.log(beta)) for beta in betas if beta > 0), default=1)
+        skipped = [0.0, 1.0, 1.0, 1.0]  # which leaves the state as it is
+        self._table = torch.tensor([skipped, *([1 - mean, square, (1 - square ** step) ** -0.5, 1 / (1 - mean ** step)]
+                                               for step in range(1, longest + 1))], device=device)
+
+    def at(self, step: Tensor) -> Sequence[Tensor]:
+        """Return the four of step number `step`, (1,) int64 on the device, which counts from 1; 0 where it is
+        skipped."""
+        return self._table.index_select(0, step.clamp(max=len(self._table) - 1)).squeeze(0).unbind()
 
 
 class MuonAdamW:
@@ -131,7 +163,9 @@ class MuonAdamW:
             ValueError: a parameter was given twice, or is not contiguous float32 on the ranks' kind of device. The
                 weights that are trained are float32, whatever the precision of the matrix products.
         """
-        self.ranks, self.steps, self.dtype = ranks, 0, dtype or compute_dtype(ranks.device)
+        self.ranks, self.dtype = ranks, dtype or compute_dtype(ranks.device)
+        self._steps = torch.zeros(1, dtype=torch.int64, device=ranks.device)  # that were not skipped
+        self.applied = torch.ones((), dtype=torch.bool, device=ranks.device)  # whether the last step was not skipped
         seen: set[int | str] = set()
         for group in groups:
             if group["kind"] not in STATE:
@@ -146,6 +180,8 @@ class MuonAdamW:
                     raise ValueError(f"{name} is {layout}{p.dtype} on {p.device}: the optimizer trains contiguous "
                                      f"float32 on {ranks.device}; convert the model before")
         self.buckets = make_buckets(groups, ranks, reduce_dtype, bucket_elements)
+        self._factors = {group["betas"]: AdamWFactors(group["betas"], ranks.device)
+                         for group in groups if group["kind"] == "adamw" and "betas" in group}
         self._started = 0                     # buckets whose reduction has begun, in their order
         self._released = False                # whether these hold all that backward computed: p.grad is None
         self._missing: list[int] | None = None  # of each bucket, gradients to come; None: nobody counts them
@@ -156,6 +192,15 @@ class MuonAdamW:
                 for p in bucket.params:
                     if p.requires_grad:
                         p.register_post_accumulate_grad_hook(_counter(weakref.ref(self), number))
+
+    @property
+    def steps(self) -> int:
+        """How many steps were done; those that were skipped do not count. Reading it waits for the device."""
+        return int(self._steps)
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._steps.fill_(value)
 
     def zero_grad(self) -> None:
         """Set all gradients to None. Gradients that were reduced and not used by a step are forgotten."""
@@ -255,18 +300,20 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, *, lr_scale: float = 1.0, momentum: float = 0.95, grad_scale: float | Tensor = 1.0,
-             clip: float | None = None) -> Tensor:
+             clip: float | None = None, norm_limit: float = math.inf, allowed: Tensor | None = None) -> Tensor:
         """Update all weights. Collective: all ranks call it with the same arguments.
 
         The gradient is grad_scale times the sum over the ranks: of what was reduced within `reducing`, or else of
-        p.grad, which is not changed and counts as zeros where it is None. Where the gradient is not finite, the weights
-        stay, and the state is updated as by a zero gradient.
+        p.grad, which is not changed and counts as zeros where it is None. Where its norm is not finite or above
+        norm_limit, or `allowed` is False, nothing is updated: no weight, no state, no count of steps. `applied` tells.
 
         Args:
             lr_scale: factor of every group's learning rate.
             momentum: Muon's.
             grad_scale: factor of the gradient, such as 1 / number of tokens.
             clip: the largest norm of the gradient; a larger one is scaled down to it. None for no limit.
+            norm_limit: the norm above which the step is skipped.
+            allowed: 0-d bool, on the device, the same on all ranks: False skips the step. None is True.
 
         Returns:
             The norm of the whole gradient before clipping, 0-d, on the device; nothing waits for it.
@@ -280,20 +327,25 @@ class MuonAdamW:
             raise ValueError(f"clip is {clip}: it must be above 0, or None for no clipping")
         self.wait()
         self._check()
-        self.steps += 1
         self.finish_reducing()
         gradients = self._reduced_gradients()
         squares = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).square().sum()
         norm = all_reduce_sum(squares, self.ranks).sqrt() * grad_scale
-        finite = norm.isfinite()
-        scale = torch.where(finite, grad_scale * (1 if clip is None else (clip / (norm + 1e-6)).clamp(max=1)), 0)
+        ok = norm <= min(norm_limit, LARGEST)  # not for NaN either. It is the same number on all ranks
+        if allowed is not None:
+            ok = ok & allowed
+        scale = torch.where(ok, grad_scale * (1 if clip is None else (clip / (norm + 1e-6)).clamp(max=1)), 0)
+        self.applied, self._steps = ok, self._steps + ok
+        of_adamw = {betas: factors.at(self._steps * ok) for betas, factors in self._factors.items()}
+        of_muon = [ok * (1 - momentum)]
         for bucket in reversed(self.buckets):  # as the forward pass needs them: the first are sent while others compute
             gradient = gradients.pop()  # so that its memory is freed when the bucket is done
             weights = bucket.weights()
             if weights:
-                rate = finite * (bucket.group["lr"] * lr_scale)
-                gradient = torch.where(finite, gradient, 0).mul_(scale)
-                change = direction(bucket, gradient, momentum, self.steps, self.dtype).mul_(rate)
+                rate = ok * (bucket.group["lr"] * lr_scale)
+                gradient = torch.where(ok, gradient, 0).mul_(scale)
+                factors = of_adamw[bucket.group["betas"]] if bucket.group["kind"] == "adamw" else of_muon
+                change = direction(bucket, gradient, momentum, factors, self.dtype).mul_(rate)
                 if decay := bucket.group["weight_decay"]:
                     torch._foreach_mul_(weights, 1 - rate * decay)
                 torch._foreach_sub_(weights, change.split([view.numel() for view in weights]))
@@ -314,6 +366,11 @@ class MuonAdamW:
                                "no more: move and cast the model before")
 
     @torch.no_grad()
+    def bytes_of_state(self) -> int:
+        """Return the bytes of the whole state, that of all ranks."""
+        return sum(tensor.element_size() * p.numel() for bucket in self.buckets for tensor in bucket.state.values()
+                   for p in bucket.params)
+
     def state_dict(self, to_host: Callable[[str, Tensor], Tensor] = lambda name, part: part.to("cpu", copy=True)
                    ) -> dict[str, dict[str, Tensor]] | None:
         """Gather the whole state, which any number of ranks can load. Collective.
@@ -337,7 +394,7 @@ class MuonAdamW:
                         whole.setdefault(name, {})[key] = to_host(f"{name} {key}", tensor)
             if self.ranks.is_main and bucket.group["kind"] == "adamw":
                 for name in bucket.names:
-                    whole[name]["step"] = torch.tensor(self.steps)
+                    whole[name]["step"] = to_host(f"{name} step", self._steps[0])
         return whole if self.ranks.is_main else None
 
     @torch.no_grad()
@@ -366,7 +423,8 @@ class MuonAdamW:
             raise UserError("the optimizer state is not of this model, so it was not loaded: "
                             + "; ".join(sorted(wrong))
                             + ". Resume with the flags the run began with, or start without optimizer state.")
-        self.steps = max(steps, default=self.steps)
+        if steps:
+            self.steps = max(steps)
         for bucket in self.buckets:
             for key, part in bucket.state.items():
                 if views := bucket.own([whole[name][key].contiguous() for name in bucket.names]):

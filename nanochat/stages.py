@@ -3,7 +3,7 @@
     STAGES["sft"].folder        # "chatsft_checkpoints"
     [stage.script for stage in CHAT_STAGES]
 
-A new stage is one row here, its data in tasks/recipes.py, a script that runs it on nanochat/run.py, and its tests.
+A new stage is one row here, its data in tasks/recipes.py, a script that runs it on nanochat/run/, and its tests.
 """
 
 from dataclasses import dataclass

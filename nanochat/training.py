@@ -4,13 +4,14 @@
     train(model, optimizer, batches, TrainingPlan(1000, 4, 524288), ranks, log, flops_per_token=f, peak=None)
 
 A step runs its micro-batches forward and backward (gradient accumulation), averages the gradients over all supervised
-tokens of all ranks, clips them by their norm and updates the weights. Every supervised token weighs the same, whichever
-micro-batch or rank it is in. No step waits for the device: its loss and gradient norm, and whether a rank was asked to
-stop, are read one step later. With several ranks, gradients are summed while backward still runs, and weights arrive
-while the next forward pass already does.
+tokens of all ranks, clips them by their norm and updates the weights, unless the step is bad (nanochat/guard.py). Every
+supervised token weighs the same, whichever micro-batch or rank it is in. No step waits for the device: its loss and
+gradient norm, and whether a rank was asked to stop, are read one step later. With several ranks, gradients are summed
+while backward still runs, and weights arrive while the next forward pass already does.
 """
 
 import gc
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from nanochat.distributed import Ranks, all_reduce_sum
 from nanochat.errors import UserError
+from nanochat.guard import NO_LIMITS, Guard, Limits
 from nanochat.launcher import stop_signals
 from nanochat.logs import RunLog
-from nanochat.optim import MuonAdamW
+from nanochat.optim import LARGEST, MuonAdamW
 from nanochat.recipe import MomentumSchedule, RateSchedule, Rows, published
 
 SMOOTHING = 0.9        # decay of the moving average of the loss on the console, per step
@@ -91,20 +93,25 @@ def share_of_micro_batches(total_batch_size: int, device_batch_size: Rows, T: in
 
 
 def train_step(model: torch.nn.Module, optimizer: MuonAdamW, batches: Iterable[Any], ranks: Ranks, *,
-               lr_scale: float = 1.0, momentum: float = 0.95, clip: float | None = None, stop: bool = False) -> Tensor:
+               lr_scale: float = 1.0, momentum: float = 0.95, clip: float | None = None, stop: bool = False,
+               limits: Limits = NO_LIMITS, before_update: Callable[[], None] = lambda: None) -> Tensor:
     """Do one optimizer step over this rank's micro-batches. Collective: all ranks call it.
 
-    Where no target counts on any rank, the gradient is zero.
+    Where no target counts on any rank, the gradient is zero. A step whose loss or gradient norm is not finite or above
+    its limit updates nothing; the device decides it from numbers that all ranks have alike, without the host.
 
     Args:
         batches: (inputs, targets), both (B, T) int64, target −1 where nothing is learnt; or (inputs, targets, factors)
             with factors (B, T) that each token's loss is multiplied with.
         lr_scale: factor of all learning rates. momentum: Muon's. clip: the largest gradient norm, None for no limit.
         stop: whether this rank was asked to stop.
+        limits: of loss and gradient norm.
+        before_update: called when the gradients are computed and the weights are not changed yet.
 
     Returns:
-        (4,) on the device, without waiting for it: mean loss in nats per supervised token over all ranks, gradient norm
-        before clipping, number of supervised tokens, number of ranks asked to stop.
+        (5,) on the device, without waiting for it: mean loss in nats per supervised token over all ranks, gradient norm
+        before clipping, number of supervised tokens, number of ranks asked to stop, and 1 where the weights were
+        updated, 0 where the step was skipped.
     """
     optimizer.zero_grad()
     stats = torch.zeros(3, device=ranks.device)
@@ -122,26 +129,14 @@ def train_step(model: torch.nn.Module, optimizer: MuonAdamW, batches: Iterable[A
     optimizer.finish_reducing()  # a rank without a batch sends its zeros before the sums below, as the others did
     stats = all_reduce_sum(stats, ranks)
     counted = stats[1].clamp_min(1)
-    norm = optimizer.step(lr_scale=lr_scale, momentum=momentum, grad_scale=1 / counted, clip=clip)
-    return torch.stack([stats[0] / counted, norm.to(stats.dtype), stats[1], stats[2]])
-
-
-class _HostCopy:
-    """An asynchronous copy of a small device tensor to the host. `read` waits for this copy, not for later work."""
-
-    def __init__(self, tensor: Tensor):
-        if tensor.device.type == "cuda":
-            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self.host.copy_(tensor, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.host, self.event = tensor, None
-
-    def read(self) -> list[float]:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.host.tolist()
+    loss = stats[0] / counted
+    allowed = loss.abs() <= min(limits.loss, LARGEST)  # not for NaN either
+    if limits.hold:
+        allowed = allowed & optimizer.applied
+    before_update()
+    norm = optimizer.step(lr_scale=lr_scale, momentum=momentum, grad_scale=1 / counted, clip=clip,
+                          norm_limit=limits.norm, allowed=allowed)
+    return torch.stack([loss, norm.to(stats.dtype), stats[1], stats[2], optimizer.applied])
 
 
 @contextmanager
@@ -161,7 +156,7 @@ def freeze_garbage_collector() -> Iterator[None]:
 
 def run_steps(one_step: Callable[[int, bool], bool], start: int, num_iterations: int, log: RunLog, *,
               before_step: Callable[[int], None], save: Callable[[int], None],
-              flush: Callable[[], None] = lambda: None,
+              flush: Callable[[], object] = lambda: None,
               await_data: Callable[[list[int]], UserError | None] = lambda received: None) -> None:
     """Run optimizer steps start … num_iterations − 1, and save and exit when the process is asked to stop.
 
@@ -201,7 +196,8 @@ def train(model: torch.nn.Module, optimizer: MuonAdamW, batches: Callable[[int],
           ranks: Ranks, log: RunLog, *, flops_per_token: float, peak: float | None, start: int = 0,
           before_step: Callable[[int], None] = lambda step: None,
           save: Callable[[int], None] = lambda step: None,
-          await_data: Callable[[list[int]], UserError | None] = lambda received: None) -> None:
+          await_data: Callable[[list[int]], UserError | None] = lambda received: None,
+          guard: Guard | None = None, tokens: int = 0) -> None:
     """Train with `train_step` from step `start` to plan.num_iterations.
 
     Args:
@@ -209,23 +205,23 @@ def train(model: torch.nn.Module, optimizer: MuonAdamW, batches: Callable[[int],
         flops_per_token: of the model's forward and backward pass.
         peak: FLOP/s of one device, for the MFU; None for no MFU.
         before_step, save, await_data: see `run_steps`. The time of before_step does not count in tokens per second.
+            Before a save, `guard.settle` must be called.
+        guard: judges the steps; None stops at the first loss or gradient norm that is not finite.
+        tokens: supervised ones before `start`, for the log of a run whose steps do not have the same number.
 
     Raises:
-        UserError: the loss or gradient norm of a step is not finite, or there is no more data.
+        UserError: training has diverged, or there is no more data.
         SystemExit: the process was asked to stop; see `run_steps`.
     """
-    reports = _StepReports(plan, ranks, log, start, flops_per_token, peak)
-    pending: list[tuple[int, _HostCopy]] = []  # the step whose numbers are not read yet
+    reports = _StepReports(plan, ranks, log, start, flops_per_token, peak, tokens)
+    judge = guard or Guard(model, optimizer, ranks, log, start=start)
 
     def one_step(step: int, stop: bool) -> bool:
-        stats = train_step(model, optimizer, batches(step), ranks, clip=plan.clip, lr_scale=plan.lr_scale(step),
-                           momentum=plan.momentum(step), stop=stop)
-        pending.append((step, _HostCopy(stats)))
-        return len(pending) > 1 and reports.add(*pending.pop(0))  # the same sum on all ranks: all stop at this step
-
-    def flush() -> None:
-        while pending:
-            reports.add(*pending.pop(0))
+        stats = train_step(model, optimizer, judge.recorded(step, batches(step)), ranks, clip=plan.clip,
+                           lr_scale=plan.lr_scale(step), momentum=plan.momentum(step), stop=stop,
+                           limits=judge.limits(step), before_update=judge.check_due(step))
+        judge.watch(step, stats, reports.add)
+        return judge.settle(leave=1)  # the same on all ranks: all stop at this step
 
     with ExitStack() as stack:
         stack.enter_context(optimizer.gathering_in_forward(model))
@@ -237,33 +233,35 @@ def train(model: torch.nn.Module, optimizer: MuonAdamW, batches: Callable[[int],
             before_step(step)
             reports.exclude(time.perf_counter() - began)
 
-        run_steps(one_step, start, plan.num_iterations, log, before_step=paused, save=save, flush=flush,
+        run_steps(one_step, start, plan.num_iterations, log, before_step=paused, save=save, flush=judge.settle,
                   await_data=await_data)
 
 
 class _StepReports:
-    """Turns the numbers of each step into a console line and a log record, and checks that they are finite."""
+    """Turns the numbers of each step into a console line and a log record."""
 
     def __init__(self, plan: TrainingPlan, ranks: Ranks, log: RunLog, start: int, flops_per_token: float,
-                 peak: float | None):
+                 peak: float | None, tokens: int):
         self.plan, self.log, self.start, self.flops_per_token = plan, log, start, flops_per_token
         self.peak = None if peak is None else peak * ranks.world_size
         self.smooth, self.weight, self.seconds, self.timed = 0.0, 0.0, 0.0, 0
         self.last = time.perf_counter()
         self.last_line = 0.0
-        self.tokens = 0
+        self.tokens = tokens
 
     def exclude(self, seconds: float) -> None:
         """Do not count this time as training."""
         self.last += seconds
 
-    def add(self, step: int, copy: _HostCopy) -> bool:
-        """Report step `step`. Return whether a rank was asked to stop."""
-        loss, norm, tokens, stop = copy.read()
+    def add(self, step: int, loss: float, norm: float, tokens: float, skipped: bool) -> None:
+        """Report step `step`. One whose loss or norm is not finite has no place in a mean, and gets no record."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         plan = self.plan
-        check_finite(step, loss, norm, self.log)
+        if not plan.tokens_per_step:
+            self.tokens += int(tokens)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return
         self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
         self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         if step > self.start or plan.num_iterations - self.start == 1:  # the first step compiles and warms up
@@ -271,7 +269,7 @@ class _StepReports:
             self.seconds = decay * self.seconds + (1 - decay) * seconds
             self.timed += 1
         speed = (plan.tokens_per_step or tokens) / (self.seconds or seconds)
-        self.tokens = (step + 1) * plan.tokens_per_step if plan.tokens_per_step else self.tokens + int(tokens)
+        self.tokens = (step + 1) * plan.tokens_per_step if plan.tokens_per_step else self.tokens
         left = (plan.num_iterations - step - 1) * (self.seconds or seconds)
         mfu = None if self.peak is None else speed * self.flops_per_token / self.peak
         lr = plan.lr_scale(step)
@@ -284,17 +282,7 @@ class _StepReports:
         self.log.progress(step + 1, plan.num_iterations, text)
         self.log.record("train", step=step + 1, loss=loss, smooth_loss=self.smooth / self.weight, norm=norm,
                         lr_scale=lr, seconds=seconds, tokens_per_second=speed, mfu=mfu, tokens=self.tokens,
-                        supervised=int(tokens))
-        return stop > 0
-
-
-def check_finite(step: int, loss: float, norm: float, log: RunLog) -> None:
-    """Record the step and raise UserError where its loss or gradient norm is not finite."""
-    if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
-        log.record("diverged", step=step, loss=loss, norm=norm)
-        raise UserError(f"step {step}: the loss is {loss}, the gradient norm {norm}: training has diverged and stops. "
-                        "The last good checkpoint is untouched. Run the same command to resume from it; use lower "
-                        "learning rates if it happens again.")
+                        supervised=int(tokens), **({"skipped": True} if skipped else {}))
 
 
 def clock(seconds: float) -> str:

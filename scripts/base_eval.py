@@ -120,6 +120,7 @@ def evaluate(model, tokenizer, meta: dict[str, Any], config: Config, ranks: Rank
                 raise
             reason = "the model knows only the small world, and " if own_text else ""
             log.say(f"CORE is skipped: {reason}{error}")
+            log.record("skipped", what="CORE", why=f"{reason}{error}")
         else:
             core(model, tokenizer, bundle, config.max_per_task, meta["step"], ranks, log)
     text_parts = [part for part in ("bpb", "sample") if part in parts]
@@ -129,6 +130,7 @@ def evaluate(model, tokenizer, meta: dict[str, Any], config: Config, ranks: Rank
             base_loss.evaluate(model, tokenizer, config, ranks, log, text_parts)
         else:
             log.say(f"bits per byte and samples are skipped: there is no text in {folder}")
+            log.record("skipped", what="bits per byte and samples", why=f"there is no text in {folder}")
     if "small-world" in parts and ranks.is_main:
         small_world_recall(model, tokenizer, meta, log)
 

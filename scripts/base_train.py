@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat.checkpoint import load_checkpoint, load_on_ranks
 from nanochat.checks import check_batch, check_tag, dry_run_flag, say_what_would_be_done, where
 from nanochat.cli import (
     COUNT,
@@ -35,6 +34,7 @@ from nanochat.cli import (
 )
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import data_dir
+from nanochat.dataset.identity import identity_of_bundle, identity_of_shards, with_identity
 from nanochat.dataset.shards import read_source
 from nanochat.distributed import Ranks, dtype_of_run, on_main
 from nanochat.errors import UserError
@@ -42,6 +42,7 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig, meta_model
+from nanochat.guard import CHECK_EVERY, GUARD
 from nanochat.kernels.fp8 import EMULATED, REAL, check_fp8
 from nanochat.loading import model_from_state
 from nanochat.memory import RECOMPUTE_HELP
@@ -50,6 +51,7 @@ from nanochat.run import (
     REDUCE_DTYPE,
     Origin,
     PeriodicAction,
+    checkpoint_to_resume,
     claim,
     compile_wanted,
     fit_and_choose,
@@ -58,7 +60,6 @@ from nanochat.run import (
     launch,
     loader_state,
     open_run,
-    resume_step,
 )
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -119,7 +120,10 @@ class Config:
     sample_every: int = flag(BASE.sample_every, "steps from one set of samples to the next; -1 = at the end only",
                              within=EVERY)
     save_every: int = flag(BASE.save_every, "steps from one checkpoint to the next; -1 = at the end only", within=EVERY)
-    keep: int = flag(BASE.keep, "periodical checkpoints to keep; the last one always stays", within=COUNT)
+    keep: int = flag(BASE.keep, "periodical checkpoints to keep, beside the one of them with the best validation "
+                     "and those of --keep-every; the last one always stays", within=COUNT)
+    keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none",
+                           within=COUNT_OR_ALL)
     model_tag: str = flag("", "name of the checkpoint folder; unset is d<depth>")
     data_dir: str = flag("", "folder of shards; unset is base_data")
     shards: int = flag(-1, "training shards that are planned: it begins with the first while a download brings the "
@@ -128,6 +132,8 @@ class Config:
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
     fp8: bool = flag(False, "products of MLPs and head in 8 bits, on NVIDIA GPUs of compute capability 8.9 and newer")
     fp8_emulated: bool = flag(False, "round as --fp8 does, on any device, slowly: to measure its effect on the loss")
+    guard: Literal["skip", "stop", "off"] = flag("skip", GUARD)
+    check_every: int = flag(100, CHECK_EVERY)
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
     dry_run: bool = dry_run_flag()
@@ -181,12 +187,12 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
     """
     folder = base_dir() / STAGES["base"].folder / (config.model_tag or f"d{config.depth}")
     file = claim(folder, config, ranks)
-    step, meta = resume_step(folder, config.fresh, ranks), {}
-    if step is None:
+    resumed = checkpoint_to_resume(folder, config, ranks)
+    meta = resumed.meta if resumed else {}
+    if resumed is None:
         torch.manual_seed(config.seed)  # initialised on the CPU: the same weights for every device and number of ranks
         model = GPT(shape).to(ranks.device)
     else:
-        meta = load_checkpoint(folder, step, weights=False).meta
         way_out = "Use another --model-tag, or --fresh to move it aside and start anew."
         old, new = meta["model_config"], shape.to_dict()
         if old != new:
@@ -195,11 +201,12 @@ def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, rank
             raise UserError(f"{folder} holds a model of another shape ({differ}). {way_out}")
         if meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
             raise UserError(f"{folder} was trained with another tokenizer. {way_out}")
-        found = load_on_ranks(folder, step, ranks, device=ranks.device)  # straight to the device, tensor by tensor
-        meta, model = found.meta, model_from_state(new, found.model_state, what=str(folder))
+        model = model_from_state(new, resumed.model_state, what=str(folder))
+        resumed.model_state = {}  # the optimizer gives the weights other memory
     model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype"))
-    return Origin(stage=STAGES["base"], folder=folder, step=step or 0, model=model, tokenizer=tokenizer, meta=meta,
-                  loaded="", provenance={"data": read_source(text)}, lock=file)
+    return Origin(stage=STAGES["base"], folder=folder, step=resumed.step if resumed else 0, model=model,
+                  tokenizer=tokenizer, meta=meta, loaded="", provenance={"data": read_source(text)}, lock=file,
+                  resumed=resumed, fresh=config.fresh)
 
 
 def run(config: Config, ranks: Ranks) -> None:
@@ -224,6 +231,8 @@ def run(config: Config, ranks: Ranks) -> None:
     origin = origin_of(config, shape, tokenizer, text, ranks)
     if is_trained(origin, num_iterations, ranks):
         return
+    origin = with_identity(origin, lambda: identity_of_shards(source.paths), lambda: {
+        **identity_of_shards(TextSource(tokenizer, "val", text).paths), **identity_of_bundle(bundle)}, ranks)
     model = origin.model
     if config.fp8 or config.fp8_emulated:
         model.train_in_fp8(fp8)
@@ -240,7 +249,8 @@ def run(config: Config, ranks: Ranks) -> None:
     if config.dry_run:
         return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
     ahead = 4 if source.shards == source.planned else max(4, 3 * micro_batches)  # so that a run without text can save
-    loader = PackedLoader(source, B, T, ranks=ranks, state=loader_state(origin, ranks), prefetch=ahead)
+    loader = PackedLoader(source, B, T, ranks=ranks, rows_per_step=config.total_batch_size // T,
+                          state=loader_state(origin), prefetch=ahead)
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),
                         muon_momentum=BASE.momentum)
@@ -264,6 +274,9 @@ def run(config: Config, ranks: Ranks) -> None:
 
         actions = [PeriodicAction(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows(), token_bytes),
                                   at_zero=True)]
+        if config.eval_every <= 0 and not origin.step:
+            actions.append(PeriodicAction(-1, lambda step: run.evaluate_bpb(step, val_rows(), token_bytes, whole=False),
+                                          at_start=True, at_end=False))
         if bundle is not None:
             actions.append(PeriodicAction(config.core_metric_every, evaluate_tasks))
         run.train(lambda step: (next(loader) for _ in range(micro_batches)), plan,

@@ -115,7 +115,7 @@ def run(config: Config, ranks) -> None:
         log.say(meta["loaded"])
         if level:
             log.say(f"programs of HumanEval run in a sandbox of the level {level}")
-        accuracy, chance = {}, {}
+        accuracy, chance, published_way = {}, {}, {}
         for name, task in loaded.items():
             last_line = time.time()
 
@@ -131,17 +131,21 @@ def run(config: Config, ranks) -> None:
                                    max_tokens=config.max_new_tokens, temperature=config.temperature,
                                    top_k=config.top_k, seed=config.seed, progress=progress)
             accuracy[name], chance[name] = result.accuracy, result.chance
+            published_way[name] = result.share("as_published")
             log.say(f"{name:18s} {result.accuracy:6.1%}  ({result.correct} of {result.count}, "
                     f"chance {result.chance:.1%}, {clock(result.seconds)})")
+            for note in result.notes():
+                log.say(f"  {note}")
             log.record("task", name=name, accuracy=result.accuracy, correct=result.correct, count=result.count,
-                       chance=result.chance, seconds=result.seconds)
+                       chance=result.chance, seconds=result.seconds, **result.readings())
             if ranks.is_main:
                 with atomic_write(folder / f"{name}.jsonl", "w") as file:
                     file.writelines(to_json(row) + "\n" for row in result.rows)
         if set(tasks) == set(recipes.graded(data)):
-            core = chatcore(accuracy, chance)
-            log.say(f"{'ChatCORE' if data == 'hub' else 'mean above chance':18s} {core:6.4f}")
-            log.record("chatcore", chatcore=core, tasks=accuracy, data=data)
+            core, other = chatcore(accuracy, chance), chatcore(published_way, chance)
+            log.say(f"{'ChatCORE' if data == 'hub' else 'mean above chance':18s} {core:6.4f}"
+                    + (f"  ({other:.4f} with answers that were cut, as published)" if other != core else ""))
+            log.record("chatcore", chatcore=core, as_published=other, tasks=accuracy, data=data)
 
 
 if __name__ == "__main__":

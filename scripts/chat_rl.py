@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.chat_data import Conversations
+from nanochat.chat_data import ConversationSteps
 from nanochat.checks import data_unseen, say_what_would_be_done, where
 from nanochat.cli import COUNT, EVERY, NOT_NEGATIVE, POSITIVE, ROWS, TOP_K, Range, flag, run_main
+from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first
 from nanochat.engine import Engine
 from nanochat.recipe import MOST_ROWS, Rows, published
-from nanochat.rl import batches, pass_rates, rollout_stats, rollouts
+from nanochat.rl import batches, pass_rates, rollout_stats, rollouts, standard_error
 from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
@@ -28,9 +29,10 @@ from nanochat.run import (
     launch,
     open_run,
     start_from_checkpoint,
+    steps_state,
 )
 from nanochat.stages import STAGES
-from nanochat.training import TrainingPlan, check_finite, clock, train_step
+from nanochat.training import TrainingPlan, clock, train_step
 from tasks import recipes
 
 STAGE, RL = STAGES["rl"], published.rl
@@ -76,12 +78,13 @@ def run(config: Config, ranks: Ranks) -> None:
         return
     train, test = machine_first(lambda: [recipes.rl(data.source, split, seed=data.seed) for split in ("train", "test")],
                                 ranks)
-    problems = Conversations(train, config.seed)
+    problems = ConversationSteps(train, config.seed, config.examples_per_step, origin.step, steps_state(origin))
     num_iterations = config.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))
     if is_trained(origin, num_iterations, ranks):
         return
+    origin = with_identity(origin, train.identity, test.identity, ranks)
     config, kernels = fit_and_choose(config, origin.model, origin.model.config.sequence_len, None, MOST_ROWS["rl"],
                                      ranks, meta=origin.meta if origin.step else {})
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, rates=RL.rates,
@@ -92,8 +95,8 @@ def run(config: Config, ranks: Ranks) -> None:
         return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
     sampling = {"max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,
                 "batch_size": config.rollout_batch_size}
-    with open_run(origin, config, ranks, num_iterations=num_iterations, kernels=kernels) as run:
-        log = run.log
+    with open_run(origin, config, ranks, num_iterations=num_iterations, loader=problems, kernels=kernels) as run:
+        log, guard = run.log, run.guard
         run.introduce(lines, data=data.source, problems=problems.count)
         engine, bos = Engine(origin.model, origin.tokenizer), origin.tokenizer.get_bos_token_id()
 
@@ -103,14 +106,15 @@ def run(config: Config, ranks: Ranks) -> None:
             groups = rollouts(engine, test, [test[i] for i in mine], list(mine), config.eval_samples, **sampling)
             rates = pass_rates(groups, count, config.eval_samples, ranks)
             log.say(f"step {step:05d} | " + ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items()))
-            log.record("pass", step=step, **rates)
+            error = standard_error(groups, count, ranks)
+            log.record("pass", step=step, **rates, error=error)
+            run.progress.measure_rate(step, num_iterations, "pass@1", rates["pass@1"], error)
             if step == num_iterations:
                 run.results["rates"] = rates
 
         def one_step(step: int, stop: bool) -> bool:
             began, scale = time.perf_counter(), plan.lr_scale(step)
-            first = step * config.examples_per_step
-            numbers = range(first, first + config.examples_per_step)[ranks.rank::ranks.world_size]
+            numbers = problems.take(step)[ranks.rank::ranks.world_size]
             origin.model.eval()
             groups = rollouts(engine, problems.task, [problems[number] for number in numbers],
                               [config.seed + 1 + number for number in numbers], config.num_samples, **sampling)
@@ -118,11 +122,13 @@ def run(config: Config, ranks: Ranks) -> None:
             stats = rollout_stats(groups, stop, ranks)
             loss = norm = 0.0
             if stats.teaching:
-                micro_batches = batches(groups, config.device_batch_size, bos, ranks.device)
+                micro_batches = guard.recorded(step, batches(groups, config.device_batch_size, bos, ranks.device))
                 trained = train_step(origin.model, run.optimizer, micro_batches, ranks, lr_scale=scale,
-                                     momentum=plan.momentum(step), clip=plan.clip)
+                                     momentum=plan.momentum(step), clip=plan.clip, limits=guard.limits(step),
+                                     before_update=guard.check_due(step))
+                guard.watch(step, trained)
+                guard.settle()
                 loss, norm = trained[:2].tolist()
-                check_finite(step, loss, norm, log)
             seconds = time.perf_counter() - began
             log.say(f"step {step + 1:05d}/{num_iterations:05d} | reward {stats.reward:.3f} | {stats.teaching} of "
                     f"{config.examples_per_step} groups teach | {stats.ended:.0%} end, {stats.tokens:.0f} tokens | "

@@ -17,9 +17,11 @@ from typing import Literal
 from nanochat.chat_data import SupervisedSteps
 from nanochat.checks import data_unseen, say_what_would_be_done, where
 from nanochat.cli import COUNT, COUNT_OR_ALL, EVERY, FRACTION, NOT_NEGATIVE, POSITIVE, ROWS, Range, flag, run_main
+from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first
 from nanochat.evaluation.chat import evaluate_task
 from nanochat.evaluation.loss import evaluate_loss
+from nanochat.guard import finite
 from nanochat.recipe import MOST_ROWS, Rows, published
 from nanochat.run import (
     ChatStageFlags,
@@ -30,6 +32,7 @@ from nanochat.run import (
     launch,
     open_run,
     start_from_checkpoint,
+    steps_state,
     tokens_of_row,
 )
 from nanochat.stages import STAGES
@@ -79,13 +82,15 @@ def run(config: Config, ranks: Ranks) -> None:
                                      meta=origin.meta if origin.step else {})
     shape = {"examples_per_step": config.target_examples_per_step, "device_batch_size": config.device_batch_size,
              "max_tokens": T, "ranks": ranks}
-    steps = SupervisedSteps(tokenizer, train_task, seed=config.seed, **shape)
+    steps = SupervisedSteps(tokenizer, train_task, seed=config.seed, step=origin.step, state=steps_state(origin),
+                            **shape)
     val_steps = SupervisedSteps(tokenizer, val_task, **shape)
     num_iterations = config.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, round(config.num_epochs * len(steps)))
     if is_trained(origin, num_iterations, ranks):
         return
+    origin = with_identity(origin, train_task.identity, val_task.identity, ranks)
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None,
                         rates=replace(SFT.rates, warmdown_ratio=config.warmdown_ratio), muon_momentum=SFT.momentum)
     lines = [f"{num_iterations:,} steps of {config.target_examples_per_step} of {len(train_task):,} conversations; "
@@ -98,15 +103,22 @@ def run(config: Config, ranks: Ranks) -> None:
                 graded[name] = task
     if config.dry_run:
         return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
-    with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, kernels=kernels,
-                                     val_loss=None) as run:
+    with steps, val_steps, open_run(origin, config, ranks, num_iterations=num_iterations, loader=steps,
+                                     kernels=kernels, val_loss=None) as run:
         log = run.log
         run.introduce(lines, data=data.source, flops_per_token=model.flops_per_token(T), conversations=len(train_task))
 
+        def loss_on(count: int) -> float:
+            return evaluate_loss(model, chain.from_iterable(val_steps(i) for i in range(count)), ranks)
+
+        def compare(step: int, known: float | None = None) -> None:
+            run.progress.measure(step, num_iterations, "validation loss", loss_on,
+                                 min(config.eval_steps, len(val_steps)), [config.target_examples_per_step, T], known)
+
         def validate(step: int) -> None:
-            count = min(config.eval_steps, len(val_steps))
-            loss = evaluate_loss(model, chain.from_iterable(val_steps(i) for i in range(count)), ranks)
-            run.results["val_loss"] = loss
+            loss = finite(loss_on(min(config.eval_steps, len(val_steps))), "validation loss", step)
+            compare(step, loss)
+            run.results.update(val_loss=loss, val_step=step)
             log.say(f"step {step:05d} | validation loss {loss:.4f}")
             log.record("val", step=step, loss=loss)
 
@@ -118,6 +130,8 @@ def run(config: Config, ranks: Ranks) -> None:
 
         run.train(steps, plan, [
             PeriodicAction(config.eval_every, validate, at_zero=True),
+            *([PeriodicAction(-1, compare, at_start=True, at_end=False)]
+              if config.eval_every <= 0 and not origin.step else []),
             PeriodicAction(config.eval_metrics_every, grade, at_end=False),
             PeriodicAction(-1, lambda step: run.sample_answers(step, val_task)),
         ], mfu=False)  # the tokens of a step are the supervised ones alone

@@ -15,6 +15,7 @@ from nanochat.chat_data import ConversationSource, count_tokens
 from nanochat.checks import data_unseen, say_what_would_be_done, where
 from nanochat.cli import COUNT, EVERY, FRACTION, POSITIVE, ROWS, Range, flag, run_main
 from nanochat.dataloader import PackedLoader
+from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first, on_main
 from nanochat.evaluation.loss import EvalRows
 from nanochat.recipe import MOST_ROWS, Rows, published
@@ -77,6 +78,7 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * tokens / config.total_batch_size))
     if is_trained(origin, num_iterations, ranks):
         return
+    origin = with_identity(origin, train_task.identity, val_task.identity, ranks)
     config, kernels = fit_and_choose(config, model, T, config.total_batch_size // T, MOST_ROWS["mid"], ranks,
                                      meta=origin.meta if origin.step else {}, compiled=compiled)
     B = config.device_batch_size
@@ -86,7 +88,8 @@ def run(config: Config, ranks: Ranks) -> None:
     if config.dry_run:
         return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
     source = ConversationSource(tokenizer, train_task, config.seed)
-    loader = PackedLoader(source, B, T, ranks=ranks, cut=False, state=loader_state(origin, ranks))
+    loader = PackedLoader(source, B, T, ranks=ranks, rows_per_step=config.total_batch_size // T, cut=False,
+                          state=loader_state(origin))
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
                         rates=replace(MID.rates, warmdown_ratio=config.warmdown_ratio),
                         muon_momentum=MID.momentum)
@@ -98,6 +101,8 @@ def run(config: Config, ranks: Ranks) -> None:
         run.train(lambda step: (next(loader) for _ in range(micro_batches)), plan, [
             PeriodicAction(config.eval_every, lambda step: run.evaluate_bpb(step, val_rows, token_bytes),
                            at_zero=True),
+            *([PeriodicAction(-1, lambda step: run.evaluate_bpb(step, val_rows, token_bytes, whole=False),
+                              at_start=True, at_end=False)] if config.eval_every <= 0 and not origin.step else []),
             PeriodicAction(-1, lambda step: run.sample_answers(step, val_task)),
         ])
         run.log.record("packing", **loader.counts)

@@ -22,6 +22,12 @@ environment:
     SPEEDRUN_RL=1|0                       with reinforcement learning, or without. Unset: with small alone
     NANOCHAT_TASK_DATA=FOLDER             a mirror of the data sets of the chat stages, for machines without network
                                           (tasks/hub.py)
+    SPEEDRUN_MAX_RESTARTS=N               how often a stage is started again, from its last checkpoint, where a process
+                                          of it is killed, fails or hangs; not where there is something to mend.
+                                          Unset: 3
+    NANOCHAT_HANG_WARN=S, _HANG_END=S     seconds after which a rank that hangs is named, and ended. Unset: 120, 600
+    NNODES=N NODE_RANK=K                  this machine is node K of N, which all run this command (scripts/nodes.py);
+    MASTER_ADDR=HOST MASTER_PORT=P        node 0 listens at HOST, port P (29500)
     WANDB_RUN=NAME                        log to wandb under this name
     NANOCHAT_BASE_DIR=FOLDER              where everything is kept. Unset: ~/.cache/nanochat
 """
@@ -29,10 +35,12 @@ environment:
 import json
 import os
 import shlex
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nanochat.checkpoint import latest_step
@@ -40,15 +48,20 @@ from nanochat.cli import NOT_NEGATIVE, flag, parse, run_main
 from nanochat.dataset import shard_paths
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, base_dir, lock, need_disk
-from nanochat.launcher import Job, Owner
+from nanochat.launcher import Group, Job, Owner
 from nanochat.logs import check_wandb, print_line, read_log
 from nanochat.small_world import facts
 from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 from nanochat.training import clock
+from nanochat.watch import hang_seconds
 from scripts.estimate import card_named, stage_lines
-from scripts.speedrun_plan import Command, RunPlan, chat_stages, check_plan, commands, find_machine, make_plan
+from scripts.nodes import Leader, Place, follow, persist, place_of_environment
+from scripts.speedrun_plan import Command, RunPlan, chat_stages, check_plan, commands, find_machine, make_plan, settings
 from tasks.recipes import IDENTITY
+
+MAKES_TEXT = ("nanochat.dataset", "scripts.tok_train", "dev.gen_identity")  # run by each node, if not on a shared disk
+REPORT = "nanochat.report"
 
 
 @dataclass
@@ -109,35 +122,63 @@ def print_commands(plan: RunPlan) -> None:
             wait = False
 
 
-def run_commands(plan: RunPlan) -> None:
-    """Run all commands of the run that are not done.
+def run_commands(plan: RunPlan, place: Place | None = None) -> None:
+    """Run all commands of the run that are not done. place: of this machine among several, which run them together.
 
     Raises:
         UserError: at the first that fails. SystemExit: Ctrl-C, SIGTERM or SIGHUP came, and all have ended.
     """
+    listed = commands(plan)
+    words, count = [command.shell() for command in listed], max(1, len(plan.machine.gpus))
     with Owner() as owner:
-        background: Job | None = None
-        for command in commands(plan):
-            print_line(f"\n== {command.title} ({time.strftime('%H:%M:%S')})")
-            if is_done(plan, command):
-                print_line("done before")
-            elif command.beside:
-                background = owner.start(command.title, command.argv())
-                continue
-            else:
-                execute(owner, command)
-                if command.grades:
-                    remember(plan, command)
-            if background is not None and command.awaits:
-                if owner.wait(background):
-                    print_line("note: not all text could be fetched; the base model has been trained without the rest")
-                background = None
+        if place is not None and place.node > 0:
+            follow(owner, place, count, words, lambda number, group: start_local(owner, plan, listed[number], group),
+                   again=max_restarts() > 0)
+            return
+        with Leader(place, count, words) if place is not None else nullcontext() as leader:
+            background: Job | None = None
+            for number, command in enumerate(listed):
+                print_line(f"\n== {command.title} ({time.strftime('%H:%M:%S')})")
+                alone = leader is None or command.module == REPORT
+                if not alone and command.module in MAKES_TEXT:
+                    leader.gather(owner)
+                    alone = leader.all_share
+                begin = None if alone else partial(start_on_nodes, owner, leader, plan, number, command)
+                if is_done(plan, command) and (alone or command.grades):
+                    print_line("done before")
+                elif command.beside:
+                    background = begin() if begin is not None else owner.start(command.title, command.argv())
+                    continue
+                else:
+                    execute(owner, command, *([begin] if begin is not None else []))
+                    if command.grades:
+                        remember(plan, command)
+                if background is not None and command.awaits:
+                    if owner.wait(background):
+                        print_line("note: not all text could be fetched; the base model has been trained without the "
+                                   "rest")
+                    background = None
 
 
-def execute(owner: Owner, command: Command) -> None:
-    """Run a command in processes of its own. Raises UserError where it fails, and what `Owner.wait` raises."""
-    job = owner.start(command.title, command.argv())
-    code = owner.wait(job)
+def start_on_nodes(owner: Owner, leader: Leader, plan: RunPlan, number: int, command: Command) -> Job | None:
+    """Start a command on all machines: as ranks of one job where it trains or evaluates, else on each by itself."""
+    return leader.start(owner, number, lambda group: start_local(owner, plan, command, group), beside=command.beside,
+                        together=command.module not in MAKES_TEXT)
+
+
+def start_local(owner: Owner, plan: RunPlan, command: Command, group: Group | None) -> Job | None:
+    """Start this machine's part of a command that several machines run. None where nothing is to be done."""
+    if group is not None:
+        return owner.start(command.title, [sys.executable, "-m", command.module, *command.flags],
+                           ranks=max(1, len(plan.machine.gpus)), group=group)
+    return None if is_done(plan, command) else owner.start(command.title, command.argv())
+
+
+def execute(owner: Owner, command: Command, begin: Callable[[], Job] | None = None) -> None:
+    """Run a command in processes of its own, and again where it fails by accident. begin: starts it where that is not
+    this machine's business alone. Raises UserError where it fails, and what `Owner.wait` raises."""
+    job = persist(owner, begin or (lambda: owner.start(command.title, command.argv())), max_restarts())
+    code = job.code
     if code:
         mend = "" if code in (130, 143) else "mend what it says, then "  # stopped by itself: nothing to mend
         why = f" ({job.reason.rstrip('.')})" if job.reason else ""
@@ -145,10 +186,16 @@ def execute(owner: Owner, command: Command) -> None:
                         "here.")
 
 
+def max_restarts() -> int:
+    """Return how often a command is started again. Raises UserError where SPEEDRUN_MAX_RESTARTS is none."""
+    return settings().max_restarts
+
+
 def is_done(plan: RunPlan, command: Command) -> bool:
     """Return whether a command need not run. Those that train or make text know themselves what is done."""
     if command.grades:
-        return _gradings().get(STAGES[command.grades].graded_by) == checkpoint_key(plan, command.grades)
+        key = checkpoint_key(plan, command.grades)
+        return key is not None and _gradings().get(STAGES[command.grades].graded_by) == key
     if command.module == "scripts.tok_train":
         return have_tokenizer(plan)
     if command.module == "dev.gen_identity":
@@ -173,11 +220,13 @@ def _gradings() -> dict[str, list]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def checkpoint_key(plan: RunPlan, source: str) -> list:
-    """Return what tells the newest checkpoint of a stage from others: tag, step, tokenizer, time of writing."""
+def checkpoint_key(plan: RunPlan, source: str) -> list | None:
+    """Return what tells the newest whole model of a stage from others: tag, step, tokenizer, time of writing.
+
+    None where there is none."""
     folder = base_dir() / STAGES[source].folder / plan.tag
-    step = latest_step(folder)
-    return [plan.tag, step, RustBPETokenizer.from_directory(tokenizer_dir()).fingerprint(),
+    step = latest_step(folder, optimizer=False)
+    return None if step is None else [plan.tag, step, RustBPETokenizer.from_directory(tokenizer_dir()).fingerprint(),
             (folder / f"meta_{step:06d}.json").stat().st_mtime_ns]
 
 
@@ -235,6 +284,12 @@ def conclude(plan: RunPlan, seconds: float) -> None:
         if graded:
             results = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in graded[-1].items())
             print(f"{stage.name:9s} {results}")
+    for stage in (STAGES["base"], *stages):
+        rows = read_log(base_dir() / "logs" / f"{stage.name}_{plan.tag}.jsonl")
+        verdict = next((row for row in reversed(rows) if row["kind"] == "verdict"), None)
+        if verdict:
+            loud = "" if verdict["word"] == "better" else " <-- WARNING" if verdict["word"] != "unknown" else ""
+            print(f"verdict   {stage.noun}: {verdict['word']}: {verdict['text']}{loud}")
     print(f"report    {base_dir() / 'report' / 'report.md'}, copied to ./report.md")
     if stages:
         print(f"next      talk to it: .venv/bin/python -m scripts.chat_web -i {stages[-1].name} (in a browser), or "
@@ -252,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if os.environ.get("WANDB_RUN"):  # wandb reads this name: the runs of all stages are one group
         os.environ.setdefault("WANDB_RUN_GROUP", os.environ["WANDB_RUN"])
     began = time.time() - flags.setup_seconds
+    max_restarts(), hang_seconds(), place_of_environment()  # raise for settings that are wrong
     plan = make_plan(find_machine())
     announce(plan)
     check_plan(plan)
@@ -263,15 +319,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.dry_run:
         print_commands(plan)
         return
-    way_out = "Wait until it ends, or stop it with `kill {pid}`; another NANOCHAT_BASE_DIR lets two run side by side."
-    file = lock(base_dir() / "locks" / "speedrun.lock", f"{base_dir()} is in use by a speedrun", way_out)
+    place = place_of_environment()
+    way_out = "Wait until it ends, or stop it with {kill}; another NANOCHAT_BASE_DIR lets two run side by side."
+    name = f"speedrun-node{place.node}.lock" if place is not None and place.node else "speedrun.lock"
+    file = lock(base_dir() / "locks" / name, f"{base_dir()} is in use by a speedrun", way_out)
     with file or nullcontext():
         try:
-            run_commands(plan)
+            run_commands(plan, place)
         except SystemExit:
             print_line("\nstopped; `bash speedrun.sh` resumes from here.")
             raise
-    conclude(plan, time.time() - began)
+    if place is None or place.node == 0:
+        conclude(plan, time.time() - began)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from nanochat.cli import COUNT, FROM_ZERO, Range, flag, parse, run_main
 from nanochat.dataset import iter_documents
 from nanochat.dataset.shards import data_dir, read_source
 from nanochat.errors import UserError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, lock_folder
 from nanochat.recipe import published
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 
+LEAST_COMPRESSION = 1.1  # bytes per token; a vocabulary of bytes has 1
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 10_000  # of the training text, for the round-trip check
 
 
@@ -44,11 +45,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = tokenizer_dir()
     need_writable(folder)
     if config.dry_run:
-        next(iter_documents("train"), None)  # raises where there is no text
-        kept = " The tokenizer that is there would be kept beside it, if it is another." if folder.exists() else ""
-        print(f"a tokenizer of {config.vocab_size:,} tokens would be trained on at most {config.max_chars:,} "
-              f"characters of {data_dir()}, and go to {folder}.{kept} Nothing was changed: this was --dry-run.")
-        return
+        return _say_what_would_be_done(config, folder)
+    way_out = ("Wait until it ends, or stop it with {kill}; with another NANOCHAT_BASE_DIR two can be trained side by "
+               "side.")
+    with lock_folder(folder, f"a tokenizer is already being trained into {folder}", way_out):
+        _train(config, folder)
+
+
+def _say_what_would_be_done(config: Config, folder: Path) -> None:
+    next(iter_documents("train"), None)  # raises where there is no text
+    kept = " The tokenizer that is there would be kept beside it, if it is another." if folder.exists() else ""
+    print(f"a tokenizer of {config.vocab_size:,} tokens would be trained on at most {config.max_chars:,} characters of "
+          f"{data_dir()}, and go to {folder}.{kept} Nothing was changed: this was --dry-run.")
+
+
+def _train(config: Config, folder: Path) -> None:
+    """Train the tokenizer and put it in its place. Only one process at a time may do this."""
     seen: dict[str, Any] = {"chars": 0, "uncut": 0, "docs": 0, "sample": []}
     start = time.perf_counter()
     try:
@@ -130,8 +142,13 @@ def _keep_previous(folder: Path, fingerprint: str) -> Path | None:
     if not aside.exists():
         partial = folder.with_name(f"{aside.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder, partial)
-        partial.rename(aside)
+        try:
+            shutil.copytree(folder, partial)
+            partial.rename(aside)
+        except OSError as error:  # copytree raises one of its own, with a list
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"the tokenizer that is in {folder} cannot be kept as {aside} ({str(error)[:300]}); it "
+                            "was not replaced. Free some space, or set NANOCHAT_BASE_DIR to another disk.") from error
     (folder / "eval.json").unlink(missing_ok=True)  # it describes the previous tokenizer
     return aside
 
@@ -141,6 +158,7 @@ def _summary(tokenizer: RustBPETokenizer, meta: dict[str, Any], sample: list[str
     """Print what was trained. `kept`: where the previous tokenizer was copied to, if anywhere."""
     _, offsets = tokenizer.encode_flat(sample)
     size = sum(len(text.encode()) for text in sample)
+    rate = size / int(offsets[-1])
     longest = int(tokenizer.token_bytes().argmax())
     print(f"tokenizer: {meta['vocab_size']:,} tokens = 256 bytes + {meta['vocab_size'] - 265:,} merges + 9 special")
     if meta["vocab_size"] < meta["vocab_size_asked"]:
@@ -149,10 +167,15 @@ def _summary(tokenizer: RustBPETokenizer, meta: dict[str, Any], sample: list[str
     if meta["chars"] < 0.5 * meta["chars_uncut"]:
         print(f"    cutting documents at {meta['doc_cap']:,} characters left "
               f"{meta['chars'] / meta['chars_uncut']:.1%} of their text; --doc_cap=0 uses all of it")
-    print(f"    {size / int(offsets[-1]):.2f} bytes per token on {len(sample)} documents, "
+    print(f"    {rate:.2f} bytes per token on {len(sample)} documents, "
           "all of which decode to the same text")
     print(f"    longest token: {tokenizer.id_to_token(longest)!r}")
     print(f"    saved in {folder}, fingerprint {meta['fingerprint'][:8]}")
+    if rate < LEAST_COMPRESSION:
+        print(f"verdict: no change: 1.00 → {rate:.2f} bytes per token\n"
+              "WARNING: this tokenizer hardly compresses: give it a larger --vocab_size, or more text")
+    else:
+        print(f"verdict: better: 1.00 → {rate:.2f} bytes per token")
     if kept is not None:
         print(f"    the previous tokenizer is kept in {kept}")
 

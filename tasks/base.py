@@ -16,14 +16,20 @@ import random
 import re
 from array import array
 from collections.abc import Collection, Iterator
+from decimal import Decimal, InvalidOperation
 from typing import Any, overload
 
+from nanochat.dataset.identity import digest_of
 from nanochat.errors import UserError
 
 CATEGORICAL, GENERATIVE, NONE = "categorical", "generative", "none"
+IDENTITY_SAMPLE = 64  # conversations of a task that its digest covers
 TEST_SHARE = 0.1   # of the words and pairs of numbers that a hash splits
 HASHES = re.compile(r"#### (-?[0-9.,]+)")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w.])-)?\d[\d,]*(?:\.\d+)?")
+AMOUNT = re.compile(r"(?P<sign>(?<![\w.)])[-−]\s?)?(?:[$€£]\s?(?P<minus>-)?)?(?<!\d[-/:^*×])(?<![\w.])"
+                    r"(?P<digits>\d[\d,]*(?:\.\d+)?|\.\d+)(?![\d.,]*\s?[-/:^*×]\s?\d)(?!\w*\d)")
+DIGIT = re.compile(r"\d")
 
 
 class Task:
@@ -58,9 +64,24 @@ class Task:
             return answer == conversation["messages"][-1]["content"]
         raise NotImplementedError(f"{self.name} is not graded")
 
+    def evaluate_lenient(self, conversation: dict, answer: str) -> bool:
+        """Return whether an answer that `evaluate` refuses is right in another usual form.
+
+        Published scores depend on the form that `evaluate` wants; this one is told beside them.
+        """
+        return False
+
     def reward(self, conversation: dict, answer: str) -> float:
         """Return the reward of an answer in reinforcement learning, 0 to 1."""
         return float(self.evaluate(conversation, answer))
+
+    def identity(self) -> dict[str, str]:
+        """Return by name a digest of what this task is made of, the same on every machine with the same data.
+
+        It is that of the length and of some conversations; a subclass that has files adds theirs.
+        """
+        some = range(0, len(self), max(1, len(self) // IDENTITY_SAMPLE))
+        return {self.name: digest_of([len(self), *(self[i] for i in some)])}
 
     @overload
     def __getitem__(self, i: int) -> dict: ...
@@ -96,6 +117,9 @@ class View(Task):
     def evaluate(self, conversation: dict, answer: str) -> bool:
         return self.task.evaluate(conversation, answer)
 
+    def evaluate_lenient(self, conversation: dict, answer: str) -> bool:
+        return self.task.evaluate_lenient(conversation, answer)
+
     def reward(self, conversation: dict, answer: str) -> float:
         return self.task.reward(conversation, answer)
 
@@ -111,6 +135,14 @@ class TaskSequence(Task):
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
+
+    def identity(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for task in self.tasks:
+            for name, digest in task.identity().items():
+                names = itertools.chain([name], (f"{name} {number}" for number in itertools.count(2)))
+                found[next(free for free in names if free not in found)] = digest
+        return found
 
     def conversation(self, i: int) -> dict:
         which = bisect.bisect_right(self.ends, i)
@@ -196,5 +228,32 @@ def last_number(words: str) -> str | None:
 
     Looks at the whole text if it has no tool output.
     """
-    found = NUMBER.findall(words.rsplit("<|output_end|>", 1)[-1])
+    found = NUMBER.findall(words.rsplit("<|output_end|>", 1)[-1].replace("−", "-"))
     return found[-1].replace(",", "") if found else None
+
+
+def same_number(one: str | None, other: str | None) -> bool:
+    """Return whether two numbers as text have the same value: 15, 15.0 and +15 do. None has no value."""
+    try:
+        return one is not None and other is not None and Decimal(one) == Decimal(other)
+    except InvalidOperation:
+        return False
+
+
+def meant_number(words: str) -> str | None:
+    """Return the number that an answer gives, in any usual form, as text without commas; None if there is none.
+
+    It is the first number behind the last `####`; without that mark the one in \\boxed{}, else the last number behind
+    the last tool output. A sign, a currency before it, a unit or a full stop behind it do no harm. What belongs to a
+    date, a range, a fraction or a product is no number.
+    """
+    _, mark, rest = words.rpartition("####")
+    if not mark and "\\boxed{" in words:
+        mark, rest = "boxed", words.rsplit("\\boxed{", 1)[1].partition("}")[0]
+    rest = rest if mark else words.rsplit("<|output_end|>", 1)[-1]
+    which = 0 if mark else -1
+    digits, amounts = [*DIGIT.finditer(rest)], [*AMOUNT.finditer(rest)]
+    if not amounts or not amounts[which].start() <= digits[which].start() < amounts[which].end():
+        return None
+    chosen = amounts[which]
+    return ("-" if chosen["sign"] or chosen["minus"] else "") + chosen["digits"].replace(",", "")

@@ -9,6 +9,7 @@ messages may hold.
 from pathlib import Path
 from typing import Any
 
+from nanochat.dataset.identity import digest_of
 from nanochat.errors import UserError
 from nanochat.tokenizer.conversation import turns_of
 from tasks.base import NONE, Task
@@ -30,6 +31,9 @@ class CustomJSON(Task):
 
     def __len__(self) -> int:
         return len(self.lines)
+
+    def identity(self) -> dict[str, str]:
+        return {self.name: digest_of(self.lines.data)}  # of all bytes
 
     def conversation(self, i: int) -> dict:
         return _conversation(self.lines[i])

@@ -5,10 +5,12 @@ import re
 from tasks.base import (
     Task,
     calculator_parts,
+    meant_number,
     number_after_hashes,
     one_of,
     question_and_answer,
     reference_text,
+    same_number,
     text_part,
     until_assistant_end,
 )
@@ -39,6 +41,10 @@ class GSM8K(Task):
         """Return whether the number after the first `#### ` is that of the reference, compared as text."""
         found = number_after_hashes(until_assistant_end(answer))
         return found is not None and found == number_after_hashes(reference_text(conversation))
+
+    def evaluate_lenient(self, conversation: dict, answer: str) -> bool:
+        """Return whether the number that the answer gives, in any usual form, has the value of the reference."""
+        return same_number(meant_number(until_assistant_end(answer)), number_after_hashes(reference_text(conversation)))
 
 
 def parts_of(solution: str) -> list[dict[str, str]]:

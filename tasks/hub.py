@@ -12,15 +12,21 @@ so that an unchanged copy of the hub's files works:
 Rows are shuffled with seed 42, in the same order from both sources.
 """
 
+import json
 import os
 import re
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanochat.errors import UserError
+from nanochat.files import TROUBLES
+from nanochat.logs import print_line
+from nanochat.transfer import WITHOUT_NETWORK, WRONG_FILES, Listed, NotFetched, Retries, may_pass, reason_of, status_of
 from tasks.lines import JsonLines
 
 SEED = 42
@@ -129,12 +135,85 @@ def find_in_mirror(mirror: Path, name: str, subset: str, split: str) -> list[Pat
 
 
 def _from_hub(name: str, subset: str, split: str) -> Any:
+    """Load a split with the `datasets` package; try again where the network fails, and verify the files that came."""
+    retries, wrong = Retries(f"{name}, {subset}, {split}", print_line), 0
+    while True:
+        error: Exception | None = None
+        began = time.time()
+        try:
+            loaded = _load_dataset(name, subset, split, again=wrong > 0)
+        except Exception as problem:  # of many classes: no network, no such data set, no access, a full disk
+            error = problem
+        damaged = _remove_damaged(name, began - 2)
+        if error is None and not damaged:
+            return loaded
+        try:
+            if damaged:
+                wrong += 1
+                reason = f"the file {damaged[0]} came damaged (its checksum is wrong)"
+                if wrong == WRONG_FILES:
+                    raise NotFetched(f"{reason}, twice")
+                print_line(f"{name}: {reason}; fetching it again")
+                continue
+            cause = _cause(error)
+            if not may_pass(status_of(cause)) or not _is_of_network(cause):
+                words = next(iter(str(error).strip().splitlines()), "")[:200]
+                raise NotFetched(reason_of(cause) if status_of(cause) else f"{type(error).__name__}: {words}")
+            if status_of(cause) is None and retries.failed >= WITHOUT_NETWORK - 1:
+                raise NotFetched(reason_of(cause), network=True)
+            retries.wait(cause)
+        except NotFetched as told:
+            raise UserError(f"{name}, {subset}, {split} cannot be loaded from the Hugging Face hub ({told}). On a "
+                            f"machine without network, set {MIRROR} to a folder with {name}/{subset}/{split}.jsonl or "
+                            ".parquet and the hub's columns; tasks/hub.py describes it.") from error
+
+
+def _load_dataset(name: str, subset: str, split: str, again: bool) -> Any:
     import datasets
-    try:
-        return datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # of many classes: no network, no such data set, no access, a full disk
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{name}, {subset}, {split} cannot be loaded from the Hugging Face hub "
-                        f"({type(error).__name__}: {reason[:200]}). On a machine without network, set {MIRROR} to a "
-                        f"folder with {name}/{subset}/{split}.jsonl or .parquet and the hub's columns; tasks/hub.py "
-                        "describes it.") from error
+    return datasets.load_dataset(name, subset, split=split, **({"download_mode": "force_redownload"} if again else {}))
+
+
+def _cause(error: Exception) -> Exception:
+    """Return the error of the network or the disk that another one was raised for; itself where there is none."""
+    seen: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in seen:
+        if status_of(at) is not None or isinstance(at, OSError) and at.errno:
+            return at
+        seen.append(at)
+        at = at.__cause__ or at.__context__
+    return next((one for one in seen if _is_of_network(one)), error)
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Return whether this may be an accident of the network, rather than a wrong name or a full disk."""
+    from huggingface_hub.errors import HTTPError
+    if status_of(error) is not None:
+        return True
+    if isinstance(error, json.JSONDecodeError):  # a page instead of the hub
+        return True
+    return isinstance(error, HTTPError | OSError) and not isinstance(error, FileNotFoundError) and (
+        getattr(error, "errno", None) not in TROUBLES)
+
+
+def _remove_damaged(name: str, since: float) -> list[str]:
+    """Remove files of a data set from the cache of huggingface_hub that are not what the hub listed; return them.
+
+    Their names there are the SHA-256 that the hub gives, or for small files git's SHA-1. since: only of files written
+    after this time.
+    """
+    from huggingface_hub import constants
+    damaged = []
+    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    for blob in sorted((folder / "blobs").glob("*")):
+        with suppress(OSError):
+            if blob.stat().st_mtime < since or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+                continue
+            listed = Listed(None, blob.name) if len(blob.name) == 64 else Listed(None, "", blob.name)
+            if listed.problem(blob):
+                links = [path for path in (folder / "snapshots").rglob("*") if os.path.realpath(path) == str(
+                    blob.resolve())]
+                damaged.append(links[0].name if links else blob.name)
+                for path in (*links, blob):
+                    path.unlink()
+    return damaged

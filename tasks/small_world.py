@@ -25,6 +25,7 @@ from tasks.base import (
     question_and_answer,
     reference_text,
     rng_for,
+    same_number,
     text_part,
     until_assistant_end,
 )
@@ -195,7 +196,7 @@ class WorldSums(Task):
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
         """Return whether the last number after the calculator's output is the result."""
-        return last_number(until_assistant_end(answer)) == last_number(reference_text(conversation))
+        return same_number(last_number(until_assistant_end(answer)), last_number(reference_text(conversation)))
 
 
 def sentence(world: World, entity: Entity, attribute: str) -> str:

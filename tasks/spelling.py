@@ -4,16 +4,19 @@ A model reads tokens, not letters, so it has to learn the letters of each token.
 either task.
 """
 
+from nanochat.dataset.identity import digest_of
 from nanochat.small_world.world import pick
 from tasks.base import (
     Task,
     calculator_parts,
+    meant_number,
     non_negative,
     number_after_hashes,
     one_of,
     question_and_answer,
     reference_text,
     rng_for,
+    same_number,
     text_part,
     until_assistant_end,
 )
@@ -73,6 +76,9 @@ class SpellingTask(Task):
     def __len__(self) -> int:
         return self.size
 
+    def identity(self) -> dict[str, str]:
+        return {**super().identity(), f"{self.name}, words of {self.source}": digest_of(self.words)}
+
     def word(self, i: int) -> str:
         """Return the word of conversation i."""
         return self.words[i % len(self.words)]
@@ -131,6 +137,10 @@ class SpellingBee(SpellingTask):
     def evaluate(self, conversation: dict, answer: str) -> bool:
         """Return whether the number after the first `#### ` is the count."""
         return number_after_hashes(until_assistant_end(answer)) == number_after_hashes(reference_text(conversation))
+
+    def evaluate_lenient(self, conversation: dict, answer: str) -> bool:
+        """Return whether the number that the answer gives, in any usual form, is the count."""
+        return same_number(meant_number(until_assistant_end(answer)), number_after_hashes(reference_text(conversation)))
 
 
 def spelled(word: str) -> str:

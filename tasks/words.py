@@ -3,13 +3,16 @@
 The split of a word depends on the word alone, so no seed, order or size changes it.
 """
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, base_dir
+from nanochat.files import base_dir
+from nanochat.logs import print_line
 from nanochat.small_world.world import pick
+from nanochat.transfer import Listed, NotFetched, fetch_file
 from tasks.base import in_test, one_of, rng_for
 
 WORDS_FILE = "words_alpha.txt"
@@ -106,16 +109,15 @@ def checked(data: bytes, where: str) -> tuple[str, ...]:
 
 
 def _fetch(path: Path) -> None:
-    """Download and check the list. huggingface_hub's session does it, so that proxies are set in one place."""
-    from huggingface_hub import get_session
-    from huggingface_hub.errors import HTTPError
+    """Download and check the list."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    came = path.with_name(f".{path.name}.unchecked")
     try:
-        answer = get_session().get(URL, timeout=30.0, follow_redirects=True)
-        answer.raise_for_status()
-    except (HTTPError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"the list of words cannot be fetched from {URL} ({reason}). "
+        fetch_file(URL, came, Listed(), say=print_line)
+        checked(came.read_bytes(), URL)
+        os.replace(came, path)
+    except NotFetched as error:
+        raise UserError(f"the list of words cannot be fetched from {URL} ({error}). "
                         f'Put it at {path} by hand, or use invented words (source="invented").') from error
-    checked(answer.content, URL)
-    with atomic_write(path) as file:
-        file.write(answer.content)
+    finally:
+        came.unlink(missing_ok=True)

@@ -12,11 +12,10 @@ import time
 
 import torch
 
-from nanochat import distributed, training
+from nanochat import distributed, rl, training
 from nanochat.cli import run_main
 from nanochat.distributed import init_ranks, joined_ranks
 from scripts import chat_rl
-from tasks import recipes
 from tests.helpers import module_of
 
 FOR_ONE = ("scripts.tok_train",)
@@ -42,7 +41,7 @@ def main() -> None:
     """Run the scripts."""
     scripts, fault = json.loads(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    recipes.WorldSums.reward = lambda self, conversation, answer: float(len(answer) % 2)  # so that it differs
+    rl.reward_of = lambda task, conversation, row, text: float(len(text) % 2)  # so that it differs
     close, distributed.close_ranks = distributed.close_ranks, lambda: None  # the scripts share one group
     with joined_ranks("cpu") as ranks:
         with_fault(fault, ranks.rank)

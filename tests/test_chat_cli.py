@@ -191,7 +191,8 @@ def test_one_question_gives_one_answer_and_nothing_else(saved, capsys):
     done = subprocess.run([sys.executable, "-m", "scripts.chat_cli", "-i", "sft", "-g", "d1", "-s", "7", *flags],
                           cwd=ROOT, env=saved, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stdout) == (0, first), done.stderr
-    for wrong, told in ((["-s", "8"], "8"), (["-i", "rl"], "chatrl|rl"), (["--max-tokens=0"], "--max-tokens is 0")):
+    for wrong, told in ((["-s", "8"], "8"), (["-i", "rl"], "chatrl|rl"),
+                        (["--max-tokens=0"], "--max-tokens is 0; it must be")):
         with pytest.raises(UserError, match=told):
             chat_cli.main([*flags, *wrong])
 

@@ -4,8 +4,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.chat_data import Conversations, ConversationSource, SupervisedSteps, batch_of, count_tokens
-from nanochat.dataloader import PackedLoader, reshard
+from nanochat.chat_data import (
+    Conversations,
+    ConversationSource,
+    ConversationSteps,
+    SupervisedSteps,
+    batch_of,
+    count_tokens,
+)
+from nanochat.dataloader import PackedLoader
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.tokenizer import RustBPETokenizer
@@ -82,25 +89,29 @@ def test_padding_is_never_a_target_and_a_long_conversation_goes_on_in_the_next_r
     assert pieces and any(long[:len(part)] == part for part in pieces)
 
 
-def test_packed_rows_go_on_bit_for_bit_and_lose_nothing_on_another_number_of_ranks(tokenizer):
+def test_packed_rows_go_on_bit_for_bit_and_two_ranks_share_the_same_rows(tokenizer):
     task = chats([(i % 5, i % 7) for i in range(100)])
 
     def loader(ranks=ALONE, state=None):
-        return PackedLoader(ConversationSource(tokenizer, task, 1), 2, 40, ranks=ranks, cut=False, state=state)
+        return PackedLoader(ConversationSource(tokenizer, task, 1), 2, 40, ranks=ranks, rows_per_step=8, cut=False,
+                            state=state)
 
     with loader() as whole:
-        batches = [next(whole) for _ in range(30)]  # beyond one epoch
+        batches = [next(whole) for _ in range(28)]  # beyond one epoch
     with loader() as first:
-        for _ in range(11):
+        for _ in range(12):
             next(first)
         state = first.state_dict()
-    with loader(state=state) as second:
-        for wanted in batches[11:]:
-            got = next(second)
+    assert state["rows"] == 24
+    for world in (1, 2, 3):
+        parts = [[] for _ in range(16)]
+        for rank in range(world):
+            with loader(Ranks(rank, 0, world, torch.device("cpu")), state) as other:
+                for number in range(16):
+                    if number % 4 % world == rank:
+                        parts[number] = next(other)
+        for got, wanted in zip(parts, batches[12:], strict=True):
             assert torch.equal(got.inputs, wanted.inputs) and torch.equal(got.targets, wanted.targets)
-    for part in reshard([state], 2):
-        with loader(Ranks(part["rank"], 0, 2, torch.device("cpu")), part) as other:
-            next(other)
 
 
 def test_epochs_have_orders_of_their_own():
@@ -165,3 +176,36 @@ def test_tokens_are_counted_exactly_or_estimated_closely(tokenizer):
     exact = sum(len(tokenizer.render_conversation(chat)[0]) for chat in task)
     assert count_tokens(task, tokenizer) == exact
     assert abs(count_tokens(task, tokenizer, most=2000) / exact - 1) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["steps", "supervised"])
+def test_other_steps_after_a_resume_leave_out_and_repeat_no_conversation(tokenizer, kind):
+    task = chats([(2, 3)] * 50)
+
+    def of(step, state, per_step, world=1, seed=1, task=task):
+        """Numbers of the conversations of three steps from `step` on, of all ranks, and the state behind them."""
+        if kind == "steps":
+            made = ConversationSteps(task, seed, per_step, step, state)
+            return [number for i in range(3) for number in made.take(step + i)], made.state_dict()
+        found = []
+        for rank in range(world):
+            with SupervisedSteps(tokenizer, task, examples_per_step=per_step, device_batch_size=2, max_tokens=64,
+                                 ranks=Ranks(rank, 0, world, torch.device("cpu")), seed=seed, step=step, state=state
+                                 ) as steps:
+                steps._usable = lambda number: found.append(number) or ([1, 2, 3], [0, 1, 1])
+                for i in range(3):
+                    list(steps(step + i))
+                state_now = steps.state_dict()
+        return sorted(set(found))[:3 * per_step], state_now
+
+    first, state = of(0, None, 6)
+    assert first == list(range(18)) and state["next"] == 18
+    more, state = of(3, state, 4, world=2)  # smaller steps
+    assert more == list(range(18, 30)) and state["next"] == 30
+    assert of(6, state, 7, world=3)[0] == list(range(30, 51))
+    assert of(6, None, 5)[0] == list(range(30, 45))  # a checkpoint from before: all steps were of this size
+    for other in ({"seed": 2}, {"task": chats([(2, 3)] * 49)}):
+        with pytest.raises(UserError, match="the conversations are not those.*--seed.*--fresh"):
+            of(6, state, 4, **other)
+    with pytest.raises(UserError, match="no position"):
+        of(6, {"next": 3}, 4)

@@ -1,4 +1,4 @@
-"""nanochat/checkpoint.py: a checkpoint is whole or absent, whatever happens, and readers get clear errors."""
+"""nanochat/checkpoint/: a checkpoint is whole or absent, whatever happens, and readers get clear errors."""
 
 import errno
 import itertools
@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import checkpoint, files
-from nanochat.checkpoint import latest_step, load_checkpoint, load_on_ranks, save_checkpoint
+from nanochat import files
+from nanochat.checkpoint import latest_step, load_checkpoint, load_on_ranks, save_checkpoint, tensors
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.loading import load_model
@@ -345,8 +345,8 @@ def parameters_of_optimizer():
 
 def _resume(ranks, folder, torn, out):
     ranks = replace(ranks, local_rank=ranks.rank % 2)  # two machines with two ranks each
-    hashed, real = [], checkpoint.sha256_of_rest
-    checkpoint.sha256_of_rest = lambda file: hashed.append(Path(file.name).name) or real(file)
+    hashed, real = [], tensors.sha256_of_rest
+    tensors.sha256_of_rest = lambda file: hashed.append(Path(file.name).name) or real(file)
     optimizer = MuonAdamW(parameters_of_optimizer(), ranks)
     before = {kind: memory(kind) for kind in ("RssAnon", "RssFile")} if sys.platform == "linux" else {}
     found = load_on_ranks(folder, None, ranks, weights=False, optimizer=True, mapped=True)

@@ -1,5 +1,7 @@
 """nanochat/cli.py: command lines from dataclasses."""
 
+import errno
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -111,6 +113,31 @@ def test_a_user_error_is_one_line_and_code_1(capsys):
     with pytest.raises(SystemExit) as error:
         run_main(main)
     assert error.value.code == 1 and capsys.readouterr().err == "error: no text. Import some.\n"
+
+
+@pytest.mark.parametrize("number, named, said", [
+    (errno.EROFS, True, "the disk is read-only"), (errno.ENOSPC, False, "the disk is full"),
+    (errno.EACCES, True, "permission denied"), (errno.ELOOP, True, "circle")])
+def test_an_error_of_the_disk_that_nobody_explained_is_one_line(capsys, number, named, said):
+    def fails():
+        raise OSError(number, "x", *(["/some/where"] if named else []))
+    with pytest.raises(SystemExit) as ended:
+        run_main(fails)
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and told.startswith("error: ") and said in told and told.count("\n") == 1
+    assert ("/some/where" in told) == named
+
+    def other():
+        raise ConnectionResetError(errno.ECONNRESET, "x")
+    with pytest.raises(ConnectionResetError):
+        run_main(other)
+
+
+def test_a_name_that_the_locale_does_not_have_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: os.fsdecode(b"/data/caf\xc3\xa9 \xff").encode())
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and told.count("\n") == 1 and "/data/café" in told and "PYTHONUTF8=1" in told
 
 
 def test_an_interrupt_is_code_130_and_other_errors_stay_as_they_are():

@@ -3,13 +3,15 @@
 import gzip
 import io
 import json
+import shutil
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nanochat.errors import UserError
+from nanochat import transfer
+from nanochat.errors import NotWritten, UserError
 from nanochat.evaluation import core_bundle
 from nanochat.evaluation.core_bundle import BundleUnavailable, bundle_dir, open_bundle, read_bundle
 from nanochat.files import base_dir
@@ -133,7 +135,7 @@ class BundleServer(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), BundleHandler)
-        self.data, self.faults, self.count = b"", [], 0
+        self.data, self.faults, self.count, self.ranges, self.etag = b"", [], 0, [], ""
 
 
 class BundleHandler(BaseHTTPRequestHandler):
@@ -144,10 +146,21 @@ class BundleHandler(BaseHTTPRequestHandler):
         server = self.server
         server.count += 1
         fault = server.faults.pop(0) if server.faults else None
-        self.send_response(fault if isinstance(fault, int) else 200)
-        self.send_header("Content-Length", str(len(server.data)))
+        data, asked = server.data, self.headers.get("Range")
+        server.ranges.append(asked)
+        if fault == "wrong byte":
+            data = data[:-200] + bytes([data[-200] ^ 1]) + data[-199:]
+        start = int(asked[6:-1]) if asked and self.headers.get("If-Range") == server.etag else 0
+        self.send_response(fault if isinstance(fault, int) else 206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if server.etag:
+            self.send_header("ETag", server.etag)
+        if fault == "html":
+            self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
-        self.wfile.write(server.data[:len(server.data) // 2] if fault == "cut" else server.data)
+        self.wfile.write(data[:len(data) // 2] if fault == "cut" else data[start:])
 
 
 @pytest.fixture
@@ -156,7 +169,7 @@ def server(monkeypatch):
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE_URL", f"http://127.0.0.1:{server.server_port}/bundle.zip")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(core_bundle.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(transfer, "BACK_OFF", 0.001)
     server.data = packed(files())
     yield server
     server.shutdown()
@@ -217,6 +230,32 @@ def test_a_flipped_byte_is_seen(server):
     assert list(base_dir().iterdir()) == []
 
 
+def test_a_bundle_that_broke_off_or_came_damaged_is_mended(server, capsys):
+    server.faults = ["html", "cut"] + [503] * 9
+    server.etag = "v1"
+    with pytest.raises(BundleUnavailable, match="answers 503, 6 times in a row"):
+        open_bundle()
+    part = ".eval_bundle.zip.part"
+    assert sorted(path.name for path in base_dir().iterdir()) == [part, f"{part}.version"]
+    server.faults, server.ranges = ["wrong byte"], []
+    assert open_bundle().missing() == []
+    half = len(server.data) // 2
+    assert server.ranges == [f"bytes={half}-", None]  # the rest, and as that was damaged, all of it again
+    assert "came damaged" in capsys.readouterr().out
+    assert [path.name for path in base_dir().iterdir()] == ["eval_bundle"]
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(server, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(NotWritten, match="the CORE bundle needs .* free"):
+        open_bundle()
+    monkeypatch.undo()
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UserError):
+        core_bundle.fetch_bundle(base_dir() / "eval_bundle")
+    assert list(base_dir().iterdir()) == []
+
+
 def test_a_zip_that_swells_is_refused(server, monkeypatch):
     monkeypatch.setattr(core_bundle, "MAX_UNPACKED", 100)
     with pytest.raises(UserError, match="would grow to"):
@@ -224,6 +263,7 @@ def test_a_zip_that_swells_is_refused(server, monkeypatch):
 
 
 def test_without_a_network_or_a_folder_it_is_said_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(transfer, "BACK_OFF", 0.001)
     monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE_URL", "http://127.0.0.1:9/x.zip")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with pytest.raises(BundleUnavailable, match=r"cannot be downloaded from http://127.0.0.1:9/x.zip: .*--bundle"):

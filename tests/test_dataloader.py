@@ -1,6 +1,7 @@
 """The loader against a plain definition of its packing; stopped anywhere, it resumes with the very next row."""
 
 import gc
+import itertools
 import json
 import os
 import random
@@ -11,9 +12,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanochat import dataloader
-from nanochat.dataloader import PackedLoader, Packer, TextSource, reshard
+from nanochat.dataloader import PackedLoader, Packer, TextSource, merged
 from nanochat.dataset import Documents, shard_paths
 from nanochat.dataset.shards import ShardWriter, shard_name, staged, write_source, writing
 from nanochat.distributed import Ranks
@@ -94,42 +97,103 @@ def load(folder, rank=0, world_size=1, batch_size=3, sequence_len=24, tokenizer=
     return PackedLoader(source, batch_size, sequence_len, ranks=one_of(rank, world_size), **options)
 
 
-def plain_packing(documents, row_tokens, buffer_documents):
-    """The definition: a list, searched from end to end for each choice. Yields rows."""
+def plain_packing(documents, row_tokens, buffer_documents, cut=True, order=2):
+    """The definition: a list, searched from end to end for each choice. Yields rows; −1 is padding."""
     documents = iter(documents)
     buffer = []  # oldest first
     while True:
         row = []
         while len(row) < row_tokens:
             while len(buffer) < buffer_documents and (document := next(documents, None)) is not None:
-                if document:
-                    buffer.append(document)
-            if not buffer:
-                return
+                if len(document):
+                    buffer.append(list(document))
             room = row_tokens - len(row)
             sizes = [min(len(document) + 1, row_tokens) for document in buffer]
             fitting = [size for size in sizes if size <= room]
-            document = buffer.pop(sizes.index(max(fitting or sizes)))
+            if row and not fitting and not cut:
+                row += [-1] * room
+                break
+            if not buffer:
+                return
+            document = buffer.pop(0 if not row and order == 2 else sizes.index(max(fitting or sizes)))
             row += [BOS, *document[:room - 1]]
             if document[room - 1:]:
                 buffer.append(document[room - 1:])
         yield row
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("longest", [8, 60, 400])
-def test_packing_is_the_plain_definition(small, longest):
+def test_packing_is_the_plain_definition(small, longest, order):
     dice = random.Random(longest)
     documents = [[dice.randrange(256) for _ in range(1 + dice.randrange(longest))] for _ in range(250)]
-    for row_tokens in (2, 7, 25, 64):
-        packer = Packer(((i, np.array(d)) for i, d in enumerate(documents)), BOS, row_tokens)
+    for row_tokens, cut in ((2, True), (7, True), (25, False), (64, True)):
+        packer = Packer(((i, np.array(d)) for i, d in enumerate(documents)), BOS, row_tokens, cut, order)
         row, rows = np.empty(row_tokens, dtype=np.int64), []
         while packer.fill(row):
             rows.append(row.tolist())
-        assert rows == list(plain_packing(documents, row_tokens, 9))
+        assert rows == list(plain_packing(documents, row_tokens, 9, cut, order))
         assert packer.counts["rows"] == len(rows)
-        kept = sum(token != BOS for row in rows for token in row)
+        kept = sum(token not in (BOS, -1) for row in rows for token in row)
         assert packer.counts["tokens"] == sum(map(len, documents))
         assert 0 <= packer.counts["tokens"] - kept < row_tokens  # only the last, incomplete row is lost
+
+
+class ListSource:
+    """Documents in a list, pass after pass in the same order."""
+
+    split, folder, shards, planned, bos, tokenizer_fingerprint = "train", "a list", 1, 1, BOS, "bytes"
+
+    def __init__(self, documents):
+        self.made, self.count = documents, len(documents)
+
+    def walk(self, start, stop):
+        while stop is None or start < stop:
+            numbers = list(range(start, start + 3 if stop is None else min(start + 3, stop)))
+            yield numbers, [self.made[number % self.count] for number in numbers]
+            start += 3
+
+    def pick(self, numbers):
+        return {number: self.made[number % self.count] for number in numbers}
+
+    def encode(self, documents):
+        return [np.array(document, dtype=np.uint32) for document in documents]
+
+    def fingerprint(self, shards=None):
+        return "the list"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_steps_are_the_same_rows_on_any_number_of_ranks_which_may_change(data):
+    """Documents longer than a row, empty ones, fewer than ranks; other ranks and sizes after each resume."""
+    lengths = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any), "lengths")
+    documents = [[(7 * i + j) % 256 for j in range(length)] for i, length in enumerate(lengths)]
+    T, cut = data.draw(st.integers(1, 12), "T"), data.draw(st.booleans(), "cut")
+    plain = plain_packing(itertools.cycle(documents), T + 1, 5, cut)
+    state, done = None, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataloader, "BUFFER_DOCUMENTS", 5)
+        for _ in range(3):
+            world_size, B = data.draw(st.integers(1, 4), "ranks"), data.draw(st.integers(1, 3), "B")
+            micro_batches = data.draw(st.integers(world_size, 6), "micro-batches")
+            steps = data.draw(st.integers(1, 3), "steps")
+            made, states = {}, []
+            for rank in range(world_size):
+                with PackedLoader(ListSource(documents), B, T, ranks=one_of(rank, world_size), cut=cut, state=state,
+                                  rows_per_step=B * micro_batches) as loader:
+                    for step in range(steps):
+                        for number in range(rank, micro_batches, world_size):
+                            inputs, targets = next(loader)
+                            real = torch.cat([inputs[:, :1], targets], 1)
+                            assert torch.equal(inputs, torch.where(real < 0, BOS, real)[:, :-1])
+                            made[step, number] = real.tolist()
+                    states.append(json.loads(json.dumps(loader.state_dict())))
+            rows = [row for _, batch in sorted(made.items()) for row in batch]
+            assert rows == list(itertools.islice(plain, B * micro_batches * steps))
+            assert all(found == states[0] for found in states)
+            state, done = states[0], done + len(rows)
+            assert state["rows"] == done
 
 
 def test_loader_hands_out_the_packed_documents(text):
@@ -150,7 +214,8 @@ def test_buffer_stays_small_where_documents_are_books(small, monkeypatch):
     row, seen = np.empty(11, dtype=np.int64), []
     while packer.fill(row):
         assert packer._buffered_tokens <= 200
-        assert packer._buffered_tokens == sum(len(item[4]) for item in packer._buffer)
+        assert packer._buffered_tokens == sum(len(tokens) for _, _, tokens in packer._documents.values())
+        assert len(packer._sizes) == len(packer._documents)
         seen.append(int(row[1]))
     assert seen[:4] == [0, 1, 0, 1]  # long documents take turns
 
@@ -221,42 +286,92 @@ def all_but(lost, texts, tokens):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_ranks_are_disjoint_and_cover_everything(text, monkeypatch, world_size):
+def test_ranks_are_disjoint_and_cover_everything(text, world_size):
     folder, texts = text
-    monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", 500)
+    tokens = []
     for rank in range(world_size):
         loader = load(folder, rank, world_size, batch_size=1, sequence_len=7, loop=False)
-        tokens = [token for inputs, targets in loader for token in [*inputs[0].tolist(), targets[0, -1].item()]]
-        assert all_but(7, texts[rank::world_size], tokens)
+        tokens += [token for inputs, targets in loader for token in [*inputs[0].tolist(), targets[0, -1].item()]]
+    assert all_but(7, texts, tokens)
 
 
-@pytest.mark.parametrize("before, after", [(3, 2), (2, 5), (4, 1), (1, 3)])
-def test_another_number_of_ranks_loses_and_repeats_nothing(text, before, after):
+def test_a_position_within_a_step_is_none(text):
+    loader = load(text[0], rows_per_step=6)
+    next(loader)
+    with pytest.raises(ValueError, match="between steps"):
+        loader.state_dict()
+    next(loader)
+    assert loader.state_dict()["rows"] == 6
+    with pytest.raises(UserError, match="7 rows a step do not make a batch of 3 rows"):
+        load(text[0], rows_per_step=7)
+    with pytest.raises(UserError, match="each of 3 ranks"):
+        load(text[0], 0, 3, rows_per_step=6)
+
+
+def test_no_document_waits_long(small):
+    """A document leaves the buffer after as many rows as the buffer holds documents, also one that fits nowhere."""
+    dice = random.Random(3)
+    documents = [np.full(1 if i % 2 else dice.randrange(10, 40), i % 256) for i in range(2000)]
+    packer, row = Packer(enumerate(documents), BOS, 31), np.empty(31, dtype=np.int64)
+    while packer.last < 1990 and packer.fill(row):
+        assert packer.last - min(number for number, _ in packer.buffered()) < 9 * 12  # rows of up to 12 documents
+
+
+def old_states(folder, texts, world_size, T, rows):
+    """What versions before the one order of rows saved after so many rows of each rank, and the tokens read by then."""
+    states, tokens, now = [], [], load(folder).state_dict()
+    for rank in range(world_size):
+        stream = ((number, np.array(list(texts[number].encode()))) for number in range(rank, len(texts), world_size)
+                  if texts[number])
+        packer, row = Packer(stream, BOS, T + 1, order=1), np.empty(T + 1, dtype=np.int64)
+        packer.last = rank - world_size
+        for _ in range(rows[rank]):
+            assert packer.fill(row)
+            tokens += row.tolist()
+        states.append({key: now[key] for key in ("split", "tokenizer", "shards", "documents", "data")} | {
+            "rank": rank, "world_size": world_size, "batch_size": 1, "sequence_len": T,
+            "next": packer.last + world_size, "waiting": [list(entry) for entry in packer.buffered()]})
+    return json.loads(json.dumps(states)), tokens
+
+
+@pytest.mark.parametrize("before, after", [(3, 2), (4, 1), (1, 3)])
+def test_states_of_each_rank_from_before_are_merged_and_nothing_is_lost_or_read_twice(text, before, after):
     folder, texts = text
-    states, tokens = [], []
-    for rank in range(before):
-        loader = load(folder, rank, before, batch_size=1)
-        tokens += [token for row in rows_of(loader, 2 + 3 * rank) for token in row]  # ranks at different places
-        states.append(json.loads(json.dumps(loader.state_dict())))
-        loader.close()
-    for rank, state in enumerate(reshard(states, after)):
+    states, tokens = old_states(folder, texts, before, 24, [2 + 3 * rank for rank in range(before)])
+    state = merged(states[::-1])
+    for rank in range(after):
         loader = load(folder, rank, after, batch_size=1, sequence_len=1, state=state, loop=False)
         tokens += [token for batch in loader for token in (batch.inputs[0, 0].item(), batch.targets[0, 0].item())]
         loader.close()
     assert all_but(after, texts, tokens)  # rows of two tokens: at most one token is left at each end
 
 
-def test_reshard_needs_every_rank(text):
-    folder, _ = text
-    states = [load(folder, rank, 3).state_dict() for rank in range(2)]
+def test_the_state_of_one_rank_from_before_goes_on_with_the_very_next_row(text):
+    folder, texts = text
+    expected = list(plain_packing([list(t.encode()) for t in texts], 25, 9, order=1))
+    for rows in (0, 1, 40):
+        states, _ = old_states(folder, texts, 1, 24, [rows])
+        loader = load(folder, state=merged(states))
+        assert rows_of(loader, 3) == expected[rows:rows + 9]
+        again = load(folder, state=json.loads(json.dumps(loader.state_dict())))
+        assert rows_of(again, 3) == rows_of(loader, 3) == expected[rows + 9:rows + 18]
+
+
+def test_states_from_before_are_needed_of_every_rank_and_of_one_run(text):
+    states, _ = old_states(*text, 3, 24, [1, 1, 1])
     with pytest.raises(UserError, match="all 3 ranks"):
-        reshard(states, 2)
+        merged(states[:2])
+    with pytest.raises(UserError, match="not of one run"):
+        merged([*states[:2], states[2] | {"data": "0" * 16}])
+    for nothing in ([{}], [3]):
+        with pytest.raises(UserError, match="no states"):
+            merged(nothing)
 
 
 def test_later_passes_come_in_another_order_with_the_same_documents(text):
     folder, texts = text
     documents = Documents(shard_paths("train", folder))
-    passes = [[t for _, piece in documents.walk(400 * turn, 1, 400 * (turn + 1)) for t in piece] for turn in range(3)]
+    passes = [[t for _, piece in documents.walk(400 * turn, 400 * (turn + 1)) for t in piece] for turn in range(3)]
     assert passes[0] == texts
     assert passes[1] != texts != passes[2] != passes[1]
     assert sorted(passes[1]) == sorted(passes[2]) == sorted(texts)
@@ -264,15 +379,14 @@ def test_later_passes_come_in_another_order_with_the_same_documents(text):
 
 def test_picked_documents_are_those_walked_past(text):
     documents = Documents(shard_paths("train", text[0]))
-    walked = dict(pair for numbers, texts in documents.walk(5, 3, 1500) for pair in zip(numbers, texts))
-    assert list(walked) == list(range(5, 1500, 3))
+    walked = dict(pair for numbers, texts in documents.walk(5, 1500) for pair in zip(numbers, texts))
+    assert list(walked) == list(range(5, 1500))
     some = list(walked)[::7][::-1]
     assert documents.pick(some) == {number: walked[number] for number in some}
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"rank": 1}, "rank 1"),
-    ({"world_size": 2}, "reshard"),
+    ({"order": 3}, "newer version"),
     ({"split": "val"}, "split"),
     ({"tokenizer": "other"}, "another tokenizer"),
     ({"data": "0" * 16}, "not what it was"),

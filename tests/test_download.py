@@ -2,132 +2,33 @@
 
 Covers nanochat/dataset/arrival.py too: text that is read while it arrives."""
 
-import hashlib
 import json
 import os
 import random
 import threading
 import time
-import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from huggingface_hub import close_session, constants
 
-from nanochat.dataloader import PackedLoader, TextSource, reshard
-from nanochat.dataset import arrival, download, iter_documents, shard_paths
+from nanochat import transfer
+from nanochat.dataloader import PackedLoader, TextSource
+from nanochat.dataset import arrival, iter_documents, shard_paths
 from nanochat.dataset.__main__ import main
 from nanochat.dataset.download import REPO, fetch
 from nanochat.dataset.shards import ShardWriter, being_written, data_dir, shard_name, shards_in, write_source, writing
 from nanochat.errors import UserError
+from tests.bad_hub import COMMIT, NEWER, Handler, serving_hub
 from tests.test_dataloader import ByteTokenizer, make_text, one_of, rows_of, small  # noqa: F401 (fixture)
 
-COMMIT, NEWER = "a" * 40, "b" * 40
 LAST = shard_name(1822)
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves `files` at `commit`; `faults` {name: [what to do at the first GET, at the second, ...]}."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.asked, self.commit, self.api_faults = {}, {}, [], COMMIT, []
-        self.gates = {}  # {name: event that its bytes wait for}
-        dice = random.Random(0)
-        for name in [*map(shard_name, range(4)), LAST]:
-            self.files[name] = dice.randbytes(200_000 + dice.randrange(1000))
-
-    def gets(self, name):
-        return [headers.get("Range") for path, headers in self.asked if path == name]
-
-    def handle_error(self, request, client_address):
-        pass  # clients that go away are part of the tests
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, code, body=b"", **headers):
-        self.send_response(code)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_POST(self):
-        hub = self.server
-        fields = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        assert self.path == f"/api/datasets/{REPO}/paths-info/{COMMIT}"
-        hub.asked.append(("paths-info", self.headers))
-        self.answer(200, json.dumps([
-            {"type": "file", "path": name, "size": len(hub.files[name]), "oid": "0" * 40,
-             "lfs": {"oid": hashlib.sha256(hub.files[name]).hexdigest(), "size": len(hub.files[name]),
-                     "pointerSize": 134}}
-            for name in fields["paths"] if name in hub.files]).encode(), Content_Type="application/json")
-
-    def do_GET(self):
-        hub, path = self.server, self.path
-        if path.startswith(f"/api/datasets/{REPO}"):
-            hub.asked.append(("info", self.headers))
-            if hub.api_faults:
-                return self.answer(hub.api_faults.pop(0))
-            revision = path.partition("/revision/")[2] or "main"
-            if revision not in ("main", COMMIT, NEWER):
-                return self.answer(404, X_Error_Code="RevisionNotFound")
-            info = {"id": REPO, "sha": hub.commit, "siblings": [], "private": False, "disabled": False,
-                    "downloads": 0, "likes": 0, "tags": []}
-            return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
-        name = path.rsplit("/", 1)[-1]
-        if path.startswith(f"/datasets/{REPO}/resolve/{COMMIT}/"):  # the hub sends on to its store
-            if name not in hub.files:
-                return self.answer(404, X_Error_Code="EntryNotFound")
-            return self.answer(302, Location=f"/store/{name}", X_Repo_Commit=COMMIT, X_Linked_Size=len(hub.files[name]),
-                               X_Linked_Etag=f'"{hashlib.sha256(hub.files[name]).hexdigest()}"')
-        assert path.startswith("/store/"), path
-        hub.asked.append((name, self.headers))
-        if name in hub.gates:
-            assert hub.gates[name].wait(60)
-        data, fault = hub.files[name], (hub.faults.get(name) or [None]).pop(0)
-        start = 0
-        if fault in (503, 429, 403, 404):
-            return self.answer(fault)
-        if fault == "wrong byte":
-            data = bytes([data[0] ^ 1]) + data[1:]
-        if (asked := self.headers.get("Range")) and fault != "whole":
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(data) - start))
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.end_headers()
-        if fault == "cut":
-            self.wfile.write(data[start:start + 70_000])
-            self.wfile.flush()
-            self.close_connection = True
-            return self.connection.shutdown(2)
-        self.wfile.write(data[start:])
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(download, "BACK_OFF", 0.001)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    close_session()  # the next one reads the settings above
-    yield server
-    close_session()
-    server.shutdown()
-    server.server_close()
+    dice = random.Random(0)
+    files = {name: dice.randbytes(200_000 + dice.randrange(1000)) for name in [*map(shard_name, range(4)), LAST]}
+    with serving_hub(monkeypatch, REPO, files) as server:
+        yield server
 
 
 def there(folder, hub, *numbers):
@@ -270,7 +171,7 @@ def test_two_sources_never_mix(hub, tmp_path):
 
 def test_no_network_says_so_and_offers_other_text(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setattr(download, "BACK_OFF", 0.001)
+    monkeypatch.setattr(transfer, "BACK_OFF", 0.001)
     with pytest.raises(UserError, match="127.0.0.1:1 cannot be reached.*import PATH.*small-world") as error:
         run(1, tmp_path)
     assert "\n" not in str(error.value)
@@ -355,24 +256,31 @@ def text(hub, tmp_path, small, monkeypatch):  # noqa: F811
     return [path.name for path in train]
 
 
-def loaders(folder, world_size, states=None, **options):
-    return [PackedLoader(TextSource(ByteTokenizer(), "train", folder, **options), 3, 24, prefetch=6,
-                         ranks=one_of(rank, world_size), state=states and states[rank]) for rank in range(world_size)]
+def loaders(folder, world_size, state=None, **options):
+    """Of each rank; a step is 12 rows."""
+    return [PackedLoader(TextSource(ByteTokenizer(), "train", folder, **options), 12 // world_size, 24, prefetch=6,
+                         ranks=one_of(rank, world_size), state=state) for rank in range(world_size)]
+
+
+def rows_of_all(reading, steps):
+    """The rows of so many steps, in order."""
+    return [row for _ in range(steps) for loader in reading for row in rows_of(loader, 1)]
 
 
 def position(state):
-    return {key: state[key] for key in ("rank", "world_size", "next", "waiting")}
+    return {key: state[key] for key in ("rows", "next", "waiting", "order")}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_order_of_documents_does_not_depend_on_when_they_arrive(hub, tmp_path, text, world_size):
     run(len(text), tmp_path / "whole")
-    batches = 230 // world_size  # more than one pass
-    expected, wholes = [], []
-    for loader in loaders(tmp_path / "whole", world_size):
-        expected.append(rows_of(loader, batches))
-        assert loader.passes == 1
-        loader.close()
+    steps, states = 60, []  # more than one pass
+    [whole], expected = loaders(tmp_path / "whole", 1), []
+    for _ in range(steps):
+        states.append(position(whole.state_dict()))
+        expected += rows_of(whole, 1)
+    assert whole.passes == 1
+    whole.close()
 
     part, dice, said = tmp_path / "part", random.Random(world_size), []
     run(1, part)
@@ -389,13 +297,14 @@ def test_the_order_of_documents_does_not_depend_on_when_they_arrive(hub, tmp_pat
             hub.gates[name].set()
     releasing = threading.Thread(target=release)
     releasing.start()
-    got, saved = [[] for _ in reading], {}
-    for batch in range(batches):
-        for rank, loader in enumerate(reading):
-            assert batch % 3 or loader.prepare(3) is None
-            got[rank] += rows_of(loader, 1)
-        if batch % 10 == 0:
-            saved[batch + 1] = [json.loads(json.dumps(loader.state_dict())) for loader in reading]
+    got, saved = [], {}
+    for step in range(steps):
+        if step % 4 == 0:
+            saved[step] = [json.loads(json.dumps(loader.state_dict())) for loader in reading]
+            assert all(position(state) == states[step] for state in saved[step])
+        for loader in reading:
+            assert step % 3 or loader.prepare(3) is None
+            got += rows_of(loader, 1)
     fetching.join()
     releasing.join()
     assert got == expected
@@ -403,26 +312,17 @@ def test_the_order_of_documents_does_not_depend_on_when_they_arrive(hub, tmp_pat
     for loader in reading:
         loader.close()
 
-    # every state resumes as that of a run that had all text
+    # the state of any rank resumes, on any number of ranks, as that of a run that had all text
     first = {state["shards"] for states in saved.values() for state in states}
     assert min(first) < len(text) == max(first)
-    for batch in [number for number, states in saved.items() if states[0]["shards"] < len(text)][:3] + [max(saved)]:
+    early = [step for step, states in saved.items() if states[0]["shards"] < len(text)]
+    for step in {*early[:3], max(saved)}:
         for options in ({}, {"expected": len(text)}):
-            for rank, loader in enumerate(loaders(part, world_size, saved[batch], **options)):
-                assert rows_of(loader, 3) == expected[rank][3 * batch:3 * batch + 9] or batch == max(saved)
-                loader.close()
-        wholes = loaders(tmp_path / "whole", world_size)
-        for loader in wholes:
-            rows_of(loader, batch)
-        plain = reshard([loader.state_dict() for loader in wholes], 3)
-        others = reshard(saved[batch], 3)
-        assert list(map(position, others)) == list(map(position, plain))
-        for mine, theirs in zip(loaders(part, 3, others), loaders(tmp_path / "whole", 3, plain)):
-            assert rows_of(mine, 2) == rows_of(theirs, 2)
-            mine.close()
-            theirs.close()
-        for loader in wholes:
-            loader.close()
+            for count, state in ((1, saved[step][0]), (3, saved[step][-1])):
+                others = loaders(part, count, state, **options)
+                assert rows_of_all(others, 3) == expected[12 * step:12 * step + 36]
+                for loader in others:
+                    loader.close()
 
 
 def test_a_resumed_run_waits_for_the_shards_it_has_read(hub, tmp_path, text):
@@ -436,7 +336,7 @@ def test_a_resumed_run_waits_for_the_shards_it_has_read(hub, tmp_path, text):
     fetching.start()
     opening = threading.Timer(0.1, hub.gates[text[1]].set)
     opening.start()
-    [loader] = loaders(tmp_path / "part", 1, [state], expected=len(text))
+    [loader] = loaders(tmp_path / "part", 1, state, expected=len(text))
     assert rows_of(loader, 5) == expected
     loader.close()
     fetching.join()
@@ -452,7 +352,7 @@ def test_text_that_will_not_come_is_told_after_what_is_there(hub, tmp_path, text
     while (error := loader.prepare(2)) is None:
         got += rows_of(loader, 1)
     got += rows_of(loader, 1)  # what it had prepared, one of two
-    assert text[1] in str(error) and got == rows_of(whole, len(got) // 3)
+    assert text[1] in str(error) and got == rows_of(whole, len(got) // 12)
     with pytest.raises(UserError, match=f"{text[1]} of the 3 planned shards.*no download is running"):
         rows_of(loader, 100)
     whole.close()

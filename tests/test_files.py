@@ -16,8 +16,19 @@ import pytest
 import torch
 
 from nanochat import files
-from nanochat.errors import UserError
-from nanochat.files import atomic_write, base_dir, free_name, in_words, lock, need_disk, sha256_of, sweep, to_json
+from nanochat.errors import NotWritten, UserError
+from nanochat.files import (
+    atomic_write,
+    base_dir,
+    free_name,
+    in_words,
+    lock,
+    lock_folder,
+    need_disk,
+    sha256_of,
+    sweep,
+    to_json,
+)
 from tests.conftest import ROOT
 
 
@@ -53,12 +64,53 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path):
             "from nanochat.files import atomic_write\n"
             "with atomic_write(sys.argv[1]) as file: file.write(bytes(200000))")
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert "UserError: the disk is full" in done.stderr and path.read_bytes() == b"old" and inside(tmp_path) == ["a"]
+    assert "NotWritten: the disk is full" in done.stderr and path.read_bytes() == b"old" and inside(tmp_path) == ["a"]
     with pytest.raises(UserError, match="disk is full.*NANOCHAT_BASE_DIR"), atomic_write(path):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="another") as other, atomic_write(path):
-        raise OSError(errno.EIO, "another")
+        raise OSError(errno.ECONNRESET, "another")
     assert not isinstance(other.value, UserError)
+
+
+@pytest.mark.parametrize("number, why, full", [
+    (errno.ENOSPC, "the disk is full", True), (errno.EDQUOT, "quota", True), (errno.EFBIG, "ulimit -f", False),
+    (errno.EIO, "the disk fails", False), (errno.EROFS, "read-only", False), (errno.ESTALE, "network disk", False)])
+def test_a_disk_that_fails_in_the_middle_is_told_from_the_rest(tmp_path, number, why, full):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(NotWritten, match=f"{why}.*{tmp_path}") as told, atomic_write(tmp_path / "a") as file:
+        file.write(b"new")
+        raise OSError(number, os.strerror(number))  # of a write, which names no file
+    assert told.value.full is full and (tmp_path / "a").read_bytes() == b"old" and inside(tmp_path) == ["a"]
+    with pytest.raises(OSError) as other, atomic_write(tmp_path / "a"):
+        raise OSError(errno.EIO, "x", "/elsewhere")  # another file, which the block reads
+    assert not isinstance(other.value, UserError)
+
+
+def test_a_disk_without_inodes_says_that_files_are_to_be_deleted(tmp_path, monkeypatch):
+    disk = type("Disk", (), {"f_files": 100, "f_favail": 0, "f_bavail": 1000})
+    monkeypatch.setattr(files.os, "statvfs", lambda path: disk)
+    with pytest.raises(NotWritten, match="no free inodes.*Delete some files"), atomic_write(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_too_many_open_files_long_names_and_loops_are_a_sentence(tmp_path):
+    with pytest.raises(NotWritten, match="name is too long"), atomic_write(tmp_path / ("a" * 300)):
+        pass
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(NotWritten, match=f"in its place.*{tmp_path}/loop"), atomic_write(tmp_path / "loop" / "a"):
+        pass
+    code = ("import resource, sys; from nanochat.files import atomic_write\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+            "with atomic_write(sys.argv[1]): pass")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], capture_output=True, text=True, cwd=ROOT)
+    assert "too many files are open" in done.stderr and inside(tmp_path) == ["loop"]
+
+
+def test_text_takes_a_file_name_that_is_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    with atomic_write(tmp_path / "a", "w") as file:
+        file.write(to_json({"path": name}))
+    assert json.loads((tmp_path / "a").read_text(encoding="utf-8")) == {"path": name}
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path):
@@ -164,7 +216,7 @@ HOLD = """if True:
     import sys
     from pathlib import Path
     from nanochat.files import lock
-    file = lock(Path(sys.argv[1]), "the folder is in use", "Stop it with `kill {pid}`.")
+    file = lock(Path(sys.argv[1]), "the folder is in use", "Stop it with {kill}.")
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -177,8 +229,85 @@ def test_a_lock_is_another_processes_until_that_ends_and_says_which_one_it_is(tm
     assert holder.stdout.readline() == "held\n"
     told = rf"the folder is in use: process {holder.pid}, .*-c.* on .* since .*\. Stop it with `kill {holder.pid}`\."
     with pytest.raises(UserError, match=told):
-        lock(path, "the folder is in use", "Stop it with `kill {pid}`.")
+        lock(path, "the folder is in use", "Stop it with {kill}.")
     holder.kill()
     holder.communicate()
     with lock(path, "the folder is in use", ""):
         assert path.read_text().startswith(f"{os.getpid()}\n")
+
+
+def holding(path, how=HOLD):
+    """A process that holds the lock of this path until its standard input ends."""
+    holder = subprocess.Popen([sys.executable, "-c", how, str(path)], cwd=ROOT, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_a_folder_is_locked_under_all_its_names(tmp_path):
+    shared, link = tmp_path / "disk" / "d2", tmp_path / "base_checkpoints" / "d2"
+    shared.mkdir(parents=True)
+    link.parent.mkdir()
+    link.symlink_to(shared)
+    holder = holding(link, HOLD.replace("lock(", "lock_folder(").replace("import lock", "import lock_folder"))
+    with pytest.raises(UserError, match="the folder is in use"):
+        lock_folder(shared, "the folder is in use", "")  # as a machine with another base folder reaches it
+    link.rename(link.with_name("aside"))  # as --fresh does
+    with pytest.raises(UserError, match="the folder is in use"):
+        lock_folder(link, "the folder is in use", "")
+    holder.communicate("")
+    with lock_folder(shared, "the folder is in use", ""), lock_folder(link, "the folder is in use", ""):
+        pass
+
+
+ELSEWHERE = HOLD.replace("from nanochat.files", """import fcntl, socket
+    from nanochat import files
+    files.BEAT, socket.gethostname = 0.2, lambda: "elsewhere"
+    fcntl.lockf = lambda *how: None  # a disk whose locks other machines do not see
+    from nanochat.files""")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(files, "STALE", 3.0)
+
+
+def test_a_lock_of_another_machine_holds_while_its_file_is_touched(tmp_path, impatient, capsys):
+    path = tmp_path / "it.lock"
+    holder = holding(path, ELSEWHERE)
+    with pytest.raises(UserError, match=f"process {holder.pid}, .* on elsewhere.* `kill {holder.pid}` on elsewhere"):
+        lock(path, "the folder is in use", "Stop it with {kill}.")
+    holder.kill()
+    holder.communicate()
+    with lock(path, "the folder is in use", ""):  # it says no more
+        assert f"names a process of elsewhere, {holder.pid}, which may have been killed" in capsys.readouterr().err
+    holder = holding(path, ELSEWHERE)
+    holder.communicate("")  # ends in good order: nobody waits
+    lock(path, "the folder is in use", "").close()
+    assert not capsys.readouterr().err
+
+
+def test_a_file_that_was_not_touched_for_long_is_taken_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "STALE", 1e9)
+    path = tmp_path / "it.lock"
+    path.write_text("1\npython -m scripts.base_train\non elsewhere since 2026-01-01 00:00:00")
+    os.utime(path, (1e9, 1e9))
+    lock(path, "the folder is in use", "").close()
+    assert not capsys.readouterr().err and not path.read_text()
+
+
+def test_a_disk_without_locks_is_told_and_the_number_of_the_process_counts(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    path = tmp_path / "it.lock"
+    holder = holding(path)
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.raises(UserError, match=f"process {holder.pid}, "):
+        lock(path, "the folder is in use", "")
+    holder.kill()
+    holder.communicate()
+    lock(path, "the folder is in use", "").close()
+    assert f"the disk of {tmp_path} has no file locks (No locks available)" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Every record of a log is one valid line, whatever happened before; the console and wandb get what they should."""
 
+import errno
 import io
 import json
 import math
@@ -19,8 +20,7 @@ import torch
 from nanochat import logs
 from nanochat.errors import UserError
 from nanochat.logs import RunLog, check_wandb, read_log
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 def strict(path):
@@ -110,19 +110,98 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
         RunLog("base", "d4", {})
 
 
-def test_a_full_disk_is_told_once_and_does_not_end_the_run(monkeypatch, capsys):
+class Disk:
+    """A file on a disk with so much room."""
+
+    def __init__(self, file):
+        self.file, self.room = file, 0
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self.file.write(data[:self.room])
+        self.room -= written
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_is_told_once_and_its_records_come_when_there_is_room(monkeypatch, capsys):
     log = RunLog("base", "d4", {})
-    file, log._file = log._file, io.BytesIO()
-    log._file = open("/dev/full", "r+b", buffering=0) if Path("/dev/full").exists() else pytest.skip("no /dev/full")
-    monkeypatch.setattr(logs, "_ends_inside_a_line", lambda file: False)
+    log._file = disk = Disk(log._file)
+    before = log.path.read_bytes()
     log.record("train", step=1)
+    disk.room = 30  # half a record
     log.record("train", step=2)
+    assert log.path.read_bytes() == before  # no half of a line
     assert capsys.readouterr().out.count("cannot write the log") == 1
-    log._file.close()
-    log._file = file
+    disk.room = 10**6
     log.record("train", step=3)
+    assert "is written again\n" in capsys.readouterr().out
+    assert [row.get("step") for row in strict(log.path)] == [None, 1, 2, 3]
+    monkeypatch.setattr(logs, "MOST_WAITING", 2)
+    disk.room = 0
+    for step in range(4, 9):
+        log.record("train", step=step)
+    disk.room = 10**6
+    log.record("train", step=9)
+    said = capsys.readouterr().out
+    assert said.count("cannot write the log") == 1 and "3 records of the time between are lost" in said
     log.close()
-    assert [row.get("step") for row in strict(log.path)] == [None, 3, None]
+    assert [row.get("step") for row in strict(log.path)] == [None, 1, 2, 3, 7, 8, 9, None]
+
+
+def test_what_never_finds_room_is_counted_at_the_end(capsys):
+    log = RunLog("base", "d4", {})
+    log._file = Disk(log._file)
+    log.record("train", step=1)
+    log.close()
+    assert "2 records are missing" in capsys.readouterr().out and len(strict(log.path)) == 1
+
+
+@pytest.mark.parametrize("tail, kept", [(b'{"kind": "train", "st', False), (b'{"kind": "train"}', True),
+                                        (b"x" * 200_000, False)])
+def test_half_a_record_at_the_end_of_a_log_goes_and_a_whole_one_stays(tail, kept):
+    RunLog("base", "d4", {}).close()
+    path = logs.base_dir() / "logs" / "base_d4.jsonl"
+    with open(path, "ab") as file:
+        file.write(tail)
+    RunLog("base", "d4", {}).close()
+    kinds = [row["kind"] for row in strict(path)]
+    assert kinds == ["start", "end", *["train"] * kept, "start", "end"]
+
+
+def test_a_wandb_that_fails_later_does_not_end_the_run(monkeypatch, capsys):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(fake, "log", lambda values: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with RunLog("base", "d4", {}, wandb_run="first") as log:
+        log.record("train", step=3, loss=2.5)
+        log.record("train", step=4, loss=2.5)
+    assert capsys.readouterr().out.count("wandb fails (OSError") == 1 and fake.finished == [0]
+    assert [row["kind"] for row in strict(log.path)] == ["start", "train", "train", "end"]
+
+
+def test_a_record_takes_a_file_name_that_is_not_utf8():
+    name = os.fsdecode(b"caf\xe9")
+    with RunLog("base", "d4", {"folder": Path(name)}) as log:
+        log.record("train", text="→")
+    assert strict(log.path)[0]["config"] == {"folder": name}
+
+
+def test_output_to_a_full_disk_or_without_letters_does_not_end_a_program():
+    code = ("from nanochat.logs import console\n"
+            "with console():\n    print('né → \\udce9')\n")
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, b"n\\xe9 \\u2192 \\udce9\n", b"")
+    if Path("/dev/full").exists():
+        with open("/dev/full", "wb") as full:
+            for unbuffered in ("", "1"):
+                ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE,
+                                       env=env | {"PYTHONUNBUFFERED": unbuffered})
+                assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_other_ranks_write_and_say_nothing(capsys, tmp_path):
@@ -337,3 +416,18 @@ def test_a_run_goes_on_where_its_console_is_gone(tmp_path, terminal):
     process.communicate(b"x", timeout=60)
     assert process.returncode == 0 and (tmp_path / "saved").exists()
     assert len([row for row in read_log(logs.base_dir() / "logs" / "base_gone.jsonl") if row["kind"] == "train"]) == 3
+
+
+def test_a_log_has_one_writer(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    text = "import sys; from nanochat.logs import RunLog; log = RunLog('rl', 't', {}); print('open', flush=True)"
+    other = subprocess.Popen([sys.executable, "-c", f"{text}; sys.stdin.read()"], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "open\n"
+    with pytest.raises(UserError, match=rf"another run writes .*rl_t.jsonl: process {other.pid}, .*`kill {other.pid}`"):
+        RunLog("rl", "t", {})
+    RunLog("rl", "t", {}, enabled=False)  # another rank
+    RunLog("rl", "other", {}).close()
+    other.communicate("")
+    RunLog("rl", "t", {}).close()
+    assert [row["kind"] for row in read_log(tmp_path / "logs" / "rl_t.jsonl")].count("start") == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanochat.chat_data import ConversationSource
-from nanochat.dataloader import PackedLoader, TextSource
+from nanochat.dataloader import PackedBatch, PackedLoader, TextSource
 from nanochat.dataset.__main__ import main as dataset
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
@@ -100,9 +100,17 @@ def tokenizer():
     return RustBPETokenizer.train_from_iterator(["the house of the family is in the town by the river"] * 3, 290)
 
 
-def plain(source, B, T, count, cut):
-    with PackedLoader(source, B, T, ranks=ALONE, loop=False, cut=cut) as loader:
-        return [batch for _, batch in zip(range(count), loader)]
+def plain(source, B, T, tokens, cut):
+    """Batches of the first rows of a loader; −1 in the rows that fill up the last batch."""
+    with PackedLoader(source, 1, T, ranks=ALONE, loop=False, cut=cut) as loader:
+        rows = [row for _, row in zip(range(tokens // T), loader)]
+    bos, batches = torch.full((1, T), source.bos), []
+    for first in range(0, len(rows), B):
+        part = rows[first:first + B]
+        filling = [torch.full((1, T), -1)] * (B - len(part))
+        batches.append(PackedBatch(torch.cat([*(row.inputs for row in part), *[bos] * len(filling)]),
+                                   torch.cat([*(row.targets for row in part), *filling])))
+    return batches
 
 
 def same(rows, batches):
@@ -118,9 +126,9 @@ def test_eval_rows_are_those_of_a_loader(tokenizer, kind):
     source, cut = TextSource(tokenizer, "val"), True
     if kind == "conversations":
         source, cut = ConversationSource(tokenizer, WorldQuestions("test", size=9)), False
-    batches = plain(source, 3, 40, 5, cut)
-    assert kind == "text" or (batches[-1].targets[-1] == -1).all()  # the last batch is filled up
-    rows = EvalRows(source, 3, 40, 3 * 40 * 5 + 7, ranks=ALONE, cut=cut)
+    batches = plain(source, 3, 40, 40 * 13 + 7, cut)
+    assert (batches[-1].targets[-1] == -1).all()  # the last batch is filled up
+    rows = EvalRows(source, 3, 40, 40 * 13 + 7, ranks=ALONE, cut=cut)
     for _ in range(2):
         same(rows, batches)
     assert len(files()) == (kind == "text")
@@ -129,16 +137,16 @@ def test_eval_rows_are_those_of_a_loader(tokenizer, kind):
 def test_text_is_tokenised_again_only_for_other_rows(tokenizer):
     def made(B=2, T=30, tokens=600, tokenizer=tokenizer):
         same(EvalRows(Told(tokenizer, "val"), B, T, tokens, ranks=ALONE),
-             plain(TextSource(tokenizer, "val"), B, T, tokens // (B * T), True))
+             plain(TextSource(tokenizer, "val"), B, T, tokens, True))
         return encoded()
 
     assert [made(), made()] == [1, 0]
-    assert [made(B=3), made(T=20), made(tokens=300), made()] == [1, 1, 1, 0]
+    assert [made(B=3), made(T=20), made(tokens=300), made()] == [0, 1, 1, 0]
     other = RustBPETokenizer.train_from_iterator(["other words"] * 3, 270)
     assert [made(tokenizer=other), made(), made(tokenizer=other)] == [1, 0, 0]
     files()[0].write_bytes(files()[0].read_bytes()[:1000])
     files()[1].write_bytes(b"")
-    assert sum([made(), made(B=3), made(T=20), made(tokens=300), made(tokenizer=other)]) == 2
+    assert sum([made(), made(T=20), made(tokens=300), made(tokenizer=other)]) == 2
     shard = Told(tokenizer, "val").paths[-1]
     os.utime(shard, ns=(1, 1))  # as if it were another file of the same size
     assert [made(), made()] == [1, 0]
@@ -155,17 +163,18 @@ def test_old_rows_are_removed(tokenizer, monkeypatch):
 def test_a_source_that_is_too_short_makes_no_rows(tokenizer):
     source = ConversationSource(tokenizer, WorldQuestions("test", size=1))
     assert list(EvalRows(source, 50, 500, 50 * 500, ranks=ALONE, cut=True)) == []
-    rows = EvalRows(TextSource(tokenizer, "val"), 5000, 500, 1, ranks=ALONE)
-    assert list(rows) == list(EvalRows(TextSource(tokenizer, "val"), 5000, 500, 1, ranks=ALONE)) == []
+    T = 1 << 20
+    rows = EvalRows(TextSource(tokenizer, "val"), 2, T, 1, ranks=ALONE)
+    assert list(rows) == list(EvalRows(TextSource(tokenizer, "val"), 2, T, 1, ranks=ALONE)) == []
 
 
 def _share(ranks, tokenizer, base):
     os.environ["NANOCHAT_BASE_DIR"] = str(base)  # the processes come from a server with the environment of its start
-    rows = EvalRows(Told(tokenizer, "val"), 2, 30, 7 * 60, ranks=ranks)
-    same(rows, plain(TextSource(tokenizer, "val"), 2, 30, 7, True)[ranks.rank::ranks.world_size])
+    rows = EvalRows(Told(tokenizer, "val"), 2, 30, 7 * 60 + 30, ranks=ranks)
+    same(rows, plain(TextSource(tokenizer, "val"), 2, 30, 7 * 60 + 30, True)[ranks.rank::ranks.world_size])
     source = ConversationSource(tokenizer, WorldQuestions("test", size=30))
     rows = EvalRows(source, 2, 60, 5 * 120, ranks=ranks, cut=False)
-    same(rows, plain(source, 2, 60, 5, False)[ranks.rank::ranks.world_size])
+    same(rows, plain(source, 2, 60, 5 * 120, False)[ranks.rank::ranks.world_size])
 
     class Broken(Told):
         def encode(self, texts):

@@ -1,23 +1,26 @@
 """nanochat/report: what is in the logs is in the report, of the right run, whatever is missing."""
 
+import errno
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import zlib
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
 from nanochat.errors import UserError
-from nanochat.files import base_dir, to_json
+from nanochat.files import base_dir, lock, to_json
 from nanochat.logs import RunLog
-from nanochat.report import generate, plots, reset
+from nanochat.report import generate, plots, reset, writing
 from nanochat.report.__main__ import main
-from nanochat.report.runs import TITLES, split_runs
+from nanochat.report.runs import TITLES, split_runs, thinned
 from nanochat.report.sections import HEADING, fenced_block, format_duration, format_number
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +33,7 @@ def own_working_folder(request, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     if "plots" not in request.node.name and "matplotlib" not in request.node.name:
-        monkeypatch.setattr(plots, "draw", lambda runs, folder: {})
+        monkeypatch.setattr(plots, "draw", lambda logs, note: {})
 
 
 class Log:
@@ -361,6 +364,218 @@ def test_times_as_a_person_says_them(seconds, text):
                                          (7, "7"), (-0.5, "-0.5000")])
 def test_numbers_as_the_report_shows_them(value, text):
     assert format_number(value) == text
+
+
+# ---- what goes wrong costs that part, and the old report stays whole
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_users_backend_and_settings_do_not_stop_the_plots(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    base_run()
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: no such font\n")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "not_in_this_environment",
+                        "MATPLOTLIBRC": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "nanochat.report"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "note:" not in done.stdout, done.stdout + done.stderr
+    assert is_a_picture(base_dir() / "report" / "00-base.png")
+
+
+def test_one_broken_picture_costs_that_picture_and_says_so_in_plots(monkeypatch):
+    pytest.importorskip("matplotlib")
+    whole_run()
+    real = plots.draw_curves
+
+    def breaks(axes, title, lines):
+        if title == "reward":
+            raise RuntimeError("In FT2Font: could not load glyph")
+        real(axes, title, lines)
+
+    monkeypatch.setattr(plots, "draw_curves", breaks)
+    text = generate().read_text()
+    assert "The plot of RL could not be drawn (RuntimeError: In FT2Font" in text
+    assert sorted(path.name for path in (base_dir() / "report").glob("*.png")) == [
+        "00-base.png", "01-mid.png", "02-sft.png", "90-tasks.png"]
+
+
+def test_a_library_that_is_broken_costs_the_plots(monkeypatch):
+    base_run()
+
+    @contextmanager
+    def broken():
+        raise OSError("libfreetype.so.6: cannot open shared object file")
+        yield
+
+    monkeypatch.setattr(plots, "plain_matplotlib", broken)
+    text = generate().read_text()
+    assert "There are no plots: matplotlib cannot be used (OSError: libfreetype" in text and "## Summary" in text
+
+
+@pytest.mark.parametrize("last", range(6))
+def test_a_failure_at_any_file_leaves_the_old_report_whole(monkeypatch, last):
+    base_run()
+    generate()
+    (base_dir() / "report" / "my notes.txt").write_text("mine")
+    before, own = tree(base_dir() / "report"), tree(Path())
+    Log("sft", at=NOON + timedelta(minutes=5))("model", num_iterations=5, start=0).train(1, 5)
+    real, count = os.fsync, iter(range(100))
+
+    def full(handle):
+        if next(count) >= last:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="the report cannot be written: .*No space left"):
+            generate()
+        assert tree(base_dir() / "report") == before and tree(Path()) == own
+        assert not [path for path in base_dir().iterdir() if path.name.startswith(".report")]
+    generate()
+    assert (base_dir() / "report" / "my notes.txt").read_text() == "mine"
+    assert (base_dir() / "report" / "02-sft.md").exists()
+
+
+def test_a_kill_at_any_rename_leaves_one_whole_report(monkeypatch):
+    """Also where a system cannot exchange two folders: what a kill leaves is put in order by the next report."""
+    base_run()
+    generate()
+    before = tree(base_dir() / "report")
+    monkeypatch.setattr(writing, "_exchange", lambda first, second: False)
+    real, count = os.rename, iter((0, 1))
+
+    class Killed(BaseException):
+        pass
+
+    def rename(source, target):
+        if next(count, None) == 1:
+            raise Killed
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        patch.setattr(shutil, "rmtree", lambda *args, **options: None)  # a killed process removes nothing
+        with pytest.raises(Killed):
+            generate()
+    assert not (base_dir() / "report").exists()
+    writing._tidy(base_dir() / "report")
+    assert tree(base_dir() / "report") == before
+    generate()
+    assert (base_dir() / "report" / "report.md").exists()
+
+
+def test_a_rename_that_fails_brings_the_old_report_back(monkeypatch):
+    base_run()
+    generate()
+    before = tree(base_dir() / "report")
+    monkeypatch.setattr(writing, "_exchange", lambda first, second: False)
+    real, calls = os.rename, []
+
+    def rename(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    main([])
+    assert tree(base_dir() / "report") == before and len(calls) == 3
+
+
+def test_what_cannot_be_copied_or_kept_is_told(capsys):
+    base_run()
+    Path("report.md").mkdir()
+    main([])
+    out = capsys.readouterr().out
+    assert "note: there is no copy in" in out and "Is a directory" in out
+    assert out.splitlines()[-1] == f"the report is in {base_dir() / 'report' / 'report.md'}"
+    Path("report.md").rmdir()
+    shutil.rmtree(base_dir() / "report")
+    (base_dir() / "report").write_text("a file of the user")
+    main([])
+    assert "there is no new report in" in capsys.readouterr().out and Path("report.md").read_text().startswith(HEADING)
+    assert (base_dir() / "report").read_text() == "a file of the user"
+    Path("report.md").unlink()
+    Path("report.md").mkdir()
+    with pytest.raises(UserError, match="the report cannot be written: .*Not a directory.*Is a directory"):
+        main([])
+
+
+def test_folders_named_like_files_of_the_report_are_kept():
+    base_run()
+    for name in ("report.md", "00-overview.md"):
+        (base_dir() / "report" / name).mkdir(parents=True)
+        (base_dir() / "report" / name / "x").write_text(name)
+    generate()
+    assert (base_dir() / "report" / "report.md.old" / "x").read_text() == "report.md"
+    assert (base_dir() / "report" / "00-overview.md").is_file() and (base_dir() / "report" / "report.md").is_file()
+
+
+def test_two_reports_at_once_are_one(monkeypatch):
+    base_run()
+    code = ("from nanochat.report import plots; from nanochat.report.__main__ import main\n"
+            "from nanochat.cli import run_main; run_main(lambda: main([]))")
+    path = base_dir() / "locks" / "report.lock"
+    path.parent.mkdir()
+    with lock(path, "the report is being written", "Wait."):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and f"is being written: process {os.getpid()}" in done.stderr
+    assert "Traceback" not in done.stderr and not (base_dir() / "report").exists()
+
+
+def test_hostile_lines_cost_themselves(monkeypatch):
+    base_run()
+    path = base_dir() / "logs" / "base_d4.jsonl"
+    with open(path, "ab") as file:
+        file.write(b"[" * 100_000 + b"\n" + b'{"kind": "train", "step": ' + b"9" * 400 + b', "loss": 1}\n'
+                   + b'{"kind": "val", "step": 30, "bpb": NaN}\n\xff\xfe\x00\n{"kind": "done", "step": 20}\n'
+                   + b'{"kind": "samples", "texts": ["half a pair \\ud800"]}\n'
+                   + b'{"kind": "train", "step": 21, "lo')
+    text = generate().read_text()
+    assert "base_d4.jsonl has 3 damaged or incomplete lines, left out." in text and "half a pair \\ud800" in text
+    assert "could not be made" not in text
+    (base_dir() / "logs" / "chat_eval_mid_d4.jsonl").mkdir()
+    assert "chat_eval_mid_d4.jsonl could not be read (Is a directory)" in generate().read_text()
+
+
+def test_a_section_that_cannot_be_made_costs_itself(monkeypatch):
+    whole_run()
+    real = writing.stage_section
+    monkeypatch.setattr(writing, "stage_section", lambda log, plots: 1 / 0 if log.stage == "mid" else real(log, plots))
+    text = generate().read_text()
+    assert text.count("The section 'Midtraining' could not be made (ZeroDivisionError") == 2
+    assert "## SFT" in text and cells(text[text.index("## Summary"):], "MMLU")[1] == "0.3100"
+
+
+def test_verdicts_readings_and_what_was_skipped_are_in_the_report():
+    log = base_run()
+    log("verdict", word="worse", text="bpb 2.3100 → 2.3500", name="bpb", before=2.31, after=2.35)
+    eval_log = Log("base_eval", at=NOON + timedelta(minutes=1))
+    eval_log("skipped", what="CORE", why="there is no bundle\nhere").end()
+    sft = Log("sft", at=NOON + timedelta(minutes=2))("model", num_iterations=5, start=0).train(1, 5)
+    sft("verdict", word="better", text="validation loss 2.0 → 1.0")("done", step=5).end()
+    Log("chat_eval_sft", at=NOON + timedelta(minutes=3))("task", name="GSM8K", accuracy=0.1, correct=1, count=10,
+                                                         chance=0.0, seconds=1.0, cut=3, answers=10, as_published=0.2,
+                                                         lenient=0.3).end()
+    text = generate().read_text()
+    assert cells(text, "verdict, end against beginning") == ["worse: bpb 2.3100 → 2.3500"]
+    summary = text[text.index("## Summary"):]
+    assert "- **Base model: worse: bpb 2.3100 → 2.3500**" in summary and "- **SFT" not in summary
+    assert "Skipped: CORE: there is no bundle here" in text
+    assert cells(text, "GSM8K") == ["0.1000", "1", "10", "0.0000", "1.0 s", "3", "0.2000", "0.3000"]
+    assert "- no log, so not in this report: Midtraining, RL" in text
+
+
+def test_of_a_long_log_enough_steps_are_kept_and_the_last_of_each_piece():
+    rows = [{"kind": "start"}, *({"kind": "train", "step": step} for step in range(1, 1001)),
+            {"kind": "val", "step": 1000}, {"kind": "train", "step": 1001}]
+    kept = list(thinned(rows, 100))
+    steps = [row["step"] for row in kept if row["kind"] == "train"]
+    assert steps == [1, 101, 201, 301, 401, 501, 601, 701, 801, 901, 1000, 1001] and kept[-2]["kind"] == "val"
+    assert list(thinned(rows, 1)) == rows
 
 
 # ---- the command

@@ -101,11 +101,57 @@ def test_two_ranks_normalise_over_the_tokens_of_both(tmp_path):
         torch.testing.assert_close(two[1][name], one[1][name], rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("batch_size", [3, 8, 64])
+def test_an_answer_does_not_depend_on_what_is_decoded_beside_it(tokenizer, batch_size):
+    model = small_model(2, vocab_size=tokenizer.get_vocab_size())
+    engine, chats = Engine(model, tokenizer), [{"messages": [
+        {"role": "user", "content": "few words " * i}, {"role": "assistant", "content": ""}]} for i in range(5)]
+    beside = []
+    engine.generate_many = lambda *args, **options: beside.append(options) or Engine.generate_many(
+        engine, *args, **options)
+
+    def drawn(numbers, batch_size):
+        groups = rollouts(engine, Stops(), [chats[i] for i in numbers], [7 + i for i in numbers], 3, max_tokens=12,
+                          batch_size=batch_size)
+        return {i: [row.tokens for row in group.rows] for i, group in zip(numbers, groups)}
+
+    together = drawn(range(5), 15)
+    apart = {}
+    for rank in range(3):
+        apart |= drawn(range(5)[rank::3], batch_size)
+    assert apart == together and len({str(tokens) for rows in together.values() for tokens in rows}) > 10
+    assert all(options["batch_invariant"] for options in beside)  # they would rarely differ without it
+
+
 def test_pass_at_k_is_the_share_of_all_choices_of_k_answers():
     for samples, correct, k in ((8, 3, 1), (8, 3, 2), (8, 3, 8), (5, 0, 3), (5, 5, 1), (4, 3, 2)):
         answers = [True] * correct + [False] * (samples - correct)
         choices = list(itertools.combinations(answers, k))
         assert pass_at_k(correct, samples, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_a_cut_answer_earns_nothing_and_the_same_text_ended_does(tokenizer):
+    class Sums:
+        def reward(self, conversation, answer):
+            return float(answer == "#### 18")
+
+    end = tokenizer.encode_special("<|assistant_end|>")
+    ids = tokenizer.encode("#### 18")
+
+    class Answers:
+        stops = {end}
+
+        def __init__(self):
+            self.tokenizer = tokenizer
+
+        def generate_many(self, prompts, num_samples, **options):
+            return [[Row(prompt, len(ids), tokens=ids, mask=[1] * len(ids), ended="length"),
+                     Row(prompt, 99, tokens=[*ids, end], mask=[1] * (len(ids) + 1), ended="stop")]
+                    for prompt in prompts]
+
+    chat = {"messages": [{"role": "user", "content": "9 + 9"}, {"role": "assistant", "content": "#### 18"}]}
+    group, = rollouts(Answers(), Sums(), [chat], [1], 2)
+    assert group.rewards == [0.0, 1.0] and group.teaches
 
 
 class Stops:

@@ -36,6 +36,8 @@ def test_an_event_is_due_at_its_multiples_and_at_the_end():
     assert steps_of(action(-1, at_zero=True)) == [10]
     assert steps_of(action(-1, at_start=True)) == [0, 10]
     assert steps_of(action(4, at_start=True), start=3) == [3, 4, 8, 10]
+    assert is_due(action(4), 4, 4, 10, stopped=True)  # it was asked to stop before that was done
+    assert not is_due(action(4), 5, 5, 10, stopped=True) and not is_due(action(-1), 4, 4, 10, stopped=True)
 
 
 def test_a_signal_ends_the_steps_with_a_save_of_those_that_are_done(tmp_path, monkeypatch):
@@ -71,9 +73,11 @@ def origin(tmp_path, step=3, meta=None):
 
 def test_a_checkpoint_without_a_position_in_the_data_is_refused(tmp_path):
     with pytest.raises(UserError, match="d2 cannot be trained on: it does not say how far.*--fresh"):
-        loader_state(origin(tmp_path), ALONE)
-    assert loader_state(origin(tmp_path, step=0, meta={"loader": [{"of": "the stage before"}]}), ALONE) is None
-    assert loader_state(origin(tmp_path, meta={"loader": [{"next": 5}]}), ALONE) == {"next": 5}
+        loader_state(origin(tmp_path))
+    assert loader_state(origin(tmp_path, step=0, meta={"loader": {"of": "the stage before"}})) is None
+    assert loader_state(origin(tmp_path, meta={"loader": {"next": 5}})) == {"next": 5}
+    with pytest.raises(UserError, match="no states of a loader"):
+        loader_state(origin(tmp_path, meta={"loader": [{"next": 5}]}))
 
 
 def test_a_run_that_is_done_says_so(tmp_path, capsys):
@@ -116,7 +120,7 @@ def test_blocks_are_compiled_where_the_gpu_can(monkeypatch, capsys):
     gpu = Ranks(0, 0, 1, torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
     for able in (True, False):
-        monkeypatch.setattr("nanochat.run.has_triton", lambda device, least, able=able: able)
+        monkeypatch.setattr("nanochat.run.flags.has_triton", lambda device, least, able=able: able)
         assert compile_wanted("auto", gpu) == able and not compile_wanted("no", gpu)
     assert "needs Triton and a GPU of compute capability 7.0 or later; this is Old GPU" in capsys.readouterr().out
     with pytest.raises(UserError, match="Use --compile=auto or --compile=no"):

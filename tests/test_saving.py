@@ -1,7 +1,9 @@
 """nanochat/saving.py: a checkpoint is written beside training, is what it was when it was asked for, and errors are
 told."""
 
+import errno
 import os
+import signal
 import threading
 from dataclasses import dataclass
 
@@ -11,7 +13,7 @@ import torch
 from nanochat import checkpoint, files, saving
 from nanochat.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from nanochat.distributed import Ranks
-from nanochat.errors import UserError
+from nanochat.errors import NotWritten, UserError
 from nanochat.kernels.choose import Choice
 from nanochat.logs import RunLog, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
@@ -110,6 +112,7 @@ class Config:
     max_seq_len: int = 8
     save_every: int = 2
     keep: int = 5
+    keep_every: int = -1
     matrix_lr: float = 0.1
     embedding_lr: float = 0.1
     unembedding_lr: float = 0.1
@@ -130,8 +133,8 @@ def origin(tmp_path, monkeypatch):
                   meta={}, loaded="", provenance={})
 
 
-def train(origin, one_step, steps=6) -> StageRun:
-    with open_run(origin, Config(), ALONE, num_iterations=steps, kernels=Choice()) as run:
+def train(origin, one_step, steps=6, **config) -> StageRun:
+    with open_run(origin, Config(**config), ALONE, num_iterations=steps, kernels=Choice()) as run:
         run.train_by(one_step, [])
     return run
 
@@ -174,21 +177,185 @@ def test_a_run_that_ends_early_waits_for_its_checkpoint(origin, held, end):
     assert load_checkpoint(origin.folder, optimizer=True).step == step and saved(origin)[-1] == step
 
 
-def test_a_full_disk_ends_the_run_and_hides_no_other_error(origin, monkeypatch, capsys):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
+class SmallDisk:
+    """A disk that holds so many checkpoints of a run, by what its folder holds; `room` is what is free besides."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.room = folder, 10**9
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": self.free()}))
+
+    def free(self):
+        used = sum(path.stat().st_size for path in self.folder.glob("*")) if self.folder.exists() else 0
+        return max(0, self.room - used)
+
+
+def settle():
+    """Wait until nothing is written, so that a test knows which save meets which disk."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(60)
+
+
+def checkpoint_size(folder):
+    return saving.bytes_on_disk(folder, latest_step(folder))
+
+
+@pytest.fixture
+def small_disk(origin, monkeypatch):
+    """The disk of `origin`, and the size of one of its checkpoints."""
+    monkeypatch.setattr(saving, "TRY_EVERY", 0.01)
+    train(origin, lambda step, stop: stop, steps=1)
+    size = checkpoint_size(origin.folder)
+    for path in [*origin.folder.glob("*"), *origin.folder.parent.glob("logs/*")]:
+        path.unlink()
+    disk = SmallDisk(origin.folder, monkeypatch)
+    return disk, size
+
+
+def test_a_full_disk_makes_room_by_policy_and_never_takes_the_newest(origin, small_disk, capsys):
+    disk, size = small_disk
+    disk.room = int(3.5 * size)
+    train(origin, lambda step, stop: stop, steps=10)  # saves 2 4 6 8 10, and all may stay
+    said = capsys.readouterr().out
+    assert "warning: the disk of" in said and "5 at a time take" in said  # at the start
+    assert "no room for the checkpoint after the next" in said and "no room for the next checkpoint" in said
+    assert saved(origin) == [2, 4, 6, 8, 10] and said.count("deleted the checkpoint of step") == 2
+    assert sorted(checkpoint.steps_in(origin.folder)) == [6, 8, 10]
+    assert load_checkpoint(origin.folder, 10, optimizer=True).optimizer_state is not None
+
+
+def test_a_run_without_room_for_one_checkpoint_does_not_begin(origin, small_disk):
+    disk, size = small_disk
+    disk.room = size // 2
     did = []
-    with pytest.raises(UserError, match="the checkpoint of step 2 needs"):
+    with pytest.raises(NotWritten, match="no room for a checkpoint: .* free, a .* of this run takes .*Free at least"):
         train(origin, lambda step, stop: bool(did.append(step)))
-    assert did[:2] == [0, 1] and len(did) <= 4  # at the latest the next save says it
+    assert not did and not (origin.folder.parent / "logs").exists() or not list(origin.folder.parent.glob("logs/*"))
+
+
+def test_training_goes_on_where_saves_fail_and_each_is_told(origin, small_disk, capsys):
+    disk, size = small_disk
+
+    def one_step(step, stop):
+        settle()
+        if step == 2:
+            run_files = {path.name: path.read_bytes() for path in origin.folder.glob("*")}
+            disk.room, one_step.before = 0, run_files  # something else fills the disk
+        if step == 7:
+            assert {path.name: path.read_bytes() for path in origin.folder.glob("*")} == one_step.before
+            disk.room = 10**9
+        return stop
+
+    train(origin, one_step, steps=10)
+    said = capsys.readouterr().out
+    assert saved(origin)[-2:] == [8, 10] and not {4, 6} & set(saved(origin))
+    assert said.count("Training goes on.") == 2 and "step 00004 was not saved: the checkpoint of step 4 needs" in said
+    rows = read_log(origin.folder.parent / "logs" / "mid_d2.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "not_saved"] == [4, 6]
+    assert load_checkpoint(origin.folder, optimizer=True).step == 10
+
+
+@pytest.mark.parametrize("end", ["end", "signal"])
+@pytest.mark.parametrize("comes", [True, False])
+def test_the_last_checkpoint_waits_for_room_and_then_says_that_it_is_lost(origin, small_disk, monkeypatch, capsys, end,
+                                                                          comes):
+    disk, size = small_disk
+    monkeypatch.setattr(saving, "PATIENCE", 60 if comes else 0.05)
+    tries = []
+
+    def save(*args):
+        tries.append(args[1])
+        if comes and tries.count(5) == 3:
+            disk.room = 10**9
+        return save_checkpoint(*args)
+    monkeypatch.setattr(saving, "save_checkpoint", save)
+
+    def one_step(step, stop):
+        settle()
+        if step == 3 and end == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)  # the next step sees it
+        if step == 4:
+            disk.room = 0
+        return stop
+
+    steps = 5 if end == "end" else 9
+    expected = {("end", True): None, ("signal", True): SystemExit}.get((end, comes), NotWritten)
+    if expected is None:
+        train(origin, one_step, steps)
+    else:
+        with pytest.raises(expected, match=None if comes else "step 5 was tried for 0 s and is lost"):
+            train(origin, one_step, steps)
+    said = capsys.readouterr().out
+    assert said.count("trying again every") == 1 and tries.count(5) >= 3 - (not comes)
+    assert latest_step(origin.folder) == (5 if comes else 4 if 4 in saved(origin) else 2)
+    assert not list(origin.folder.glob("*.new")) and not list(origin.folder.glob(".*"))
+
+
+def test_a_second_signal_ends_the_waiting_for_room(origin, small_disk, capsys):
+    disk, size = small_disk
+    before = signal.getsignal(signal.SIGTERM)
+
+    def one_step(step, stop):
+        settle()
+        if step == 4:
+            disk.room = 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return stop
+
+    with pytest.raises(SystemExit) as ended:  # PATIENCE is ten minutes
+        train(origin, one_step, steps=9)
+    assert ended.value.code == 128 + signal.SIGINT and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EDQUOT, errno.EFBIG])
+def test_other_troubles_of_a_disk_do_not_end_training_either(origin, monkeypatch, capsys, number):
+    torch_save = torch.save
+
+    def fails(part, file):
+        file.write(b"half")
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(torch, "save", fails)
+
+    def one_step(step, stop):
+        settle()
+        if step == 5:
+            monkeypatch.setattr(torch, "save", torch_save)
+        return stop
+    train(origin, one_step, steps=6)
+    said = capsys.readouterr().out
+    assert saved(origin) == [6] and said.count("Training goes on.") == 2
+    assert sorted(path.name for path in origin.folder.iterdir()) == [
+        "meta_000006.json", "model_000006.pt", "optim_000006.pt"]
+
+
+def test_divergence_hides_no_full_disk(origin, small_disk, capsys):
+    disk, _ = small_disk
 
     def diverges(step, stop):
+        disk.room = 0
+        settle()
         if step == 2:
             raise UserError("training has diverged")
         return False
-    capsys.readouterr()
     with pytest.raises(UserError, match="training has diverged"):
         train(origin, diverges)
     assert "besides: the checkpoint of step 2 needs" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_end_the_run_and_the_checkpoint_before_stays(origin):
+    def one_step(step, stop):
+        if step == 3:
+            origin.model.transformer.wte.weight.data[5, 3] = float("nan")
+        return stop
+
+    wrong = "step 4: weights are broken: transformer.wte.weight is not finite. Nothing is saved"
+    with pytest.raises(UserError, match=wrong):
+        train(origin, one_step, keep=1)
+    assert saved(origin) == [2] and load_checkpoint(origin.folder, optimizer=True).step == 2
+    with pytest.raises(UserError, match=wrong):  # also as the last one
+        train(origin, one_step, steps=4, keep=1)
+    assert load_checkpoint(origin.folder, optimizer=True).step == 2
 
 
 def test_the_log_is_told_of_a_checkpoint_once_it_is_on_disk(origin, held):

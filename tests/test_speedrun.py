@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.checkpoint import save_checkpoint
 from nanochat.errors import UserError
 from nanochat.launcher import Owner
 from nanochat.recipe import PROFILES
@@ -128,6 +129,29 @@ def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path
     speedrun.main([])
     second = capfd.readouterr().out
     assert second.count("done before") == 6 and second.count("Nothing to do") == 4, second
+    [model] = (tmp_path / "base" / "chatsft_checkpoints").rglob("model_*.pt")
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=f"step 2: {model} is damaged.*nanochat.checkpoint verify.*--fresh"):
+        speedrun.main([])
+    third = capfd.readouterr().out
+    assert third.count("Nothing to do") == 2 and "== reinforcement learning" not in third, third
+
+
+def test_an_evaluation_is_of_the_newest_model_that_is_whole(tiny_base, monkeypatch):
+    plan = make_plan(Machine([], 0, 2))
+    command = next(command for command in commands(plan) if command.grades == "sft")
+    folder = tiny_base / "chatsft_checkpoints" / plan.tag
+    assert not speedrun.is_done(plan, command)
+    for step in (1, 2):
+        save_checkpoint(folder, step, {"a": torch.zeros(9)}, {"model_config": {}}, {"b": torch.zeros(9)})
+        speedrun.remember(plan, command)
+    (folder / "optim_000002.pt").unlink()  # evaluations do not read it
+    assert speedrun.is_done(plan, command) and speedrun.checkpoint_key(plan, "sft")[1] == 2
+    model = folder / "model_000002.pt"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    assert not speedrun.is_done(plan, command) and speedrun.checkpoint_key(plan, "sft")[1] == 1
+    (folder / "model_000001.pt").unlink()
+    assert not speedrun.is_done(plan, command) and speedrun.checkpoint_key(plan, "sft") is None
 
 
 def test_a_stage_that_fails_ends_the_run_and_says_how_to_go_on():

@@ -12,7 +12,8 @@ import time
 import pytest
 import torch
 
-from nanochat import checkpoint
+from nanochat import rl, training
+from nanochat.checkpoint import tensors
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import read_log
@@ -37,6 +38,11 @@ STAGES = {"mid": (mid_train, MID, "mid_checkpoints", 6), "sft": (chat_sft, SFT, 
           "rl": (chat_rl, RL, "chatrl_checkpoints", 4)}
 
 
+def odd_length(task, conversation, row, text):
+    """Return a reward that untrained models earn in half their answers, though they are cut."""
+    return float(len(text) % 2)
+
+
 @pytest.fixture(scope="module")
 def trained(tiny, make_once):
     """Return a base folder with a tiny model of each stage. Tests only read it."""
@@ -45,7 +51,7 @@ def trained(tiny, make_once):
             (base / name).symlink_to(tiny / name)
         base_train.main([*TINY, "--num-iterations=2", "--max-seq-len=128", "--total-batch-size=256"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(recipes.WorldSums, "reward", lambda self, conversation, answer: float(len(answer) % 2))
+            patch.setattr(rl, "reward_of", odd_length)
             for script, flags, _, _ in STAGES.values():
                 script.main(flags)
     return make_once("trained", make)
@@ -67,21 +73,74 @@ def weights(base, stage, step):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_resumes_bit_for_bit_and_then_is_done(base, monkeypatch, capsys, stage):
     script, flags, folder, steps = STAGES[stage]
-    monkeypatch.setattr(recipes.WorldSums, "reward", lambda self, conversation, answer: float(len(answer) % 2))
+    monkeypatch.setattr(rl, "reward_of", odd_length)
     whole = weights(base, stage, steps)
     for path in (base / folder / "d2").glob(f"*_{steps:06d}*"):
         path.unlink()
-    read, real = [], checkpoint._read_tensors
-    monkeypatch.setattr(checkpoint, "_read_tensors", lambda *args: read.append(args[:2]) or real(*args))
+    read, real = [], tensors.open_file
+    monkeypatch.setattr(tensors, "open_file", lambda *args: read.append(args[:2]) or real(*args))
     script.main(flags)
-    own = base / folder / "d2"  # nothing of the model it began from but its meta file
-    assert read == [(own, f"model_{steps // 2:06d}.pt"), (own, f"optim_{steps // 2:06d}.pt")]
+    own = base / folder / "d2"  # to verify and to load; of the model it began from, nothing but sizes and meta file
+    assert [name for where, name in read if where == own][:2] == [
+        f"model_{steps // 2:06d}.pt", f"optim_{steps // 2:06d}.pt"]
+    assert len([name for where, name in read if where != own]) == 1
     assert f"resuming from step {steps // 2}" in capsys.readouterr().out
     assert_same(weights(base, stage, steps), whole)
     before = weights(base, stage, steps // 2)
     assert any(not torch.equal(before[name], whole[name]) for name in whole)  # the second half changed weights
     script.main(flags)
     assert "Nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", [4, 6])
+def test_what_was_due_when_a_run_was_asked_to_stop_is_done_when_it_goes_on(base, monkeypatch, capsys, end):
+    """It saves the step it is at, and evaluates nothing: neither in the middle nor after the last step."""
+    flags = [*SFT, "--eval-every=2", "--eval-metrics-every=-1"]
+    step, calls = training.train_step, []
+
+    def asked(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == end - 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    chat_sft.main([*flags, "--model-tag=d2", "--fresh"])
+    whole, log = weights(base, "sft", 6), base / "logs" / "sft_d2.jsonl"
+    wanted = {(row["kind"], row["step"]): row.get("loss") for row in read_log(log)
+              if row["kind"] in ("train", "val") and "step" in row}
+    tokens = [row["tokens"] for row in read_log(log) if row["kind"] == "train"][-1]
+    log.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", asked)
+        with pytest.raises(SystemExit):
+            chat_sft.main([*flags, "--fresh"])
+    meta = base / "chatsft_checkpoints" / "d2" / f"meta_{end:06d}.json"
+    assert json.loads(meta.read_text())["stopped"] and f"saving step {end}" in capsys.readouterr().out
+    assert ("val", end) not in {(row["kind"], row.get("step")) for row in read_log(log)}
+    chat_sft.main(flags)
+    rows = read_log(log)
+    assert {(row["kind"], row["step"]): row.get("loss") for row in rows if row["kind"] in ("train", "val")} == wanted
+    assert [row["tokens"] for row in rows if row["kind"] == "train"][-1] == tokens
+    assert rows[-1]["kind"] == "end" and any(row["kind"] == "done" for row in rows)
+    last = json.loads((base / "chatsft_checkpoints" / "d2" / "meta_000006.json").read_text())
+    assert last["val_step"] == 6 and "stopped" not in last
+    assert_same(weights(base, "sft", 6), whole)
+    capsys.readouterr()
+    chat_sft.main(flags)
+    assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_checkpoints_between_two_validations_say_the_last_one_after_a_resume_too(base):
+    flags = [*SFT, "--eval-every=2", "--eval-metrics-every=-1", "--save-every=1", "--keep=9", "--fresh"]
+    chat_sft.main(flags)
+    folder = base / "chatsft_checkpoints" / "d2"
+    said = json.loads((folder / "meta_000003.json").read_text())
+    for path in (path for step in range(3, 7) for path in folder.glob(f"*_{step:06d}*")):
+        path.unlink()
+    chat_sft.main(flags[:-1])
+    again = json.loads((folder / "meta_000003.json").read_text())
+    assert said["val_step"] == 2 and {name: again[name] for name in ("val_loss", "val_step")} == {
+        name: said[name] for name in ("val_loss", "val_step")}
 
 
 def test_metas_hold_what_published_code_reads_and_where_the_model_comes_from(base):
@@ -115,7 +174,7 @@ def test_a_stage_refuses_a_model_it_did_not_begin_with(base):
         chat_sft.main([*SFT, "--num-iterations=8"])
     old = weights(base, "sft", 6)
     chat_sft.main([*SFT, "--fresh"])
-    [aside] = [path for path in (base / "chatsft_checkpoints").iterdir() if path.name != "d2"]
+    [aside] = (base / "chatsft_checkpoints").glob("d2.*")
     assert_same(torch.load(aside / "model_000006.pt", weights_only=True), old)
 
 
@@ -141,7 +200,7 @@ def test_fine_tuning_on_two_ranks_is_that_on_one(base, monkeypatch):
 def _rl(ranks: Ranks, base, flags):
     torch.set_num_threads(1)
     os.environ.update(NANOCHAT_BASE_DIR=str(base), NANOCHAT_DTYPE="float32")
-    recipes.WorldSums.reward = lambda self, conversation, answer: float(len(answer) % 2)
+    rl.reward_of = odd_length
     from nanochat.cli import parse
     chat_rl.run(parse(chat_rl.Config, flags), ranks)
 
@@ -158,7 +217,7 @@ def test_runs_moved_aside_within_a_second_are_all_kept(tmp_path, monkeypatch):
 
 def test_a_rank_without_a_problem_changes_nothing(base, monkeypatch):
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
-    monkeypatch.setattr(recipes.WorldSums, "reward", recipes.WorldSums.reward)  # restores what _rl replaces
+    monkeypatch.setattr(rl, "reward_of", rl.reward_of)  # restores what _rl replaces
     flags = [*RL, "--fresh", "--num-iterations=2", "--examples-per-step=1", "--num-samples=4", "--eval-examples=1"]
     start_ranks(2, _rl, base, flags)
     two = weights(base, "rl", 2)
@@ -208,7 +267,8 @@ def test_the_level_of_the_sandbox_is_said_and_refused_before_anything_is_graded(
 
 
 def files_of(base):
-    return {path: path.stat().st_mtime_ns for path in base.rglob("*")}
+    """Return when each file was written, but for the locks, which runs touch."""
+    return {path: path.stat().st_mtime_ns for path in base.rglob("*") if path.suffix != ".lock"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -246,11 +306,11 @@ def test_a_run_is_moved_aside_only_when_nothing_can_be_wrong_any_more(base, tmp_
     before = files_of(base / "mid_checkpoints")
     for flags in ([f"--conversations={bad}"], ["--total-batch-size=100"], ["--run=x", "--model-step=77"]):
         with pytest.raises(UserError), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nanochat.run.check_wandb", lambda name: None)
+            patch.setattr("nanochat.run.flags.check_wandb", lambda name: None)
             mid_train.main([*MID, "--fresh", *flags])
         assert files_of(base / "mid_checkpoints") == before
     with pytest.raises(UserError, match="wandb"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanochat.run.check_wandb", lambda name: None)
+        patch.setattr("nanochat.run.flags.check_wandb", lambda name: None)
         patch.setitem(sys.modules, "wandb", None)  # found missing when the run is opened: still not moved
         mid_train.main([*MID, "--fresh", "--run=x"])
     assert files_of(base / "mid_checkpoints") == before

@@ -17,11 +17,13 @@ from tasks.base import (
     TaskSequence,
     in_test,
     last_number,
+    meant_number,
     non_negative,
     number_after_hashes,
     one_of,
     question_and_answer,
     reference_text,
+    same_number,
 )
 
 
@@ -111,6 +113,33 @@ def test_number_after_hashes_is_the_first_as_published(words, number):
     ("<|python_start|>7+8<|python_end|><|output_start|>15<|output_end|>done", None)])
 def test_last_number_is_looked_for_behind_the_tools_output(words, number):
     assert last_number(words) == number
+
+
+RIGHT_18 = ("#### 18", "####18", "#### $18", "#### 18.", "#### 18 dollars", "**#### 18**", "#### **18**", "#### 018",
+            "#### 1\n#### 18", "The answer is 18.", "It is $18.00", "x = 18", "#### 18.0",
+            "so \\boxed{18} it is 7 long", "9 * 2 = 18", "9*2=18", "so 18%", "#### Answer: 18", "#### 18km", "#### 18,",
+            "7<|output_end|>That is 18!")
+WRONG_18 = ("#### 180", "#### -18", "#### 1", "#### 18/2", "#### 18-20", "#### 18:30", "", "no number", "#### 18 * 2",
+            "#### 1.8", "#### 118", "-18", "the answer is - 18", "−18", "#### x18y9", "#### 18\n#### 19", "18 and 19",
+            "between 16-18", "1/18", "#### 18e3", "v1.18", "#### 18.5", "#### 1,8000")
+
+
+def test_a_number_is_read_in_every_usual_form_and_near_misses_are_not():
+    for words in RIGHT_18:
+        assert same_number(meant_number(words), "18"), words
+    for words in WRONG_18:
+        assert not same_number(meant_number(words), "18"), words
+    for words in ("#### -5", "#### −5", "#### - 5", "#### -$5", "#### $-5", "3 - 8 = -5"):
+        assert same_number(meant_number(words), "-5"), words
+    assert same_number(meant_number("#### 1,234,567.89 dollars"), "1234567.89")
+    rng = random.Random(0)
+    for _ in range(200):
+        value = rng.choice([rng.randint(-99, 99), rng.randint(-10**6, 10**6), rng.randint(-999, 999) / 4])
+        for form in ("#### {v}", "#### {v:,}", "so it is {v:,}.", "#### {v} apples", "\\boxed{{{v}}}", "#### {v:.2f}"):
+            words = form.format(v=value)
+            assert same_number(meant_number(words), str(value)), words
+            assert not same_number(meant_number(words), str(value + rng.choice([-1, 1]))), words
+    assert not same_number(None, None) and not same_number("1.", None) and not same_number("x", "1")
 
 
 def test_names_and_sizes_that_do_not_exist_are_refused():

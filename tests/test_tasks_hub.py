@@ -5,21 +5,25 @@ Covers tasks/hub.py, arc.py, gsm8k.py, humaneval.py, mmlu.py, multiple_choice.py
 
 import csv
 import gzip
+import hashlib
 import io
 import json
+import os
 from itertools import islice
 
 import pytest
 
+from nanochat import transfer
 from nanochat.errors import UserError
 from nanochat.small_world import documents
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tokenizer.conversation import turns_of
+from nanochat.tools.sandbox import passes
 from tasks.arc import ARC
 from tasks.base import reference_text
 from tasks.gsm8k import GSM8K, parts_of
 from tasks.hub import load_rows
-from tasks.humaneval import HumanEval, imports_of, program_of
+from tasks.humaneval import HumanEval, program_of, setting_of
 from tasks.mmlu import MMLU
 from tasks.multiple_choice import prompt
 from tasks.smoltalk import SmolTalk
@@ -165,8 +169,7 @@ def test_humaneval_program(mirror):
     prompt = HUMANEVAL_ROW["prompt"]
     assert task[0]["messages"] == [{"role": "user", "content": prompt},
                                    {"role": "assistant", "content": prompt + "    return x + 1\n"}]
-    assert imports_of(prompt) == "import math\nfrom typing import List"
-    assert imports_of("# a\n\nimport os\nx = 1\nimport sys\n") == "import os"
+    assert setting_of(prompt, "f") == "import math\nfrom typing import List"
     start = "import math\nfrom typing import List\n\n"
     answer = "Here:\n```python\ndef f(x):\n    return 2\n```\nor\n```\nf = 1\n```"
     assert program_of(prompt, answer) == start + "def f(x):\n    return 2"
@@ -174,6 +177,89 @@ def test_humaneval_program(mirror):
     for answer in ("def f(x): return 2", "\n def f(x): return 2\n", "So:\n```python \ndef f(x): return 2\n```",
                    "```py\ndef f(x): return 2\n```", "```python\r\ndef f(x): return 2\r\n```"):
         assert program_of(prompt, answer) == start + "def f(x): return 2"
+
+
+HARD_PROMPT = """from __future__ import annotations
+from typing import (
+    List,
+    Tuple)
+import math; import re
+
+FACTOR = 3
+
+
+@dataclass_like
+class Pair:
+    one: int = 1
+
+
+def poly(xs: list, x: float):
+    \"\"\" Value of the polynomial with coefficients xs at x. \"\"\"
+    return sum(c * math.pow(x, i) for i, c in enumerate(xs))
+
+
+@cached
+def find_root(xs: list):
+    \"\"\" Find x with poly(xs, x) = 0.
+
+    >>> find_root([-6, 3])
+    \"\"\"
+"""
+PLAIN_PROMPT = HARD_PROMPT.replace("@dataclass_like\n", "").replace("@cached\n", "")
+FUNCTION = "def find_root(xs):\n    a, b = xs\n    return -a / b\n"
+
+
+def test_what_a_humaneval_prompt_defines_stays_and_the_function_asked_for_goes():
+    setting = setting_of(HARD_PROMPT, "find_root")
+    assert setting.splitlines() == [
+        "from __future__ import annotations", "from typing import (", "    List,", "    Tuple)",
+        "import math; import re", "FACTOR = 3", "@dataclass_like", "class Pair:",
+        "    one: int = 1", "def poly(xs: list, x: float):",
+        '    """ Value of the polynomial with coefficients xs at x. """',
+        "    return sum(c * math.pow(x, i) for i, c in enumerate(xs))"]
+    assert setting_of("import os\n\ndef f(x):\n", "f") == "import os"              # a signature alone
+    assert setting_of("import os\nthis is no Python\ndef f(x):\n", "f").startswith("import os\nthis")
+    assert setting_of("no function here", "f") == setting_of("", "f") == ""
+
+
+@pytest.mark.parametrize("answer", [
+    FUNCTION, PLAIN_PROMPT + "    a, b = xs\n    return -a / b\n",
+    "    a, b = xs\n    return -a / b\n", "a, b = xs\nreturn -a / b", "a, b = xs\n    return -a / b\n",
+    f"Sure, here it is:\n\n```python\n{FUNCTION}```\n\nIt returns x.",
+    "```\n    a, b = xs\n    return -a / b\n```",
+    f"It is called so:\n```\nfind_root([1, 2])\n```\nand this is it:\n```py\n{FUNCTION}```",
+    f"```python\nfrom __future__ import annotations\n{FUNCTION}```"])
+def test_a_right_humaneval_program_passes_in_every_form_and_a_near_miss_does_not(answer):
+    checks = "def check(candidate):\n    assert abs(poly([-6, 3], candidate([-6, 3]))) < 1e-4\n\ncheck(find_root)\n"
+    for wrong in (False, True):
+        program = program_of(PLAIN_PROMPT, answer.replace("-a / b", "a / b") if wrong else answer, "find_root")
+        assert passes(program, checks).ok is not wrong, program
+
+
+def test_other_readings_of_a_humaneval_answer_are_lenient(mirror):
+    mirror("openai/openai_humaneval/openai_humaneval/test.jsonl", [HUMANEVAL_ROW])
+    task = HumanEval()
+    chat, body = task[0], "    return x + one\n"
+    for answer in (f"First\n```python\none = 1\n```\nthen\n```python\ndef f(x):\n{body}```",
+                   f"```python\none = 1\ndef f(x):\n{body}",                 # not closed
+                   f"~~~\none = 1\ndef f(x):\n{body}~~~",
+                   "- so:\n  ```python\n  one = 1\n  def f(x):\n      return x + one\n  ```",
+                   f"This does it:\n\nimport math\none = 1\n\ndef f(x):\n{body}\nI hope this helps."):
+        for right in (True, False):
+            given = answer if right else answer.replace("x + one", "x - one")
+            assert not task.evaluate(chat, given) and task.evaluate_lenient(chat, given) == right, given
+    assert task[:1].evaluate_lenient(chat, "~~~\ndef f(x):\n    return x + 1\n~~~")  # a view grades as its task
+    for answer in ("", "I cannot.", "def f(x):\n    return x", "```", "(" * 5000, "\0"):
+        assert not task.evaluate(chat, answer) and not task.evaluate_lenient(chat, answer)
+
+
+def test_gsm8k_is_read_strictly_and_leniently(mirror):
+    mirror("openai/gsm8k/main/test.jsonl", [GSM8K_ROW])
+    task = GSM8K("main", "test")
+    for answer, strict, lenient in (("#### 1200", True, True), ("#### $1,200.", False, True), ("1200", False, True),
+                                    ("#### 1200.0 apples", False, True), ("#### 120", False, False),
+                                    ("#### 12001", False, False), ("#### -1200", False, False)):
+        assert (task.evaluate(task[0], answer), task.evaluate_lenient(task[0], answer)) == (strict, lenient), answer
 
 
 def test_humaneval_is_graded_by_running(mirror):
@@ -221,6 +307,18 @@ def test_real_rows_all_render_and_references_are_right(shared, mirror):
             elif task.name == "GSM8K":
                 assert task.evaluate(conversation, as_written(conversation))
                 assert not task.evaluate(conversation, "#### 3.1415")
+
+
+def test_real_prompts_with_helpers_take_any_form(shared, mirror):
+    mirror("openai/openai_humaneval/openai_humaneval/test.jsonl.gz",
+           rows_of(shared / "data/humaneval/HumanEval.jsonl.gz"))
+    task = HumanEval()
+    found = [chat for chat in task if chat["task_id"] in ("HumanEval/32", "HumanEval/38", "HumanEval/50")]
+    for chat in found:
+        prompt, whole = chat["messages"][0]["content"], reference_text(chat)
+        for answer in (whole[whole.rindex(f"def {chat['entry_point']}"):], f"```\n{whole[len(prompt):]}```"):
+            assert task.evaluate(chat, answer), (chat["task_id"], answer)
+    assert len(found) == 3
 
 
 def test_real_programs_are_whole(shared, mirror):
@@ -282,13 +380,86 @@ def test_files_that_are_torn_or_empty_or_lack_a_column(mirror):
 def test_without_network_the_mirror_is_explained(monkeypatch):
     import datasets
     monkeypatch.delenv("NANOCHAT_TASK_DATA", raising=False)
+    monkeypatch.setattr(transfer, "BACK_OFF", 0.001)
+    asked = []
 
     def unreachable(*arguments, **options):
+        asked.append(arguments)
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\nmore")
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError,
                        match="Couldn't reach 'openai/gsm8k' on the Hub\\).*set NANOCHAT_TASK_DATA to a folder"):
         GSM8K("main", "test")
+    assert len(asked) == 3
+
+
+def refused(status, retry_after=None):
+    """The error of `datasets` for a status, raised for one of the hub's session."""
+    answer = type("Answer", (), {"status_code": status, "headers": {"Retry-After": retry_after} if retry_after else {}})
+    inner = ConnectionError("inner")
+    inner.response = answer
+    outer = RuntimeError("An error occurred while generating the dataset")
+    outer.__cause__ = inner
+    return outer
+
+
+@pytest.mark.parametrize("errors, told, calls", [
+    ([refused(503), refused(429, "3")], None, 3), ([refused(500)] * 9, "answers 500, 6 times", 6),
+    ([refused(404)], "answers 404", 1), ([refused(401)], "HF_TOKEN", 1),
+    ([json.JSONDecodeError("x", "<html>", 0)] * 9, "sign in", 3),
+    ([ValueError("BuilderConfig 'x' not found")], "not found", 1),
+    ([OSError(28, "No space left on device")], "No space left", 1)], ids=lambda value: str(value)[:30])
+def test_a_hub_that_fails_is_asked_again_where_that_helps(monkeypatch, errors, told, calls):
+    import datasets
+    monkeypatch.delenv("NANOCHAT_TASK_DATA", raising=False)
+    waits, asked, errors = [], [], list(errors)
+    monkeypatch.setattr(transfer, "pause", lambda seconds, stop: waits.append(seconds))
+
+    def load(*arguments, **options):
+        asked.append(options)
+        if errors:
+            raise errors.pop(0)
+        return datasets.Dataset.from_list([{"question": "q", "answer": "#### 1"}])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    if told is None:
+        assert len(GSM8K("main", "test")) == 1 and 3 <= waits[1] <= 4
+    else:
+        with pytest.raises(UserError, match=told):
+            GSM8K("main", "test")
+    assert len(asked) == calls and len(waits) == calls - 1
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_damaged_file_of_a_data_set_is_fetched_again(monkeypatch, tmp_path, capsys, times):
+    import datasets
+    from huggingface_hub import constants
+    monkeypatch.delenv("NANOCHAT_TASK_DATA", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "datasets--openai--gsm8k"
+    right, asked = b"the bytes that the hub lists", []
+    blob = repo / "blobs" / hashlib.sha256(right).hexdigest()
+    old = repo / "blobs" / ("0" * 64)  # of an earlier day: it is not read anew at every start
+    link = repo / "snapshots" / "commit" / "main" / "test.parquet"
+    link.parent.mkdir(parents=True)
+    blob.parent.mkdir(parents=True)
+    old.write_bytes(b"x")
+    os.utime(old, (1, 1))
+
+    def load(*arguments, **options):
+        asked.append(options)
+        if not blob.exists():
+            blob.write_bytes(b"other" if len(asked) <= times else right)
+            link.symlink_to(blob)
+        return datasets.Dataset.from_list([{"question": "q", "answer": "#### 1"}])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    if times == 1:
+        assert len(GSM8K("main", "test")) == 1 and blob.read_bytes() == right
+    else:
+        with pytest.raises(UserError, match="test.parquet came damaged .*, twice"):
+            GSM8K("main", "test")
+        assert not blob.exists() and not link.is_symlink()
+    assert asked == [{"split": "test"}, {"split": "test", "download_mode": "force_redownload"}] and old.exists()
+    assert "test.parquet came damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("make, what", [

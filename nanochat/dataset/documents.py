@@ -3,8 +3,7 @@
 The document stream of a split is endless. With D documents on disk, number p of the stream is document p mod D of
 epoch p div D. Epoch 0 follows the order of the files, so that the last of them may still be on their way
 (nanochat/dataset/arrival.py). Later epochs shuffle the shards, and the row groups in each
-shard; the order depends on the epoch alone. Rank r of W ranks reads the numbers p with p mod W = r. One integer is
-therefore an exact position in the stream.
+shard; the order depends on the epoch alone. One integer is therefore an exact position in the stream.
 """
 
 import bisect
@@ -162,14 +161,13 @@ class Documents:
                  for path, rows in zip(self.paths[:shards], self._rows[:shards])]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
-    def walk(self, start: int = 0, step: int = 1, stop: int | None = None) -> Iterator[tuple[list[int], list[str]]]:
-        """Yield the documents start, start + step, ... in pieces of at most PIECE_DOCUMENTS, as (numbers, texts).
+    def walk(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[list[int], list[str]]]:
+        """Yield the documents from `start` on in pieces of at most PIECE_DOCUMENTS, as (numbers, texts).
 
         A piece is empty where the next shard has not arrived yet: the caller may stop there.
 
         Args:
             start: first document number.
-            step: distance between document numbers; the number of ranks.
             stop: number to stop before; None never stops.
         """
         number = start
@@ -179,17 +177,19 @@ class Documents:
                 continue
             row_group, offset = self._locate(number)
             end = number - offset  # the number after the row group's last document
-            numbers = range(number, end if stop is None else min(end, stop), step)
             texts = self._read(*row_group)
             here: list[int] = []
             chars = 0
-            for number in numbers:
-                here.append(number)
-                chars += len(texts[number - end] or "")
-                if len(here) == PIECE_DOCUMENTS or chars >= PIECE_CHARS or number == numbers[-1]:
+            after = end if stop is None else min(end, stop)
+            for own in range(number, after):
+                here.append(own)
+                chars += len(texts[own - end] or "")
+                if len(here) == PIECE_DOCUMENTS or chars >= PIECE_CHARS:
                     yield here, [texts[n - end] or "" for n in here]
                     here, chars = [], 0
-            number = numbers[-1] + step
+            if here:
+                yield here, [texts[n - end] or "" for n in here]
+            number = after
 
     def pick(self, numbers: Sequence[int]) -> dict[int, str]:
         """Return the documents with these numbers; reads each row group once."""
@@ -260,5 +260,7 @@ def iter_documents(split: Literal["train", "val"], folder: str | Path | None = N
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} of {world_size}; ranks count from 0 to world_size - 1")
     documents = Documents(shard_paths(split, folder))
-    for _, texts in documents.walk(rank, world_size, documents.count):
-        yield from texts
+    for numbers, texts in documents.walk(0, documents.count):
+        for number, text in zip(numbers, texts):
+            if number % world_size == rank:
+                yield text

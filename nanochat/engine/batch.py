@@ -73,7 +73,8 @@ class Batch:
 
     @torch.inference_mode()
     def add_prompts(self, rows: list[Row], samples: int = 1) -> None:
-        """Prefill the prompts of new rows, together and padded on the right, and add the rows.
+        """Prefill the prompts of new rows, together and padded on the right, and add the rows. A batch-invariant batch
+        prefills them one by one.
 
         samples: each run of `samples` rows has the same prompt, which is prefilled once.
         """
@@ -83,7 +84,7 @@ class Batch:
             count, longest = 0, 0
             while count < len(heads):
                 longer = max(longest, length_on(self.model.device, len(heads[count].prompt)))
-                if count and longer * (count + 1) > PREFILL_TOKENS:
+                if count and (self.batch_invariant or longer * (count + 1) > PREFILL_TOKENS):
                     break
                 longest, count = longer, count + 1
             self._prefill(heads[:count], rows[:count * samples], samples)

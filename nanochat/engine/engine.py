@@ -121,7 +121,7 @@ class Engine:
                  max_tokens: int | None = ENGINE.max_tokens, temperature: float = ENGINE.temperature,
                  top_k: int | None = ENGINE.top_k, seed: int | Sequence[int] | None = ENGINE.seed,
                  top_p: float | None = ENGINE.top_p, repetition_penalty: float = ENGINE.repetition_penalty,
-                 batch_size: int = 64
+                 batch_size: int = 64, batch_invariant: bool = False
                  ) -> Iterator[tuple[int, list[Row]]]:
         """Yield (index of the prompt, its finished rows) as they finish, in any order.
 
@@ -130,12 +130,13 @@ class Engine:
             num_samples: rows of each prompt.
             seed: one for all prompts, or one for each.
             batch_size: rows decoded together at most.
+            batch_invariant: as for Batch; prompts are then prefilled one by one.
             others: as for `generate`.
         """
         settings = Settings(temperature, top_k, top_p, repetition_penalty, seed if isinstance(seed, int) else None)
         # longest first, so that the prompts of one prefill have similar lengths
         waiting = deque(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
-        left, batch = {}, Batch(self)
+        left, batch = {}, Batch(self, batch_invariant)
         while waiting or batch.rows:
             joining: list[Row] = []
             room = batch_size - len(batch.active)

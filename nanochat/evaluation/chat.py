@@ -20,6 +20,7 @@ from nanochat.errors import UserError
 from nanochat.ragged import length_on, padded
 
 BATCH_TOKENS = 1 << 14  # of multiple-choice prompts in one forward, padding included
+TIE_MARGIN = 1e-3       # of logits, which batches change by about 1e-5
 
 
 @dataclass
@@ -27,7 +28,9 @@ class TaskResult:
     """Result of a chat task.
 
     chance: accuracy of guessing.
-    rows: for each problem its index, whether it was correct, the question, the answers and the reference answer.
+    rows: for each problem its index, whether it was correct, the question, the answers and the reference answer. Where
+        answers are generated, also which were cut at the limit of tokens, and whether it was correct by two other
+        readings: `as_published` grades a cut answer as if it were whole, `lenient` takes other usual forms.
     """
 
     name: str
@@ -47,6 +50,32 @@ class TaskResult:
     def accuracy(self) -> float:
         return self.correct / self.count if self.rows else 0.0
 
+    @property
+    def cut(self) -> tuple[int, int]:
+        """How many answers were cut at the limit, and how many there are; (0, 0) where none is generated."""
+        flags = [cut for row in self.rows for cut in row.get("cut", ())]
+        return sum(flags), len(flags)
+
+    def share(self, reading: str) -> float:
+        """Return the accuracy by another reading, "as_published" or "lenient"."""
+        return sum(row.get(reading, row["correct"]) for row in self.rows) / self.count if self.rows else 0.0
+
+    def readings(self) -> dict[str, float]:
+        """Return what a log says beside the accuracy: cut, answers, as_published, lenient; {} for multiple choice."""
+        cut, answers = self.cut
+        return {"cut": cut, "answers": answers, "as_published": self.share("as_published"),
+                "lenient": self.share("lenient")} if answers else {}
+
+    def notes(self) -> list[str]:
+        """Return in sentences what the accuracy leaves out: cut answers, and right ones in another form."""
+        (cut, answers), found = self.cut, []
+        if cut:
+            found.append(f"{cut} of {answers} answers were cut at the limit and count as wrong; "
+                         f"{self.share('as_published'):.1%} with them, as published")
+        if self.share("lenient") > self.accuracy:
+            found.append(f"{self.share('lenient'):.1%} read leniently")
+        return found
+
 
 def chatcore(accuracy: dict[str, float], chance: dict[str, float]) -> float:
     """Return the mean over tasks of (accuracy − chance) / (1 − chance): 0 for guessing, 1 for all problems right."""
@@ -57,7 +86,13 @@ def evaluate_task(model, tokenizer, task: Any, ranks: Ranks, *, batch_size: int 
                   num_samples: int = 1, max_tokens: int = 512, temperature: float = 0.0, top_k: int | None = None,
                   seed: int = 42, progress: Callable[[int, int, int], object] = lambda done, count, correct: None
                   ) -> TaskResult:
-    """Evaluate a model on a task. Collective; the result does not depend on the number of ranks.
+    """Evaluate a model on a task. Collective; in float32 on a CPU the result does not depend on the number of ranks.
+
+    On a GPU, or in fewer bits, other rows in a batch round its logits differently, so that answers to problems that are
+    nearly a tie may differ.
+
+    A generated answer that was cut at max_tokens is wrong, whatever it holds so far: "#### 1800" cut to "#### 18" is
+    not 18.
 
     Args:
         model: a GPT.
@@ -72,7 +107,7 @@ def evaluate_task(model, tokenizer, task: Any, ranks: Ranks, *, batch_size: int 
         progress: called as progress(done, count, correct) after each problem of this rank.
 
     Raises:
-        UserError: for a task that has no grading.
+        UserError: for a task that has no grading; the model gives NaN.
     """
     began = time.perf_counter()
     count = len(task) if max_problems < 0 else min(max_problems, len(task))
@@ -103,6 +138,8 @@ def _grade_choices(model, tokenizer, task: Any, indices: range, batch_size: int)
     """Yield the graded problems of a categorical task.
 
     The answer is the letter with the largest logit as the first token of the assistant. Longest prompts come first.
+    In float32, a prompt whose best letters are nearly a tie goes through the model again, alone, so that its answer
+    does not depend on what else is in its batch.
     """
     prompts = {}
     for index in indices:
@@ -118,8 +155,25 @@ def _grade_choices(model, tokenizer, task: Any, indices: range, batch_size: int)
         for i, index in enumerate(batch):
             conversation = prompts[index][0]
             letters = conversation["letters"]
-            best = letters[int(logits[i, [_letter_id(tokenizer, letter) for letter in letters]].argmax())]
+            of_letters = [_letter_id(tokenizer, letter) for letter in letters]
+            if model.dtype == torch.float32 and _nearly_tied(logits[i, of_letters]):
+                logits[i] = model(torch.tensor([prompts[index][1]], device=model.device), last_only=True)[0, 0].cpu()
+            best = letters[int(_finite(logits[i, of_letters]).argmax())]
             yield _row(index, task.evaluate(conversation, best), conversation, [best])
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logits. Raises UserError where one is not finite: the largest of them would be any."""
+    if not bool(logits.isfinite().all()):
+        raise UserError("the model gives NaN or infinity instead of logits, so nothing can be graded: its weights are "
+                        "damaged, or training had diverged. Evaluate an earlier checkpoint (--step).")
+    return logits
+
+
+def _nearly_tied(logits: torch.Tensor) -> bool:
+    """Return whether the two largest of these logits (N,) are closer than TIE_MARGIN."""
+    best = logits.topk(min(2, len(logits))).values
+    return bool(best[0] - best[-1] < TIE_MARGIN)
 
 
 def _letter_id(tokenizer, letter: str) -> int:
@@ -135,7 +189,20 @@ def _grade_generated(model, tokenizer, task: Any, indices: range, **options: Any
     engine = Engine(model, tokenizer)
     conversations = [task[index] for index in indices]
     prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
-    for number, samples in engine.complete(prompts, **options):
+    if prompts:  # what is sampled from NaN is some token, and no error
+        with torch.inference_mode():
+            _finite(model(padded(prompts[:1], model.device, BATCH_TOKENS)[0])[0, :len(prompts[0])])
+    for number, samples in engine.complete(prompts, batch_invariant=True, **options):
         texts = [tokenizer.decode([token for token in row.tokens if token not in engine.stops]) for row in samples]
-        correct = any(task.evaluate(conversations[number], text) for text in texts)
-        yield _row(indices[number], correct, conversations[number], texts)
+        cut = [row.ended != "stop" for row in samples]
+        right = [bool(task.evaluate(conversations[number], text)) for text in texts]
+        correct = any(good and not short for good, short in zip(right, cut))
+        lenient = correct or any(not short and _lenient(task, conversations[number], text)
+                                 for text, short in zip(texts, cut))
+        yield _row(indices[number], correct, conversations[number], texts) | {
+            "cut": cut, "as_published": any(right), "lenient": lenient}
+
+
+def _lenient(task: Any, conversation: dict, text: str) -> bool:
+    """Return whether an answer is right in another form; a task that is no subclass of Task may know none."""
+    return hasattr(task, "evaluate_lenient") and bool(task.evaluate_lenient(conversation, text))

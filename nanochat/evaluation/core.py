@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.distributed import Ranks, gather_objects, on_main
+from nanochat.distributed import Ranks, gather_objects, machine_first, on_main, several_machines
 from nanochat.errors import UserError
 from nanochat.evaluation.core_bundle import Bundle, CoreTask, open_bundle
 from nanochat.ragged import length_on, padded
@@ -93,7 +93,10 @@ def bundle_of_ranks(folder: str | Path | None, ranks: Ranks, *, fetch: bool = Tr
 
     An error is raised on all ranks.
     """
-    return on_main("fetching the tasks of CORE", lambda: open_bundle(folder, fetch=fetch, say=say), ranks)
+    bundle = on_main("fetching the tasks of CORE", lambda: open_bundle(folder, fetch=fetch, say=say), ranks)
+    if several_machines(ranks):  # which may not see rank 0's
+        bundle = machine_first(lambda: open_bundle(folder, fetch=fetch, say=lambda text: None), ranks)
+    return bundle
 
 
 def check_bundle(bundle: Bundle, max_per_task: int, ranks: Ranks = ONE_RANK) -> None:
@@ -210,8 +213,12 @@ def _result(question: Question, losses: list[float], greedy: bool) -> ExampleRes
     """Choose the prompt with the lowest loss, the first in a tie; language modelling: `greedy` is the result.
 
     A choice that is a prefix of another choice has no scored token and the loss NaN. min() takes it only where it comes
-    first, as the published evaluation does.
+    first, as the published evaluation does. Raises UserError for any other loss that is not finite.
     """
+    for prompt, start, loss in zip(question.prompts, question.starts, losses):
+        if start < len(prompt) and not math.isfinite(loss):
+            raise UserError(f"the model gives a loss of {loss}, so CORE cannot be measured: its weights are damaged, "
+                            "or training had diverged. Evaluate an earlier checkpoint.")
     correct = greedy if question.gold is None else losses.index(min(losses)) == question.gold
     return ExampleResult(correct, losses)
 

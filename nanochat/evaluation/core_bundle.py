@@ -11,14 +11,10 @@ environment variable NANOCHAT_EVAL_BUNDLE_URL overrides where it is downloaded f
 
 import csv
 import gzip
-import http.client
 import json
 import math
 import os
 import shutil
-import time
-import urllib.error
-import urllib.request
 import uuid
 import zipfile
 import zlib
@@ -28,11 +24,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.files import FULL, base_dir, in_words, need_disk
+from nanochat.files import TROUBLES, base_dir, in_words, need_disk, not_written
+from nanochat.transfer import Listed, NotFetched, fetch_file
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-TRIES = 3
-TIMEOUT = 30.0  # seconds without a byte
+MIN_FREE = 300 << 20  # bytes that the published bundle takes, packed and unpacked
 MAX_UNPACKED = 8 << 30  # bytes; far above the published bundle, so that a zip bomb is not unpacked
 
 # icl_task_type → the keys of a row and their types
@@ -245,7 +241,7 @@ def fetch_bundle(folder: Path, say: Callable[[str], None] = print) -> None:
         aside.mkdir(parents=True)
         packed = aside / "bundle.zip"
         say(f"downloading the CORE bundle from {url}")
-        _download(url, packed)
+        _download(url, packed, folder.with_name(f".{folder.name}.zip.part"), say)
         inside = _unpack(packed, aside / "unpacked", url)
         read_bundle(inside)
         try:
@@ -254,49 +250,40 @@ def fetch_bundle(folder: Path, say: Callable[[str], None] = print) -> None:
             if not (folder / "core.yaml").is_file():  # else another process was faster
                 raise
     except OSError as error:
-        if error.errno in FULL:
-            raise UserError("the disk is full: the CORE bundle was not unpacked. "
-                            f"Free some space on {folder.parent} or set NANOCHAT_BASE_DIR to another disk.") from error
+        if error.errno in TROUBLES:
+            raise not_written(folder, error, "the CORE bundle") from error
         raise UserError(f"the CORE bundle cannot be written to {folder}: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     say(f"the CORE bundle is in {folder}")
 
 
-def _download(url: str, path: Path) -> None:
-    """Download url to path and check the size. A connection that breaks is tried again."""
+def _download(url: str, path: Path, part: Path, say: Callable[[str], None]) -> None:
+    """Download the zip file to `path`. What came of it stays in `part` where the connection breaks for good.
+
+    A file whose checksums are wrong is fetched once more.
+    """
     hint = f"Download {url} elsewhere and unpack it to {bundle_dir()}, or give its folder with --bundle."
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(2.0 ** (attempt - 1))
-        try:
-            request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(path, "wb") as file:
-                size = answer.headers.get("Content-Length")
-                if size is not None:
-                    need_disk(path, 3 * int(size), "the CORE bundle")
-                shutil.copyfileobj(answer, file, 1 << 20)
-                if size is not None and file.tell() != int(size):
-                    raise http.client.IncompleteRead(b"", int(size) - file.tell())
-            return
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code not in (408, 429):
-                raise BundleUnavailable(f"the CORE bundle cannot be downloaded: {url} answers {error.code}. {hint}"
-                                        ) from error
-            last: Exception = error
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise
-            last = error
-            if isinstance(error, urllib.error.URLError):  # no connection at all: most likely there is no network
-                break
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise BundleUnavailable(f"the CORE bundle cannot be downloaded: {url!r} is not a URL ({error}). {hint}"
-                                    ) from error
-    reason = getattr(last, "reason", None) or last
-    raise BundleUnavailable(f"the CORE bundle cannot be downloaded from {url}: {reason}. {hint}") from last
+    if not url.startswith(("http://", "https://")):
+        raise BundleUnavailable(f"the CORE bundle cannot be downloaded: {url!r} is not a URL. {hint}")
+    need_disk(part, MIN_FREE, "the CORE bundle")
+    try:
+        fetch_file(url, path, Listed(), say=say, part=part)
+        if _damage(path):
+            say(f"the CORE bundle came damaged ({_damage(path)}): fetching it again")
+            fetch_file(url, path, Listed(), say=say, part=part)
+    except NotFetched as error:
+        raise BundleUnavailable(f"the CORE bundle cannot be downloaded from {url}: {error}. {hint}") from error
+
+
+def _damage(path: Path) -> str:
+    """Say what is wrong with a zip file; "" where its checksums are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        return str(error)
+    return "" if broken is None else f"the checksum of {broken} is wrong"
 
 
 def _escapes(name: str) -> bool:

@@ -4,7 +4,8 @@
     python -m nanochat.report reset                        # moves an old report aside; the logs stay
 
 Sections go to report/*.md under $NANOCHAT_BASE_DIR, joined to report/report.md with the plots beside it, and are
-copied to ./report.md, whose plots are in ./report_files. Where a log holds several runs, the last finished one counts;
+copied to ./report.md, whose plots are in ./report_files. The old report is replaced when the new one is complete; what
+could not be drawn, read or copied is left out and named. Where a log holds several runs, the last finished one counts;
 a run that was stopped and resumed is one run. The report only reads logs: it can be written at any time, also while a
 stage still trains.
 """
@@ -15,8 +16,7 @@ from dataclasses import dataclass
 
 from nanochat.cli import Range, flag, parse, run_main
 from nanochat.errors import UserError
-from nanochat.files import base_dir
-from nanochat.report.writing import generate, reset
+from nanochat.report.writing import reset, write
 
 
 @dataclass
@@ -42,8 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         old = reset()
         print(f"the old report was moved to {old}" if old else "there was no report")
         return
-    path = generate(config.tag or None, config.hourly_price if config.hourly_price >= 0 else None)
-    print(f"the report is in {path.resolve()} and in {base_dir() / 'report' / 'report.md'}")
+    written = write(config.tag or None, config.hourly_price if config.hourly_price >= 0 else None)
+    for note in written.notes:
+        print(f"note: {note}")
+    places = [str(path.absolute()) for path in (written.copy, written.report) if path is not None]
+    print(f"the report is in {' and in '.join(places)}")
 
 
 if __name__ == "__main__":

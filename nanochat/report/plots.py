@@ -1,6 +1,10 @@
 """The plots of the report. Only drawing imports matplotlib, and it needs no display."""
 
-from pathlib import Path
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from nanochat.report.runs import (
@@ -19,40 +23,99 @@ COLUMN_COLOURS = dict(zip(COLUMNS, ("#9fb8d1", "#5f93c6", BLUE, "#12365f")))
 Line = tuple[str, list[float], list[float]]  # label, steps, values
 
 
-def draw(logs: dict[str, StageLog], folder: Path) -> dict[str, list[str]]:
-    """Draw the curves of each stage that trains, and the scores of all stages, as PNG files in `folder`.
+@contextmanager
+def plain_matplotlib() -> Iterator[None]:
+    """Within the block, matplotlib is as it ships: no settings of the user, no display, no backend but Agg.
 
-    Returns the file names by stage; those of the scores under "summary". Raises ModuleNotFoundError without matplotlib.
+    Notebooks set MPLBACKEND for every process that they start, to a module of their own environment. Where that module
+    is missing, matplotlib cannot be imported.
     """
+    users = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if users is not None:
+            os.environ["MPLBACKEND"] = users
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that no font has, for example
+        matplotlib.rcdefaults()
+        yield
+
+
+def draw(logs: dict[str, StageLog], note: Callable[[str], object] = lambda text: None) -> dict[str, dict[str, bytes]]:
+    """Draw the curves of each stage that trains, and the scores of all stages. What cannot be drawn is left out.
+
+    note: called with a sentence for what is left out, and why.
+
+    Returns:
+        By stage, PNG files by name; those of the scores under "summary".
+    """
+    drawn: dict[str, dict[str, bytes]] = {}
+    try:
+        with plain_matplotlib():
+            for stage, log in logs.items():
+                if log.trains:
+                    _try_to_draw(drawn, stage, f"{len(drawn):02d}-{stage}.png", note,
+                                 lambda figure, log=log: _draw_stage(figure, log))
+            for name in ("tasks", "world"):
+                _try_to_draw(drawn, "summary", f"90-{name}.png", note,
+                             lambda figure, name=name: _draw_scores(figure, logs, name))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("matplotlib", "PIL", "numpy"):
+            note(f"There are no plots: {_in_words(error)}.")
+        else:
+            note("There are no plots, as matplotlib is not installed: `uv pip install '.[report]'` in the project's "
+                 "folder installs it, then `python -m nanochat.report generate` again.")
+    except Exception as error:  # an installation that is broken in any way costs the pictures, not the report
+        note(f"There are no plots: matplotlib cannot be used ({_in_words(error)}).")
+    return drawn
+
+
+def _try_to_draw(drawn: dict[str, dict[str, bytes]], stage: str, name: str, note: Callable[[str], object],
+                 fill: Callable[[Any], bool]) -> None:
+    """Draw one picture and add it to `drawn`. fill: draws on a figure, and returns whether there is anything."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def save(figure: Any, name: str) -> str:
+    data = io.BytesIO()
+    try:
+        figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)  # not pyplot, which keeps global state and may look for a display
-        figure.savefig(folder / name, dpi=110, format="png")
-        return name
+        if not fill(figure):
+            return
+        figure.savefig(data, dpi=110, format="png")
+    except Exception as error:  # whatever the library does not like in the numbers or the fonts
+        note(f"The plot of {TITLES.get(stage, 'the scores')} could not be drawn ({_in_words(error)}).")
+        return
+    drawn.setdefault(stage, {})[name] = data.getvalue()
 
-    drawn: dict[str, list[str]] = {}
-    for stage, log in logs.items():
-        if log.trains and (panels := panels_of(log)):
-            rows = (len(panels) + 1) // 2
-            figure = Figure(figsize=(9.5, 2.9 * rows), layout="constrained")
-            figure.suptitle(TITLES[stage])
-            for number, (title, lines) in enumerate(panels.items(), start=1):
-                draw_curves(figure.add_subplot(rows, 2, number), title, lines)
-            drawn[stage] = [save(figure, f"{len(drawn):02d}-{stage}.png")]
-    pictures = []
-    scores, chance = scores_by_column(logs), chance_by_task(logs)
-    for name, tasks, reference, label in (("tasks", list(PUBLISHED), PUBLISHED, "published d20"),
-                                          ("world", ["World-Facts", *SMALL_WORLD_TASKS], chance, "chance")):
-        present = [task for task in tasks if any(task in scores[column] for column in COLUMNS)]
-        if set(present) - {"SpellingBee"}:  # this task is in both lists
-            figure = Figure(figsize=(9.5, 3.6), layout="constrained")
-            draw_bars(figure.add_subplot(), present, scores, reference, label)
-            pictures.append(save(figure, f"90-{name}.png"))
-    if pictures:
-        drawn["summary"] = pictures
-    return drawn
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _draw_stage(figure: Any, log: StageLog) -> bool:
+    """Draw the curves of a stage."""
+    panels = panels_of(log)
+    rows = (len(panels) + 1) // 2
+    figure.set_size_inches(9.5, 2.9 * max(1, rows))
+    figure.suptitle(TITLES[log.stage])
+    for number, (title, lines) in enumerate(panels.items(), start=1):
+        draw_curves(figure.add_subplot(rows, 2, number), title, lines)
+    return bool(panels)
+
+
+def _draw_scores(figure: Any, logs: dict[str, StageLog], name: str) -> bool:
+    """Draw the scores of all stages on the published tasks (name "tasks"), or on those of the small world."""
+    scores = scores_by_column(logs)
+    tasks, reference, label = (list(PUBLISHED), PUBLISHED, "published d20") if name == "tasks" else (
+        ["World-Facts", *SMALL_WORLD_TASKS], chance_by_task(logs), "chance")
+    present = [task for task in tasks if any(task in scores[column] for column in COLUMNS)]
+    if not set(present) - {"SpellingBee"}:  # this task is in both lists
+        return False
+    figure.set_size_inches(9.5, 3.6)
+    draw_bars(figure.add_subplot(), present, scores, reference, label)
+    return True
 
 
 def panels_of(log: StageLog) -> dict[str, list[Line]]:

@@ -5,14 +5,14 @@ hold several runs: the last one that finished counts. A run that was interrupted
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.logs import read_log
+from nanochat.logs import iter_log
 from nanochat.stages import STAGES
 
 # name of a log → title of its section, in the order of the report
@@ -23,6 +23,7 @@ COLUMNS = {stage.column: stage.graded_by for stage in STAGES.values()}
 # the published run of depth 20: CORE of its base model, the other scores after SFT
 PUBLISHED = {"CORE": 0.1796, "ARC-Challenge": 0.2782, "ARC-Easy": 0.3864, "GSM8K": 0.0455, "HumanEval": 0.0549,
              "MMLU": 0.3166, "SpellingBee": None, "ChatCORE": 0.2322}
+THIN_BYTES = 1 << 25  # of a log; of the steps in a log n times as long every n-th is kept, enough for any plot
 SMALL_WORLD_TASKS = ("World-Questions", "World-Choice", "World-Sums", "SpellingBee")
 
 
@@ -79,7 +80,10 @@ class StageLog:
 
 def is_number(value: Any) -> bool:
     """Is it a finite number? A bool is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 def times_of(records: Iterable[dict[str, Any]]) -> list[datetime]:
@@ -95,7 +99,7 @@ def times_of(records: Iterable[dict[str, Any]]) -> list[datetime]:
     return times
 
 
-def split_runs(records: list[dict[str, Any]]) -> list[StageLog]:
+def split_runs(records: Iterable[dict[str, Any]]) -> list[StageLog]:
     """Split the records of a log into its runs. A run that resumes from a checkpoint is joined with the run before."""
     runs: list[StageLog] = []
     for record in records:
@@ -116,14 +120,44 @@ def split_runs(records: list[dict[str, Any]]) -> list[StageLog]:
     return runs
 
 
-def read_logs(folder: Path) -> dict[tuple[str, str], StageLog]:
-    """Return the last finished run of every log in `folder`, by stage and tag; the last run where none finished."""
+def read_logs(folder: Path, note: Callable[[str], object] = lambda text: None) -> dict[tuple[str, str], StageLog]:
+    """Return the last finished run of every log in `folder`, by stage and tag; the last run where none finished.
+
+    note: called with a sentence for what could not be read and is left out.
+    """
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
-        runs = split_runs(read_log(path))
+        lost: list[None] = []
+        try:
+            stride = 1 + path.stat().st_size // THIN_BYTES
+            runs = split_runs(thinned(iter_log(path, lambda lost=lost: lost.append(None)), stride))
+        except OSError as error:
+            note(f"{path.name} could not be read ({error.strerror}) and is left out.")
+            continue
+        if lost:
+            note(f"{path.name} has {len(lost)} damaged or incomplete line{'s' * (len(lost) > 1)}, left out.")
         if runs and runs[-1].stage in TITLES:
             found[runs[-1].stage, runs[-1].tag] = next((run for run in reversed(runs) if run.finished), runs[-1])
     return found
+
+
+def thinned(records: Iterable[dict[str, Any]], stride: int) -> Iterator[dict[str, Any]]:
+    """Yield every stride-th of the records of steps, the last one before each other record, and all other records."""
+    count, waiting = 0, None
+    for record in records:
+        if record.get("kind") in ("train", "rl"):
+            waiting = record
+            if count % stride == 0:
+                yield record
+                waiting = None
+            count += 1
+            continue
+        if waiting is not None:
+            yield waiting
+            waiting = None
+        yield record
+    if waiting is not None:
+        yield waiting
 
 
 def logs_of_model(logs: dict[tuple[str, str], StageLog], tag: str | None, folder: Path

@@ -17,6 +17,7 @@ from nanochat.report.runs import (
     scores_by_column,
     wall_clock_seconds,
 )
+from nanochat.stages import STAGES
 
 HEADING = "# Report of a nanochat run"
 PUBLISHED_TIME = "3 h 15 min"
@@ -79,6 +80,8 @@ def overview_section(tag: str, logs: dict[str, StageLog], hourly_price: float | 
               "## Time and cost", "",
               markdown_table(["stage", "time", ""], [[TITLES[stage], format_duration(log.seconds), _status(log)]
                                                      for stage, log in logs.items()])]
+    if missing := [TITLES[stage.name] for stage in STAGES.values() if stage.name not in logs]:
+        lines.append(f"- no log, so not in this report: {', '.join(missing)}")
     wall, busy = wall_clock_seconds(logs), sum(log.seconds for log in logs.values())
     lines.append(f"- total wall-clock time, from the first start to the last end: **{format_duration(wall)}**; "
                  f"all stages together {format_duration(busy)}")
@@ -134,6 +137,8 @@ def stage_section(log: StageLog, plots: list[str]) -> str:
     if rows:
         lines.append(markdown_table(["result", ""], rows))
     lines += _task_tables(log) + _kernel_table(log)
+    for record in log.all("skipped"):
+        lines += [f"Skipped: {record.get('what', 'a part')}: {' '.join(str(record.get('why', '')).split())}", ""]
     lines += [f"![{TITLES[log.stage]}]({name})\n" for name in plots]
     texts = log.last("samples").get("texts") or log.last("loss").get("samples")
     if isinstance(texts, list) and texts:
@@ -155,9 +160,14 @@ def _task_tables(log: StageLog) -> list[str]:
             for name, scores in core.items()]))
     graded = {record.get("name"): record for record in log.all("task")}
     if graded:
-        tables.append(markdown_table(["task", "accuracy", "right", "of", "chance", "time"], [
+        readings = any("cut" in record for record in graded.values())
+        more = (("cut", "cut at the limit"), ("as_published", "with cut ones, as published"),
+                ("lenient", "lenient reading")) if readings else ()
+        header = ["task", "accuracy", "right", "of", "chance", "time", *(title for _, title in more)]
+        tables.append(markdown_table(header, [
             [name, *(format_number(record.get(key)) for key in ("accuracy", "correct", "count", "chance")),
-             format_duration(record["seconds"]) if is_number(record.get("seconds")) else "-"]
+             format_duration(record["seconds"]) if is_number(record.get("seconds")) else "-",
+             *(format_number(record.get(key)) for key, _ in more)]
             for name, record in graded.items()]))
     return tables
 
@@ -225,11 +235,19 @@ def training_results(log: StageLog) -> list[list[str]]:
             before, after = (format_number(pass_rates[i].get(name)) for i in (0, -1))
             rows.append([f"{name}, before and after", f"{before}, {after}"])
     add("CORE at the end", log.last("core").get("core"))
+    if verdict := verdict_of(log):
+        rows.append(["verdict, end against beginning", verdict])
     if is_number(done.get("peak_memory")):
         rows.append(["memory of the GPU, most", in_words(done["peak_memory"])])
     if is_number(done.get("seconds")):
         rows.append(["time of the last piece" if log.resumes else "time", format_duration(done["seconds"])])
     return rows
+
+
+def verdict_of(log: StageLog) -> str:
+    """Whether the stage taught anything, in words; "" where its log does not say."""
+    verdict = log.last("verdict")
+    return f"{verdict['word']}: {verdict.get('text', '')}" if isinstance(verdict.get("word"), str) else ""
 
 
 def evaluation_results(log: StageLog) -> list[list[str]]:
@@ -265,6 +283,10 @@ def summary_section(logs: dict[str, StageLog]) -> str:
         rows = [row(name, format_number(chance.get(name))) for name in ("World-Facts", *SMALL_WORLD_TASKS)]
         lines += ["The built-in small world, asked in wordings that training did not hold:", "",
                   markdown_table(["task", *COLUMNS, "chance"], [*rows, row("mean above chance", "0")])]
+    doubtful = [f"- **{TITLES[stage]}: {verdict_of(log)}**" for stage, log in logs.items()
+                if log.last("verdict").get("word") in ("worse", "no change")]
+    if doubtful:
+        lines += ["Stages whose end is no better than their beginning:", "", *doubtful, ""]
     published = f" (published, d20 on eight H100: {PUBLISHED_TIME})" if not world else ""
     lines.append(f"Total wall-clock time: {format_duration(wall_clock_seconds(logs))}{published}\n")
     return "\n".join(lines)

@@ -5,12 +5,11 @@ several ("sft/d12"), the name of a folder, or "owner/name" of the hub. Clients c
 path.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from nanochat.checkpoint import latest_step
+from nanochat.checkpoint import latest_step, load_checkpoint, nothing_found
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.loading import checkpoint_dir, from_hub
@@ -56,12 +55,15 @@ def _of_stage(stage: str, tag: str) -> Iterator[tuple[str, Path]]:
 
 
 def _info(id: str, folder: Path, step: int | None, stage: Stage | None, default: bool = False) -> ModelInfo:
-    """Describe a model without reading its weights. Raises UserError if it has no usable checkpoint."""
-    step = latest_step(folder) if step is None else step
-    path = folder / f"meta_{step or 0:06d}.json"
-    if step is None or not path.is_file():
-        raise UserError(f"no usable checkpoint {'' if step is None else f'of step {step} '}in {folder}")
-    meta = json.loads(path.read_text(encoding="utf-8"))
+    """Describe a model. Raises UserError if it has no usable checkpoint.
+
+    The newest checkpoint of the default model, which is loaded next, is chosen by reading all of it. Of the others this
+    reads no weights, so that a list of models takes no time; one that is found damaged when it is loaded is passed over
+    from then on.
+    """
+    if step is None and (step := latest_step(folder, optimizer=False, verify=default)) is None:
+        raise UserError(nothing_found(folder))
+    meta, path = load_checkpoint(folder, step, weights=False).meta, folder / f"meta_{step:06d}.json"
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.pkl"))
     description = f"{folder.name}, step {step}" + (f": {stage.page}" if stage else "")
     return ModelInfo(id, str(folder), step, context_length=int(meta["model_config"]["sequence_len"]),

@@ -245,8 +245,12 @@ class Pool:
     def set_models(self, infos: list[ModelInfo]) -> None:
         """Set the list of models to those a worker found.
 
-        A used one keeps its checkpoint as long as its id is found.
+        A used one keeps its checkpoint as long as its id is found, unless an older one is found: then that checkpoint
+        is damaged or gone.
         """
+        for info in infos:
+            if info.id in self.used_models and info.step < self.used_models[info.id].step:
+                del self.used_models[info.id]
         self.models = {info.id: self.used_models.get(info.id, info) for info in infos}
 
     def look_for_models(self) -> None:

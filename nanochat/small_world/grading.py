@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nanochat.errors import UserError
 from nanochat.small_world.phrasings import DIFFERENCES, OLDER, OWNS, SUMS
 from nanochat.small_world.stories import count_list, gifts
 from nanochat.small_world.world import MAX_ADDEND, QUESTION, World, pick, rng_of, sample
@@ -96,7 +97,7 @@ def grade(facts: list[Fact], score: Callable[[list[str], list[list[str]]], list[
         counts as wrong.
 
     Raises:
-        ValueError: `score` returned the wrong number of values, or NaN.
+        UserError: `score` returned NaN. ValueError: it returned the wrong number of values.
     """
     scores = score([f.prompt for f in facts], [f.choices for f in facts])
     if len(scores) != len(facts):
@@ -104,7 +105,7 @@ def grade(facts: list[Fact], score: Callable[[list[str], list[list[str]]], list[
     right: dict[str, list[tuple[bool, float]]] = {}
     for fact, row in zip(facts, scores):
         if len(row) != len(fact.choices) or any(x != x for x in row):  # x != x: NaN
-            raise ValueError(f"score() gave {row} for the {len(fact.choices)} choices of {fact.prompt!r}")
+            raise UserError(f"score() gave {row} for the {len(fact.choices)} choices of {fact.prompt!r}")
         answer = row[fact.choices.index(fact.answer)]
         correct = all(x < answer for choice, x in zip(fact.choices, row) if choice != fact.answer)
         for kind in (fact.kind, "world") if fact.kind in WORLD_KINDS else (fact.kind,):

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import pickle
 from contextlib import ExitStack
 from pathlib import Path
@@ -70,11 +71,12 @@ def save_encoding(enc: tiktoken.Encoding, token_bytes: "torch.Tensor", folder: s
              "mergeable_ranks_base64": [base64.b64encode(token).decode() for token in tokens_of(enc)]}
     contents = {"tokenizer.json": json.dumps(plain, indent=0).encode(), "tokenizer.pkl": pickled,
                 "token_bytes.pt": sizes.getvalue()}
-    with ExitStack() as stack:  # all three temporary files are flushed before the first is renamed
+    with ExitStack() as stack:  # all three temporary files are on disk before the first is renamed
         files = [stack.enter_context(atomic_write(Path(folder) / name)) for name in contents]
         for file, content in zip(files, contents.values()):
             file.write(content)
             file.flush()
+            os.fsync(file.fileno())
 
 
 def tokens_of(enc: tiktoken.Encoding) -> list[bytes]:

@@ -1,0 +1,148 @@
+"""Flags that all stages share, the command line of a stage, and what is decided from both before it begins."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from nanochat.checks import check_batch, check_tag, conversation_files, dry_run_flag
+from nanochat.cli import COUNT, COUNT_OR_ALL, EVERY, NOT_NEGATIVE, SEED, STEP_OR_LAST, flag, parse
+from nanochat.distributed import Ranks, joined_ranks, on_main
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.guard import CHECK_EVERY, GUARD
+from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
+from nanochat.kernels.dispatch import TrainingShape, has_triton
+from nanochat.logs import check_wandb
+from nanochat.memory import RECOMPUTE_HELP, fit_batch
+from nanochat.recipe import Recompute, published
+
+C = TypeVar("C")
+REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
+
+
+def kernels_flag() -> Any:
+    """Return the field of the flag --kernels."""
+    return flag("auto", "implementations of the fused operations: auto (measured on GPUs), measure (anew), default "
+                "(not measured), or by name, such as relu2:torch,attention:flash")
+
+
+@dataclass
+class ChatStageFlags:
+    """Flags of every stage after the base model."""
+
+    run: str = flag("dummy", "name of the wandb run; dummy means no wandb")
+    device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
+    model_tag: str = flag("", "which model to start from; unset takes the only or the deepest one. "
+                              "The result has the same name")
+    model_step: int = flag(-1, "which of its checkpoints; -1 is the last", within=STEP_OR_LAST)
+    data: Literal["auto", "hub", "small-world"] = flag("auto", "what to train on: the published mixture, or "
+                                                       "conversations about the built-in small world; auto is what "
+                                                       "goes with the base model")
+    conversations: str = flag("", "further conversations, your own: .jsonl files, with commas between")
+    num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data",
+                               within=COUNT_OR_ALL)
+    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)",
+                               within=NOT_NEGATIVE)
+    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)",
+                                 within=NOT_NEGATIVE)
+    matrix_lr: float = flag(published.groups["matrices"].lr,
+                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)",
+                            within=NOT_NEGATIVE)
+    init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates", within=NOT_NEGATIVE)
+    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps",
+                               within=NOT_NEGATIVE)
+    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit", within=NOT_NEGATIVE)
+    reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
+    recompute: Recompute = flag(published.mid.recompute, RECOMPUTE_HELP)
+    save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only",
+                           within=EVERY)
+    keep: int = flag(published.mid.keep, "periodical checkpoints to keep, beside the one of them with the best "
+                     "validation and those of --keep-every; the last one always stays", within=COUNT)
+    keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none",
+                           within=COUNT_OR_ALL)
+    seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled", within=SEED)
+    guard: Literal["skip", "stop", "off"] = flag("skip", GUARD)
+    check_every: int = flag(100, CHECK_EVERY, within=EVERY)
+    kernels: str = kernels_flag()
+    fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
+    dry_run: bool = dry_run_flag()
+
+    def check(self) -> None:
+        """Raise UserError for flags that do not fit one another, and for files that are not there."""
+        check_tag(self.model_tag)
+        check_batch(self)
+        for path in conversation_files(self.conversations):
+            if not path.is_file():
+                raise UserError(f"--conversations: there is no file {path}")
+
+
+def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] | None, description: str) -> None:
+    """Parse the command line, join the ranks and call run(config, ranks): the `main` of every training script."""
+    config = parse(flags, argv, description)
+    parse_wish(config.kernels)  # raises for names that do not exist, before anything is loaded
+    try:
+        with joined_ranks(config.device_type) as ranks:
+            on_main("looking at wandb", lambda: check_wandb(config.run), ranks)
+            run(config, ranks)
+    finally:
+        apply_wish(Wish())  # the choice was that of this run
+
+
+def compile_wanted(choice: str, ranks: Ranks) -> bool:
+    """Return whether the blocks are to be compiled, by the flag --compile: yes, no, or auto (on GPUs that can)."""
+    if choice not in ("auto", "yes", "no"):
+        raise UserError(f"--compile is yes, no or auto, not {choice!r}")
+    if choice == "no" or ranks.device.type != "cuda":
+        return choice == "yes"
+    if torch.version.hip is None and not has_triton(ranks.device, (7, 0)):
+        why = ("torch.compile needs Triton and a GPU of compute capability 7.0 or later; this is "
+               f"{torch.cuda.get_device_name(ranks.device)}")
+        if choice == "yes":
+            raise UserError(f"--compile=yes, but {why}. Use --compile=auto or --compile=no.")
+        if ranks.is_main:
+            print(f"note: {why}: the blocks run uncompiled, slower")
+        return False
+    return True
+
+
+def choose_kernels(config: Any, model: GPT, B: int, T: int, compiled: bool, ranks: Ranks) -> Choice:
+    """Choose the implementations of the fused operations for this run, by the flag --kernels. Collective.
+
+    Rank 0 measures where that is wanted, and all ranks do the same. Call it before anything is compiled.
+
+    Args:
+        B, T: rows and tokens of a micro-batch
+        compiled: whether the blocks will be compiled
+
+    Raises:
+        UserError: --kernels or NANOCHAT_KERNELS names what does not exist
+    """
+    wish = parse_wish(config.kernels) if config.kernels != "auto" else wish_of_environment()
+    shape = model.config
+    sizes = TrainingShape(
+        B=B, T=T, E=shape.n_embd, H=shape.n_head, G=shape.n_kv_head, D=shape.n_embd // shape.n_head, K=shape.n_kernel,
+        V=shape.vocab_size, window=shape.window, matrices=-(-shape.n_layer // ranks.world_size))
+    choice = on_main("measuring kernels", lambda: choose(wish, sizes, ranks.device, model.dtype, compiled), ranks)
+    choice.apply()
+    return choice
+
+
+def fit_and_choose(config: Any, model: GPT, T: int, total_rows: int | None, most: int, ranks: Ranks, *,
+                   meta: dict[str, Any], compiled: bool = False) -> tuple[Any, Choice]:
+    """Decide rows, activation checkpointing and kernels, and prepare the model for them. Collective.
+
+    Kernels are chosen between counting the rows and trying them, since nothing is compiled before they are.
+
+    Args:
+        config: the flags. They are not changed.
+        model, T, total_rows, most, meta, compiled: as in `nanochat.memory.fit_batch`.
+
+    Returns:
+        The flags as `fit_batch` returns them, and the choice of kernels.
+    """
+    kernels: list[Choice] = []
+    config = fit_batch(config, model, T, total_rows, most, ranks, meta=meta, compiled=compiled,
+                       ready=lambda rows: kernels.append(choose_kernels(config, model, rows, T, compiled, ranks)))
+    return config, kernels[0]
