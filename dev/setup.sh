@@ -24,7 +24,10 @@ trap 'exit 130' INT
 case ${1:-} in
     '') ;;
     -h | --help) sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) echo "error: the set-up takes no arguments, such as $1; its settings are in the environment (--help)" >&2; exit 2 ;;
+    *)
+        echo "error: the set-up takes no arguments, such as $1; settings stand before it, as in" \
+            "NANOCHAT_TORCH=cpu bash dev/setup.sh" >&2
+        exit 2 ;;
 esac
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -57,7 +57,7 @@ from nanochat.training import clock
 from nanochat.watch import hang_seconds
 from scripts.estimate import card_named, stage_lines
 from scripts.nodes import Leader, Place, follow, persist, place_of_environment
-from scripts.speedrun_plan import Command, RunPlan, chat_stages, check_plan, commands, find_machine, make_plan
+from scripts.speedrun_plan import Command, RunPlan, chat_stages, check_plan, commands, find_machine, make_plan, settings
 from tasks.recipes import IDENTITY
 
 MAKES_TEXT = ("nanochat.dataset", "scripts.tok_train", "dev.gen_identity")  # run by each node, if not on a shared disk
@@ -187,11 +187,8 @@ def execute(owner: Owner, command: Command, begin: Callable[[], Job] | None = No
 
 
 def max_restarts() -> int:
-    """Return how often a command is started again. Raises UserError where SPEEDRUN_MAX_RESTARTS is no number."""
-    text = os.environ.get("SPEEDRUN_MAX_RESTARTS") or "3"
-    if not text.isdecimal():
-        raise UserError(f"SPEEDRUN_MAX_RESTARTS is {text!r}: it must be a whole number from 0 on.")
-    return int(text)
+    """Return how often a command is started again. Raises UserError where SPEEDRUN_MAX_RESTARTS is none."""
+    return settings().max_restarts
 
 
 def is_done(plan: RunPlan, command: Command) -> bool:

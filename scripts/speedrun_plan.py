@@ -73,6 +73,8 @@ class Settings:
     steps: int = flag(0, "optimizer steps of the base model; unset: the recipe's", within=COUNT)
     shards: int = flag(0, "FineWeb-Edu shards; unset: what the steps need", within=COUNT)
     rl: Literal["", "1", "0"] = flag("", "with reinforcement learning, or without; unset: as the recipe")
+    max_restarts: int = flag(3, "how often a stage is started again where a process ends on its own",
+                             within=Range(0, 1000))
 
 
 def settings() -> Settings:

@@ -5,7 +5,11 @@ Covers nanochat/checks.py and the flags of all commands."""
 import dataclasses
 import importlib
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -257,3 +261,23 @@ def test_near_names_are_near():
         near_name("A_STEPZ", ["A_STEPS", "A_GPUS"], "A_") == "A_STEPS"
         and cli.near_name("A_RATE", ["A_GPUS"], "A_") is None
     )
+
+
+# ---- other ways to start a command
+
+
+def test_a_script_runs_as_a_file_too(tmp_path):
+    script = [sys.executable, str(ROOT / "scripts" / "tok_train.py"), "--max-chars=0"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (1, "error: --max-chars is 0; it must be at least 1.\n")
+
+
+@pytest.mark.parametrize("argument, code", [("--help", 0), ("--quick", 2), ("NANOCHAT_TORCH=cpu", 2)])
+def test_the_set_up_looks_at_its_arguments_before_it_does_anything(tmp_path, argument, code):
+    (tmp_path / "dev").mkdir()
+    shutil.copy(ROOT / "dev" / "setup.sh", tmp_path / "dev")
+    script = ["sh", str(tmp_path / "dev" / "setup.sh"), argument]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and "NANOCHAT_TORCH" in done.stdout + done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["dev", "setup.sh"]

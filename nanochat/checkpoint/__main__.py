@@ -21,7 +21,7 @@ from typing import Any
 from nanochat.checkpoint.meta import Corrupt, files_of, holds_checkpoints, read_meta, steps_in
 from nanochat.checkpoint.tensors import check_files
 from nanochat.checkpoint.writing import delete_checkpoints, superseded, validation_loss
-from nanochat.cli import flag, parser_of, run_main
+from nanochat.cli import COUNT, COUNT_OR_ALL, flag, parser_of, run_main
 from nanochat.errors import UserError
 from nanochat.files import in_words, lock_folder
 
@@ -35,8 +35,9 @@ class NoFlags:
 class PruneFlags:
     """Flags of `prune`."""
 
-    keep: int = flag(2, "periodical checkpoints to keep, the newest")
-    keep_every: int = flag(-1, "those of a step that is a multiple of this stay too; -1 = none")
+    keep: int = flag(2, "periodical checkpoints to keep, the newest", within=COUNT)
+    keep_every: int = flag(-1, "those of a step that is a multiple of this stay too; -1 = none",
+                           within=COUNT_OR_ALL)
     yes: bool = flag(False, "delete; without it, only what would be deleted is said")
 
 
