@@ -78,13 +78,13 @@ def run(config: Config, ranks: Ranks) -> None:
         return
     train, test = machine_first(lambda: [recipes.rl(data.source, split, seed=data.seed) for split in ("train", "test")],
                                 ranks)
+    origin = with_identity(origin, train.identity, test.identity, ranks)  # first: it names what changed
     problems = ConversationSteps(train, config.seed, config.examples_per_step, origin.step, steps_state(origin))
     num_iterations = config.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, round(config.num_epochs * problems.count / config.examples_per_step))
     if is_trained(origin, num_iterations, ranks):
         return
-    origin = with_identity(origin, train.identity, test.identity, ranks)
     config, kernels = fit_and_choose(config, origin.model, origin.model.config.sequence_len, None, MOST_ROWS["rl"],
                                      ranks, meta=origin.meta if origin.step else {})
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, rates=RL.rates,

@@ -78,6 +78,7 @@ def run(config: Config, ranks: Ranks) -> None:
     if config.dry_run and data_unseen(data.source, config, origin, ranks):
         return
     train_task, val_task = machine_first(lambda: recipes.sft(data.source, seed=data.seed, extra=data.extra), ranks)
+    origin = with_identity(origin, train_task.identity, val_task.identity, ranks)  # first: it names what changed
     config, kernels = fit_and_choose(config, model, T, None, MOST_ROWS["sft"], ranks,
                                      meta=origin.meta if origin.step else {})
     shape = {"examples_per_step": config.target_examples_per_step, "device_batch_size": config.device_batch_size,
@@ -90,7 +91,6 @@ def run(config: Config, ranks: Ranks) -> None:
         num_iterations = max(1, round(config.num_epochs * len(steps)))
     if is_trained(origin, num_iterations, ranks):
         return
-    origin = with_identity(origin, train_task.identity, val_task.identity, ranks)
     plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None,
                         rates=replace(SFT.rates, warmdown_ratio=config.warmdown_ratio), muon_momentum=SFT.momentum)
     lines = [f"{num_iterations:,} steps of {config.target_examples_per_step} of {len(train_task):,} conversations; "

@@ -86,10 +86,10 @@ def test_what_is_not_finite_is_an_error_and_no_verdict():
 def test_a_model_that_knows_no_more_than_frequencies_is_told(tmp_path, monkeypatch):
     rows = EvalRows.__new__(EvalRows)
     rng = np.random.default_rng(0)
-    rows._rows = rng.choice(97, size=(3, 2, 33), p=(p := rng.dirichlet(np.ones(97)))).astype(np.int32)
-    rows._rows[2, 1, 9:] = -1                                             # padding
+    rows._rows = rng.choice(97, size=(6, 33), p=(p := rng.dirichlet(np.ones(97)))).astype(np.int32)
+    rows._rows[5, 9:] = -1  # padding
     sizes = torch.from_numpy(rng.integers(0, 4, 97)).int()
-    targets = [t for t in rows._rows[:, :, 1:].flatten().tolist() if t >= 0 and sizes[t] > 0]
+    targets = [t for t in rows._rows[:, 1:].flatten().tolist() if t >= 0 and sizes[t] > 0]
     share = {t: targets.count(t) / len(targets) for t in set(targets)}
     bits = -sum(math.log2(share[t]) for t in targets)
     wanted = bits / sum(int(sizes[t]) for t in targets)
