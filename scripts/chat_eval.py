@@ -16,7 +16,7 @@ from typing import Literal
 
 from nanochat.cli import flag, parse, run_main
 from nanochat.distributed import joined_ranks, machine_first
-from nanochat.errors import UserError
+from nanochat.errors import NotWritten, UserError
 from nanochat.evaluation.chat import chatcore, evaluate_task
 from nanochat.files import atomic_write, base_dir, to_json
 from nanochat.loading import load_for_decoding
@@ -102,6 +102,7 @@ def run(config: Config, ranks) -> None:
         if level:
             log.say(f"programs of HumanEval run in a sandbox of the level {level}")
         accuracy, chance = {}, {}
+        not_kept: NotWritten | None = None
         for name, make in tasks.items():
             last_line = time.time()
 
@@ -122,12 +123,18 @@ def run(config: Config, ranks) -> None:
             log.record("task", name=name, accuracy=result.accuracy, correct=result.correct, count=result.count,
                        chance=result.chance, seconds=result.seconds)
             if ranks.is_main:
-                with atomic_write(folder / f"{name}.jsonl", "w") as file:
-                    file.writelines(to_json(row) + "\n" for row in result.rows)
+                try:
+                    with atomic_write(folder / f"{name}.jsonl", "w") as file:
+                        file.writelines(to_json(row) + "\n" for row in result.rows)
+                except NotWritten as error:  # hours may be ahead; the scores are in the log
+                    log.say(f"warning: the answers are not kept: {error}")
+                    not_kept = not_kept or error
         if set(tasks) == set(recipes.graded(data)):
             core = chatcore(accuracy, chance)
             log.say(f"{'ChatCORE' if data == 'hub' else 'mean above chance':18s} {core:6.4f}")
             log.record("chatcore", chatcore=core, tasks=accuracy, data=data)
+        if not_kept is not None:
+            raise not_kept
 
 
 if __name__ == "__main__":
