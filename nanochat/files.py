@@ -69,7 +69,8 @@ def base_dir() -> Path:
         raise UserError("there is no home folder to put files into. Set NANOCHAT_BASE_DIR to a folder you can write "
                         "to.") from error
     except OSError as error:
-        why, _ = TROUBLES.get(error.errno, (error.strerror, ""))
+        why = "the link leads in a circle or nowhere" if os.path.islink(folder) else \
+            TROUBLES.get(error.errno, (error.strerror,))[0]
         raise UserError(f"cannot make the folder {folder}: {why}. "
                         "Set NANOCHAT_BASE_DIR to one you can write to.") from error
     return folder

@@ -138,6 +138,7 @@ class RunLog:
         self._lock = lock(base_dir() / "locks" / f"{self.path.name}.lock", f"another run writes {self.path}",
                           "Two would mix their records: wait until it ends, or stop it with {kill}.")
         try:
+            self.path.parent.mkdir(exist_ok=True)
             self._file = open(self.path, "a+b", buffering=0)  # one write per record, appended: lines never mix
             _end_last_line(self._file)
         except OSError as error:

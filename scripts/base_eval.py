@@ -101,9 +101,9 @@ def core(model, tokenizer, bundle: Bundle, max_per_task: int, step: int, ranks: 
     """Evaluate CORE; print it, record it and write its files. Collective."""
     result = evaluate_core(model, tokenizer, bundle, max_per_task, ranks=ranks, say=log.say)
     if ranks.is_main:
-        path = write_core(result, step)
-        log.say(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.0f} s: {path}")
+        log.say(f"CORE {result.core:.4f} over {len(result.tasks)} tasks in {result.seconds:.0f} s")
         log.record("core", step=step, **result.record())
+        log.say(f"the table is in {write_core(result, step)}")  # last: a full disk does not cost the result
     return result.core
 
 

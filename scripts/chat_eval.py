@@ -18,7 +18,7 @@ from typing import Literal
 from nanochat.checks import check_tag, dry_run_flag, need_writable
 from nanochat.cli import COUNT, COUNT_OR_ALL, ROWS, SEED, STEP_OR_LAST, TEMPERATURE, TOP_K, flag, parse, run_main
 from nanochat.distributed import joined_ranks, machine_first
-from nanochat.errors import UserError
+from nanochat.errors import NotWritten, UserError
 from nanochat.evaluation.chat import chatcore, evaluate_task
 from nanochat.files import atomic_write, base_dir, to_json
 from nanochat.loading import load_for_decoding
@@ -116,6 +116,7 @@ def run(config: Config, ranks) -> None:
         if level:
             log.say(f"programs of HumanEval run in a sandbox of the level {level}")
         accuracy, chance, published_way = {}, {}, {}
+        not_kept: NotWritten | None = None
         for name, task in loaded.items():
             last_line = time.time()
 
@@ -139,13 +140,19 @@ def run(config: Config, ranks) -> None:
             log.record("task", name=name, accuracy=result.accuracy, correct=result.correct, count=result.count,
                        chance=result.chance, seconds=result.seconds, **result.readings())
             if ranks.is_main:
-                with atomic_write(folder / f"{name}.jsonl", "w") as file:
-                    file.writelines(to_json(row) + "\n" for row in result.rows)
+                try:
+                    with atomic_write(folder / f"{name}.jsonl", "w") as file:
+                        file.writelines(to_json(row) + "\n" for row in result.rows)
+                except NotWritten as error:  # hours may be ahead; the scores are in the log
+                    log.say(f"warning: the answers are not kept: {error}")
+                    not_kept = not_kept or error
         if set(tasks) == set(recipes.graded(data)):
             core, other = chatcore(accuracy, chance), chatcore(published_way, chance)
             log.say(f"{'ChatCORE' if data == 'hub' else 'mean above chance':18s} {core:6.4f}"
                     + (f"  ({other:.4f} with answers that were cut, as published)" if other != core else ""))
             log.record("chatcore", chatcore=core, as_published=other, tasks=accuracy, data=data)
+        if not_kept is not None:
+            raise not_kept
 
 
 if __name__ == "__main__":

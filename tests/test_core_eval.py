@@ -12,9 +12,10 @@ import sys
 import pytest
 import torch
 
+from nanochat import transfer
 from nanochat.checkpoint import save_checkpoint
 from nanochat.distributed import Ranks
-from nanochat.errors import UserError
+from nanochat.errors import NotWritten, UserError
 from nanochat.evaluation import core as core_eval
 from nanochat.evaluation.core import (
     Question,
@@ -409,6 +410,18 @@ def test_base_eval_writes_the_table_the_answers_and_a_record(trained, capfd):
                                                       abs=1e-6)
 
 
+def test_a_full_disk_does_not_cost_the_result_of_base_eval(trained, monkeypatch, capfd):
+    from scripts import base_eval
+
+    def full(*arguments):
+        raise NotWritten("the disk is full", full=True)
+    monkeypatch.setattr(base_eval, "atomic_write", full)
+    with pytest.raises(NotWritten):
+        base_eval.main(["--max-per-task=2", "--device-type=cpu", "--eval=core"])
+    assert [row["kind"] for row in read_log(trained / "logs" / "base_eval_d1.jsonl")][-2:] == ["core", "end"]
+    assert "CORE " in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(trained):
     from scripts import base_eval
@@ -433,6 +446,7 @@ def test_base_eval_without_a_bundle_goes_on_unless_core_was_asked_for(trained, m
     from scripts import base_eval
     for name, value in environment(trained).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(transfer, "BACK_OFF", 0.001)
     bundle = trained / "eval_bundle"
     bundle.rename(trained / "elsewhere")
     base_eval.main(["--device-type=cpu"])

@@ -162,6 +162,11 @@ def test_base_dir_is_made_and_a_bad_one_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "y"))
     with pytest.raises(UserError, match="Set NANOCHAT_BASE_DIR"):
         base_dir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, why in {"loop": "circle", "file": "in its place", "a" * 300: "too long"}.items():
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / name))
+        with pytest.raises(UserError, match=f"{why}.* Set NANOCHAT_BASE_DIR"):
+            base_dir()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert base_dir() == tmp_path / "home" / ".cache" / "nanochat"
