@@ -233,7 +233,8 @@ class Guard:
 
     def __init__(self, model: torch.nn.Module, optimizer: MuonAdamW, ranks: Ranks, log: RunLog, *, mode: str = "off",
                  check_every: int = -1, judges_loss: bool = True, folder: Path | None = None,
-                 meta: Callable[[], dict[str, Any]] | None = None, start: int = 0):
+                 meta: Callable[[], dict[str, Any]] | None = None, start: int = 0,
+                 wait_for_save: Callable[[], object] = lambda: None):
         """Begin without a history.
 
         Args:
@@ -245,12 +246,14 @@ class Guard:
             folder: of the run's checkpoints, where dumps go; None for no dumps.
             meta: returns the meta fields of a checkpoint.
             start: step of the checkpoint that the run resumes from, 0 for none.
+            wait_for_save: returns when the checkpoint that rank 0 is writing is on disk.
         """
         if mode not in MODES:
             raise UserError(f"--guard is one of {', '.join(MODES)}, not {mode!r}")
         self.model, self.optimizer, self.ranks, self.log, self.mode = model, optimizer, ranks, log, mode
         self.check_every, self.judges_loss, self.folder, self.meta = check_every, judges_loss, folder, meta
         self.norms, self.losses, self.trend = Band(NORM_AT_LEAST), Band(LOSS_AT_LEAST), Trend(sound=start)
+        self.wait_for_save = wait_for_save
         self.skipped: list[int] = []      # those among the last steps
         self.saved = [start] if start else []
         self._stop, self._last = False, (math.nan, math.nan)
@@ -407,8 +410,9 @@ class Guard:
             return ""
 
         def move() -> None:
+            self.wait_for_save()
             aside = self.folder / DUMPS
-            aside.mkdir(exist_ok=True)
+            aside.mkdir(parents=True, exist_ok=True)
             for step in late:
                 names = [f"meta_{step:06d}.json", *(path.name for path in self.folder.glob(f"*_{step:06d}.*"))]
                 for name in dict.fromkeys(names):  # the meta first: without it, the others are no checkpoint

@@ -234,7 +234,7 @@ def test_healthy_steps_are_bit_for_bit_those_without_a_guard(base):
 
 @pytest.mark.parametrize("mode, last", [("skip", 10 + guarding.IN_A_ROW - 1), ("stop", 10), ("off", 10)])
 def test_a_run_that_stops_leaves_a_dump_from_which_the_step_can_be_done_again(base, capsys, mode, last):
-    guard, model, rows, end = run(base, "stops", lambda step: NAN if step >= 10 else 1.0, mode=mode, steps=20)
+    guard, model, rows, end = run(base, "stops", lambda step: NAN if 10 <= step <= last else 1.0, mode=mode, steps=20)
     assert end.startswith(f"step {last}: the loss is nan") and "training has diverged" in end
     folder = base / "stops" / "diverged" / f"step_{last:06d}"
     assert f"python -m nanochat.guard {folder}" in end

@@ -89,7 +89,8 @@ class StageRun:
     def __post_init__(self) -> None:
         self.guard = Guard(self.model, self.optimizer, self.ranks, self.log, mode=getattr(self.config, "guard", "off"),
                            check_every=getattr(self.config, "check_every", -1), folder=self.origin.folder,
-                           judges_loss=self.origin.stage.name != "rl", meta=self._meta, start=self.origin.step)
+                           judges_loss=self.origin.stage.name != "rl", meta=self._meta, start=self.origin.step,
+                           wait_for_save=lambda: self._report(self.saver.wait))
         if self.origin.step and "guard" in self.origin.meta:
             self.guard.load_state_dict(self.origin.meta["guard"])
 
