@@ -152,7 +152,8 @@ def _watch_ranks(rank: int, local_rank: int, world_size: int, device: torch.devi
     """Start to watch the ranks; see nanochat/watch.py."""
     group, store = dist.distributed_c10d._get_default_group(), dist.distributed_c10d._get_default_store()
     first, count = rank - local_rank, int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
-    _watch[:] = [Watch(rank, world_size, range(first, first + count) if has_owner() else range(0), store.clone(),
+    _watch[:] = [Watch(rank, world_size, range(first, first + count) if has_owner() else range(0),
+                       getattr(store, "clone", lambda: store)(),  # a connection of its own
                        group._get_sequence_number_for_group, told(), _give_up, cpu=device.type == "cpu")]
     _watch[0].start()
 
