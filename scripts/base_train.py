@@ -133,7 +133,7 @@ class Config:
     fp8: bool = flag(False, "products of MLPs and head in 8 bits, on NVIDIA GPUs of compute capability 8.9 and newer")
     fp8_emulated: bool = flag(False, "round as --fp8 does, on any device, slowly: to measure its effect on the loss")
     guard: Literal["skip", "stop", "off"] = flag("skip", GUARD)
-    check_every: int = flag(100, CHECK_EVERY)
+    check_every: int = flag(100, CHECK_EVERY, within=EVERY)
     kernels: str = kernels_flag()
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
     dry_run: bool = dry_run_flag()

@@ -32,7 +32,7 @@ from bench.torture import BEGAN, damage, disks, downloads, kills, others, ranks
 from bench.torture.judge import CHANGED, LOST, SKIPPED, SURVIVED, Verdict
 from bench.torture.lab import JOBS, Lab
 from bench.torture.processes import Hung, OutOfTime
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import FROM_ZERO, NOT_NEGATIVE, POSITIVE, SEED, STEP_OR_LAST, flag, parse, run_main
 from nanochat.errors import UserError
 from nanochat.logs import print_line
 
@@ -80,12 +80,13 @@ FAULTS: dict[str, tuple[str, Case]] = {
 class Config:
     """Flags of bench.torture."""
 
-    minutes: float = flag(5.0, "how long; every case is ended by then")
-    hours: float = flag(0.0, "how long, in hours; above 0 it counts instead of --minutes")
-    seed: int = flag(1, "of all that is chosen by chance")
+    minutes: float = flag(5.0, "how long; every case is ended by then", within=POSITIVE)
+    hours: float = flag(0.0, "how long, in hours; above 0 it counts instead of --minutes", within=NOT_NEGATIVE)
+    seed: int = flag(1, "of all that is chosen by chance", within=SEED)
     only: str = flag("", "beginnings of names of faults, with commas between; unset: all")
-    case: int = flag(-1, "only the case of this number of each fault")
-    times: int = flag(0, "at most this many cases of each fault; 0 = as many as there is time for")
+    case: int = flag(-1, "only the case of this number of each fault; -1 = all", within=STEP_OR_LAST)
+    times: int = flag(0, "at most this many cases of each fault; 0 = as many as there is time for",
+                      within=FROM_ZERO)
     scratch: str = flag("", "folder to work in, created and removed; unset: one in the system's folder for such files")
     list: bool = flag(False, "print the faults and do nothing")
     keep_failed: bool = flag(True, "keep the folder of a case in which something was lost or changed")

@@ -27,7 +27,7 @@ import torch
 
 from bench.measure import command_line, json_flag, median, provenance, provenance_line, table, write_results
 from nanochat.checkpoint import load_checkpoint, save_checkpoint
-from nanochat.cli import flag, parse, run_main
+from nanochat.cli import COUNT, DEPTH, ROUNDS, flag, parse, run_main
 from nanochat.gpt import GPTConfig, meta_model
 from nanochat.logs import read_log
 from nanochat.recipe import small
@@ -38,10 +38,10 @@ class Config:
     """Flags of bench.torture.costs."""
 
     only: str = flag("", "saving or verify; unset: both")
-    steps: int = flag(200, "optimizer steps of each run with and without saves")
-    every: int = flag(50, "steps from one save to the next")
-    rounds: int = flag(3, "runs of each kind, in turn")
-    depth: int = flag(20, "of the model whose checkpoint is verified; 20 is 2.2 GB")
+    steps: int = flag(200, "optimizer steps of each run with and without saves", within=COUNT)
+    every: int = flag(50, "steps from one save to the next", within=COUNT)
+    rounds: int = flag(3, "runs of each kind, in turn", within=ROUNDS)
+    depth: int = flag(20, "of the model whose checkpoint is verified; 20 is 2.2 GB", within=DEPTH)
     scratch: str = flag("", "folder to work in; unset: one in the system's folder for such files")
     json: str = json_flag()
 
