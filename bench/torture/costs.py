@@ -3,11 +3,11 @@
     python -m bench.torture.costs --json=bench/results/torture_costs.json
     python -m bench.torture.costs --only=saving --steps=200 --rounds=4
 
-Saving: base_train with the small profile's flags, once with --save-every=50 and once with a single save at the end, in
-turn. The time is that from the first step to the end, by the run's own log, and the processor time of the whole
-process beside it: on a machine with other work, that one is steadier. Verifying: the weights of a model of depth 20,
-written by save_checkpoint, then read and checked, from the disk and from memory, beside plain SHA-256 and beside
-reading without a check.
+Saving: base_train with the small profile's flags, with --save-every=50, with a single save at the end, and with a
+single step, in turn. The time is that from the first step to the end, by the run's own log. Processor time is given
+beside it, since it is steadier on a machine with other work: that of the whole process less that of the run of one
+step. Verifying: the weights of a model of depth 20, written by save_checkpoint, then read and checked, from the disk
+and from memory, beside plain SHA-256 and beside reading without a check.
 """
 
 import hashlib
@@ -65,26 +65,29 @@ def time_of_saving(config: Config, base: Path) -> list[dict[str, Any]]:
     _run(base, "-m", "scripts.tok_train", f"--vocab-size={small.tokenizer.vocab_size}")
     rows = []
     for turn in range(config.rounds):
-        for every in (config.every, -1) if turn % 2 else (-1, config.every):
-            tag = f"every{every}-{turn}"
+        for every, steps in ((-1, 1), (config.every, config.steps), (-1, config.steps))[::-1 if turn % 2 else 1]:
+            tag = f"every{every}-{steps}-{turn}"
             processor = _run(base, "-m", "scripts.base_train", f"--depth={recipe.shape.depth}",
                              f"--max-seq-len={recipe.shape.max_seq_len}", f"--save-every={every}",
                              f"--total-batch-size={recipe.total_batch_size}", "--sample-every=-1", "--eval-every=-1",
-                             f"--device-batch-size={recipe.device_batch_size}", f"--num-iterations={config.steps}",
+                             f"--device-batch-size={recipe.device_batch_size}", f"--num-iterations={steps}",
                              "--eval-tokens=2048", "--core-metric-every=-1", f"--model-tag={tag}")
             log = read_log(base / "logs" / f"base_{tag}.jsonl")
             times = {row["kind"]: datetime.fromisoformat(row["time"]) for row in log if row["kind"] == "done"}
             first = next(datetime.fromisoformat(row["time"]) for row in log if row["kind"] == "train")
             seconds = (times["done"] - first).total_seconds()
-            rows.append({"what": "saving", "every": every, "turn": turn, "seconds": seconds, "processor": processor,
-                         "saves": sum(row["kind"] == "checkpoint" for row in log)})
+            rows.append({"what": "saving", "every": every, "steps": steps, "turn": turn, "seconds": seconds,
+                         "processor": processor, "saves": sum(row["kind"] == "checkpoint" for row in log)})
     return rows
 
 
 def saving_table(rows: list[dict[str, Any]]) -> str:
     """Return the medians side by side, and the share of time that saving takes."""
+    one = median(row["processor"] for row in rows if row["steps"] == 1)
+
     def of(saves: bool, name: str) -> float:
-        return median(row[name] for row in rows if (row["every"] > 0) == saves)
+        found = median(row[name] for row in rows if row["steps"] > 1 and (row["every"] > 0) == saves)
+        return found - one if name == "processor" else found
 
     lines = [[f"{'every ' + str(max(row['every'] for row in rows)) if saves else 'at the end'}",
               f"{max(row['saves'] for row in rows if (row['every'] > 0) == saves)}",
