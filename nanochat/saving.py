@@ -26,7 +26,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class BackgroundSaver:
                             return save_checkpoint(folder, step, model_state, meta, optimizer_state, keep, keep_every,
                                                    spared)
                         except NotWritten as error:
-                            if not (error.full and _make_room(folder, step, spared)):
+                            if not (error.full and _make_room(folder, step, keep_every, spared)):
                                 raise
             except BaseException as error:
                 self._error = error
@@ -177,12 +177,12 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _make_room(folder: Path, step: int, spared: Collection[int]) -> bool:
+def _make_room(folder: Path, step: int, keep_every: int, spared: Collection[int]) -> bool:
     """Delete the oldest periodic checkpoint for that of `step`, and print it. The newest stays.
 
     Returns False, without deleting anything, where that does not make enough room.
     """
-    newest, *spare = (superseded(folder, step, 0, spared=spared) if folder.is_dir() else []) or [-1]
+    newest, *spare = (superseded(folder, step, 0, keep_every, spared) if folder.is_dir() else []) or [-1]
     sizes = {old: bytes_on_disk(folder, old) for old in spare}
     if not spare or free_space(folder) + sum(sizes.values()) < bytes_on_disk(folder, newest):
         return False
@@ -200,14 +200,14 @@ def bytes_on_disk(folder: Path, step: int) -> int:
 
 # ---- room on the disk, before it is needed
 
-def check_room(folder: Path, size: int, saves: int, keep: int, steps: int) -> str:
+def check_room(folder: Path, size: int, saves: Sequence[int], keep: int, keep_every: int, steps: int) -> str:
     """Compare the room on the disk with what a run will write.
 
     Args:
         folder: of its checkpoints, which may hold some already. It may be absent.
         size: of the tensors of a checkpoint, in bytes.
-        saves: periodic checkpoints to come, besides the one at the end.
-        keep: how many of them stay.
+        saves: steps of the periodic checkpoints to come, besides the one at the end.
+        keep, keep_every: which of them stay; see `superseded`.
         steps: to come, each a record of the log.
 
     Returns:
@@ -218,9 +218,11 @@ def check_room(folder: Path, size: int, saves: int, keep: int, steps: int) -> st
     """
     size += size // 50 + 50_000  # names, alignment and the meta file
     free, logs = free_space(folder), steps * BYTES_OF_A_STEP
-    present = superseded(folder, 10**9, 0) if folder.is_dir() else []
+    present = superseded(folder, 10**9, 0, keep_every, verify=False) if folder.is_dir() else []
+    for_good = sum(keep_every > 0 and step % keep_every == 0 for step in saves)
     spare = sum(bytes_on_disk(folder, old) for old in present[1:])  # may be deleted for a new one
-    count = max(0, min(keep, len(present) + saves) - len(present)) + 1  # at once: those that stay, and the last one
+    rest = len(saves) - for_good
+    count = for_good + max(0, min(keep, len(present) + rest) - len(present)) + 1  # those that stay, and the last one
     about = f"{folder} has {in_words(free)} free, a checkpoint of this run takes {in_words(size)}"
     if free + spare < size + logs:
         lacks = in_words(size + logs - free - spare)
@@ -233,15 +235,15 @@ def check_room(folder: Path, size: int, saves: int, keep: int, steps: int) -> st
     return ""
 
 
-def look_ahead(folder: Path, step: int, keep: int) -> str:
+def look_ahead(folder: Path, step: int, keep: int, keep_every: int) -> str:
     """Return a warning where the disk will not take the next checkpoint or the one after it, else "".
 
-    It is said once the one of `step` is on disk. keep: how many periodic ones stay.
+    It is said once the one of `step` is on disk. keep, keep_every: which periodic ones stay; see `superseded`.
     """
     size, free = bytes_on_disk(folder, step), free_space(folder)
     if free < size:
         which = "the next checkpoint"
-    elif free < 2 * size and len(superseded(folder, step, 0)) < keep:  # else the next one's place is given back
+    elif free < 2 * size and len(superseded(folder, step, 0, keep_every, verify=False)) < keep:  # else the next one's place is given back
         which = "the checkpoint after the next"
     else:
         return ""

@@ -188,9 +188,12 @@ def _set_damaged_aside(folder: Path, step: int) -> None:
 
 # ---- which older ones are deleted
 
-def is_whole(folder: Path, meta: dict[str, Any]) -> bool:
+def is_whole(folder: Path, meta: dict[str, Any], verify: bool = True) -> bool:
     """Return whether all files of a checkpoint are what was written. What this process wrote itself, it does not read
-    again."""
+    again.
+
+    verify: False looks at the sizes alone.
+    """
     unknown = []
     for name in files_of(meta):
         try:
@@ -199,10 +202,11 @@ def is_whole(folder: Path, meta: dict[str, Any]) -> bool:
                     unknown.append(name)
         except Corrupt:
             return False
-    return not check_files(folder, meta, unknown)
+    return not (verify and check_files(folder, meta, unknown))
 
 
-def superseded(folder: Path, step: int, keep: int, keep_every: int = -1, spared: Collection[int] = ()) -> list[int]:
+def superseded(folder: Path, step: int, keep: int, keep_every: int = -1, spared: Collection[int] = (),
+               verify: bool = True) -> list[int]:
     """Return the steps of the checkpoints up to `step` that may be deleted, newest first.
 
     Only periodic checkpoints that were written here and are whole count, and can be deleted. Of them stay:
@@ -211,13 +215,15 @@ def superseded(folder: Path, step: int, keep: int, keep_every: int = -1, spared:
     - those of a step that is a multiple of `keep_every`, if that is above 0, and those of the steps `spared`
     - the one with the lowest validation loss. Its meta file says when that was measured: of several with the same
       value, the one that was saved soonest after.
+
+    verify: False looks at sizes alone, which does where nothing is deleted for it.
     """
     periodic: list[dict[str, Any]] = []
     for older in steps_in(folder):
         if older <= step:
             with suppress(Corrupt):
                 meta = read_meta(folder, older)
-                if meta.get("periodical") and "files" in meta and is_whole(folder, meta):
+                if meta.get("periodical") and "files" in meta and is_whole(folder, meta, verify):
                     periodic.append(meta)
     stay = {meta["step"] for meta in periodic[:keep]} | set(spared)
     if keep_every > 0:

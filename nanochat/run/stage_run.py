@@ -240,8 +240,10 @@ class StageRun:
         for step in written:
             self.log.say(f"step {step:05d} | saved {self.origin.folder}")
             self.log.record("checkpoint", step=step, folder=str(self.origin.folder))
-            if step < self.num_iterations and (warning := look_ahead(self.origin.folder, step, self.config.keep)):
-                self.log.say(warning)
+            if step < self.num_iterations:
+                warning = look_ahead(self.origin.folder, step, self.config.keep, self.config.keep_every)
+                if warning:
+                    self.log.say(warning)
 
     def evaluate_bpb(self, step: int, rows: EvalRows, token_bytes: torch.Tensor, whole: bool = True) -> None:
         """Print and record the bits per byte on `rows`; later checkpoints say it as val_bpb. Collective.
@@ -308,8 +310,8 @@ def room_for(origin: Origin, config: Any, optimizer: MuonAdamW, num_iterations: 
     """Return a warning where the disk has no room for all that the run will write; see `check_room`."""
     size = sum(4 * p.numel() for p in origin.model.parameters()) + optimizer.bytes_of_state()
     every = config.save_every
-    saves = (num_iterations - 1) // every - origin.step // every if every > 0 else 0
-    return check_room(origin.folder, size, saves, config.keep, num_iterations - origin.step)
+    saves = range((origin.step // every + 1) * every, num_iterations, every) if every > 0 else ()
+    return check_room(origin.folder, size, saves, config.keep, config.keep_every, num_iterations - origin.step)
 
 
 def measured_before(origin: Origin) -> dict[str, Any]:
