@@ -243,7 +243,8 @@ def look_ahead(folder: Path, step: int, keep: int, keep_every: int) -> str:
     size, free = bytes_on_disk(folder, step), free_space(folder)
     if free < size:
         which = "the next checkpoint"
-    elif free < 2 * size and len(superseded(folder, step, 0, keep_every, verify=False)) < keep:  # else the next one's place is given back
+    elif free < 2 * size and len(superseded(folder, step, 0, keep_every, verify=False)) < keep:
+        # else the next one's place is given back
         which = "the checkpoint after the next"
     else:
         return ""
