@@ -145,6 +145,8 @@ def filled_meanwhile(lab: Lab, rng: random.Random, name: str, tell: Callable[[st
         tell(f"{job.stage}: {words}")
         life.last(10 + 3 * whole.seconds)
         if life.poll() is None:  # as above
+            if how == "read-only":
+                again("rw")
             filler.unlink(missing_ok=True)
         verdict = _ended(room, job, life, whole.seconds)
         if how == "read-only":
