@@ -86,6 +86,9 @@ def full_disk(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], Non
     tell(f"{job.stage}: room for {spare / one:.1f} checkpoints")
     with small_disk(room, used(room.base) + spare) as again:
         life = room.start(job)
+        life.last(10 + 3 * whole.seconds)
+        if life.poll() is None:  # it waits for room for its last checkpoint, or is slow
+            again("size=400m")
         verdict = _ended(room, job, life, whole.seconds)
         if verdict:
             return keep(room, verdict)
@@ -140,6 +143,11 @@ def filled_meanwhile(lab: Lab, rng: random.Random, name: str, tell: Callable[[st
             except RuntimeError:  # files are open for writing
                 words = "not made read-only"
         tell(f"{job.stage}: {words}")
+        life.last(10 + 3 * whole.seconds)
+        if life.poll() is None:  # as above
+            if how == "read-only":
+                again("rw")
+            filler.unlink(missing_ok=True)
         verdict = _ended(room, job, life, whole.seconds)
         if how == "read-only":
             again("rw")

@@ -201,8 +201,9 @@ def ranks_changed(lab: Lab, rng: random.Random, name: str, tell: Callable[[str],
     whole = lab.reference(job)
     room = lab.room(job, name)
     counts = rng.sample((1, 2, 3), 2)
+    share = [] if job.stage == "sft" else ["--device-batch-size=1"]  # else there is nothing to do for a third rank
     for ranks in counts:
-        life = room.start(job, ranks=ranks)
+        life = room.start(job, ranks=ranks, more=share)
         if not begun(room, job, life, whole.seconds):
             return keep(room, lost(f"on {ranks} ranks: {last_line(life)}"))
         await_moment(life, room, job, "save", whole.seconds, rng)
@@ -213,7 +214,7 @@ def ranks_changed(lab: Lab, rng: random.Random, name: str, tell: Callable[[str],
             return keep(room, lost(f"on {ranks} ranks: {error}"))
     last = rng.choice((1, 2))
     tell(f"{job.stage}: {' → '.join(map(str, (*counts, last)))}")
-    life = room.start(job, ranks=last)
+    life = room.start(job, ranks=last, more=share)
     try:
         code = room.end(life, whole.seconds)
     except Hung as error:
