@@ -537,9 +537,6 @@ def redo(folder: Path, device: torch.device, say: Callable[[str], None] = print)
     for what in ("output", "gradient", "loss"):
         if what in first:
             say(f"first {what} that is not finite: {first[what]}")
-    bad = [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]
-    if bad:
-        say(f"weights that are not finite: {', '.join(bad)}")
     if math.isfinite(loss) and math.isfinite(norm):
         if not (math.isfinite(float(about["loss"])) and math.isfinite(float(about["norm"]))):
             say("done again, the step is finite: suspect the hardware, a kernel, or the compiler")

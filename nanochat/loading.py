@@ -92,6 +92,7 @@ def load_model(source: str | Path, device: str | torch.device, *, model_tag: str
     Raises:
         UserError: there is no such checkpoint, or it does not fit the shape in its meta or the tokenizer.
     """
+    apply_wish(wish_of_environment())
     folder, why = _choose_folder(source, model_tag) if ranks is None else on_ranks(source, model_tag, step, ranks)
     checkpoint = load_on_ranks(folder, step, ranks or Ranks(0, 0, 1, torch.device(device)), device=device)
     return model_and_tokenizer(checkpoint, why)
@@ -102,7 +103,6 @@ def model_and_tokenizer(checkpoint: Checkpoint, why: str) -> tuple[GPT, Any, dic
 
     Returns and raises what `load_model` does.
     """
-    apply_wish(wish_of_environment())
     folder = checkpoint.folder
     meta = {**checkpoint.meta, "folder": str(folder), "loaded": f"step {checkpoint.step} of {folder} ({why})"}
     model = model_from_state(meta["model_config"], checkpoint.model_state, what=str(folder))

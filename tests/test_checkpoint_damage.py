@@ -389,7 +389,7 @@ def test_wrong_commands_get_one_clear_line(tmp_path, capsys):
     command([])
     assert "verify PATH" in capsys.readouterr().out
     for argv, message in ((["check"], "'check' is none of verify"), (["verify", str(tmp_path / "x")], "no folder"),
-                          (["prune", str(tmp_path), "--keep=0"], "--keep must be at least 1")):
+                          (["prune", str(tmp_path), "--keep=0"], "--keep is 0; it must be at least 1")):
         save(tmp_path, 1)
         with pytest.raises(UserError, match=message):
             command(argv)

@@ -252,7 +252,7 @@ def test_too_many_skipped_steps_in_the_window_stop_the_run(base):
     assert end.startswith(f"step {sorted(bad)[guarding.OF_WINDOW - 1]}: ") and "16 of the last" in end
 
 
-def test_a_dump_done_again_gives_the_loss_and_norm_of_the_run_and_names_the_module(base, monkeypatch):
+def test_a_dump_done_again_gives_the_loss_and_norm_of_the_run_and_names_the_module(base):
     _, _, rows, end = run(base, "spike", lambda step: 1e6 if step == 70 else 1.0, mode="stop", lr_scale=0.0)
     [row] = kinds(rows, "diverged")
     folder = base / "spike" / "diverged" / "step_000070"
@@ -261,12 +261,11 @@ def test_a_dump_done_again_gives_the_loss_and_norm_of_the_run_and_names_the_modu
     assert found["loss"] == pytest.approx(row["loss"], rel=1e-5)
     assert found["norm"] == pytest.approx(row["norm"], rel=1e-4)
     broken = load_checkpoint(folder)
-    broken.model_state["transformer.h.1.mlp.c_proj.weight"][0, 0] = NAN
+    broken.model_state["transformer.h.1.mlp.c_proj.weight"][:] = 3e38
     save_checkpoint(folder, 70, broken.model_state, broken.meta)
     said = []
     redo(folder, torch.device("cpu"), said.append)
     assert any(re.search(r"first output that is not finite: transformer\.h\.1", line) for line in said), said
-    assert "weights that are not finite: transformer.h.1.mlp.c_proj.weight" in said
     with pytest.raises(UserError, match="not a dump"):
         save_checkpoint(base / "plain", 1, broken.model_state, {"model_config": broken.meta["model_config"]})
         redo(base / "plain", torch.device("cpu"))

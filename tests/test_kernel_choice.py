@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import run
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.kernels import choose, measure, relu2
@@ -31,6 +30,7 @@ from nanochat.loading import load_model
 from nanochat.logs import read_log
 from nanochat.report.runs import read_logs
 from nanochat.report.sections import stage_section
+from nanochat.run import flags
 from scripts import base_train, chat_rl, chat_sft, mid_train
 from tests import toy_operation
 from tests.conftest import ROOT
@@ -347,14 +347,14 @@ def test_a_run_on_a_cpu_measures_where_asked_and_its_log_and_report_say_what(tin
 
 def test_rank_0_measures_and_the_others_do_what_it_found(monkeypatch):
     found, model = Choice(chosen={"relu2": "torch"}, rows=(2, 8)), small_model()
-    monkeypatch.setattr(run, "choose", lambda wish, shape, device, dtype, compiled: found)
+    monkeypatch.setattr(flags, "choose", lambda wish, shape, device, dtype, compiled: found)
     for rank in (0, 1):
         set_choice({})
-        monkeypatch.setattr(run, "on_main", lambda what, work, ranks: work() if ranks.is_main else found)
+        monkeypatch.setattr(flags, "on_main", lambda what, work, ranks: work() if ranks.is_main else found)
         if rank:
-            monkeypatch.setattr(run, "choose", None)
+            monkeypatch.setattr(flags, "choose", None)
         ranks = Ranks(rank, rank, 2, torch.device("cpu"))
-        assert run.choose_kernels(SimpleNamespace(kernels="auto"), model, 2, 8, False, ranks) == found
+        assert flags.choose_kernels(SimpleNamespace(kernels="auto"), model, 2, 8, False, ranks) == found
         assert chosen_backend("relu2", relu2.BACKENDS, torch.ones(1)) == "torch"
 
 

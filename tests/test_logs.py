@@ -180,7 +180,7 @@ def test_a_wandb_that_fails_later_does_not_end_the_run(monkeypatch, capsys):
         log.record("train", step=3, loss=2.5)
         log.record("train", step=4, loss=2.5)
     assert capsys.readouterr().out.count("wandb fails (OSError") == 1 and fake.finished == [0]
-    assert [row["kind"] for row in strict(log.path)] == ["start", "train", "train", "end"]
+    assert [row["kind"] for row in strict(log.path)] == ["start", "wandb", "train", "train", "end"]
 
 
 def test_a_record_takes_a_file_name_that_is_not_utf8():

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import distributed
+from nanochat import distributed, rl
 from nanochat.distributed import Ranks
 from nanochat.logs import read_log
 from nanochat.run import StageRun
 from nanochat.stages import STAGES
-from tasks import recipes
 from tests.helpers import module_of
 from tests.test_distributed import start_ranks
 
@@ -50,7 +49,7 @@ def _run(ranks: Ranks, text: str, first: str, folder: str, steps: int, size: int
             (base / name).symlink_to(Path(text) / name)
     distributed.barrier(ranks, "the folder")
     with pytest.MonkeyPatch.context() as patch, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        patch.setattr(recipes.WorldSums, "reward", lambda self, conversation, answer: float(len(answer) % 2))
+        patch.setattr(rl, "reward_of", lambda task, conversation, row, text: float(len(text) % 2))
         patch.setattr(StageRun, "sample_answers", lambda *args: None)  # half of the time
         if ranks.world_size > 1:  # the scripts share one group
             patch.setattr(distributed, "init_ranks", lambda device_type: ranks)

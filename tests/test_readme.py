@@ -104,7 +104,11 @@ def test_every_setting_of_speedrun_is_understood(command, monkeypatch, tmp_path,
     monkeypatch.setattr(speedrun_plan, "hub_reachable", lambda: True)
     monkeypatch.setattr(speedrun, "find_machine", lambda: speedrun_plan.Machine([], 0, 4))
     monkeypatch.setattr(speedrun, "need_disk", lambda *_: None)
-    monkeypatch.setattr(speedrun_plan, "look_at_files", lambda *_: None)  # the text is not there,
+    (tmp_path / "notes").mkdir()
+    for name in ("notes/a.txt", "books.txt.gz"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speedrun_plan, "look_at_files", lambda *_: None)  # there is no text in them,
     monkeypatch.setattr(speedrun, "check_wandb", lambda *_: None)         # and nobody is logged in
     for name, value in settings.items():
         monkeypatch.setenv(name, str(tmp_path / "elsewhere") if name == "NANOCHAT_BASE_DIR" else value)

@@ -6,15 +6,15 @@ import shutil
 import pytest
 import torch
 
+from nanochat import rl
 from nanochat.checkpoint import latest_step, load_checkpoint
 from nanochat.errors import UserError
 from nanochat.loading import checkpoint_dir, load_model
 from nanochat.server.messages import WorkerConfig
 from nanochat.server.models import find_models
 from scripts import base_train
-from tasks import recipes
 from tests.test_checkpoint_damage import NONE_USABLE, flip
-from tests.test_stages import STAGES, base, trained  # noqa: F401 (fixtures)
+from tests.test_stages import STAGES, base, odd_length, trained  # noqa: F401 (fixtures)
 from tests.test_training import TINY, assert_same
 
 BASE = [*TINY, "--num-iterations=2", "--max-seq-len=128", "--total-batch-size=256", "--save-every=1"]
@@ -34,7 +34,7 @@ def all_trained(trained, make_once):  # noqa: F811
 @pytest.fixture(params=COMMANDS)
 def stage(request, base, all_trained, monkeypatch):  # noqa: F811
     """Return the command, flags, folder and last step of a stage that is trained, with a checkpoint half way."""
-    monkeypatch.setattr(recipes.WorldSums, "reward", lambda self, conversation, answer: float(len(answer) % 2))
+    monkeypatch.setattr(rl, "reward_of", odd_length)
     script, flags, folder, steps = COMMANDS[request.param]
     if request.param == "base":
         shutil.rmtree(base / folder)

@@ -353,7 +353,7 @@ def test_weights_that_are_not_finite_end_the_run_and_the_checkpoint_before_stays
     with pytest.raises(UserError, match=wrong):
         train(origin, one_step, keep=1)
     assert saved(origin) == [2] and load_checkpoint(origin.folder, optimizer=True).step == 2
-    with pytest.raises(UserError, match=wrong):  # also as the last one
+    with pytest.raises(UserError, match=wrong.replace("4", "[24]")):  # also as the last one
         train(origin, one_step, steps=4, keep=1)
     assert load_checkpoint(origin.folder, optimizer=True).step == 2
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -325,7 +325,8 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
              loader: Loader | None = None, **results: Any) -> Iterator[StageRun]:
     """Make the optimizer, open the log and yield the run.
 
-    The end of the block, however it ends, waits for the checkpoint that is being written, and closes the log.
+    The end of the block, however it ends, waits for the checkpoint that is being written, closes the log and
+    unlocks the folder.
 
     Args:
         num_iterations: optimizer steps of the whole run.
@@ -343,8 +344,9 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
     optimizer = make_optimizer(origin, config, ranks)
     progress = Progress(dict(origin.meta.get("began") or {}) if origin.step else {}, fresh=origin.step == 0)
     warning = on_main("looking at the disk", lambda: room_for(origin, config, optimizer, num_iterations), ranks)
-    with RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run,
-                resumes=origin.step > 0, enabled=ranks.is_main) as log:
+    log = RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run, resumes=origin.step > 0,
+                 enabled=ranks.is_main)
+    with origin.lock or nullcontext(), log:
         if origin.fresh:  # only now: what else could be wrong with the flags was looked at
             on_main(f"moving {origin.folder} aside", lambda: move_aside(origin.folder), ranks)
         if why := os.environ.get(RESTARTED):
