@@ -21,6 +21,9 @@ from tests.helpers import gone, running
 CHILD = """
 import os, signal, sys, time
 from nanochat.launcher import *
+def say(*words):  # in one write, as several processes print
+    sys.stdout.write(' '.join(map(str, words)) + '\\n')
+    sys.stdout.flush()
 def started(folder, ranks):  # waits until so many ranks have called it
     open(f"{folder}/started{os.environ['RANK']}", "w").close()
     while sum(name.startswith("started") for name in os.listdir(folder)) < ranks:
@@ -29,12 +32,12 @@ obey_owner()
 """
 STEPS = """
 with stop_signals() as received:
-    print('steps', flush=True)
+    say('steps')
     while not received: time.sleep(0.01)
-    print('saving', received, flush=True)
+    say('saving', received)
     with saving('step 7'):
         time.sleep({seconds})
-        print('saved', received, flush=True)
+        say('saved', received)
         open({saved!r} + (os.environ['RANK'] if {saved!r} != os.devnull else ''), 'w')
 raise SystemExit(128 + received[0])
 """
@@ -272,7 +275,7 @@ def test_a_process_that_saves_nothing_has_little_time():
 def test_a_failure_on_the_way_to_the_end_is_the_exit_code():
     owner = owner_of(program("""
         with stop_signals() as received:
-            print('steps', flush=True)
+            say('steps')
             while not received: time.sleep(0.01)
             if os.environ['RANK'] == '0':
                 tell_owner(error='error: the disk is full')

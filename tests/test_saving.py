@@ -5,7 +5,9 @@ import errno
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,16 +293,17 @@ def test_the_last_checkpoint_waits_for_room_and_then_says_that_it_is_lost(origin
     assert not list(origin.folder.glob("*.new")) and not list(origin.folder.glob(".*"))
 
 
-def test_a_second_signal_ends_the_waiting_for_room(origin, small_disk, capsys):
+def test_a_second_signal_ends_the_waiting_for_room(origin, small_disk, monkeypatch):
     disk, size = small_disk
     before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=time.monotonic,
+                                                        sleep=lambda seconds: os.kill(os.getpid(), signal.SIGINT)))
 
     def one_step(step, stop):
         settle()
         if step == 4:
             disk.room = 0
             os.kill(os.getpid(), signal.SIGTERM)
-            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
         return stop
 
     with pytest.raises(SystemExit) as ended:  # PATIENCE is ten minutes
