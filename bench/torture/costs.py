@@ -137,6 +137,7 @@ def time_of_verifying(config: Config, folder: Path) -> list[dict[str, Any]]:
         for where in ("disk", "memory"):
             if where == "disk":
                 _cold(path)
+            os.utime(path)  # else a process that has checked the file once does not read it again
             began = time.perf_counter()
             call()
             seconds = time.perf_counter() - began
