@@ -365,12 +365,12 @@ class MuonAdamW:
             raise RuntimeError(f"{moved[0]} was given other memory after the optimizer was made, and would be trained "
                                "no more: move and cast the model before")
 
-    @torch.no_grad()
     def bytes_of_state(self) -> int:
         """Return the bytes of the whole state, that of all ranks."""
         return sum(tensor.element_size() * p.numel() for bucket in self.buckets for tensor in bucket.state.values()
                    for p in bucket.params)
 
+    @torch.no_grad()
     def state_dict(self, to_host: Callable[[str, Tensor], Tensor] = lambda name, part: part.to("cpu", copy=True)
                    ) -> dict[str, dict[str, Tensor]] | None:
         """Gather the whole state, which any number of ranks can load. Collective.
