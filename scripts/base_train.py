@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from nanochat.checks import check_batch, check_tag, dry_run_flag, say_what_would_be_done, where
+from nanochat.checks import say_what_would_be_done, where
 from nanochat.cli import (
     COUNT,
     COUNT_OR_ALL,
@@ -24,7 +24,6 @@ from nanochat.cli import (
     EVERY,
     FRACTION,
     FROM_ZERO,
-    NOT_NEGATIVE,
     ROW_TOKENS,
     ROWS,
     SEED,
@@ -42,24 +41,24 @@ from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_cor
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
 from nanochat.gpt import GPT, GPTConfig, meta_model
-from nanochat.guard import CHECK_EVERY, GUARD
 from nanochat.kernels.fp8 import EMULATED, REAL, check_fp8
 from nanochat.loading import model_from_state
 from nanochat.memory import RECOMPUTE_HELP
 from nanochat.recipe import MOST_ROWS, Horizon, RateSchedule, Recompute, Rows, published
 from nanochat.run import (
-    REDUCE_DTYPE,
     Origin,
     PeriodicAction,
+    TrainingFlags,
     checkpoint_to_resume,
     claim,
     compile_wanted,
     fit_and_choose,
     is_trained,
-    kernels_flag,
+    keep_flag,
     launch,
     loader_state,
     open_run,
+    save_every_flag,
 )
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -70,11 +69,9 @@ BASE = published.base
 
 
 @dataclass
-class Config:
+class Config(TrainingFlags):
     """Flags of base_train; the defaults are the published recipe."""
 
-    run: str = flag("dummy", "name of the wandb run; dummy means no wandb")
-    device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     depth: int = flag(BASE.shape.depth, "layers; sets width (64 a layer) and heads too", within=DEPTH)
     max_seq_len: int = flag(BASE.shape.max_seq_len, "tokens in a row", within=ROW_TOKENS)
     layer_pattern: str = flag(BASE.shape.layer_pattern,
@@ -91,19 +88,7 @@ class Config:
                                           within=Range(above=0, also=-1))
     device_batch_size: Rows = flag(BASE.device_batch_size,
                                    "rows a device takes at a time; auto is what fits its memory", within=ROWS)
-    recompute: Recompute = flag(BASE.recompute, RECOMPUTE_HELP)
     total_batch_size: int = flag(BASE.total_batch_size, "tokens of all devices in an optimizer step", within=COUNT)
-    embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)",
-                               within=NOT_NEGATIVE)
-    unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)",
-                                 within=NOT_NEGATIVE)
-    matrix_lr: float = flag(published.groups["matrices"].lr,
-                            "learning rate of the matrices (Muon) and of the convolution taps (AdamW)",
-                            within=NOT_NEGATIVE)
-    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps",
-                               within=NOT_NEGATIVE)
-    grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit", within=NOT_NEGATIVE)
-    reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
     warmup_ratio: float = flag(BASE.rates.warmup_ratio, "part of the steps over which the learning rates rise",
                                within=FRACTION)
     warmdown_ratio: float = flag(BASE.rates.warmdown_ratio, "part of the steps over which the learning rates fall",
@@ -119,11 +104,9 @@ class Config:
                                          "examples of each task in that evaluation; -1 = all", within=COUNT_OR_ALL)
     sample_every: int = flag(BASE.sample_every, "steps from one set of samples to the next; -1 = at the end only",
                              within=EVERY)
-    save_every: int = flag(BASE.save_every, "steps from one checkpoint to the next; -1 = at the end only", within=EVERY)
-    keep: int = flag(BASE.keep, "periodical checkpoints to keep, beside the one of them with the best validation "
-                     "and those of --keep-every; the last one always stays", within=COUNT)
-    keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none",
-                           within=COUNT_OR_ALL)
+    recompute: Recompute = flag(BASE.recompute, RECOMPUTE_HELP)
+    save_every: int = save_every_flag(BASE.save_every)
+    keep: int = keep_flag(BASE.keep)
     model_tag: str = flag("", "name of the checkpoint folder; unset is d<depth>")
     data_dir: str = flag("", "folder of shards; unset is base_data")
     shards: int = flag(-1, "training shards that are planned: it begins with the first while a download brings the "
@@ -132,16 +115,10 @@ class Config:
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
     fp8: bool = flag(False, "products of MLPs and head in 8 bits, on NVIDIA GPUs of compute capability 8.9 and newer")
     fp8_emulated: bool = flag(False, "round as --fp8 does, on any device, slowly: to measure its effect on the loss")
-    guard: Literal["skip", "stop", "off"] = flag("skip", GUARD)
-    check_every: int = flag(100, CHECK_EVERY, within=EVERY)
-    kernels: str = kernels_flag()
-    fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
-    dry_run: bool = dry_run_flag()
 
     def check(self) -> None:
         """Raise UserError for flags that do not fit one another."""
-        check_tag(self.model_tag)
-        check_batch(self)
+        super().check()
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise UserError(f"--warmup-ratio {self.warmup_ratio:g} and --warmdown-ratio {self.warmdown_ratio:g} are "
                             "more than the whole run together; their sum must be at most 1")

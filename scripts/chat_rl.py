@@ -28,6 +28,7 @@ from nanochat.run import (
     is_trained,
     launch,
     open_run,
+    save_every_flag,
     start_from_checkpoint,
     steps_state,
 )
@@ -58,7 +59,7 @@ class Config(ChatStageFlags):
     top_k: int = flag(RL.top_k, "sample from this many most likely tokens; 0 = all, and only that is on-policy",
                       within=TOP_K)
     init_lr_frac: float = flag(RL.init_lr_frac, "factor of all learning rates", within=NOT_NEGATIVE)
-    save_every: int = flag(RL.save_every, "steps from one checkpoint to the next; -1 = at the end only", within=EVERY)
+    save_every: int = save_every_flag(RL.save_every)
     eval_every: int = flag(RL.eval_every, "steps from one evaluation to the next; -1 = before and after only",
                            within=EVERY)
     eval_examples: int = flag(RL.eval_examples, "problems of the test in an evaluation", within=COUNT)

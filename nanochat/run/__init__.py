@@ -12,13 +12,14 @@ beside training (nanochat/saving.py).
 """
 
 from nanochat.run.flags import (
-    REDUCE_DTYPE,
     ChatStageFlags,
+    TrainingFlags,
     choose_kernels,
     compile_wanted,
     fit_and_choose,
-    kernels_flag,
+    keep_flag,
     launch,
+    save_every_flag,
 )
 from nanochat.run.origin import (
     ChatDataChoice,
@@ -35,7 +36,7 @@ from nanochat.run.origin import (
 )
 from nanochat.run.stage_run import PeriodicAction, StageRun, is_due, open_run
 
-__all__ = ["REDUCE_DTYPE", "ChatDataChoice", "ChatStageFlags", "Origin", "PeriodicAction", "StageRun",
+__all__ = ["ChatDataChoice", "ChatStageFlags", "Origin", "PeriodicAction", "StageRun", "TrainingFlags",
            "chat_data_choice", "checkpoint_to_resume", "choose_kernels", "claim", "compile_wanted", "fit_and_choose",
-           "is_due", "is_trained", "kernels_flag", "launch", "loader_state", "move_aside", "open_run",
-           "start_from_checkpoint", "steps_state", "tokens_of_row"]
+           "is_due", "is_trained", "keep_flag", "launch", "loader_state", "move_aside", "open_run",
+           "save_every_flag", "start_from_checkpoint", "steps_state", "tokens_of_row"]

@@ -19,30 +19,27 @@ from nanochat.memory import RECOMPUTE_HELP, fit_batch
 from nanochat.recipe import Recompute, published
 
 C = TypeVar("C")
-REDUCE_DTYPE = "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32"
 
 
-def kernels_flag() -> Any:
-    """Return the field of the flag --kernels."""
-    return flag("auto", "implementations of the fused operations: auto (measured on GPUs), measure (anew), default "
-                "(not measured), or by name, such as relu2:torch,attention:flash")
+def save_every_flag(default: int) -> Any:
+    """Return the field of the flag --save-every."""
+    return flag(default, "steps from one checkpoint to the next; -1 = at the end only", within=EVERY)
+
+
+def keep_flag(default: int) -> Any:
+    """Return the field of the flag --keep."""
+    return flag(default, "periodical checkpoints to keep, beside the one of them with the best validation and those of "
+                "--keep-every; the last one always stays", within=COUNT)
 
 
 @dataclass
-class ChatStageFlags:
-    """Flags of every stage after the base model."""
+class TrainingFlags:
+    """Flags of every stage that trains; the defaults are those after the base model."""
 
     run: str = flag("dummy", "name of the wandb run; dummy means no wandb")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     model_tag: str = flag("", "which model to start from; unset takes the only or the deepest one. "
                               "The result has the same name")
-    model_step: int = flag(-1, "which of its checkpoints; -1 is the last", within=STEP_OR_LAST)
-    data: Literal["auto", "hub", "small-world"] = flag("auto", "what to train on: the published mixture, or "
-                                                       "conversations about the built-in small world; auto is what "
-                                                       "goes with the base model")
-    conversations: str = flag("", "further conversations, your own: .jsonl files, with commas between")
-    num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data",
-                               within=COUNT_OR_ALL)
     embedding_lr: float = flag(published.groups["wte"].lr, "learning rate of the embedding (AdamW)",
                                within=NOT_NEGATIVE)
     unembedding_lr: float = flag(published.groups["lm_head"].lr, "learning rate of the head (AdamW)",
@@ -50,29 +47,46 @@ class ChatStageFlags:
     matrix_lr: float = flag(published.groups["matrices"].lr,
                             "learning rate of the matrices (Muon) and of the convolution taps (AdamW)",
                             within=NOT_NEGATIVE)
-    init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates", within=NOT_NEGATIVE)
     weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps",
                                within=NOT_NEGATIVE)
     grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit", within=NOT_NEGATIVE)
-    reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", REDUCE_DTYPE)
+    reduce_dtype: Literal["float32", "bfloat16"] = flag(
+        "float32", "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32")
     recompute: Recompute = flag(published.mid.recompute, RECOMPUTE_HELP)
-    save_every: int = flag(published.mid.save_every, "steps from one checkpoint to the next; -1 = at the end only",
-                           within=EVERY)
-    keep: int = flag(published.mid.keep, "periodical checkpoints to keep, beside the one of them with the best "
-                     "validation and those of --keep-every; the last one always stays", within=COUNT)
+    save_every: int = save_every_flag(published.mid.save_every)
+    keep: int = keep_flag(published.mid.keep)
     keep_every: int = flag(-1, "periodical checkpoints of a step that is a multiple of this stay for good; -1 = none",
                            within=COUNT_OR_ALL)
-    seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled", within=SEED)
     guard: Literal["skip", "stop", "off"] = flag("skip", GUARD)
     check_every: int = flag(100, CHECK_EVERY, within=EVERY)
-    kernels: str = kernels_flag()
+    kernels: str = flag("auto", "implementations of the fused operations: auto (measured on GPUs), measure (anew), "
+                        "default (not measured), or by name, such as relu2:torch,attention:flash")
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
     dry_run: bool = dry_run_flag()
 
     def check(self) -> None:
-        """Raise UserError for flags that do not fit one another, and for files that are not there."""
+        """Raise UserError for flags that do not fit one another."""
         check_tag(self.model_tag)
         check_batch(self)
+
+
+@dataclass
+class ChatStageFlags(TrainingFlags):
+    """Flags of every stage after the base model."""
+
+    model_step: int = flag(-1, "which of its checkpoints; -1 is the last", within=STEP_OR_LAST)
+    data: Literal["auto", "hub", "small-world"] = flag("auto", "what to train on: the published mixture, or "
+                                                       "conversations about the built-in small world; auto is what "
+                                                       "goes with the base model")
+    conversations: str = flag("", "further conversations, your own: .jsonl files, with commas between")
+    num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data",
+                               within=COUNT_OR_ALL)
+    init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates", within=NOT_NEGATIVE)
+    seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled", within=SEED)
+
+    def check(self) -> None:
+        """Raise UserError for flags that do not fit one another, and for files that are not there."""
+        super().check()
         for path in conversation_files(self.conversations):
             if not path.is_file():
                 raise UserError(f"--conversations: there is no file {path}")
