@@ -21,7 +21,8 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?this script is for sbatch; on one machine: bash speedrun.sh}"
 
 NNODES=$SLURM_JOB_NUM_NODES
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # whole: a pipe to head may end scontrol, and with it this script
+MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # two jobs may share a node
 export NNODES MASTER_ADDR MASTER_PORT
 
