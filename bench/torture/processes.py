@@ -56,7 +56,7 @@ class Life:
         sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
-            _become(list(argv), env, output, fresh, prepare)
+            _as_child(lambda: _become(list(argv), env, output, fresh, prepare))
 
     def poll(self) -> int | None:
         """Return the exit code as a shell has it, None while the process runs."""
@@ -119,27 +119,15 @@ class Life:
         return ""
 
 
-def _become(argv: list[str], env: dict[str, str], output: Path, fresh: bool,
-            prepare: Callable[[], None] | None) -> NoReturn:
-    """Turn this copy of the process into the command. Never returns."""
+def _as_child(work: Callable[[], int]) -> NoReturn:
+    """Make this copy of the process a child with a session and signals of its own, do the work and end with its code.
+    Never returns."""
     code = 70
     try:
         os.setsid()
-        with suppress(AttributeError, OSError):  # elsewhere than on Linux, `stragglers` finds nothing either
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        os.environ.update(env)
-        out = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for target, source in ((0, nothing), (1, out), (2, out)):
-            os.dup2(source, target)
-        os.closerange(3, 256)
-        if prepare is not None:
-            prepare()
-        if fresh:
-            os.execve(sys.executable, [sys.executable, *argv], os.environ)
-        code = _run(argv)
+        code = work()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -147,6 +135,23 @@ def _become(argv: list[str], env: dict[str, str], output: Path, fresh: bool,
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _become(argv: list[str], env: dict[str, str], output: Path, fresh: bool, prepare: Callable[[], None] | None) -> int:
+    """Turn this copy of the process into the command. Return its exit code, unless a new Python takes its place."""
+    with suppress(AttributeError, OSError):  # elsewhere than on Linux, `stragglers` finds nothing either
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.update(env)
+    out = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for target, source in ((0, nothing), (1, out), (2, out)):
+        os.dup2(source, target)
+    os.closerange(3, 256)
+    if prepare is not None:
+        prepare()
+    if fresh:
+        os.execve(sys.executable, [sys.executable, *argv], os.environ)
+    return _run(argv)
 
 
 def _run(argv: list[str]) -> int:
@@ -178,26 +183,18 @@ class ForkedRank:
         self.pid = os.fork()
         if self.pid:
             return
-        code = 70
-        try:
-            os.setsid()
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            for number in set(range(3, 256)) - set(pass_fds):
-                with suppress(OSError):
-                    os.close(number)
-            launcher._told.clear()  # what the owner told is not this process's
-            name_process(f"{env.get(MARK, '')[-6:]}-r{env.get('RANK', '0')}")
-            os.environ.clear()
-            os.environ.update(env)
-            code = _run(list(argv[1:]))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with suppress(BaseException):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
+        _as_child(lambda: self._become(list(argv[1:]), env, pass_fds))
+
+    @staticmethod
+    def _become(argv: list[str], env: dict[str, str], pass_fds: Sequence[int]) -> int:
+        for number in set(range(3, 256)) - set(pass_fds):
+            with suppress(OSError):
+                os.close(number)
+        launcher.told.clear()  # what the owner told is not this process's
+        name_process(f"{env.get(MARK, '')[-6:]}-r{env.get('RANK', '0')}")
+        os.environ.clear()
+        os.environ.update(env)
+        return _run(argv)
 
     def poll(self) -> int | None:
         """Return the exit code, negative after a signal; None while the process runs."""

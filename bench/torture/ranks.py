@@ -79,6 +79,15 @@ def _done(room: Room, job: Job) -> bool:
     return any(row["kind"] == "done" for row in read_log(room.base / job.log))
 
 
+def failed(room: Room, life: Life, seconds: float, by: str = "") -> Verdict | None:
+    """Wait until a run ends. Return a verdict where it hangs or fails, which begins with `by`; else None."""
+    try:
+        code = room.end(life, seconds)
+    except Hung as error:
+        return keep(room, lost(f"{by}{error}"))
+    return keep(room, lost(f"{by}exit code {code}: {last_line(life)}")) if code else None
+
+
 def rank_stopped(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], None]) -> Verdict:
     """One of two ranks stands still for some seconds and goes on: so does the run."""
     job = with_ranks(JOBS[rng.choice(("base", "mid", "sft"))], 2)
@@ -94,12 +103,8 @@ def rank_stopped(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], 
         life.last(seconds)
         _kill(ranks[rank], signal.SIGCONT)
     tell(f"{job.stage}: rank {rank} for {seconds:.1f} s")
-    try:
-        code = room.end(life, whole.seconds)
-    except Hung as error:
-        return keep(room, lost(str(error)))
-    if code:
-        return keep(room, lost(f"exit code {code}: {last_line(life)}"))
+    if harm := failed(room, life, whole.seconds):
+        return harm
     return finish(room, job, whole.base, whole.seconds)
 
 
@@ -152,12 +157,8 @@ def restarted(lab: Lab, rng: random.Random, name: str, tell: Callable[[str], Non
         if rank in ranks:
             _kill(ranks[rank], signal.SIGKILL)
             tell(f"{job.stage}, {by}: rank {rank} killed")
-    try:
-        code = room.end(life, 3 * whole.seconds)
-    except Hung as error:
-        return keep(room, lost(f"{by}: {error}"))
-    if code:
-        return keep(room, lost(f"{by}: exit code {code}: {last_line(life)}"))
+    if harm := failed(room, life, 3 * whole.seconds, f"{by}: "):
+        return harm
     return finish(room, job, whole.base, whole.seconds)
 
 
@@ -215,12 +216,8 @@ def ranks_changed(lab: Lab, rng: random.Random, name: str, tell: Callable[[str],
     last = rng.choice((1, 2))
     tell(f"{job.stage}: {' → '.join(map(str, (*counts, last)))}")
     life = room.start(job, ranks=last, more=share)
-    try:
-        code = room.end(life, whole.seconds)
-    except Hung as error:
-        return keep(room, lost(str(error)))
-    if code:
-        return keep(room, lost(f"exit code {code}: {last_line(life)}"))
+    if harm := failed(room, life, whole.seconds):
+        return harm
     found, wanted = (read_curve(base / job.log).values for base in (room.base, whole.base))
     missing = [key for key in wanted if key not in found]
     if missing:
