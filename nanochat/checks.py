@@ -7,14 +7,13 @@
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanochat.cli import flag
 from nanochat.errors import UserError
-from nanochat.files import in_words, need_disk
+from nanochat.files import free_space, in_words, nearest, need_disk
 
 
 def dry_run_flag() -> Any:
@@ -52,14 +51,12 @@ def conversation_files(text: str) -> list[Path]:
 
 def need_writable(folder: Path) -> None:
     """Raise UserError unless files and folders can be made in `folder`, or in the nearest one above it that exists."""
-    there = _existing(folder)
+    there = nearest(folder)
     if not there.is_dir():
         raise UserError(f"{folder} cannot be made: {there} is a file. Move that, or use another name.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written: {there} allows no writing to this user. "
                         "Correct that, or set NANOCHAT_BASE_DIR to another folder.")
-
-
 
 
 def where(model: Any, ranks: Any) -> str:
@@ -100,7 +97,7 @@ def say_what_would_be_done(origin: Any, config: Any, ranks: Any, num_iterations:
              if config.save_every > 0 else "at the end")
     last = "" if num_iterations is None else f" of step {num_iterations:,}"
     print(f"it would write checkpoints of at most {in_words(size)} to {folder}, {times}{last}; "
-          f"{in_words(shutil.disk_usage(_existing(folder)).free)} are free there")
+          f"{in_words(free_space(folder))} are free there")
     print("nothing was changed: this was --dry-run")
 
 
@@ -117,10 +114,3 @@ def data_unseen(source: str, config: Any, origin: Any, ranks: Any) -> bool:
         f"{text} on data sets of the Hugging Face hub, which are fetched as the stage begins, unless its cache has "
         f"them; {where(origin.model, ranks)}"])
     return True
-
-
-def _existing(path: Path) -> Path:
-    """Return the path, or the nearest folder above it that exists."""
-    while not path.exists():
-        path = path.parent
-    return path

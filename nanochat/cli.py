@@ -439,21 +439,23 @@ def run_main(main: Callable[[], object]) -> None:
             if not tell_owner():  # an owner says it, once for all ranks
                 print_line("interrupted", sys.stderr)
             raise SystemExit(130) from None
-        except OSError as error:
-            if (told := disk_error(error)) is not None:
+        except Exception as error:
+            if (told := _in_words(error)) is not None:
                 _end_with(told)
             tell_owner(reason=f"{type(error).__name__}: {error}")
             raise
-        except UnicodeEncodeError as error:
-            if "surrogates" not in error.reason:
-                raise
-            name = error.object.encode(errors="surrogateescape").decode(errors="backslashreplace")
-            _end_with(UserError(f"the name {name!r} has letters that are not UTF-8, or that the locale of this "
-                                f"terminal ({sys.getfilesystemencoding()}) does not have. Set PYTHONUTF8=1 or "
-                                "LC_ALL=C.UTF-8, or use another name."))
-        except Exception as error:
-            tell_owner(reason=f"{type(error).__name__}: {error}")
-            raise
+
+
+def _in_words(error: Exception) -> UserError | None:
+    """Return in words an error of the disk, or of a name, that nothing more exact was said of; None for others."""
+    if isinstance(error, OSError):
+        return disk_error(error)
+    if not isinstance(error, UnicodeEncodeError) or "surrogates" not in error.reason:
+        return None
+    name = error.object.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return UserError(f"the name {name!r} has letters that are not UTF-8, or that the locale of this terminal "
+                     f"({sys.getfilesystemencoding()}) does not have. Set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or use "
+                     "another name.")
 
 
 def _end_with(error: UserError) -> NoReturn:

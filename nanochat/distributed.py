@@ -154,8 +154,13 @@ def _watch_ranks(rank: int, local_rank: int, world_size: int, device: torch.devi
     first, count = rank - local_rank, int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
     _watch[:] = [Watch(rank, world_size, range(first, first + count) if has_owner() else range(0),
                        getattr(store, "clone", lambda: store)(),  # a connection of its own
-                       group._get_sequence_number_for_group, told(), _give_up, cpu=device.type == "cpu")]
+                       group._get_sequence_number_for_group, told, _give_up, cpu=device.type == "cpu")]
     _watch[0].start()
+
+
+def _stop_watch() -> None:
+    if _watch:
+        _watch.pop().stop()
 
 
 def _give_up(hung: dict[int, str]) -> None:
@@ -213,8 +218,7 @@ def _tune_cpu() -> None:
 def close_ranks() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
-        if _watch:
-            _watch.pop().stop()
+        _stop_watch()
         _leave_store(LEAVE_SECONDS)
         dist.destroy_process_group()
 
@@ -263,8 +267,7 @@ def _end_rank(ranks: Ranks, error: BaseException) -> None:
         mend = isinstance(error, UserError) and error.mend
         if not tell_owner(error=text[-20_000:], mend=mend):  # which prints it; one that all ranks have once
             print_line(f"rank {ranks.rank} of {ranks.world_size}: {text.rstrip()}", sys.stderr)
-    if _watch:
-        _watch.pop().stop()
+    _stop_watch()
     if isinstance(error, SystemExit | KeyboardInterrupt):  # the other ranks are asked to stop too
         _leave_store(LEAVE_SECONDS / 10)
     for stream in (sys.stdout, sys.stderr):

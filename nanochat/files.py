@@ -379,6 +379,11 @@ def free_name(path: Path) -> Path:
     return free
 
 
+def aside_of(path: Path) -> Path:
+    """Return a free name beside `path` with the time in it, for what is moved aside."""
+    return free_name(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+
+
 def sha256_of(path: str | Path) -> str:
     """Return the SHA-256 of a file in hex."""
     with open(path, "rb") as file:
@@ -405,10 +410,14 @@ def sha256_of_rest(file: IO[bytes]) -> str:
 
 def free_space(path: str | Path) -> int:
     """Return how many bytes this process may still write on the disk of `path`, which need not exist yet."""
-    path = Path(path)
+    return shutil.disk_usage(nearest(Path(path))).free
+
+
+def nearest(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
 
 
 def need_disk(path: str | Path, size: int, what: str) -> None:

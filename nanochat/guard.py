@@ -32,7 +32,6 @@ are what the step was computed with.
 import argparse
 import contextlib
 import math
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +42,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.checkpoint import load_checkpoint, save_checkpoint
+from nanochat.checkpoint import load_checkpoint, move_checkpoints, save_checkpoint
 from nanochat.distributed import Ranks, gather_objects, on_main
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
@@ -119,25 +118,35 @@ class Band:
 
 
 @dataclass
-class Trend:
-    """The smoothed loss against its lowest value so far.
-
-    sound: number of steps done when it was last near that. above: steps it has been MARGIN above it, without a break.
-    """
+class Smoothed:
+    """A moving average of the loss, whose weights fall by SMOOTHING a step; NaN before the first one."""
 
     total: float = 0.0
     weight: float = 0.0
-    lowest: float = math.inf
-    sound: int = 0
-    above: int = 0
 
     @property
     def smooth(self) -> float:
         return self.total / self.weight if self.weight else math.nan
 
-    def add(self, step: int, loss: float) -> None:
+    def see(self, loss: float) -> None:
+        """Take the loss of the next step into the average."""
         self.total = SMOOTHING * self.total + (1 - SMOOTHING) * loss
         self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
+
+
+@dataclass
+class Trend(Smoothed):
+    """The smoothed loss against its lowest value so far.
+
+    sound: number of steps done when it was last near that. above: steps it has been MARGIN above it, without a break.
+    """
+
+    lowest: float = math.inf
+    sound: int = 0
+    above: int = 0
+
+    def add(self, step: int, loss: float) -> None:
+        self.see(loss)
         self.lowest = min(self.lowest, self.smooth)
         if self.smooth <= self.lowest + MARGIN / 4:
             self.sound = step + 1
@@ -413,11 +422,7 @@ class Guard:
             self.wait_for_save()
             aside = self.folder / DUMPS
             aside.mkdir(parents=True, exist_ok=True)
-            for step in late:
-                names = [f"meta_{step:06d}.json", *(path.name for path in self.folder.glob(f"*_{step:06d}.*"))]
-                for name in dict.fromkeys(names):  # the meta first: without it, the others are no checkpoint
-                    with contextlib.suppress(FileNotFoundError):
-                        os.replace(self.folder / name, aside / name)
+            move_checkpoints(self.folder, late, aside)
 
         on_main("setting checkpoints aside", move, self.ranks)
         return f"Checkpoints of a risen loss (step {', '.join(map(str, late))}) were set aside in {DUMPS}/. "

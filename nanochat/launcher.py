@@ -30,8 +30,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +60,7 @@ def handled_stops() -> list[int]:
 # ---- the side of a process that has an owner
 
 _line: socket.socket | None = None  # to the owner; None where this process has none
-_told: dict[str, Any] = {}          # the last news of each kind
+told: dict[str, Any] = {}          # the last news of each kind
 _sending = threading.Lock()
 
 
@@ -73,8 +73,8 @@ def obey_owner() -> None:
     global _line
     number = os.environ.pop(LINE, "")  # not for the processes that this one starts
     if not number:
-        if _line is None and os.environ.get("TORCHELASTIC_RUN_ID") and not _told:
-            _told["ready"] = True
+        if _line is None and os.environ.get("TORCHELASTIC_RUN_ID") and not told:
+            told["ready"] = True
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="owner", daemon=True).start()
         return
     _line = socket.socket(fileno=int(number))
@@ -88,7 +88,7 @@ def obey_owner() -> None:
 
 
 def _show_life() -> None:
-    while tell_owner(beat=True, step=_told.get("step", -1)):
+    while tell_owner(beat=True, step=told.get("step", -1)):
         time.sleep(min(BEAT, *(limit / 4 for limit in hang_seconds())))
 
 
@@ -111,7 +111,7 @@ def _end_with_parent(parent: int) -> None:
 
 def _end_orphaned() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHANED if any(_told.get(name) for name in ("saves", "saving", "owns")) else GRACE)
+    time.sleep(ORPHANED if any(told.get(name) for name in ("saves", "saving", "owns")) else GRACE)
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -132,9 +132,9 @@ def tell_owner(**news: Any) -> bool:
         hung: of ranks that the others wait for in vain, by number as text, how they hang, in words.
         beat: True: it is alive.
     """
-    _told.update(news)
+    told.update(news)
     if "error" in news:
-        news |= {"at": time.monotonic(), "step": _told.get("step", -1)}
+        news |= {"at": time.monotonic(), "step": told.get("step", -1)}
     if _line is None:
         return False
     with _sending, suppress(OSError):  # the owner is gone, or stopped and its buffer full
@@ -147,19 +147,14 @@ def has_owner() -> bool:
     return _line is not None
 
 
-def told() -> dict[str, Any]:
-    """Return the last news of each kind that this process told, whether it has an owner or not."""
-    return _told
-
-
 def at_step(step: int) -> None:
     """Tell that this process begins optimizer step `step`, but not more often than is of use."""
-    _told.setdefault("first_step", step)
+    told.setdefault("first_step", step)
     now = time.monotonic()
-    if now - _told.get("step_at", 0.0) > STEP_TOLD_AFTER:
+    if now - told.get("step_at", 0.0) > STEP_TOLD_AFTER:
         tell_owner(step=step, step_at=now)
     else:
-        _told["step"] = step
+        told["step"] = step
 
 
 @contextmanager
@@ -173,23 +168,30 @@ def saving(what: str) -> Iterator[None]:
 
 
 @contextmanager
+def handling_stops(handle: Callable[[int], object]) -> Iterator[None]:
+    """Within the block, a signal that asks to stop calls handle(number)."""
+    before = {}
+    with suppress(ValueError):  # not the main thread, which then handles signals itself
+        for number in handled_stops():
+            before[number] = signal.signal(number, lambda number, frame: handle(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Within the block, SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) append their number to the yielded
     list and end nothing. An owner of this process is told that it saves before it ends."""
     received: list[int] = []
-    before = {}
-    for number in handled_stops():
+    with handling_stops(received.append):
+        tell_owner(saves=True)
         try:
-            before[number] = signal.signal(number, lambda number, frame: received.append(number))
-        except ValueError:  # not the main thread, which then handles signals itself
-            break
-    tell_owner(saves=True)
-    try:
-        yield received
-    finally:
-        tell_owner(saves=False)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            yield received
+        finally:
+            tell_owner(saves=False)
 
 
 # ---- the side of the owner
@@ -328,13 +330,12 @@ class Owner:
         self._stopped_at = 0.0
         self._hasten = False
         self._jobs: list[Job] = []
-        self._before: dict[int, Any] = {}
+        self._signals = ExitStack()
         self._looked = time.monotonic()
         self._warn, self._end = hang_seconds()
 
     def __enter__(self) -> "Owner":
-        for number in handled_stops():
-            self._before[number] = signal.signal(number, self._receive)
+        self._signals.enter_context(handling_stops(self._receive))
         tell_owner(owns=True)
         return self
 
@@ -348,10 +349,9 @@ class Owner:
             for job in self._jobs:  # an error in the lines above: none may be left all the same
                 for member in job.running:
                     member.kill()
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+            self._signals.close()
 
-    def _receive(self, number: int, frame: object) -> None:
+    def _receive(self, number: int) -> None:
         if not self.stopped:
             self.stopped, self._stopped_at = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._stopped_at > BOUNCE:

@@ -22,24 +22,23 @@ A process that is killed while the thread writes loses this checkpoint alone; na
 thread is no daemon, so a process that ends by itself ends after the write.
 """
 
-import json
-import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.checkpoint import delete_checkpoints, latest_step, save_checkpoint, superseded
+from nanochat.checkpoint.meta import files_of, parse_meta
 from nanochat.distributed import Ranks, gather_objects, on_main, several_machines
 from nanochat.errors import NotWritten, UserError
 from nanochat.files import atomic_write, base_dir, free_space, in_words, need_disk, sha256_of
-from nanochat.launcher import handled_stops, saving
+from nanochat.launcher import handling_stops, saving
 from nanochat.logs import print_line
 
 PATIENCE = 600.0         # seconds in which the last checkpoint of a run is tried again where its disk does not take it
@@ -153,28 +152,13 @@ class BackgroundSaver:
                     told = now
                     say(f"warning: {error} The run is over but for this checkpoint: trying again every "
                         f"{TRY_EVERY:.0f} s for {patience - (now - began):.0f} s more. Ctrl-C gives it up.")
-            with saving(f"step {self.step}, which waits for room on its disk"), _ended_by_signals():
+            with saving(f"step {self.step}, which waits for room on its disk"), handling_stops(_end):
                 time.sleep(min(TRY_EVERY, patience))
             self._start()
 
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Within the block, a signal that asks to stop ends the program, also where it was to be noted alone."""
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {}
-    try:
-        for number in handled_stops():
-            before[number] = signal.signal(number, stop)
-    except ValueError:  # not the main thread
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _end(number: int) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _make_room(folder: Path, step: int, keep_every: int, spared: Collection[int]) -> bool:
@@ -286,15 +270,14 @@ def _files_to_copy(folder: Path, step: int | None) -> list[tuple[str, int, str]]
     """Return name, size and SHA-256 of the files of a checkpoint, the meta file last. "" for what is not hashed: it is
     copied where its size differs."""
     step = latest_step(folder) if step is None else step
-    meta_name = f"meta_{step:06d}.json" if step is not None else ""
-    if step is None or not (folder / meta_name).exists():
+    meta_path = folder / f"meta_{step:06d}.json" if step is not None else None
+    if meta_path is None or not meta_path.exists():
         return []
-    meta = json.loads((folder / meta_name).read_text(encoding="utf-8"))
-    names = [name for name in (f"model_{step:06d}.pt", f"optim_{step:06d}.pt", "tokenizer.json", "tokenizer.pkl")
-             if (folder / name).exists()]
+    meta = parse_meta(meta_path)
+    names = [*files_of(meta), *(name for name in ("tokenizer.json", "tokenizer.pkl") if (folder / name).exists())]
     known = meta.get("files") or {}
     files = [(name, (folder / name).stat().st_size, known.get(name, {}).get("sha256", "")) for name in names]
-    return [*files, (meta_name, (folder / meta_name).stat().st_size, sha256_of(folder / meta_name))]
+    return [*files, (meta_path.name, meta_path.stat().st_size, sha256_of(meta_path))]
 
 
 def _differs(path: Path, size: int, digest: str) -> bool:

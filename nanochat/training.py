@@ -24,13 +24,12 @@ from torch import Tensor
 
 from nanochat.distributed import Ranks, all_reduce_sum
 from nanochat.errors import UserError
-from nanochat.guard import NO_LIMITS, Guard, Limits
+from nanochat.guard import NO_LIMITS, Guard, Limits, Smoothed
 from nanochat.launcher import stop_signals
 from nanochat.logs import RunLog
 from nanochat.optim import LARGEST, MuonAdamW
 from nanochat.recipe import MomentumSchedule, RateSchedule, Rows, published
 
-SMOOTHING = 0.9        # decay of the moving average of the loss on the console, per step
 CONSOLE_SECONDS = 2.0  # at least, between console lines after the first ten steps; the log on disk has every step
 
 
@@ -244,7 +243,7 @@ class _StepReports:
                  peak: float | None, tokens: int):
         self.plan, self.log, self.start, self.flops_per_token = plan, log, start, flops_per_token
         self.peak = None if peak is None else peak * ranks.world_size
-        self.smooth, self.weight, self.seconds, self.timed = 0.0, 0.0, 0.0, 0
+        self.loss, self.seconds, self.timed = Smoothed(), 0.0, 0
         self.last = time.perf_counter()
         self.last_line = 0.0
         self.tokens = tokens
@@ -262,8 +261,7 @@ class _StepReports:
             self.tokens += int(tokens)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return
-        self.smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
-        self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
+        self.loss.see(loss)
         if step > self.start or plan.num_iterations - self.start == 1:  # the first step compiles and warms up
             decay = min(0.95, self.timed / (self.timed + 1))
             self.seconds = decay * self.seconds + (1 - decay) * seconds
@@ -273,14 +271,14 @@ class _StepReports:
         left = (plan.num_iterations - step - 1) * (self.seconds or seconds)
         mfu = None if self.peak is None else speed * self.flops_per_token / self.peak
         lr = plan.lr_scale(step)
-        text = (f"loss {self.smooth / self.weight:.4f} | lr x{lr:.2f} | norm {norm:.2f} | {speed:,.0f} tok/s"
+        text = (f"loss {self.loss.smooth:.4f} | lr x{lr:.2f} | norm {norm:.2f} | {speed:,.0f} tok/s"
                 + (f" | mfu {100 * mfu:.1f}%" if mfu is not None else "") + f" | {clock(left)} left")
         done = f"step {step + 1:05d}/{plan.num_iterations:05d} ({100 * (step + 1) / plan.num_iterations:.1f}%)"
         if step < self.start + 10 or now - self.last_line >= CONSOLE_SECONDS or step == plan.num_iterations - 1:
             self.last_line = now
             self.log.say(f"{done} | {text}")
         self.log.progress(step + 1, plan.num_iterations, text)
-        self.log.record("train", step=step + 1, loss=loss, smooth_loss=self.smooth / self.weight, norm=norm,
+        self.log.record("train", step=step + 1, loss=loss, smooth_loss=self.loss.smooth, norm=norm,
                         lr_scale=lr, seconds=seconds, tokens_per_second=speed, mfu=mfu, tokens=self.tokens,
                         supervised=int(tokens), **({"skipped": True} if skipped else {}))
 

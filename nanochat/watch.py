@@ -1,6 +1,6 @@
 """Watch the ranks of a run: name the one that is stopped or hangs, and end the job where it stays so.
 
-    watch = Watch(rank, world_size, range(0), store, collectives, told(), give_up, cpu=True)
+    watch = Watch(rank, world_size, range(0), store, collectives, told, give_up, cpu=True)
     watch.start()                                   # threads; nanochat.distributed.init_ranks does it
     with busy("timing kernels"):                    # others may wait for this rank as long as that takes
         ...

@@ -43,11 +43,11 @@ from nanochat.checkpoint.reading import (
     nothing_found,
 )
 from nanochat.checkpoint.tensors import NotFinite
-from nanochat.checkpoint.writing import delete_checkpoints, save_checkpoint, superseded
+from nanochat.checkpoint.writing import delete_checkpoints, move_checkpoints, save_checkpoint, superseded
 
 __all__ = ["Checkpoint", "Corrupt", "NotFinite", "delete_checkpoints", "holds_checkpoints", "latest_step",
-           "load_checkpoint", "load_on_ranks", "load_to_resume", "nothing_found", "save_checkpoint", "steps_in",
-           "superseded"]
+           "load_checkpoint", "load_on_ranks", "load_to_resume", "move_checkpoints", "nothing_found", "save_checkpoint",
+           "steps_in", "superseded"]
 
 
 def __getattr__(name: str) -> Any:

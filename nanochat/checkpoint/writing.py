@@ -5,7 +5,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -250,3 +250,12 @@ def delete_checkpoints(folder: Path, steps: list[int]) -> None:
         path = folder / f"meta_{step:06d}.json"
         os.replace(path, path.with_suffix(".json.gone"))
     _finish(folder)
+
+
+def move_checkpoints(folder: Path, steps: Iterable[int], aside: Path) -> None:
+    """Move the files of the checkpoints of these steps to another folder on the same disk."""
+    for step in steps:
+        names = [f"meta_{step:06d}.json", *(path.name for path in folder.glob(f"*_{step:06d}.*"))]
+        for name in dict.fromkeys(names):  # the meta first: without it, the others are no checkpoint
+            with suppress(FileNotFoundError):
+                os.replace(folder / name, aside / name)

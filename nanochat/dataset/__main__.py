@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from nanochat.checks import need_writable
+from nanochat.checks import dry_run_flag, need_writable
 from nanochat.cli import COUNT, FAR, SEED, Range, flag, parse, parser_of, run_main
 from nanochat.dataset.readers import TextFormat, look_at_files
 from nanochat.dataset.shards import data_dir
 from nanochat.files import in_words
 from nanochat.recipe import published
 
-DRY_RUN = "look at everything, say what would be done, and change nothing"
 REPLACE = "replace shards that were imported or generated earlier"
 
 
@@ -31,7 +30,7 @@ class FetchFlags:
     num_workers: int = flag(4, "parallel downloads", short="w", within=Range(1, 256))
     revision: str = flag("main", "branch, tag or commit of the data set; resolved to a commit at the first fetch, "
                                  "which later fetches reuse")
-    dry_run: bool = flag(False, DRY_RUN)
+    dry_run: bool = dry_run_flag()
 
 
 @dataclass
@@ -44,7 +43,7 @@ class ImportFlags:
     text_column: str = flag("text", "name of the text field in .jsonl, .json and .parquet")
     encoding: str = flag("utf-8", "encoding of the text files, such as cp1252, shift_jis, utf-16")
     replace: bool = flag(False, REPLACE)
-    dry_run: bool = flag(False, DRY_RUN)
+    dry_run: bool = dry_run_flag()
 
 
 @dataclass
@@ -53,7 +52,7 @@ class SmallWorldFlags:
     seed: int = flag(0, "which small world", within=SEED)
     to: str = flag("", "folder to write the shards to; unset is base_data")
     replace: bool = flag(False, REPLACE)
-    dry_run: bool = flag(False, DRY_RUN)
+    dry_run: bool = dry_run_flag()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

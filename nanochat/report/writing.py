@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.errors import UserError
-from nanochat.files import base_dir, free_name, lock, sync_folder
+from nanochat.files import aside_of, base_dir, free_name, lock, sync_folder
 from nanochat.report import plots
 from nanochat.report.runs import TITLES, StageLog, logs_of_model, read_logs
 from nanochat.report.sections import HEADING, overview_section, stage_section, summary_section
@@ -255,7 +255,7 @@ def reset() -> Path | None:
         _tidy(report)
     if not os.path.lexists(report):
         return None
-    aside = free_name(report.with_name(f"report.{time.strftime('%Y%m%d-%H%M%S')}"))
+    aside = aside_of(report)
     try:
         report.rename(aside)  # within one folder, so that it is moved and never copied
     except OSError as error:

@@ -1,6 +1,5 @@
 """What a run starts from: its own checkpoint, a model of an earlier stage, or nothing; and what has changed since."""
 
-import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from nanochat.checks import conversation_files, need_writable
 from nanochat.dataloader import merged
 from nanochat.distributed import Ranks, dtype_of_run, on_main
 from nanochat.errors import UserError
-from nanochat.files import base_dir, free_name, lock_folder
+from nanochat.files import aside_of, base_dir, lock_folder
 from nanochat.gpt import GPT
 from nanochat.loading import load_model, model_and_tokenizer, on_ranks
 from nanochat.logs import log_path, read_log
@@ -102,7 +101,7 @@ def lock_run(folder: Path, ranks: Ranks) -> ExitStack | None:
 def move_aside(folder: Path) -> None:
     """Rename the folder of an earlier run, if there is one, to a name with the time, and print it."""
     if folder.exists():
-        aside = free_name(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+        aside = aside_of(folder)
         folder.rename(aside)
         print(f"the run in {folder} was moved to {aside}")
 
