@@ -49,7 +49,7 @@ from nanochat.dataset import shard_paths
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, base_dir, lock, need_disk
 from nanochat.launcher import Group, Job, Owner
-from nanochat.logs import check_wandb, print_line, read_log
+from nanochat.logs import check_wandb, log_path, print_line, read_log
 from nanochat.small_world import facts
 from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
@@ -265,7 +265,7 @@ def bytes_used() -> int:
 
 def conclude(plan: RunPlan, seconds: float) -> None:
     """Print what was made, where, how good it is, and what to type next."""
-    rows = read_log(base_dir() / "logs" / f"base_eval_{plan.tag}.jsonl")
+    rows = read_log(log_path("base_eval", plan.tag))
     loss = next((row for row in reversed(rows) if row["kind"] == "loss"), {})
     world = next((row for row in reversed(rows) if row["kind"] == "small_world"), None)
     made = "a chat model" if plan.chat else "a base model"
@@ -279,13 +279,13 @@ def conclude(plan: RunPlan, seconds: float) -> None:
               f"(untrained {world['untrained']:.0%}, chance {world['chance']:.0%})")
     stages = chat_stages(plan)
     for stage in stages:
-        rows = read_log(base_dir() / "logs" / f"{stage.graded_by}_{plan.tag}.jsonl")
+        rows = read_log(log_path(stage.graded_by, plan.tag))
         graded = [row["tasks"] for row in rows if row["kind"] == "chatcore"]
         if graded:
             results = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in graded[-1].items())
             print(f"{stage.name:9s} {results}")
     for stage in (STAGES["base"], *stages):
-        rows = read_log(base_dir() / "logs" / f"{stage.name}_{plan.tag}.jsonl")
+        rows = read_log(log_path(stage.name, plan.tag))
         verdict = next((row for row in reversed(rows) if row["kind"] == "verdict"), None)
         if verdict:
             loud = "" if verdict["word"] == "better" else " <-- WARNING" if verdict["word"] != "unknown" else ""
