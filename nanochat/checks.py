@@ -15,6 +15,8 @@ from nanochat.cli import flag
 from nanochat.errors import UserError
 from nanochat.files import free_space, in_words, nearest, need_disk
 
+NOTHING_CHANGED = "nothing was changed: this was --dry-run"
+
 
 def dry_run_flag() -> Any:
     """Return the field of the flag --dry-run."""
@@ -98,7 +100,7 @@ def say_what_would_be_done(origin: Any, config: Any, ranks: Any, num_iterations:
     last = "" if num_iterations is None else f" of step {num_iterations:,}"
     print(f"it would write checkpoints of at most {in_words(size)} to {folder}, {times}{last}; "
           f"{in_words(free_space(folder))} are free there")
-    print("nothing was changed: this was --dry-run")
+    print(NOTHING_CHANGED)
 
 
 def data_unseen(source: str, config: Any, origin: Any, ranks: Any) -> bool:

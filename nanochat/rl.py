@@ -141,8 +141,8 @@ def standard_error(groups: Sequence[AnswerGroup], problems: int, ranks: Ranks) -
     The problems are the sample: their own shares of right answers say how much the mean would vary with others.
     """
     shares = [sum(reward >= 1 for reward in group.rewards) / len(group.rows) for group in groups]
-    sums = torch.tensor([sum(shares), sum(share * share for share in shares)], device=ranks.device, dtype=torch.float32)
-    mean, square = (total / problems for total in all_reduce_sum(sums, ranks).tolist())
+    sums = _sums([sum(shares), sum(share * share for share in shares)], ranks)
+    mean, square = (total / problems for total in sums)
     return math.sqrt(max(0.0, square - mean * mean) / max(1, problems - 1))
 
 

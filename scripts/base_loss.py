@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from nanochat.checks import check_tag, dry_run_flag, need_writable
+from nanochat.checks import NOTHING_CHANGED, check_tag, dry_run_flag, need_writable
 from nanochat.cli import COUNT, ROWS, STEP_OR_LAST, flag, parse, run_main
 from nanochat.dataloader import TextSource
 from nanochat.dataset import data_dir, iter_documents
@@ -112,7 +112,7 @@ def run(config: Config, stage: str, then: Callable[..., object], look: Callable[
         if config.dry_run:
             if ranks.is_main:
                 print("\n".join([f"{meta['loaded']}: evaluated would be", *lines,
-                                 "nothing was changed: this was --dry-run"]))
+                                 NOTHING_CHANGED]))
             return
         with RunLog(stage, Path(meta["folder"]).name, asdict(config), enabled=ranks.is_main) as log:
             log.say(meta["loaded"])

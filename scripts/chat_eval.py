@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanochat.checks import check_tag, dry_run_flag, need_writable
+from nanochat.checks import NOTHING_CHANGED, check_tag, dry_run_flag, need_writable
 from nanochat.cli import COUNT, COUNT_OR_ALL, ROWS, SEED, STEP_OR_LAST, TEMPERATURE, TOP_K, flag, parse, run_main
 from nanochat.distributed import joined_ranks, machine_first
 from nanochat.errors import NotWritten, UserError
@@ -108,7 +108,7 @@ def run(config: Config, ranks) -> None:
         counts = {name: f"{len(make()):,} problems" if seen else "from the hub" for name, make in tasks.items()}
         if ranks.is_main:
             print(f"{meta['loaded']} would be asked " + ", ".join(f"{name} ({count})" for name, count in counts.items())
-                  + f"; the answers would go to {folder}\nnothing was changed: this was --dry-run")
+                  + f"; the answers would go to {folder}\n{NOTHING_CHANGED}")
         return
     loaded = {name: machine_first(make, ranks) for name, make in tasks.items()}  # all, before the first is asked
     with RunLog(STAGES[config.source].graded_by, tag, asdict(config), enabled=ranks.is_main) as log:

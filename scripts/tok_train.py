@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.checks import dry_run_flag, need_writable
+from nanochat.checks import NOTHING_CHANGED, dry_run_flag, need_writable
 from nanochat.cli import COUNT, FROM_ZERO, Range, flag, parse, run_main
 from nanochat.dataset import iter_documents
 from nanochat.dataset.shards import data_dir, read_source
@@ -58,7 +58,7 @@ def _say_what_would_be_done(config: Config, folder: Path) -> None:
     next(iter_documents("train"), None)  # raises where there is no text
     kept = " The tokenizer that is there would be kept beside it, if it is another." if folder.exists() else ""
     print(f"a tokenizer of {config.vocab_size:,} tokens would be trained on at most {config.max_chars:,} characters of "
-          f"{data_dir()}, and go to {folder}.{kept} Nothing was changed: this was --dry-run.")
+          f"{data_dir()}, and go to {folder}.{kept} {NOTHING_CHANGED.capitalize()}.")
 
 
 def _train(config: Config, folder: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from nanochat.checks import dry_run_flag, need_writable
+from nanochat.checks import NOTHING_CHANGED, dry_run_flag, need_writable
 from nanochat.cli import COUNT, FAR, SEED, Range, flag, parse, parser_of, run_main
 from nanochat.dataset.readers import TextFormat, look_at_files
 from nanochat.dataset.shards import data_dir
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _say(text: str, folder: Path) -> None:
     need_writable(folder)
-    print(f"{text}. They would go to {folder}. Nothing was changed: this was --dry-run.")
+    print(f"{text}. They would go to {folder}. {NOTHING_CHANGED.capitalize()}.")
 
 
 def _folder(name: str) -> Path:
