@@ -1,0 +1,65 @@
+"""A recipe for a CPU: 4 layers, the small world. It made the table in the README."""
+
+from dataclasses import replace
+
+from nanochat.recipe.parts import IdentityRecipe
+from nanochat.recipe.published import published
+
+small = replace(
+    published,
+    docs=20_000,                   # more than base training reads
+    tokenizer=replace(published.tokenizer, vocab_size=2048),  # the small world has few words
+    stages=("base", "mid", "sft", "rl"),
+    base=replace(
+        published.base,
+        shape=replace(published.base.shape, depth=4, max_seq_len=256),
+        horizon=replace(published.base.horizon, num_iterations=500),
+        # 500 x 2048 = 1.02M tokens: the facts come all at once between 0.4M and 0.6M. Many small steps, since they are
+        # learnt by the step more than by the token.
+        total_batch_size=2048,
+        device_batch_size=8,
+        rates=replace(published.base.rates, warmdown_ratio=0.3),
+        eval_every=125,
+        eval_tokens=65_536,
+        sample_every=-1,
+        save_every=125,
+    ),
+    base_eval=replace(published.base_eval, device_batch_size=8, split_tokens=65_536),
+    identity=IdentityRecipe(short=True, count=300),
+    mid=replace(
+        published.mid,
+        num_iterations=200,
+        total_batch_size=2048,
+        device_batch_size=8,
+        eval_every=50,
+        eval_tokens=20_000,
+        save_every=50,
+        mixture={"identity": 1, "questions": 5000, "choices": 1500, "sums": 2500, "spelling": 3000, "bee": 3000},
+        validation={"each": 80},
+    ),
+    sft=replace(
+        published.sft,
+        num_iterations=100,
+        device_batch_size=16,
+        init_lr_frac=0.3,          # after so few steps of mid-training there is still much to learn
+        eval_every=25,
+        eval_steps=4,
+        eval_metrics_every=-1,     # multiple choice is more than four layers learn
+        save_every=50,
+        mixture={"identity": 1, "questions": 1500, "choices": 500, "sums": 800, "spelling": 300, "bee": 1000},
+        validation={"each": 80},
+    ),
+    rl=replace(
+        published.rl,
+        num_iterations=25,         # from 94.7 to 97.5 % of the sums in a minute and a half; more steps gave little more
+        examples_per_step=32,
+        device_batch_size=64,
+        rollout_batch_size=256,
+        max_new_tokens=48,         # its answers are short
+        init_lr_frac=0.1,
+        eval_every=-1,
+        eval_examples=200,
+        save_every=10,
+    ),
+    chat_eval=replace(published.chat_eval, max_new_tokens=128),
+)
