@@ -128,8 +128,8 @@ def run(config: Config, ranks: Ranks) -> None:
             if stats.teaching:
                 micro_batches = guard.recorded(step, batches(groups, config.device_batch_size, bos, ranks.device))
                 trained = train_step(origin.model, run.optimizer, micro_batches, ranks, lr_scale=scale,
-                                     momentum=plan.momentum(step), clip=plan.clip, limits=guard.limits(step),
-                                     before_update=guard.check_due(step))
+                                     momentum=plan.momentum(step), decay_scale=plan.decay_scale(step), clip=plan.clip,
+                                     limits=guard.limits(step), before_update=guard.check_due(step))
                 guard.watch(step, trained)
                 guard.settle()
                 loss, norm = trained[:2].tolist()

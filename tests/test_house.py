@@ -72,7 +72,6 @@ COVERED_BY = {
     "nanochat.kernels.slc2.triton": "test_kernel_slc2_triton",
     "nanochat.mixer": "test_new_mixer",
     "nanochat.positions": "test_new_mixer",
-    "nanochat.recipe.laws": "test_recipe",
     "nanochat.recipe.modern": "test_recipe",
     "nanochat.recipe.parts": "test_recipe",
     "nanochat.recipe.published": "test_recipe",

@@ -102,13 +102,6 @@ def test_rates_rise_stay_and_fall():
     assert replace(rates, warmup_steps=40).factor(9, 100) == 1.0  # at most a tenth of the run
 
 
-def test_laws_of_batch_rates_and_decay():
-    assert laws.rate_factor(2 ** 17, 2 ** 19) == 0.5 and laws.rate_factor(7, 0) == 1.0
-    assert laws.decay_factor(2 ** 17, 2 ** 19, 2e9, 1e9) == 0.25 and laws.decay_factor(7, 8, 9, 0) == 1.0
-    assert [laws.automatic_batch(tokens, 1e9) for tokens in (5e7, 1e9, 1.5e9, 3e9, 1e10)] == [
-        2 ** 17, 2 ** 19, 2 ** 19, 2 ** 20, 2 ** 20]
-
-
 def test_momentum_rises_and_stays():
     momentum = MomentumSchedule(0.85, 0.95, momentum_steps=300, momentum_end=0.95)
     assert [momentum.at(step) for step in (0, 150, 300, 5000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
