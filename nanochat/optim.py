@@ -65,8 +65,7 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = pu
     named = {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
     group_of = {"transformer.wte.weight": "wte", "lm_head.weight": "lm_head"}
     plain = getattr(model, "_orig_mod", model)
-    if hasattr(plain, "stream"):  # the plain model of bench/ has none
-        group_of |= {f"stream.{name}": plain.stream.optimizer_group(name) for name in _names(plain.stream)}
+    group_of |= {f"stream.{name}": plain.stream.optimizer_group(name) for name in _names(plain.stream)}
     for i, block in enumerate(plain.transformer.h):
         for name in _names(block.attn):
             group_of[f"transformer.h.{i}.attn.{name}"] = block.attn.optimizer_group(name)
