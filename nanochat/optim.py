@@ -55,7 +55,7 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = pu
     """Sort a GPT's parameters into the optimizer groups of a recipe, each into exactly one.
 
     The embedding is in group "wte", the head in "lm_head" and the MLPs' matrices in "matrices". A mixer says for each
-    of its parameters, by `optimizer_group(name)`, which group it is in.
+    of its parameters, by `optimizer_group(name)`, which group it is in, and so does the model's `stream`.
 
     Args:
         model: a GPT, compiled or not.
@@ -72,7 +72,9 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = pu
     """
     named = {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
     group_of = {"transformer.wte.weight": "wte", "lm_head.weight": "lm_head"}
-    for i, block in enumerate(getattr(model, "_orig_mod", model).transformer.h):
+    plain = getattr(model, "_orig_mod", model)
+    group_of |= {f"stream.{name}": plain.stream.optimizer_group(name) for name in _names(plain.stream)}
+    for i, block in enumerate(plain.transformer.h):
         for name in _names(block.attn):
             group_of[f"transformer.h.{i}.attn.{name}"] = block.attn.optimizer_group(name)
         for name in _names(block.mlp):

@@ -22,6 +22,7 @@ COVERED_BY = {
     "nanochat": "test_house",
     "nanochat.attention": "test_kernel_attention",
     "nanochat.cache": "test_new_mixer",
+    "nanochat.config": "test_gpt",
     "nanochat.checkpoint.meta": "test_checkpoint",
     "nanochat.checkpoint.reading": "test_checkpoint",
     "nanochat.checkpoint.tensors": "test_checkpoint",
@@ -115,7 +116,7 @@ COVERED_BY = {
 FLOORS = [
     ["kernels"],
     ["layers", "positions", "cache", "ragged", "mixer", "slc2", "attention", "sampling"],
-    ["gpt"],
+    ["config", "gpt"],
     ["optim", "memory", "guard", "training", "engine", "evaluation", "checkpoint", "loading", "saving", "rl"],
     ["run", "llm", "server"],
 ]
