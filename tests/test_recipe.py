@@ -16,7 +16,6 @@ from nanochat.recipe import (
     at_depth,
     changed_flags,
     fields_of,
-    laws,
     modern,
     override,
     published,

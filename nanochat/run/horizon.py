@@ -41,8 +41,7 @@ def model_shape(shape: Any, vocab_size: int) -> GPTConfig:
     """Return the model of a recipe's Shape, or of flags with the same names. Raises UserError where they make none."""
     pattern = shape.layer_pattern * (shape.depth if len(shape.layer_pattern) == 1 else 1)
     parts = {field.name: getattr(shape, field.name) for field in fields(Shape)
-             if field.name not in ("depth", "max_seq_len", "layer_pattern", "window")
-             and field.name in GPTConfig.__dataclass_fields__}
+             if field.name not in ("depth", "max_seq_len", "layer_pattern", "window")}
     try:
         return GPTConfig.from_depth(shape.depth, sequence_len=shape.max_seq_len, vocab_size=vocab_size,
                                     layer_pattern=pattern or None, window=shape.window or None, **parts)
