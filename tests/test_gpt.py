@@ -81,8 +81,9 @@ def test_golden_greedy_decoding(shared, name):
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_kv_head": 1}, {"n_kernel": 2}, {"n_kernel": 4}, {"layer_pattern": "AAAA"},
-                                   {"layer_pattern": "SSSS"}, {"n_head": 4, "n_kv_head": 2, "n_layer": 7}, *PARTS.values(),
-                                   {**PARTS["modern"], "n_kv_head": 1, "value_embeds": "AS", "smear": True}])
+                                   {"layer_pattern": "SSSS"}, {"n_head": 4, "n_kv_head": 2, "n_layer": 7},
+                                   {**PARTS["modern"], "n_kv_head": 1, "value_embeds": "AS", "smear": True},
+                                   *PARTS.values()])
 def test_model_equals_plain_twin(shape):
     model = small_model(**shape)
     twin = TwinGPT(model.config)
