@@ -400,17 +400,22 @@ class MuonAdamW:
         of_muon = [ok * (1 - momentum)]
         if any("second_moment" in bucket.state for bucket in self.buckets):
             of_muon.append(ok * (1 - SECOND_MOMENT))
+        on_host = ok.is_cpu  # the host knows it at once
+        skip = on_host and not ok
         for bucket in reversed(self.buckets):  # as the forward pass needs them: the first are sent while others compute
             gradient = gradients.pop()  # so that its memory is freed when the bucket is done
             weights = bucket.weights()
-            if weights:
+            if weights and not skip:
                 rate = ok * (bucket.group["lr"] * lr_scale)
                 if bucket.group["kind"] == "adamw":
                     adamw_(weights, gradient, bucket.state["exp_avg"], bucket.state["exp_avg_sq"],
                            Factors(ok, scale, rate, *of_adamw[bucket.group["betas"]], 1 - bucket.group["betas"][1],
                                    bucket.group["eps"], bucket.group["weight_decay"]))
                 else:
-                    gradient = torch.where(ok, gradient, 0).mul_(scale)
+                    if not on_host:
+                        gradient = torch.where(ok, gradient, 0).mul_(scale)
+                    else:
+                        gradient = gradient * scale if bucket.borrows else gradient.mul_(scale)
                     change = direction(bucket, gradient, momentum, of_muon, self.dtype)
                     if decay := bucket.group["weight_decay"] * decay_scale:
                         if "cautious" in bucket.group.get("extras", ()):
