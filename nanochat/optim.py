@@ -524,10 +524,10 @@ class MuonAdamW:
         filled: dict[str, dict[str, Tensor]] = {}
         cold: dict[str, set[str]] = {"muon": set(), "adamw": set()}
         for bucket in self.buckets:
-            for name, p in zip(bucket.names, bucket.params):
-                state = whole.get(name, {})
-                fits = {key: state[key] for key in bucket.state if key in state and state[key].shape == p.shape}
-                filled[name] = {key: fits.get(key, torch.zeros(p.shape)) for key in bucket.state}
+            for i, name in enumerate(bucket.names):
+                state, shapes = whole.get(name, {}), {key: layout.shapes[i] for key, layout in bucket.layouts.items()}
+                fits = {key: state[key] for key, shape in shapes.items() if key in state and state[key].shape == shape}
+                filled[name] = {key: fits.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
                 if len(fits) < len(bucket.state):
                     cold[bucket.group["kind"]].add(name)
         of_adamw = [name for bucket in self.buckets if bucket.group["kind"] == "adamw" for name in bucket.names]
