@@ -1,4 +1,5 @@
-"""What every mixer along time must offer. A mixer is one file: this class, subclassed, and one letter in gpt.MIXERS."""
+"""What every mixer along time must offer. A mixer is one file, with this class subclassed, and a letter in
+config.MIXERS."""
 
 import torch
 import torch.nn.functional as F

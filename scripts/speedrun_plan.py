@@ -25,7 +25,7 @@ from nanochat.checks import need_writable
 from nanochat.cli import COUNT, ROWS, Range, flag, near_name, parse, parse_settings
 from nanochat.dataset.__main__ import ImportFlags
 from nanochat.dataset.readers import TextFormat, look_at_files
-from nanochat.dataset.shards import data_dir, read_source
+from nanochat.dataset.shards import FINEWEB_EDU, HUB_TEXTS, data_dir, read_source
 from nanochat.distributed import Ranks, compute_dtype, peak_flops
 from nanochat.errors import UserError
 from nanochat.files import base_dir
@@ -38,7 +38,7 @@ from nanochat.training import share_of_micro_batches
 from tasks.hub import MIRROR, find_in_mirror
 from tasks.recipes import hub_splits
 
-CHARS_PER_TOKEN = 4.8                      # of FineWeb-Edu, with 65,536 tokens
+CHARS_PER_TOKEN = 4.8                      # of FineWeb-Edu and 65,536 tokens; taken for ClimbMix and 32,768 too
 SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
 TOKENIZER_SHARDS = 8                       # hold the 2 billion characters that the tokenizer is trained on
 EXPECTED_MFU = 0.5
@@ -73,7 +73,7 @@ class Settings:
     gpus: int = flag(-1, "GPUs to use; unset: all", within=Range(0, 1024))
     device_batch: int = flag(0, "rows a GPU takes at a time; unset: what fits its memory", within=ROWS)
     steps: int = flag(0, "optimizer steps of the base model; unset: the recipe's", within=COUNT)
-    shards: int = flag(0, "FineWeb-Edu shards; unset: what the steps need", within=COUNT)
+    shards: int = flag(0, "shards of the hub's text; unset: what the steps need", within=COUNT)
     rl: Literal["", "1", "0"] = flag("", "with reinforcement learning, or without; unset: as the recipe")
     max_restarts: int = flag(3, "how often a stage is started again where a process ends on its own",
                              within=Range(0, 1000))
@@ -159,11 +159,11 @@ def hub_reachable() -> bool:
 class RunPlan:
     """What a speedrun will do.
 
-    profile: name of the recipe. source: of the text, "small-world", "import" or "fineweb-edu".
+    profile: name of the recipe. source: of the text, "small-world", "import" or one of the hub's.
     text, text_flags: paths to import, and flags of the import.
     steps: optimizer steps of the base model. device_batch: rows a device takes at a time in base and mid-training.
     batch: the micro-batch of base training that is expected with "auto".
-    shards: of FineWeb-Edu. seconds: of base training, None where the device's speed is not known. disk: bytes.
+    shards: of the hub's text. seconds: of base training, None where the device's speed is not known. disk: bytes.
     chat: data of the chat stages, "small-world", "hub", or "" where there are none, for the reason why_no_chat.
     """
 
@@ -217,11 +217,11 @@ def make_plan(machine: Machine) -> RunPlan:
     text = text_paths(given.text)
     text_flags = tuple(shlex.split(given.text_flags)) if import_flags(given.text_flags) else ()
     there = read_source(data_dir()).get("source") if data_dir().is_dir() else None
-    source = "import" if text else "small-world" if name == "small" else "fineweb-edu"
-    if source == "fineweb-edu" and there != "fineweb-edu" and not hub_reachable():
+    source = "import" if text else recipe.source
+    if source in HUB_TEXTS and there != source and not hub_reachable():
         raise UserError(
-            f"the Hugging Face hub cannot be reached, so FineWeb-Edu cannot be fetched for {name}. Train on your own "
-            "text instead: SPEEDRUN_TEXT=\"PATH ...\" bash speedrun.sh; or on the built-in small world: "
+            f"the Hugging Face hub cannot be reached, so {HUB_TEXTS[source].title} cannot be fetched for {name}. Train "
+            "on your own text instead: SPEEDRUN_TEXT=\"PATH ...\" bash speedrun.sh; or on the built-in small world: "
             "SPEEDRUN_PROFILE=small bash speedrun.sh")
     if there and there != source:
         raise UserError(f"{data_dir()} holds text of another kind ({there}) than this run would train on ({source}). "
@@ -259,7 +259,7 @@ def sized_plan(name: str, recipe: Recipe, machine: Machine, *, source: str, chat
         device_batch=device_batch or base.device_batch_size,
         batch=batch_for(recipe, machine, run.shape, device_batch, dtype),
         shards=shards, seconds=None if peak is None else tokens * run.flops_per_token / (peak * EXPECTED_MFU * gpus),
-        disk=16 * run.parameters * 6 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6), chat=chat,
+        disk=16 * run.parameters * 6 + (shards * SHARD_BYTES if source in HUB_TEXTS else 200e6), chat=chat,
         why_no_chat=why_no_chat, text_flags=tuple(text_flags))
 
 
@@ -343,7 +343,7 @@ def commands(plan: RunPlan) -> list[Command]:
         Command("base model", STAGES["base"].script,
                 (*named, f"--depth={plan.depth}", *(flag for flag in changed_flags(base, default.base)
                                                     if not flag.startswith("--depth=")),
-                 *((f"--shards={plan.shards}",) if plan.source == "fineweb-edu" else ()), *wandb), gpus, awaits=True),
+                 *((f"--shards={plan.shards}",) if plan.source in HUB_TEXTS else ()), *wandb), gpus, awaits=True),
         Command("evaluation of the base model", "scripts.base_eval",
                 (tag, *changed_flags(base_eval, published.base_eval)), gpus, grades="base"),
     ]
@@ -392,7 +392,7 @@ def check_plan(plan: RunPlan) -> None:
 
 
 def _text(plan: RunPlan) -> list[Command]:
-    """Return the commands for the text. The first shards of FineWeb-Edu are enough for the tokenizer and the base model
+    """Return the commands for the text. The first shards of the hub's are enough for the tokenizer and the base model
     to begin; the others are fetched meanwhile."""
     module = "nanochat.dataset"
     if plan.source == "import":
@@ -400,5 +400,6 @@ def _text(plan: RunPlan) -> list[Command]:
     if plan.source == "small-world":
         return [Command("text", module, ("small-world", f"--docs={plan.recipe.docs}"))]
     first = min(plan.shards, TOKENIZER_SHARDS)
-    rest = [Command("rest of the text, in the background", module, ("-n", str(plan.shards)), beside=True)]
-    return [Command("text", module, ("-n", str(first))), *(rest if plan.shards > first else [])]
+    which = () if plan.source == FINEWEB_EDU else (f"--source={plan.source}",)
+    rest = [Command("rest of the text, in the background", module, ("-n", str(plan.shards), *which), beside=True)]
+    return [Command("text", module, ("-n", str(first), *which)), *(rest if plan.shards > first else [])]

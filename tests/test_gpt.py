@@ -44,7 +44,7 @@ def test_old_meta_files_lack_fields_and_new_ones_add_none():
     assert (config.n_kernel, config.slc_rate) == (3, 3)
     assert "layer_pattern" not in config.to_dict() and GPTConfig(**config.to_dict()) == config
     assert len(config.to_dict()) == 8, "published code knows eight fields"
-    for parts in PARTS:
+    for parts in PARTS.values():
         other = replace(config, **parts)
         assert other.to_dict() == {**config.to_dict(), **parts} and GPTConfig(**other.to_dict()) == other
 
@@ -81,8 +81,9 @@ def test_golden_greedy_decoding(shared, name):
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_kv_head": 1}, {"n_kernel": 2}, {"n_kernel": 4}, {"layer_pattern": "AAAA"},
-                                   {"layer_pattern": "SSSS"}, {"n_head": 4, "n_kv_head": 2, "n_layer": 7}, *PARTS,
-                                   {**PARTS[0], "n_kv_head": 1, "value_embeds": "AS", "smear": True}])
+                                   {"layer_pattern": "SSSS"}, {"n_head": 4, "n_kv_head": 2, "n_layer": 7},
+                                   {**PARTS["modern"], "n_kv_head": 1, "value_embeds": "AS", "smear": True},
+                                   *PARTS.values()])
 def test_model_equals_plain_twin(shape):
     model = small_model(**shape)
     twin = TwinGPT(model.config)
@@ -99,7 +100,7 @@ def test_model_equals_plain_twin(shape):
                                    msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("parts", [{}, *PARTS])
+@pytest.mark.parametrize("parts", [{}, *PARTS.values()])
 def test_every_parameter_gets_a_gradient_within_two_steps(parts):
     torch.manual_seed(0)
     model = GPT(GPTConfig(sequence_len=32, vocab_size=97, n_layer=4, n_head=2, n_kv_head=2, n_embd=32, **parts))
@@ -136,7 +137,7 @@ def test_initialisation_is_the_published_one_and_the_taps_are_defined():
 sizes = st.fixed_dictionaries({
     "n_kernel": st.integers(2, 4), "n_head": st.sampled_from([2, 4]), "n_kv_head": st.sampled_from([1, 2]),
     "n_layer": st.integers(1, 5), "slc_rate": st.integers(1, 4)})
-shapes = st.builds(lambda size, parts: {**size, **parts}, sizes, st.sampled_from([{}, *PARTS]))
+shapes = st.builds(lambda size, parts: {**size, **parts}, sizes, st.sampled_from([{}, *PARTS.values()]))
 
 
 @settings(max_examples=40, deadline=None)
@@ -198,7 +199,7 @@ def test_padding_on_the_right_changes_nothing(shape, pieces, seed):
         model(ids, counts=[0] * len(rows))
 
 
-@pytest.mark.parametrize("parts", [{}, *PARTS])
+@pytest.mark.parametrize("parts", [{}, *PARTS.values()])
 def test_forked_and_selected_rows_are_independent(parts):
     model = small_model(**parts)
     ids = torch.randint(97, (2, 9))
@@ -227,7 +228,7 @@ def test_the_cache_holds_the_bytes_it_should():
     assert cache.nbytes() == 73_400_320 + 66_560
 
 
-@pytest.mark.parametrize("parts", [{}, *PARTS])
+@pytest.mark.parametrize("parts", [{}, *PARTS.values()])
 def test_the_future_does_not_reach_the_past(parts):
     model = small_model(**parts)
     ids = torch.randint(97, (1, 20))
@@ -294,7 +295,7 @@ def _gradients(model, batches):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [{}, {"window": 5}, *PARTS])
+@pytest.mark.parametrize("shape", [{}, {"window": 5}, *PARTS.values()])
 def test_activation_checkpointing_changes_no_gradient_and_keeps_less(dtype, shape):
     model = small_model(**shape).train()
     model.compute_dtype = dtype

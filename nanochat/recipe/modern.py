@@ -14,6 +14,7 @@ _ADAMW = OptimizerGroup("adamw", lr=0.0, by_width=True, betas=(0.8, 0.95), eps=1
 modern = replace(
     published,
     name="modern",
+    source="climbmix",             # models learn from it in about a quarter less time than from FineWeb-Edu
     # half the published vocabulary: the head takes a tenth of a d20's products instead of a fifth
     tokenizer=replace(published.tokenizer, vocab_size=32_768),
     groups={

@@ -304,6 +304,7 @@ class Recipe:
     """All that a model is made with, in the order in which it is used.
 
     name: of the recipe in RECIPES that the flags of the scripts default to.
+    source: of the text, one of the hub's in nanochat/dataset/shards.py, or "small-world".
     docs: documents of the small world, where that is the text.
     groups: optimizer groups by name, in the order in which the optimizer keeps them; every stage trains with these.
     grad_clip: largest norm of the gradient that is used as it is; 0 for no limit.
@@ -311,6 +312,7 @@ class Recipe:
     """
 
     name: str
+    source: str
     docs: int
     tokenizer: TokenizerRecipe
     groups: Mapping[str, OptimizerGroup]

@@ -28,6 +28,7 @@ _RISING = MomentumSchedule(momentum_start=0.85, momentum_peak=0.95, momentum_ste
 
 published = Recipe(
     name="published",
+    source="fineweb-edu",
     docs=100_000,
     tokenizer=TokenizerRecipe(
         vocab_size=65_536,         # 2^16, the 9 special tokens among them
