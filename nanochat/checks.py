@@ -36,6 +36,7 @@ def check_batch(config: Any) -> None:
     """
     T, rows = getattr(config, "max_seq_len", -1), config.device_batch_size
     total, tokens = getattr(config, "total_batch_size", "auto"), getattr(config, "eval_tokens", None)
+    total = total if getattr(config, "packed", True) else "auto"
     micro_batch = max(T, 1) * (1 if rows == "auto" else rows)
     if T > 0 and total != "auto" and total % micro_batch:
         near = max(1, round(total / micro_batch)) * micro_batch

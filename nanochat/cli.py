@@ -162,7 +162,7 @@ ELSEWHERE = {
     "adam_beta2": "use nanochat/recipe/ instead: the betas are in its optimizer groups",
     "fp8_recipe": "use --fp8 alone; it has one way to scale",
     "dtype": "set NANOCHAT_DTYPE=float32 or bfloat16 instead",
-    "load_optimizer": "leave it out: a stage always begins with a fresh optimizer, and resumes with its own",
+    "load_optimizer": "use --warm-start",
     "total_batch_size": "use --target-examples-per-step or --examples-per-step instead",
     "eval_tokens": "use --eval-steps or --eval-examples instead",
     "chatcore_every": "use --eval-metrics-every",
@@ -349,7 +349,8 @@ def parser_of(config_class: type, description: str = "", defaults: Mapping[str, 
     return parser
 
 
-def parse(config_class: type[C], argv: Sequence[str] | None = None, description: str = "") -> C:
+def parse(config_class: type[C], argv: Sequence[str] | None = None, description: str = "",
+          defaults: Mapping[str, Any] | None = None) -> C:
     """Parse a command line into an instance of `config_class`.
 
     A wrong one prints one line and exits with code 2; a number out of its range raises UserError. Where the class has a
@@ -361,12 +362,13 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None, description:
         config_class: a dataclass whose fields were made by `flag`.
         argv: without the program's name; None takes this process's.
         description: for --help; the docstring of the script.
+        defaults: of fields by name, instead of all others.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] == "--":
         argv = argv[1:]
-    defaults = config_class.defaults(argv) if hasattr(config_class, "defaults") else None
-    config = config_class(**vars(parser_of(config_class, description, defaults).parse_args(argv)))
+    own = config_class.defaults(argv) if hasattr(config_class, "defaults") else {}
+    config = config_class(**vars(parser_of(config_class, description, {**own, **(defaults or {})}).parse_args(argv)))
     if hasattr(config, "check"):
         config.check()
     return config

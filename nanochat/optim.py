@@ -507,6 +507,42 @@ class MuonAdamW:
                 if views := bucket.layouts[key].own([whole[name][key].contiguous() for name in bucket.names]):
                     torch.cat([view.to(part) for view in views], out=part)
 
+    @torch.no_grad()
+    def warm_start(self, whole: dict[str, dict[str, Tensor]]) -> list[str]:
+        """Begin with the state of another run, as `state_dict` returned it: momenta, and how many steps made them.
+
+        AdamW's bias correction divides by how much of a mean was collected. Of a state from there that is all of it,
+        so the number of steps goes with the moments: counted from 0, the first change would be too large by
+        (1 − β2)^½ / (1 − β1), 1.12 at betas of 0.8 and 0.95. One number is for all parameters of AdamW, so all of them
+        begin warm or none. Muon has no such number: each matrix takes what is there of its own.
+
+        Args:
+            whole: the full dict, on every rank; of another model or optimizer, what fits is taken.
+
+        Returns:
+            The names of the parameters that begin without the state, or without a part of it.
+        """
+        steps = {int(state["step"]) for state in whole.values() if "step" in state}
+        filled: dict[str, dict[str, Tensor]] = {}
+        cold: dict[str, set[str]] = {"muon": set(), "adamw": set()}
+        for bucket in self.buckets:
+            for i, name in enumerate(bucket.names):
+                state, shapes = whole.get(name, {}), {key: layout.shapes[i] for key, layout in bucket.layouts.items()}
+                fits = {key: state[key] for key, shape in shapes.items() if key in state and state[key].shape == shape}
+                filled[name] = {key: fits.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
+                if len(fits) < len(bucket.state):
+                    cold[bucket.group["kind"]].add(name)
+        of_adamw = [name for bucket in self.buckets if bucket.group["kind"] == "adamw" for name in bucket.names]
+        warm = len(steps) == 1 and not cold["adamw"]
+        if not warm:
+            cold["adamw"] = set(of_adamw)
+        for name in of_adamw:
+            if not warm:
+                filled[name] = {key: torch.zeros_like(tensor) for key, tensor in filled[name].items()}
+            filled[name]["step"] = torch.tensor(max(steps) if warm else 0)
+        self.load_state_dict(filled)
+        return sorted(cold["muon"] | cold["adamw"])
+
 
 def _counter(optimizer: "weakref.ref[MuonAdamW]", number: int) -> Callable[[Tensor], None]:
     """Return a hook that tells the optimizer of a gradient of bucket `number`. It does not keep the optimizer alive."""

@@ -34,7 +34,8 @@ class Stage:
     settings: tuple[str, ...]
 
 
-CHAT_SETTINGS = ("data", "conversations", "seed", "num_iterations", "num_epochs", "max_seq_len", "total_batch_size",
+CHAT_SETTINGS = ("data", "conversations", "seed", "num_iterations", "num_epochs", "max_seq_len", "packed",
+                 "total_batch_size", "reference_batch",
                  "target_examples_per_step", "examples_per_step", "num_samples", "max_new_tokens", "temperature",
                  "top_k", "embedding_lr", "unembedding_lr", "matrix_lr", "init_lr_frac", "weight_decay", "matrix_decay",
                  "muon_extras", "optimizer", "grad_clip", "reduce_dtype", "warmdown_ratio")

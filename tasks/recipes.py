@@ -11,11 +11,11 @@ conversations (tasks/custom_json.py), each added once, whole.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from nanochat.files import base_dir
-from nanochat.recipe import published, small
+from nanochat.recipe import Recipe, published, small
 from tasks.arc import ARC
 from tasks.base import Mixture, Task, one_of
 from tasks.custom_json import CustomJSON
@@ -53,14 +53,16 @@ def mid(data: str, seed: int = 0, extra: Iterable[str | Path] = (), **sizes: int
     return _mid_small_world(seed, extra, **{**small.mid.mixture, **sizes})
 
 
-def sft(data: str, seed: int = 0, extra: Iterable[str | Path] = (), **sizes: int) -> tuple[Task, Task]:
+def sft(data: str, seed: int = 0, extra: Iterable[str | Path] = (), recipe: Recipe = published,
+        **sizes: int) -> tuple[Task, Task]:
     """Return the training and the validation conversations of fine-tuning.
 
-    Arguments are those of `mid`; the hub's sizes include smoltalk.
+    Arguments are those of `mid`; the hub's sizes include smoltalk, -1 for all of it, and of arc, mmlu and gsm8k, how
+    often they are repeated. recipe: whose mixture of the hub's data.
     """
     one_of("data", data, DATA)
     if data == "hub":
-        return _sft_hub(extra, **{**published.sft.mixture, **sizes})
+        return _sft_hub(extra, recipe.sft.validation, **{**recipe.sft.mixture, **sizes})
     return _sft_small_world(seed, extra, **{**small.sft.mixture, **sizes})
 
 
@@ -90,24 +92,26 @@ def rl(data: str, split: str, seed: int = 0) -> Task:
     return GSM8K("main", split) if data == "hub" else WorldSums(split, seed)
 
 
-def hub_splits(stages: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Return the splits of the hub's data sets that these stages are trained and graded on: (name, subset, split)."""
+def hub_splits(stages: Iterable[str], recipe: Recipe = published) -> list[tuple[str, str, str]]:
+    """Return the splits of the hub's data sets that these stages of a recipe are trained and graded on: (name, subset,
+    split)."""
     stages, found = set(stages), []
+    of_sft = {name for name, times in recipe.sft.mixture.items() if times and "sft" in stages}
     if stages:  # graded after each
         found += [(ARC_NAME, "ARC-Easy", "test"), (ARC_NAME, "ARC-Challenge", "test"), ("cais/mmlu", "all", "test"),
                   ("openai/gsm8k", "main", "test"), ("openai/openai_humaneval", "openai_humaneval", "test")]
     if stages & {"mid", "sft"}:
         found += [(SMOLTALK_NAME, "default", "train"), (SMOLTALK_NAME, "default", "test")]
-    if stages & {"mid", "sft", "rl"}:
+    if stages & {"mid", "rl"} or "gsm8k" in of_sft:
         found += [("openai/gsm8k", "main", "train")]
-    if "mid" in stages:
+    if "mid" in stages or "mmlu" in of_sft:
         found += [("cais/mmlu", "auxiliary_train", "train")]
-    if "sft" in stages:
+    if "arc" in of_sft:
         found += [(ARC_NAME, "ARC-Easy", "train"), (ARC_NAME, "ARC-Challenge", "train")]
     return found
 
 
-# ---- the hub: 848,000 conversations in mid-training, 23,000 in SFT
+# ---- the hub: 848,000 conversations in mid-training, 23,000 in SFT; of the recipe modern 1,072,000 in SFT
 
 
 def _mid_hub(extra: Iterable[str | Path], identity: int, spelling: int, bee: int) -> tuple[Task, Task]:
@@ -120,23 +124,29 @@ def _mid_hub(extra: Iterable[str | Path], identity: int, spelling: int, bee: int
         SpellingBee("train", bee, **_english()),
         *map(CustomJSON, extra),
     ]
-    sizes = published.mid.validation
-    val = [SmolTalk("test"), MMLU("all", "test")[:sizes["mmlu"]], GSM8K("main", "test")[:sizes["gsm8k"]]]
-    return Mixture(train), Mixture(val)
+    return Mixture(train), _val_hub(**published.mid.validation)
 
 
-def _sft_hub(extra: Iterable[str | Path], identity: int, smoltalk: int, spelling: int, bee: int) -> tuple[Task, Task]:
+def _val_hub(mmlu: int, gsm8k: int) -> Task:
+    """Return SmolTalk's test split, alone or mixed with some questions."""
+    if not mmlu and not gsm8k:
+        return SmolTalk("test")
+    return Mixture([SmolTalk("test"), MMLU("all", "test")[:mmlu], GSM8K("main", "test")[:gsm8k]])
+
+
+def _sft_hub(extra: Iterable[str | Path], validation: Mapping[str, int], identity: int, arc: int, mmlu: int, gsm8k: int,
+             smoltalk: int, spelling: int, bee: int) -> tuple[Task, Task]:
     train = [
-        ARC("ARC-Easy", "train"),                                # 2.3K
-        ARC("ARC-Challenge", "train"),                           # 1.1K
-        GSM8K("main", "train"),                                  # 8K
-        SmolTalk("train")[:smoltalk],
+        *([ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train")] * arc if arc else []),  # 2.3K, 1.1K
+        *([MMLU("auxiliary_train", "train")] * mmlu if mmlu else []),
+        *([GSM8K("main", "train")] * gsm8k if gsm8k else []),    # 7.5K
+        SmolTalk("train")[:None if smoltalk < 0 else smoltalk],
         *_identity(identity),
         SimpleSpelling("train", spelling, **_english()),
         SpellingBee("train", bee, **_english()),
         *map(CustomJSON, extra),
     ]
-    return Mixture(train), SmolTalk("test")
+    return Mixture(train), _val_hub(**validation)
 
 
 def _english() -> dict:

@@ -340,6 +340,40 @@ def test_state_that_is_not_of_this_model_is_refused_and_changes_nothing():
     same_state(optimizer.state_dict(), state)
 
 
+def test_a_warm_start_takes_what_fits_and_counts_the_steps_that_made_it():
+    one, other = tiny(), tiny()
+    first = MuonAdamW(parameter_groups(one), ALONE)
+    train(one, first, ALONE, range(3))
+    other.load_state_dict(one.state_dict())
+    whole, second = first.state_dict(), MuonAdamW(parameter_groups(other), ALONE)
+    assert second.warm_start(whole) == [] and second.steps == 3
+    same_state(second.state_dict(), whole)
+    for model, optimizer in ((one, first), (other, second)):
+        train(model, optimizer, ALONE, range(3, 5))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))  # it is the same run
+
+    q, head = "transformer.h.0.attn.c_q.weight", "lm_head.weight"
+    part = {name: dict(state) for name, state in whole.items() if name != q} | {"of another model": whole[q]}
+    third = MuonAdamW(parameter_groups(tiny()), ALONE)
+    assert third.warm_start(part) == [q] and third.steps == 3
+    state = third.state_dict()
+    assert not state[q]["momentum"].any() and torch.equal(state[head]["exp_avg"], whole[head]["exp_avg"])
+
+    part[head]["exp_avg"] = torch.zeros(V + 1, E)  # without one moment all of AdamW is cold, since it counts once
+    cold = third.warm_start(part)
+    adamw = {name for name, state in whole.items() if "step" in state}
+    assert set(cold) == adamw | {q} and third.steps == 0
+    state = third.state_dict()
+    assert not any(state[name][key].any() for name in adamw for key in ("exp_avg", "exp_avg_sq"))
+    assert torch.equal(state["transformer.h.1.attn.c_q.weight"]["momentum"],
+                       whole["transformer.h.1.attn.c_q.weight"]["momentum"])
+
+    extras = override(modern.groups, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, muon_extras="normuon")
+    fourth = MuonAdamW(parameter_groups(tiny(), extras), ALONE)  # has a second moment, which the others had not
+    assert set(fourth.warm_start(whole)) == set(whole) - adamw and fourth.steps == 3
+    assert torch.equal(fourth.state_dict()[q]["momentum"], whole[q]["momentum"])
+
+
 EXACT = {"rtol": 0, "atol": 0}
 
 

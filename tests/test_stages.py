@@ -182,7 +182,7 @@ def _sft(ranks: Ranks, base, flags):
     torch.set_num_threads(1)
     os.environ.update(NANOCHAT_BASE_DIR=str(base), NANOCHAT_DTYPE="float32")
     from nanochat.cli import parse
-    chat_sft.run(parse(chat_sft.Config, flags), ranks)
+    chat_sft.run(parse(chat_sft.Config, ["--recipe=published", *flags]), ranks)
 
 
 def test_fine_tuning_on_two_ranks_is_that_on_one(base, monkeypatch):
@@ -202,7 +202,7 @@ def _rl(ranks: Ranks, base, flags):
     os.environ.update(NANOCHAT_BASE_DIR=str(base), NANOCHAT_DTYPE="float32")
     rl.reward_of = odd_length
     from nanochat.cli import parse
-    chat_rl.run(parse(chat_rl.Config, flags), ranks)
+    chat_rl.run(parse(chat_rl.Config, ["--recipe=published", *flags]), ranks)
 
 
 def test_runs_moved_aside_within_a_second_are_all_kept(tmp_path, monkeypatch):

@@ -208,11 +208,26 @@ class MidRecipe:
 
 @dataclass(frozen=True)
 class FineTuningRecipe:
-    """How supervised fine-tuning is done: a step is a number of conversations. Other fields as in MidRecipe."""
+    """How supervised fine-tuning is done. Other fields as in MidRecipe.
 
+    source: the stage whose model it starts from.
+    packed: a step is total_batch_size tokens, of rows of several conversations as in mid-training; else it is
+        target_examples_per_step conversations, padded. Validation is always in steps of these.
+    reference_batch: as in BaseRecipe; where packed.
+    inherit: batch and learning rates are those that the model it starts from was trained with; the recipe's where it
+        does not say.
+    warm_start: the optimizer begins with that model's momenta; else with none.
+    """
+
+    source: str
     num_iterations: int
     num_epochs: float
     max_seq_len: int
+    packed: bool
+    total_batch_size: int
+    reference_batch: int
+    inherit: bool
+    warm_start: bool
     target_examples_per_step: int
     device_batch_size: Rows
     recompute: Recompute

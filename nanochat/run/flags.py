@@ -1,14 +1,14 @@
 """Flags that all stages share, the command line of a stage, and what is decided from both before it begins."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
-from nanochat.checkpoint import Corrupt, load_checkpoint
+from nanochat.checkpoint.meta import read_meta, steps_in
 from nanochat.checks import check_batch, check_tag, conversation_files, dry_run_flag
 from nanochat.cli import COUNT, COUNT_OR_ALL, EVERY, NOT_NEGATIVE, SEED, STEP_OR_LAST, flag, parse
 from nanochat.distributed import Ranks, joined_ranks, on_main
@@ -150,6 +150,12 @@ class ChatStageFlags(TrainingFlags):
     init_lr_frac: float = flag(published.mid.init_lr_frac, "factor of all learning rates", within=NOT_NEGATIVE)
     seed: int = flag(published.mid.seed, "of the order of the conversations, and of what is sampled", within=SEED)
 
+    @classmethod
+    def defaults(cls, argv: Sequence[str]) -> dict[str, Any]:
+        """Return the defaults of the flags by name. At the end of base training Muon's weight decay has fallen to 0,
+        and there it stays."""
+        return {**super().defaults(argv), "matrix_decay": 0.0}
+
     def check(self) -> None:
         """Raise UserError for flags that do not fit one another, and for files that are not there."""
         super().check()
@@ -166,25 +172,49 @@ def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] 
     try:
         with joined_ranks(config.device_type) as ranks:
             on_main("looking at wandb", lambda: check_wandb(config.run), ranks)
-            if config.recipe == "auto":
-                recipe = on_main("looking at the model's recipe", lambda: recipe_of_model(config), ranks)
-                config = parse(flags, [*argv, f"--recipe={recipe}"], description)
+            if isinstance(config, ChatStageFlags):
+                before = on_main("looking at how the model was trained", lambda: config_of_model(config), ranks)
+                if config.recipe == "auto":
+                    argv.append(f"--recipe={recipe_of(before)}")
+                    config = parse(flags, argv, description)
+                if getattr(config, "inherit", False):
+                    config = parse(flags, argv, description, inherited(config, before))
             run(config, ranks)
     finally:
         apply_wish(Wish())  # the choice was that of this run
 
 
-def recipe_of_model(config: Any) -> str:
-    """Return the name of the recipe that the model was trained with which a chat stage starts from.
+def config_of_model(config: Any) -> dict[str, Any]:
+    """Return the flags that the model was trained with which a chat stage starts from, as its meta file says.
 
-    It is "published" where the checkpoint does not say so, or there is none: what is wrong is told by who loads it.
+    They are empty where it does not say, or there is no model: what is wrong is told by who loads it.
     """
-    with suppress(UserError, Corrupt):
-        folder = checkpoint_dir(getattr(config, "source", "base"), config.model_tag or None)
-        meta = load_checkpoint(folder, None if config.model_step < 0 else config.model_step, weights=False).meta
-        name = (meta.get("user_config") or {}).get("recipe")
-        return name if name in RECIPES else published.name
-    return published.name
+    for stage in dict.fromkeys((getattr(config, "source", "base"), "base")):
+        with suppress(UserError):
+            folder = checkpoint_dir(stage, config.model_tag or None)
+            for step in steps_in(folder) if config.model_step < 0 else [config.model_step]:
+                with suppress(UserError):
+                    return read_meta(folder, step).get("user_config") or {}
+    return {}
+
+
+def recipe_of(before: Mapping[str, Any]) -> str:
+    """Return the name of the recipe of a model that was trained with these flags."""
+    return before["recipe"] if before.get("recipe") in RECIPES else published.name
+
+
+def inherited(config: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that a stage takes over from those that its model was trained with.
+
+    They are those of the batch, and of the optimizer where the stage's is of the same recipe. Muon's weight decay is
+    none of them.
+    """
+    batch = before.get("total_batch_size")
+    names = ["total_batch_size", "reference_batch"] if isinstance(batch, int) and batch > 0 else []
+    if (before.get("optimizer") or recipe_of(before)) == (config.optimizer or config.recipe):
+        names += ["embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "muon_extras"]
+    known = {field.name for field in fields(config)}
+    return {name: before[name] for name in names if name in known and name in before}
 
 
 def compile_wanted(choice: str, ranks: Ranks) -> bool:

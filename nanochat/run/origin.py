@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint import Checkpoint, Corrupt, latest_step, load_checkpoint, load_to_resume, steps_in
+from nanochat.checkpoint import (
+    Checkpoint,
+    Corrupt,
+    latest_step,
+    load_checkpoint,
+    load_on_ranks,
+    load_to_resume,
+    steps_in,
+)
 from nanochat.checks import conversation_files, need_writable
 from nanochat.dataloader import merged
 from nanochat.distributed import Ranks, dtype_of_run, on_main
@@ -19,7 +27,7 @@ from nanochat.logs import log_path, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.run.flags import ChatStageFlags, TrainingFlags
 from nanochat.saving import copy_to_machines
-from nanochat.stages import Stage
+from nanochat.stages import STAGES, Stage
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,8 @@ def make_optimizer(origin: Origin, config: TrainingFlags, ranks: Ranks, lr_facto
                    decay_factor: float = 1.0) -> MuonAdamW:
     """Return the model's optimizer, with its state where the run resumes, which is then dropped from `origin`.
 
+    With the flag --warm-start, a new run begins with the state of the model it starts from. Collective.
+
     lr_factor, decay_factor: of all learning rates and of Muon's weight decay, beside what the flags say.
 
     Raises UserError where the state is gone.
@@ -251,7 +261,31 @@ def make_optimizer(origin: Origin, config: TrainingFlags, ranks: Ranks, lr_facto
         if ranks.is_main:
             print_changes(origin.meta.get("user_config", {}), config, origin)
             print_new_sums(config, origin, ranks)
+    elif getattr(config, "warm_start", False):
+        said = warm_start(optimizer, origin, ranks)
+        if ranks.is_main:
+            print(said)
     return optimizer
+
+
+def warm_start(optimizer: MuonAdamW, origin: Origin, ranks: Ranks) -> str:
+    """Give the optimizer the state of the checkpoint that a new run begins from, and return in words what there was.
+    Collective."""
+    begun = origin.provenance["from"]
+    folder = base_dir() / STAGES[begun["stage"]].folder / origin.folder.name
+    try:
+        before = load_on_ranks(folder, begun["step"], ranks, weights=False, optimizer=True, mapped=True)
+        state, why = before.optimizer_state, before.no_optimizer
+    except UserError as error:  # the model was loaded; only its optimizer state cannot be
+        state, why = None, str(error)
+    if state is None:
+        return f"note: the optimizer begins without momenta: {why.rstrip('.')}"
+    cold = optimizer.warm_start(state)
+    count = sum(len(bucket.names) for bucket in optimizer.buckets)
+    if not cold:
+        return f"the optimizer begins with the momenta of step {begun['step']} of {folder}"
+    return (f"note: the optimizer begins with the momenta of step {begun['step']} of {folder}, but {len(cold)} of "
+            f"{count} parameters without all of theirs, such as {cold[0]}: they were trained in another way there")
 
 
 def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:
