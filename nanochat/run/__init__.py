@@ -12,6 +12,7 @@ beside training (nanochat/saving.py).
 """
 
 from nanochat.run.flags import (
+    ChatData,
     ChatStageFlags,
     TrainingFlags,
     choose_kernels,
@@ -25,6 +26,7 @@ from nanochat.run.origin import (
     ChatDataChoice,
     Origin,
     chat_data_choice,
+    chat_data_of,
     checkpoint_to_resume,
     claim,
     is_trained,
@@ -36,7 +38,7 @@ from nanochat.run.origin import (
 )
 from nanochat.run.stage_run import PeriodicAction, StageRun, is_due, open_run
 
-__all__ = ["ChatDataChoice", "ChatStageFlags", "Origin", "PeriodicAction", "StageRun", "TrainingFlags",
-           "chat_data_choice", "checkpoint_to_resume", "choose_kernels", "claim", "compile_wanted", "fit_and_choose",
-           "is_due", "is_trained", "keep_flag", "launch", "loader_state", "move_aside", "open_run",
+__all__ = ["ChatData", "ChatDataChoice", "ChatStageFlags", "Origin", "PeriodicAction", "StageRun", "TrainingFlags",
+           "chat_data_choice", "chat_data_of", "checkpoint_to_resume", "choose_kernels", "claim", "compile_wanted",
+           "fit_and_choose", "is_due", "is_trained", "keep_flag", "launch", "loader_state", "move_aside", "open_run",
            "save_every_flag", "start_from_checkpoint", "steps_state", "tokens_of_row"]
