@@ -12,7 +12,7 @@ $NANOCHAT_BASE_DIR. The training data is chosen in tasks/recipes.py.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
+from typing import ClassVar, Literal
 
 from nanochat.chat_data import SupervisedSteps
 from nanochat.checks import data_unseen, say_what_would_be_done, where
@@ -45,6 +45,8 @@ STAGE, SFT = STAGES["sft"], published.sft
 @dataclass
 class Config(ChatStageFlags):
     """Flags of chat_sft; the defaults are the published recipe."""
+
+    stage: ClassVar[str] = "sft"
 
     source: Literal[STAGE.starts_from] = flag(STAGE.starts_from[0], "stage to start from")
     num_epochs: float = flag(SFT.num_epochs, "how often to go through the data", within=POSITIVE)

@@ -9,9 +9,10 @@ is done is skipped, so the same command resumes after an interruption. Ctrl-C, S
 stage save and end first (nanochat/launcher.py); Ctrl-C again ends it at once. Settings, all optional, from the
 environment:
 
-    SPEEDRUN_PROFILE=small|d20|d26|d32    the recipe (nanochat/recipe.py): small is for a CPU, on the built-in small
-                                          world; the others are the published one at three depths, for GPUs. Unset: d20
-                                          with a GPU, else small.
+    SPEEDRUN_PROFILE=small|d12|d18|...    what is trained (nanochat/recipe/): small is for a CPU, on the built-in small
+                                          world; d12, d18, d20, d22, d24, d26, d32 are models of these depths, for GPUs.
+                                          Unset: d20 with a GPU (d24 by the recipe modern), else small.
+    SPEEDRUN_RECIPE=published|modern      how they are trained. Unset: published
     SPEEDRUN_TEXT="PATH ..."              train on your own .txt, .md, .jsonl, .parquet files or folders: one path as
                                           it is, one a line, or several with spaces between
     SPEEDRUN_TEXT_FLAGS="--encoding ..."  flags of `python -m nanochat.dataset import` for these

@@ -140,7 +140,7 @@ def test_a_range_holds_what_it_says(within, inside, outside, text):
     [
         (base_train, "--window-pattern=SSSL", "use --layer-pattern"),
         (base_train, "--resume-from-step=2", "the same command resumes"),
-        (base_train, "--warmup-steps=40", "use --warmup-ratio"),
+        (base_train, "--warmup-iters=40", "use --warmup-steps"),
         (base_train, "--dept=4", "did you mean --depth?"),
         (base_train, "--device-batchsize=4", "did you mean --device-batch-size?"),
         (base_train, "--Depth=4", "did you mean --depth?"),

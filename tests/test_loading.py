@@ -115,8 +115,8 @@ def test_a_checkpoint_of_another_shape_names_what_differs(small):
 def test_a_config_that_is_unknown_or_wrong_is_said(small):
     folder, model = small
     config = model.config.to_dict()
-    save_checkpoint(folder, 1, model.state_dict(), {"model_config": config | {"rope_base": 3, "mixer": "S"}})
-    with pytest.raises(UserError, match="model_config has mixer, rope_base, which this version does not know"):
+    save_checkpoint(folder, 1, model.state_dict(), {"model_config": config | {"rope_scaling": 3, "mixer": "S"}})
+    with pytest.raises(UserError, match="model_config has mixer, rope_scaling, which this version does not know"):
         load_model(folder, "cpu")
     save_checkpoint(folder, 2, model.state_dict(), {"model_config": config | {"n_head": 3}})
     with pytest.raises(UserError, match="its model_config makes no model: .*n_head"):

@@ -1,11 +1,14 @@
 """Flags that all stages share, the command line of a stage, and what is decided from both before it begins."""
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
+from nanochat.checkpoint import Corrupt, load_checkpoint
 from nanochat.checks import check_batch, check_tag, conversation_files, dry_run_flag
 from nanochat.cli import COUNT, COUNT_OR_ALL, EVERY, NOT_NEGATIVE, SEED, STEP_OR_LAST, flag, parse
 from nanochat.distributed import Ranks, joined_ranks, on_main
@@ -14,9 +17,19 @@ from nanochat.gpt import GPT
 from nanochat.guard import CHECK_EVERY, GUARD
 from nanochat.kernels.choose import Choice, Wish, apply_wish, choose, parse_wish, wish_of_environment
 from nanochat.kernels.dispatch import TrainingShape, has_triton
+from nanochat.loading import checkpoint_dir
 from nanochat.logs import check_wandb
 from nanochat.memory import RECOMPUTE_HELP, fit_batch
-from nanochat.recipe import Recompute, published
+from nanochat.recipe import (
+    MUON_EXTRAS,
+    RECIPES,
+    OptimizerGroup,
+    Recipe,
+    Recompute,
+    fields_of,
+    override,
+    published,
+)
 
 C = TypeVar("C")
 ChatData = Literal["auto", "hub", "small-world", "basics"]  # of the flag --data: tasks/recipes.py
@@ -33,11 +46,28 @@ def keep_flag(default: int) -> Any:
                 "--keep-every; the last one always stays", within=COUNT)
 
 
+def optimizer_flags(recipe: Recipe) -> dict[str, Any]:
+    """Return the flags of a stage that a recipe's optimizer groups set."""
+    groups = recipe.groups
+    return {"embedding_lr": groups["wte"].lr, "unembedding_lr": groups["lm_head"].lr,
+            "matrix_lr": groups["matrices"].lr, "matrix_decay": groups["matrices"].weight_decay,
+            "muon_extras": ",".join(groups["matrices"].extras)}
+
+
 @dataclass
 class TrainingFlags:
-    """Flags of every stage that trains; the defaults are those after the base model."""
+    """Flags of every stage that trains; the defaults are those after the base model.
+
+    --recipe sets the defaults of the others: those of fields of the recipe's part of this stage, which have the same
+    names, and those of the optimizer.
+    """
+
+    stage: ClassVar[str] = "mid"
 
     run: str = flag("dummy", "name of the wandb run; dummy means no wandb")
+    recipe: Literal["published", "modern"] = flag("published", "what the other flags default to; "
+                                                  "--recipe=modern --help shows its numbers")
+    optimizer: Literal["", "published", "modern"] = flag("", "recipe whose optimizer groups are used; unset: --recipe")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     model_tag: str = flag("", "which model to start from; unset takes the only or the deepest one. "
                               "The result has the same name")
@@ -48,8 +78,12 @@ class TrainingFlags:
     matrix_lr: float = flag(published.groups["matrices"].lr,
                             "learning rate of the matrices (Muon) and of the convolution taps (AdamW)",
                             within=NOT_NEGATIVE)
-    weight_decay: float = flag(published.groups["wte"].weight_decay, "weight decay of embedding, head and taps",
-                               within=NOT_NEGATIVE)
+    weight_decay: float | None = flag(None, "weight decay of all that AdamW trains; unset: as the optimizer's groups",
+                                      within=NOT_NEGATIVE)
+    matrix_decay: float = flag(published.groups["matrices"].weight_decay,
+                               "weight decay of the matrices, which falls to 0 along the run", within=NOT_NEGATIVE)
+    muon_extras: str = flag(",".join(published.groups["matrices"].extras),
+                            f"what Muon does besides, with commas between: {', '.join(MUON_EXTRAS)}")
     grad_clip: float = flag(published.grad_clip, "largest gradient norm; 0 = no limit", within=NOT_NEGATIVE)
     reduce_dtype: Literal["float32", "bfloat16"] = flag(
         "float32", "what several processes send gradients in; bfloat16 is half the bytes, and is summed in float32")
@@ -65,16 +99,48 @@ class TrainingFlags:
     fresh: bool = flag(False, "start anew where a run of the same tag stands; that one is moved aside, not deleted")
     dry_run: bool = dry_run_flag()
 
+    @classmethod
+    def defaults(cls, argv: Sequence[str]) -> dict[str, Any]:
+        """Return the defaults of the flags by name, for a command line that may name a recipe."""
+        asked = _asked(cls, argv)
+        recipe = RECIPES[asked["recipe"]]
+        values = {"grad_clip": recipe.grad_clip, **dict(fields_of(getattr(recipe, cls.stage))),
+                  **optimizer_flags(RECIPES[asked["optimizer"] or recipe.name])}
+        return {field.name: values[field.name] for field in fields(cls) if field.name in values}
+
     def check(self) -> None:
         """Raise UserError for flags that do not fit one another."""
         check_tag(self.model_tag)
         check_batch(self)
+        if wrong := [word for word in self.muon_extras.split(",") if word and word not in MUON_EXTRAS]:
+            raise UserError(f"--muon-extras: there is no {wrong[0]!r}; it takes {', '.join(MUON_EXTRAS)}, with commas "
+                            "between")
+
+    def groups(self, lr_factor: float = 1.0, decay_factor: float = 1.0) -> dict[str, OptimizerGroup]:
+        """Return the optimizer's groups, with all learning rates and Muon's weight decay multiplied by these."""
+        return override(RECIPES[self.optimizer or self.recipe].groups, matrix_lr=self.matrix_lr,
+                        embedding_lr=self.embedding_lr, unembedding_lr=self.unembedding_lr,
+                        weight_decay=self.weight_decay, matrix_decay=decay_factor * self.matrix_decay,
+                        muon_extras=self.muon_extras, lr_frac=lr_factor)
+
+
+def _asked(flags: type, argv: Sequence[str]) -> dict[str, str]:
+    """Return which recipe and optimizer a command line names; what is wrong with it is told later."""
+    asked = {"recipe": "published", "optimizer": ""}
+    for word, after in zip(argv, [*argv[1:], ""]):
+        name, equals, value = word.removeprefix("--").partition("=")
+        value = value if equals else after
+        if word.startswith("--") and name in asked and value in RECIPES:
+            asked[name] = value
+    return asked
 
 
 @dataclass
 class ChatStageFlags(TrainingFlags):
     """Flags of every stage after the base model."""
 
+    recipe: Literal["auto", "published", "modern"] = flag("auto", "what the other flags default to; auto is the recipe "
+                                                          "that the base model was trained with")
     model_step: int = flag(-1, "which of its checkpoints; -1 is the last", within=STEP_OR_LAST)
     data: ChatData = flag("auto", "what to train on: the published mixture; conversations about the built-in small "
                           "world; or those that go with any text, who it is, sums and spelling. auto is that of the "
@@ -95,14 +161,31 @@ class ChatStageFlags(TrainingFlags):
 
 def launch(flags: type[C], run: Callable[[C, Ranks], None], argv: Sequence[str] | None, description: str) -> None:
     """Parse the command line, join the ranks and call run(config, ranks): the `main` of every training script."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     config = parse(flags, argv, description)
     parse_wish(config.kernels)  # raises for names that do not exist, before anything is loaded
     try:
         with joined_ranks(config.device_type) as ranks:
             on_main("looking at wandb", lambda: check_wandb(config.run), ranks)
+            if config.recipe == "auto":
+                recipe = on_main("looking at the model's recipe", lambda: recipe_of_model(config), ranks)
+                config = parse(flags, [*argv, f"--recipe={recipe}"], description)
             run(config, ranks)
     finally:
         apply_wish(Wish())  # the choice was that of this run
+
+
+def recipe_of_model(config: Any) -> str:
+    """Return the name of the recipe that the model was trained with which a chat stage starts from.
+
+    It is "published" where the checkpoint does not say so, or there is none: what is wrong is told by who loads it.
+    """
+    with suppress(UserError, Corrupt):
+        folder = checkpoint_dir(getattr(config, "source", "base"), config.model_tag or None)
+        meta = load_checkpoint(folder, None if config.model_step < 0 else config.model_step, weights=False).meta
+        name = (meta.get("user_config") or {}).get("recipe")
+        return name if name in RECIPES else published.name
+    return published.name
 
 
 def compile_wanted(choice: str, ranks: Ranks) -> bool:

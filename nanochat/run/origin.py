@@ -17,8 +17,7 @@ from nanochat.gpt import GPT
 from nanochat.loading import load_model, model_and_tokenizer, on_ranks
 from nanochat.logs import log_path, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.recipe import override, published
-from nanochat.run.flags import ChatStageFlags
+from nanochat.run.flags import ChatStageFlags, TrainingFlags
 from nanochat.saving import copy_to_machines
 from nanochat.stages import Stage
 
@@ -238,14 +237,15 @@ def steps_state(origin: Origin) -> dict | None:
     return origin.meta.get("loader") if origin.step else None
 
 
-def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
+def make_optimizer(origin: Origin, config: TrainingFlags, ranks: Ranks, lr_factor: float = 1.0,
+                   decay_factor: float = 1.0) -> MuonAdamW:
     """Return the model's optimizer, with its state where the run resumes, which is then dropped from `origin`.
 
-    Raises UserError where that is gone.
+    lr_factor, decay_factor: of all learning rates and of Muon's weight decay, beside what the flags say.
+
+    Raises UserError where the state is gone.
     """
-    groups = override(published.groups, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr,
-                      unembedding_lr=config.unembedding_lr, weight_decay=config.weight_decay,
-                      lr_frac=getattr(config, "init_lr_frac", 1.0))
+    groups = config.groups(lr_factor * getattr(config, "init_lr_frac", 1.0), decay_factor)
     optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks, origin.model.compute_dtype,
                           reduce_dtype=getattr(torch, config.reduce_dtype))
     if origin.resumed is not None:
