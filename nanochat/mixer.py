@@ -121,7 +121,7 @@ class Mixer(nn.Module):
         return "matrices" if self.get_parameter(name).ndim == 2 else None
 
     def is_dead(self) -> bool:
-        """Whether the weights are such that the mixer adds nothing, whatever its input, and training cannot change it."""
+        """Whether the weights let the mixer add nothing, whatever its input, and training cannot change that."""
         return False
 
     def flops_per_token(self, T: int) -> float:

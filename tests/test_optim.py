@@ -12,7 +12,7 @@ from torch import nn
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
-from nanochat.recipe import MUON_EXTRAS, OptimizerGroup, override, published
+from nanochat.recipe import MUON_EXTRAS, OptimizerGroup, modern, override, published
 from tests.test_distributed import told_by_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
