@@ -12,7 +12,7 @@ from torch import nn
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
-from nanochat.recipe import MUON_EXTRAS, OptimizerGroup, override, published
+from nanochat.recipe import MUON_EXTRAS, OptimizerGroup, modern, override, published
 from tests.test_distributed import told_by_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -37,6 +37,7 @@ class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
         self.config = SimpleNamespace(n_embd=E)
+        self.stream = nn.Module()  # has no parameters
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(V, E), "h": nn.ModuleList()})
         for i in range(4):
             mlp = nn.ModuleDict({"c_fc": nn.Linear(E, 4 * E, bias=False), "c_proj": nn.Linear(4 * E, E, bias=False)})
