@@ -165,6 +165,7 @@ class Bucket(Layout):
         self.state = {key: self.params[0].new_zeros(layout.stop - layout.start) for key, layout in self.layouts.items()}
         self._reduction: tuple[dist.Work, Tensor, Tensor] | None = None
         self._gradient: Tensor | None = None  # a single process's
+        self.borrows = False                  # whether the gradient is in the memory of p.grad: it is not to be changed
         self._gather: dist.Work | None = None
         self._hidden = False
         if ranks.communicates:
@@ -192,6 +193,7 @@ class Bucket(Layout):
         if not self.ranks.communicates:
             pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.params]
             self._gradient = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            self.borrows = len(pieces) == 1 and self.params[0].grad is not None
             return
         grads = [p.grad for p in self.params]
         if len(grads) == 1 and grads[0] is not None and not self.padding and self.reduce_dtype == torch.float32:

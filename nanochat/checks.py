@@ -107,7 +107,7 @@ def say_what_would_be_done(origin: Any, config: Any, ranks: Any, num_iterations:
 def data_unseen(source: str, config: Any, origin: Any, ranks: Any) -> bool:
     """For --dry-run: return whether the stage's data would have to be fetched to be seen, and print what is known.
 
-    source: of the data, "hub" or "small-world". Other arguments are those of `say_what_would_be_done`.
+    source: of the data, "hub", "small-world" or "basics". Other arguments are those of `say_what_would_be_done`.
     """
     if source != "hub" or os.environ.get("NANOCHAT_TASK_DATA"):
         return False

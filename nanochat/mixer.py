@@ -120,6 +120,10 @@ class Mixer(nn.Module):
             return "value_embeds" if name == "value_embed.weight" else "taps"
         return "matrices" if self.get_parameter(name).ndim == 2 else None
 
+    def is_dead(self) -> bool:
+        """Whether the weights let the mixer add nothing, whatever its input, and training cannot change that."""
+        return False
+
     def flops_per_token(self, T: int) -> float:
         """Return the training FLOPs a token at rows of T: 6 a matrix weight (2 forward, 4 backward)."""
         return 6 * sum(p.numel() for name, p in self.named_parameters() if self.optimizer_group(name) == "matrices")

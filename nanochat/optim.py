@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from nanochat.buckets import BUCKET_ELEMENTS, STATE, Bucket, make_buckets
 from nanochat.distributed import Ranks, all_reduce_sum, compute_dtype
 from nanochat.errors import UserError
+from nanochat.kernels.adamw import Factors, adamw_
 from nanochat.kernels.newton_schulz import newton_schulz
 from nanochat.recipe import OptimizerGroup, published
 
@@ -113,33 +114,27 @@ def _names(module: nn.Module) -> Iterator[str]:
 
 def direction(bucket: Bucket, gradient: Tensor, momentum: float, factors: Sequence[Tensor], dtype: torch.dtype
               ) -> Tensor:
-    """Update the state with this rank's slice of the gradient; return the change of its weights at a rate of 1, flat.
+    """Update Muon's state with this rank's part of the gradient; return the change of its weights at a rate of 1.
 
     Args:
-        gradient: flat; it is overwritten. Zeros where the step is skipped.
-        momentum: Muon's.
-        factors: 0-d, on the device. Muon: the weight of the gradient in the momentum, and that of the matrices in
-            NorMuon's second moment, both 0 where the step is skipped. AdamW: see `AdamWFactors`.
+        bucket: of a group for Muon.
+        gradient: flat; it is overwritten, by the result. Zeros where the step is skipped.
+        factors: 0-d, on the device: the weight of the gradient in the momentum, and that of the matrices in NorMuon's
+            second moment; both 0 where the step is skipped.
         dtype: of Newton-Schulz.
     """
-    if bucket.group["kind"] == "muon":
-        average = bucket.state["momentum"].lerp_(gradient, factors[0])
-        ahead = gradient.lerp_(average, momentum)  # Nesterov momentum
-        extras, moments = bucket.group.get("extras", ()), repeat(None)
-        if "normuon" in extras:
-            moments = bucket.layouts["second_moment"].stacks(bucket.state["second_moment"])
-        for x, moment in zip(bucket.stacks(ahead), moments):
-            orthogonal = newton_schulz(equilibrate_(x) if "equilibrate" in extras else x, dtype)
-            scale = max(1, x.shape[1] / x.shape[2]) ** 0.5
-            if moment is not None or "renormalize" in extras:
-                scale = scale_of(orthogonal, "renormalize" in extras, moment, factors[-1]).mul_(scale)
-            torch.mul(orthogonal.to(x.dtype), scale, out=x)
-        return ahead
-    weight, decay, of_root, of_mean = factors
-    mean = bucket.state["exp_avg"].lerp_(gradient, weight)
-    square = bucket.state["exp_avg_sq"].mul_(decay).addcmul_(gradient, gradient, value=1 - bucket.group["betas"][1])
-    root = torch.sqrt(square, out=gradient).mul_(of_root).add_(bucket.group["eps"])
-    return torch.div(mean, root, out=root).mul_(of_mean)
+    average = bucket.state["momentum"].lerp_(gradient, factors[0])
+    ahead = gradient.lerp_(average, momentum)  # Nesterov momentum
+    extras, moments = bucket.group.get("extras", ()), repeat(None)
+    if "normuon" in extras:
+        moments = bucket.layouts["second_moment"].stacks(bucket.state["second_moment"])
+    for x, moment in zip(bucket.stacks(ahead), moments):
+        orthogonal = newton_schulz(equilibrate_(x) if "equilibrate" in extras else x, dtype)
+        scale = max(1, x.shape[1] / x.shape[2]) ** 0.5
+        if moment is not None or "renormalize" in extras:
+            scale = scale_of(orthogonal, "renormalize" in extras, moment, factors[-1]).mul_(scale)
+        torch.mul(orthogonal.to(x.dtype), scale, out=x)
+    return ahead
 
 
 def equilibrate_(x: Tensor) -> Tensor:
@@ -407,22 +402,29 @@ class MuonAdamW:
         of_muon = [ok * (1 - momentum)]
         if any("second_moment" in bucket.state for bucket in self.buckets):
             of_muon.append(ok * (1 - SECOND_MOMENT))
+        on_host = ok.is_cpu  # the host knows it at once
+        skip = on_host and not ok
         for bucket in reversed(self.buckets):  # as the forward pass needs them: the first are sent while others compute
             gradient = gradients.pop()  # so that its memory is freed when the bucket is done
             weights = bucket.weights()
-            if weights:
+            if weights and not skip:
                 rate = ok * (bucket.group["lr"] * lr_scale)
-                gradient = torch.where(ok, gradient, 0).mul_(scale)
-                adamw = bucket.group["kind"] == "adamw"
-                factors = of_adamw[bucket.group["betas"]] if adamw else of_muon
-                change = direction(bucket, gradient, momentum, factors, self.dtype)
-                if decay := bucket.group["weight_decay"] * (1 if adamw else decay_scale):
-                    if "cautious" in bucket.group.get("extras", ()):
-                        add_aligned_(change, weights, decay)
+                if bucket.group["kind"] == "adamw":
+                    adamw_(weights, gradient, bucket.state["exp_avg"], bucket.state["exp_avg_sq"],
+                           Factors(ok, scale, rate, *of_adamw[bucket.group["betas"]], 1 - bucket.group["betas"][1],
+                                   bucket.group["eps"], bucket.group["weight_decay"]))
+                else:
+                    if not on_host:
+                        gradient = torch.where(ok, gradient, 0).mul_(scale)
                     else:
-                        torch._foreach_mul_(weights, 1 - rate * decay)
-                change.mul_(rate)
-                torch._foreach_sub_(weights, change.split([view.numel() for view in weights]))
+                        gradient = gradient * scale if bucket.borrows else gradient.mul_(scale)
+                    change = direction(bucket, gradient, momentum, of_muon, self.dtype)
+                    if decay := bucket.group["weight_decay"] * decay_scale:
+                        if "cautious" in bucket.group.get("extras", ()):
+                            add_aligned_(change, weights, decay)
+                        else:
+                            torch._foreach_mul_(weights, 1 - rate * decay)
+                    torch._foreach_sub_(weights, change.mul_(rate).split([view.numel() for view in weights]))
             if self.ranks.communicates:
                 bucket.start_gather(hide=self._deferred)
         if not self._deferred:

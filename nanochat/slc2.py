@@ -86,6 +86,10 @@ class SLC2(Mixer):
         past.copy_(positions.last(torch.cat([past, u.to(past.dtype)], dim=1), K - 1))
         return y
 
+    def is_dead(self) -> bool:
+        """Whether all taps are zero: the published code left them as memory held them, which on GPUs is often zero."""
+        return not self.conv1d.weight.any()
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw all weights: matrices as published, taps uniform ±1/√K.

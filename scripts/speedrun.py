@@ -119,7 +119,8 @@ def describe_chat_stages(plan: RunPlan) -> str:
     stages = chat_stages(plan)
     if not plan.chat:
         return f"no chat stages: {plan.why_no_chat}"
-    return ", ".join(stage.noun for stage in stages) + ", each graded; the report"
+    about = " (who it is, sums and spelling alone)" if plan.chat == "basics" else ""
+    return ", ".join(stage.noun for stage in stages) + f"{about}, each graded; the report"
 
 
 def print_commands(plan: RunPlan) -> None:

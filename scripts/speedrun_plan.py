@@ -164,7 +164,8 @@ class RunPlan:
     steps: optimizer steps of the base model. device_batch: rows a device takes at a time in base and mid-training.
     batch: the micro-batch of base training that is expected with "auto".
     shards: of the hub's text. seconds: of base training, None where the device's speed is not known. disk: bytes.
-    chat: data of the chat stages, "small-world", "hub", or "" where there are none, for the reason why_no_chat.
+    chat: data of the chat stages, "small-world", "hub" or "basics", or "" where there are none, for the reason
+        why_no_chat.
     """
 
     profile: str
@@ -228,7 +229,7 @@ def make_plan(machine: Machine) -> RunPlan:
                         f"Keep both: NANOCHAT_BASE_DIR={base_dir()}-{name} bash speedrun.sh")
     chat, why = "small-world" if source == "small-world" else "hub", ""
     if chat == "hub" and name == "small":
-        chat, why = "", "the published conversations are too many for this profile"
+        chat = "basics"  # the published conversations are too many and too hard for it
     elif chat == "hub" and not os.environ.get("NANOCHAT_TASK_DATA") and not hub_reachable():
         chat = ""
         why = "the Hugging Face hub cannot be reached, and NANOCHAT_TASK_DATA names no mirror of its data sets"
@@ -347,12 +348,16 @@ def commands(plan: RunPlan) -> list[Command]:
         Command("evaluation of the base model", "scripts.base_eval",
                 (tag, *changed_flags(base_eval, published.base_eval)), gpus, grades="base"),
     ]
+    basics = plan.chat == "basics"
     if plan.chat:
-        result.append(Command("who it is", "dev.gen_identity", (*changed_flags(recipe.identity, published.identity),)))
+        about = ("--data=the text that I was given", "--questions=") if basics else ()
+        result.append(Command("who it is", "dev.gen_identity",
+                              (*changed_flags(recipe.identity, published.identity), *about)))
     for stage in chat_stages(plan):
         flags = changed_flags(parts[stage.name], getattr(default, stage.name))
         result += [
-            Command(stage.noun, stage.script, (*named, tag, *flags, *wandb), gpus),
+            Command(stage.noun, stage.script,
+                    (*named, tag, *flags, *(("--data=basics",) if basics else ()), *wandb), gpus),
             Command(f"grading after {stage.noun}", "scripts.chat_eval",
                     (f"--source={stage.name}", tag, *changed_flags(recipe.chat_eval, published.chat_eval)), gpus,
                     grades=stage.name),
@@ -387,7 +392,7 @@ def check_plan(plan: RunPlan) -> None:
         look_at_files(plan.text, TextFormat(flags.doc_separator.strip(), flags.text_column, flags.encoding))
     mirror = os.environ.get(MIRROR)
     if plan.chat == "hub" and mirror:
-        for name, subset, split in hub_splits([stage.name for stage in chat_stages(plan)]):
+        for name, subset, split in hub_splits([stage.name for stage in chat_stages(plan)], plan.recipe):
             find_in_mirror(Path(mirror).expanduser(), name, subset, split)
 
 

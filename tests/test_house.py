@@ -40,6 +40,8 @@ COVERED_BY = {
     "nanochat.evaluation.core": "test_core_eval",
     "nanochat.evaluation.loss": "test_loss_eval",
     "nanochat.kernels": "test_kernels_cpu",
+    "nanochat.kernels.adamw": "test_kernel_adamw",
+    "nanochat.kernels.adamw.cpu": "test_kernel_adamw",
     "nanochat.kernels.add_norm": "test_kernel_add_norm",
     "nanochat.kernels.add_norm.triton": "test_kernel_add_norm",
     "nanochat.kernels.attention": "test_kernel_attention",

@@ -276,9 +276,9 @@ def test_conversations_longer_than_a_row_never_give_an_empty_batch(base):
     long = [{"role": "user", "content": "Where is the lamp kept? " * 60}, {"role": "assistant", "content": "Here."}]
     (base / "long.jsonl").write_text(json.dumps(long) + "\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "_sft_small_world", lambda seed, extra, **sizes: (
+        patch.setattr(recipes, "sft", lambda data, seed, extra: (
             recipes.Mixture([*map(recipes.CustomJSON, extra)] * 5 + [recipes.WorldQuestions("train", size=2)]),
-            recipes._val_small_world(seed, 80)))
+            recipes.WorldQuestions("test", seed)))
         chat_sft.main([*SFT, "--fresh", f"--conversations={base / 'long.jsonl'}", "--eval-metrics-every=-1"])
     rows = [row for row in read_log(base / "logs" / "sft_d2.jsonl") if row["kind"] == "train"]
     assert all(row["loss"] == row["loss"] and row["supervised"] > 0 for row in rows)

@@ -32,6 +32,7 @@ from nanochat.recipe import (
 )
 
 C = TypeVar("C")
+ChatData = Literal["auto", "hub", "small-world", "basics"]  # of the flag --data: tasks/recipes.py
 
 
 def save_every_flag(default: int) -> Any:
@@ -141,9 +142,9 @@ class ChatStageFlags(TrainingFlags):
     recipe: Literal["auto", "published", "modern"] = flag("auto", "what the other flags default to; auto is the recipe "
                                                           "that the base model was trained with")
     model_step: int = flag(-1, "which of its checkpoints; -1 is the last", within=STEP_OR_LAST)
-    data: Literal["auto", "hub", "small-world"] = flag("auto", "what to train on: the published mixture, or "
-                                                       "conversations about the built-in small world; auto is what "
-                                                       "goes with the base model")
+    data: ChatData = flag("auto", "what to train on: the published mixture; conversations about the built-in small "
+                          "world; or those that go with any text, who it is, sums and spelling. auto is that of the "
+                          "stage before, and what goes with the base model")
     conversations: str = flag("", "further conversations, your own: .jsonl files, with commas between")
     num_iterations: int = flag(published.mid.num_iterations, "optimizer steps; -1 = num_epochs of the data",
                                within=COUNT_OR_ALL)

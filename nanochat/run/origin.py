@@ -38,8 +38,8 @@ class Origin:
     step: optimizer steps of this stage that are done; 0 for a new run.
     model: on the device. tokenizer: its own. meta: of the checkpoint the model was loaded from; empty for a new model.
     loaded: which checkpoint that is and why, in words.
-    provenance: meta fields of every checkpoint the run writes ("data", "from" where it began from a checkpoint, and
-        "identity", the digests of its data).
+    provenance: meta fields of every checkpoint the run writes ("data", "from" and "chat_data" where it began from a
+        checkpoint, and "identity", the digests of its data).
     lock: on rank 0, of `lock_run`: no other run writes to the folder as long as it is open.
     resumed: the checkpoint to go on from, with the optimizer state until that is loaded; None for a new run.
     fresh: move what is in the folder aside before the run begins.
@@ -62,7 +62,7 @@ class Origin:
 class ChatDataChoice:
     """What a chat stage learns from.
 
-    source: "hub" or "small-world". seed: the small world's. extra: files of the user's own conversations.
+    source: "hub", "small-world" or "basics". seed: the small world's. extra: files of the user's own conversations.
     """
 
     source: str
@@ -136,8 +136,9 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
                              lambda: _origin_of(resumed, source, parent_folder, parent_step), ranks)
     model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype") if resumed else None)
     return Origin(stage=stage, folder=folder, step=resumed.step if resumed else 0, model=model, tokenizer=tokenizer,
-                  meta=meta, loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from},
-                  lock=file, resumed=resumed, fresh=config.fresh)
+                  meta=meta, loaded=meta["loaded"], lock=file, resumed=resumed, fresh=config.fresh,
+                  provenance={"data": meta.get("data"), "from": begun_from,
+                              "chat_data": chat_data_choice(config, meta).source})
 
 
 def _origin_of(resumed: Checkpoint, source: str, folder: Path, step: int | None) -> dict[str, Any]:
@@ -176,10 +177,14 @@ def _described(stage: str, meta: dict[str, Any]) -> dict[str, Any]:
 
 def chat_data_choice(config: ChatStageFlags, meta: dict[str, Any]) -> ChatDataChoice:
     """Return what a chat stage learns from; with --data=auto what goes with the model of this meta."""
-    about = meta.get("data") or {}
-    auto = "small-world" if about.get("source") == "small-world" else "hub"
-    return ChatDataChoice(auto if config.data == "auto" else config.data, about.get("seed", 0),
-                          conversation_files(config.conversations))
+    return ChatDataChoice(chat_data_of(meta) if config.data == "auto" else config.data,
+                          (meta.get("data") or {}).get("seed", 0), conversation_files(config.conversations))
+
+
+def chat_data_of(meta: dict[str, Any]) -> str:
+    """Return the chat data that goes with the model of this meta: that of its chat stage, else of its base model."""
+    text = (meta.get("data") or {}).get("source")
+    return meta.get("chat_data") or ("small-world" if text == "small-world" else "hub")
 
 
 def tokens_of_row(config: Any, model: GPT) -> int:
