@@ -37,6 +37,7 @@ class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
         self.config = SimpleNamespace(n_embd=E)
+        self.stream = nn.Module()  # has no parameters
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(V, E), "h": nn.ModuleList()})
         for i in range(4):
             mlp = nn.ModuleDict({"c_fc": nn.Linear(E, 4 * E, bias=False), "c_proj": nn.Linear(4 * E, E, bias=False)})
