@@ -64,7 +64,7 @@ def forward(model: TwinGPT, ids: Tensor, cache: PublishedCache) -> Tensor:
     for number, block in enumerate(model.transformer.h):
         h = _rms(x)
         attention = isinstance(block.attn, _Attention)
-        x = x + (attend(block.attn, h, cos, sin, cache, number) if attention else block.attn(h, cos, sin))
+        x = x + (attend(block.attn, h, cos, sin, cache, number) if attention else block.attn(h, ids, cos, sin))
         x = x + block.mlp(_rms(x))
     cache.position += ids.size(1)
     logits = model.lm_head(_rms(x))

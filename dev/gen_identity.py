@@ -46,6 +46,7 @@ class Description:
                      "how long training took, or what it cost; --short: a few minutes on a laptop")
     year: str = flag("2025", "when it was first published")
     licence: str = flag("MIT", "licence of code and weights")
+    questions: str = flag("people, places and things", "what it answers questions about; for --short alone")
 
 
 SMALL = {"size": "4 million", "data": "stories of a small invented world", "time": "a few minutes on a laptop"}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nanochat.distributed import Ranks
 
-STATE = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
+STATE = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}  # shaped like the parameters
 BUCKET_ELEMENTS = 25_000_000  # 100 MB in float32: long enough for the full bandwidth of NVLink, a few per cent of d20
 ALIGNED = 64                  # elements: slices of float32 that begin at multiples of 256 bytes, as allocations do
 
@@ -80,24 +80,16 @@ def shared_out(members: Sequence[Member], world_size: int, bucket_elements: int)
     return buckets + ([rest] if rest else [])
 
 
-class Bucket:
-    """Parameters that are reduced, updated and gathered together; the top of this file says how they lie."""
+class Layout:
+    """Where tensors lie in a flat buffer that is cut into equal slices, one for each rank."""
 
-    def __init__(self, group: dict[str, Any], members: Sequence[Member], owners: Sequence[int] | None, ranks: Ranks,
-                 reduce_dtype: torch.dtype = torch.float32):
-        """Lay out the buffer and make this rank's part of the state.
+    def __init__(self, shapes: Sequence[Sequence[int]], owners: Sequence[int] | None, ranks: Ranks):
+        """Lay out tensors of these shapes in their order; with owners, those of a lower rank come first.
 
-        Args:
-            group: of `parameter_groups`.
-            members: in the order in which they lie; with owners, those of a lower rank first.
-            owners: of each member, the rank whose slice holds the whole of it. None cuts all into equal slices.
-            ranks: who shares the work.
-            reduce_dtype: what gradients are sent in. Their sum is float32.
+        owners: of each, the rank whose slice holds the whole of it. None cuts all into equal slices.
         """
-        self.group, self.ranks, self.reduce_dtype = group, ranks, reduce_dtype
-        self.names, self.params = [m.name for m in members], [m.parameter for m in members]
-        self.first = min(m.position for m in members)
-        self.sizes = [p.numel() for p in self.params]
+        self.shapes = [torch.Size(shape) for shape in shapes]
+        self.sizes = [shape.numel() for shape in self.shapes]
         total = sum(self.sizes)
         held = [0] * ranks.world_size  # elements of each rank
         if owners is None:
@@ -115,9 +107,65 @@ class Bucket:
         self.padding = self.slice_size * ranks.world_size - total
         self.start = ranks.rank * self.slice_size     # of this rank's slice
         self.stop = self.start + held[ranks.rank]     # of what is real in it
-        self.state = {key: self.params[0].new_zeros(self.stop - self.start) for key in STATE[group["kind"]]}
+
+    def cut(self, flat: Tensor) -> list[Tensor]:
+        """Return views of a buffer of this layout that have the tensors' shapes, in their order."""
+        return [flat[offset:offset + size].view(shape)
+                for offset, size, shape in zip(self.offsets, self.sizes, self.shapes)]
+
+    def own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return flat views of what this rank owns of contiguous tensors of these shapes, in order."""
+        views = []
+        for tensor, offset, size in zip(tensors, self.offsets, self.sizes):
+            first, last = max(self.start - offset, 0), min(self.stop - offset, size)
+            if first < last:
+                views.append(tensor.view(-1)[first:last])
+        return views
+
+    def stacks(self, flat: Tensor) -> Iterator[Tensor]:
+        """Yield the matrices that this rank owns, from a tensor of what it owns: those of each shape as (N, rows,
+        columns)."""
+        runs: list[tuple[torch.Size, int]] = []
+        for shape, offset in zip(self.shapes, self.offsets):
+            if self.start <= offset < self.stop:
+                again = bool(runs) and runs[-1][0] == shape
+                runs[-1:] = [(shape, runs[-1][1] + 1)] if again else [*runs[-1:], (shape, 1)]
+        for (shape, count), part in zip(runs, flat.split([count * shape.numel() for shape, count in runs])):
+            yield part.view(count, *shape)
+
+
+def second_moment_shape(shape: torch.Size) -> tuple[int, int]:
+    """Return the shape of NorMuon's second moment of a matrix: a number for each of its rows, or of its columns where
+    it has more of these."""
+    rows, columns = shape
+    return (rows, 1) if rows >= columns else (1, columns)
+
+
+class Bucket(Layout):
+    """Parameters that are reduced, updated and gathered together; the top of this file says how they lie."""
+
+    def __init__(self, group: dict[str, Any], members: Sequence[Member], owners: Sequence[int] | None, ranks: Ranks,
+                 reduce_dtype: torch.dtype = torch.float32):
+        """Lay out the buffer and make this rank's part of the state.
+
+        Args:
+            group: of `parameter_groups`.
+            members: in the order in which they lie; with owners, those of a lower rank first.
+            owners: of each member, the rank whose slice holds the whole of it. None cuts all into equal slices.
+            ranks: who shares the work.
+            reduce_dtype: what gradients are sent in. Their sum is float32.
+        """
+        super().__init__([member.shape for member in members], owners, ranks)
+        self.group, self.ranks, self.reduce_dtype = group, ranks, reduce_dtype
+        self.names, self.params = [m.name for m in members], [m.parameter for m in members]
+        self.first = min(m.position for m in members)
+        self.layouts: dict[str, Layout] = {key: self for key in STATE[group["kind"]]}  # of each part of the state
+        if "normuon" in group.get("extras", ()):
+            self.layouts["second_moment"] = Layout([second_moment_shape(m.shape) for m in members], owners, ranks)
+        self.state = {key: self.params[0].new_zeros(layout.stop - layout.start) for key, layout in self.layouts.items()}
         self._reduction: tuple[dist.Work, Tensor, Tensor] | None = None
         self._gradient: Tensor | None = None  # a single process's
+        self.borrows = False                  # whether the gradient is in the memory of p.grad: it is not to be changed
         self._gather: dist.Work | None = None
         self._hidden = False
         if ranks.communicates:
@@ -132,32 +180,6 @@ class Bucket:
         for p, view in zip(self.params, self.views):
             p.data = view.copy_(p)
 
-    def cut(self, flat: Tensor) -> list[Tensor]:
-        """Return views of a buffer of this layout that are shaped like the parameters, in their order."""
-        return [flat[offset:offset + size].view(p.shape)
-                for offset, size, p in zip(self.offsets, self.sizes, self.params)]
-
-    def own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return flat views of what this rank owns of contiguous tensors that are shaped like the parameters, in
-        order."""
-        views = []
-        for tensor, offset, size in zip(tensors, self.offsets, self.sizes):
-            first, last = max(self.start - offset, 0), min(self.stop - offset, size)
-            if first < last:
-                views.append(tensor.view(-1)[first:last])
-        return views
-
-    def stacks(self, flat: Tensor) -> Iterator[Tensor]:
-        """Yield the matrices that this rank owns, from a tensor of what it owns: those of each shape as (N, rows,
-        columns)."""
-        runs: list[tuple[torch.Size, int]] = []
-        for p, offset in zip(self.params, self.offsets):
-            if self.start <= offset < self.stop:
-                again = bool(runs) and runs[-1][0] == p.shape
-                runs[-1:] = [(p.shape, runs[-1][1] + 1)] if again else [*runs[-1:], (p.shape, 1)]
-        for (shape, count), part in zip(runs, flat.split([count * shape.numel() for shape, count in runs])):
-            yield part.view(count, *shape)
-
     # ---- gradients
 
     def start_reduction(self, release: bool = False) -> None:
@@ -171,6 +193,7 @@ class Bucket:
         if not self.ranks.communicates:
             pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.params]
             self._gradient = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            self.borrows = len(pieces) == 1 and self.params[0].grad is not None
             return
         grads = [p.grad for p in self.params]
         if len(grads) == 1 and grads[0] is not None and not self.padding and self.reduce_dtype == torch.float32:
@@ -249,15 +272,15 @@ class Bucket:
     # ---- state
 
     def gather_state(self, key: str) -> list[Tensor]:
-        """Return the state of all ranks, shaped like the parameters. Collective."""
-        part = self.state[key]
+        """Return this part of the state of all parameters, each in its shape. Collective."""
+        part, layout = self.state[key], self.layouts[key]
         if not self.ranks.communicates:
-            return self.cut(part)
-        whole = self.flat.new_empty(self.flat.shape)
-        mine = whole[self.ranks.rank * self.slice_size:][:self.slice_size]
+            return layout.cut(part)
+        whole = self.flat.new_empty(layout.slice_size * self.ranks.world_size)
+        mine = whole[layout.start:][:layout.slice_size]
         mine[:len(part)] = part
         dist.all_gather_into_tensor(whole, mine)
-        return self.cut(whole)
+        return layout.cut(whole)
 
 
 def make_buckets(groups: Sequence[dict[str, Any]], ranks: Ranks, reduce_dtype: torch.dtype = torch.float32,

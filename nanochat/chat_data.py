@@ -1,6 +1,7 @@
 """Conversations to batches: packed rows for mid-training, masked rows for fine-tuning. Order and position are exact.
 
     loader = PackedLoader(ConversationSource(tokenizer, task), B, T, ranks=ranks, cut=False)
+    loader = PackedLoader(SupervisedSource(tokenizer, task, max_tokens=T), B, T, ranks=ranks, cut=False)
     steps = SupervisedSteps(tokenizer, task, examples_per_step=32, device_batch_size=4, max_tokens=2048, ranks=ranks)
     for inputs, targets in steps(step): ...       # this rank's micro-batches of an optimizer step; target −1: no loss
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.dataloader import unlearnt
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.files import to_json
@@ -125,11 +127,57 @@ class ConversationSource(Conversations):
                 for conversation in conversations]
 
 
-def count_tokens(task: Any, tokenizer: Any, most: int = 20_000) -> int:
-    """Return the number of tokens of all conversations, bos included; an estimate from SAMPLE of more than `most`."""
+class SupervisedSource(ConversationSource):
+    """A task's conversations for PackedLoader(cut=False), with the assistant's tokens as the only targets.
+
+    As in mid-training, a conversation sees those before it in its row. One is cut at max_tokens, so that it fits a row;
+    one with nothing to learn within them is left out.
+
+    Args:
+        tokenizer, task, seed: as for ConversationSource.
+        max_tokens: T of the rows.
+
+    Raises:
+        UserError: when read: no conversation has anything to learn.
+    """
+
+    def __init__(self, tokenizer: Any, task: Any, seed: int = 0, *, max_tokens: int):
+        super().__init__(tokenizer, task, seed)
+        self.bos, self.max_tokens = unlearnt(self.bos), max_tokens
+        self.left_out = 0  # of all that were read, ahead of training too
+        self._in_vain = 0  # of the last ones read, without one between that has something to learn
+
+    def encode(self, conversations: Sequence[dict]) -> list[np.ndarray]:
+        """Return the tokens of each conversation, without bos; none for what is left out."""
+        return [self._tokens(conversation) for conversation in conversations]
+
+    def _tokens(self, conversation: dict) -> np.ndarray:
+        ids, mask = self.tokenizer.render_conversation(conversation, max_tokens=self.max_tokens + 1)
+        tokens, learnt = np.array(ids[1:], dtype=np.int64), np.array(mask[1:], dtype=bool)
+        if learnt.any():
+            self._in_vain = 0
+            return np.where(learnt, tokens, unlearnt(tokens))
+        self.left_out += 1
+        self._in_vain += 1
+        if self._in_vain >= self.count:
+            raise nothing_to_learn(self.max_tokens)
+        return tokens[:0]
+
+
+def nothing_to_learn(max_tokens: int) -> UserError:
+    """Return the error that no conversation has an answer within max_tokens."""
+    return UserError(f"no conversation has an answer that begins within {max_tokens} tokens, so there is nothing to "
+                     "learn: raise --max-seq-len, or look at the conversations.")
+
+
+def count_tokens(task: Any, tokenizer: Any, most: int = 20_000, max_tokens: int = 1 << 30) -> int:
+    """Return the number of tokens of all conversations, bos included; an estimate from SAMPLE of more than `most`.
+
+    max_tokens: at which a conversation is cut.
+    """
     count = len(task)
     which = range(count) if count <= most else np.random.default_rng(0).choice(count, SAMPLE, replace=False).tolist()
-    sizes = [len(tokenizer.render_conversation(task[i], max_tokens=1 << 30)[0]) for i in which]
+    sizes = [len(tokenizer.render_conversation(task[i], max_tokens=max_tokens)[0]) for i in which]
     return round(sum(sizes) * count / len(sizes))
 
 
@@ -211,8 +259,7 @@ class SupervisedSteps:
             if any(mask[1:]):
                 return ids, mask
             self.replaced += 1
-        raise UserError(f"no conversation has an answer that begins within {self.max_tokens} tokens, so there is "
-                        "nothing to learn: raise --max-seq-len, or look at the conversations.")
+        raise nothing_to_learn(self.max_tokens)
 
 
 def batch_of(rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device | str, full: int, *,

@@ -35,9 +35,10 @@ def check_batch(config: Any) -> None:
     config: flags; those that a stage does not have, or that follow from the model, are passed over.
     """
     T, rows = getattr(config, "max_seq_len", -1), config.device_batch_size
-    total, tokens = getattr(config, "total_batch_size", None), getattr(config, "eval_tokens", None)
+    total, tokens = getattr(config, "total_batch_size", "auto"), getattr(config, "eval_tokens", None)
+    total = total if getattr(config, "packed", True) else "auto"
     micro_batch = max(T, 1) * (1 if rows == "auto" else rows)
-    if T > 0 and total is not None and total % micro_batch:
+    if T > 0 and total != "auto" and total % micro_batch:
         near = max(1, round(total / micro_batch)) * micro_batch
         raise UserError(f"--total-batch-size is {total:,}; it must be a multiple of a micro-batch, "
                         f"{micro_batch // T} × {T:,} tokens = {micro_batch:,}. Try --total-batch-size={near}, or "
@@ -106,7 +107,7 @@ def say_what_would_be_done(origin: Any, config: Any, ranks: Any, num_iterations:
 def data_unseen(source: str, config: Any, origin: Any, ranks: Any) -> bool:
     """For --dry-run: return whether the stage's data would have to be fetched to be seen, and print what is known.
 
-    source: of the data, "hub" or "small-world". Other arguments are those of `say_what_would_be_done`.
+    source: of the data, "hub", "small-world" or "basics". Other arguments are those of `say_what_would_be_done`.
     """
     if source != "hub" or os.environ.get("NANOCHAT_TASK_DATA"):
         return False

@@ -149,27 +149,27 @@ ELSEWHERE = {
     "window_pattern": "use --layer-pattern (S for SLC2, A for attention) and --window (tokens that attention sees)",
     "aspect_ratio": "use --depth: it sets the width, 64 a layer",
     "head_dim": "use --depth: it sets width and heads",
-    "total_batch_size=-1": "no batch is computed from the model; instead of -1 give tokens, or leave the flag out",
+    "total_batch_size=-1": "auto instead of -1 computes the batch from the horizon",
     "num_iterations=0": "-1 instead of 0 leaves it unset",
     "resume_from_step": "nothing is needed instead: the same command resumes where it stopped",
     "resume": "nothing is needed instead: the same command resumes where it stopped",
-    "warmup_steps": "use --warmup-ratio, a part of all steps",
-    "warmup_iters": "use --warmup-ratio, a part of all steps",
+    "warmup_steps": "there is no warm-up in this stage; leave it out",
+    "warmup_iters": "use --warmup-steps, or --warmup-ratio, a part of all steps",
     "warmup_ratio": "there is no warm-up in this stage; leave it out",
     "final_lr_frac": "the learning rates of this stage fall to 0; leave it out, or use --warmdown-ratio",
-    "scalar_lr": "this model has no such weights; leave it out",
-    "adam_beta1": "use nanochat/recipe.py instead: the betas are in its optimizer groups",
-    "adam_beta2": "use nanochat/recipe.py instead: the betas are in its optimizer groups",
+    "scalar_lr": "use nanochat/recipe/ instead: the rates of scalars are in its optimizer groups",
+    "adam_beta1": "use nanochat/recipe/ instead: the betas are in its optimizer groups",
+    "adam_beta2": "use nanochat/recipe/ instead: the betas are in its optimizer groups",
     "fp8_recipe": "use --fp8 alone; it has one way to scale",
     "dtype": "set NANOCHAT_DTYPE=float32 or bfloat16 instead",
-    "load_optimizer": "leave it out: a stage always begins with a fresh optimizer, and resumes with its own",
+    "load_optimizer": "use --warm-start",
     "total_batch_size": "use --target-examples-per-step or --examples-per-step instead",
     "eval_tokens": "use --eval-steps or --eval-examples instead",
     "chatcore_every": "use --eval-metrics-every",
     "chatcore_max_cat": "use --eval-metrics-max-problems",
     "chatcore_max_sample": "use --eval-metrics-max-problems",
-    "mmlu_epochs": "use nanochat/recipe.py instead: it holds the mixture",
-    "gsm8k_epochs": "use nanochat/recipe.py instead: it holds the mixture",
+    "mmlu_epochs": "use nanochat/recipe/ instead: it holds the mixture",
+    "gsm8k_epochs": "use nanochat/recipe/ instead: it holds the mixture",
     "hf_path": "only models of this project are evaluated; leave it out",
     "eval_bundle": "use --bundle",
     "max_steps": "use --num-iterations",
@@ -298,9 +298,13 @@ def _program() -> str | None:
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 
 
-def parser_of(config_class: type, description: str = "") -> argparse.ArgumentParser:
+def parser_of(config_class: type, description: str = "", defaults: Mapping[str, Any] | None = None
+              ) -> argparse.ArgumentParser:
     """Return the argparse parser of a dataclass of flags, of type bool, int, float, str, Literal,
-    `X | None` or `X | Literal[...]`."""
+    `X | None` or `X | Literal[...]`.
+
+    defaults: of fields by name, instead of their own.
+    """
     parser = FlagParser(prog=_program(), description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.config_class = config_class
@@ -328,9 +332,10 @@ def parser_of(config_class: type, description: str = "") -> argparse.ArgumentPar
             how["metavar"] = "|".join([hint.__name__.upper(), *words])
         if hint is bool:
             how |= {"nargs": "?", "const": True}
-        if field.default is not dataclasses.MISSING:
-            how["default"] = field.default
-            shown = f"default: {'unset' if field.default in (None, '') else field.default}"
+        default = (defaults or {}).get(field.name, field.default)
+        if default is not dataclasses.MISSING:
+            how["default"] = default
+            shown = f"default: {'unset' if default in (None, '') else default}"
         elif field.default_factory is not dataclasses.MISSING:
             how["default"] = field.default_factory()
             shown = f"default: {how['default']}"
@@ -344,22 +349,26 @@ def parser_of(config_class: type, description: str = "") -> argparse.ArgumentPar
     return parser
 
 
-def parse(config_class: type[C], argv: Sequence[str] | None = None, description: str = "") -> C:
+def parse(config_class: type[C], argv: Sequence[str] | None = None, description: str = "",
+          defaults: Mapping[str, Any] | None = None) -> C:
     """Parse a command line into an instance of `config_class`.
 
     A wrong one prints one line and exits with code 2; a number out of its range raises UserError. Where the class has a
-    method `check`, it is called: it raises UserError for values that do not fit one another. A leading `--` is skipped:
-    torchrun passes on the one that ends its own flags.
+    method `check`, it is called: it raises UserError for values that do not fit one another. Where it has a class
+    method `defaults`, that gets argv and returns defaults of fields, which may depend on other flags. A leading `--` is
+    skipped: torchrun passes on the one that ends its own flags.
 
     Args:
         config_class: a dataclass whose fields were made by `flag`.
         argv: without the program's name; None takes this process's.
         description: for --help; the docstring of the script.
+        defaults: of fields by name, instead of all others.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] == "--":
         argv = argv[1:]
-    config = config_class(**vars(parser_of(config_class, description).parse_args(argv)))
+    own = config_class.defaults(argv) if hasattr(config_class, "defaults") else {}
+    config = config_class(**vars(parser_of(config_class, description, {**own, **(defaults or {})}).parse_args(argv)))
     if hasattr(config, "check"):
         config.check()
     return config

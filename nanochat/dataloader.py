@@ -48,8 +48,14 @@ NO_COUNTS = {"documents": 0, "tokens": 0, "rows": 0, "cut": 0, "padded": 0}
 PADDING = -1
 
 
+def unlearnt(tokens: Any) -> Any:
+    """Return what stands in a document for tokens that are read, but are no targets: −2 − token. It is its own
+    inverse."""
+    return PADDING - 1 - tokens
+
+
 class PackedBatch(NamedTuple):
-    """A batch of packed rows; targets are −1 where there is padding."""
+    """A batch of packed rows; targets are −1 where there is padding, and where the document says so (`unlearnt`)."""
 
     inputs: torch.Tensor    # (B, T) int64
     targets: torch.Tensor   # (B, T) int64
@@ -82,7 +88,8 @@ class DocumentSource(Protocol):
         """Return some documents by number."""
 
     def encode(self, documents: Sequence[Any]) -> list[np.ndarray]:
-        """Return the tokens of each document without bos, 1-D."""
+        """Return the tokens of each document without bos, 1-D. Where documents are not cut, they and `bos` may be
+        `unlearnt`."""
 
     def fingerprint(self, shards: int | None = None) -> str:
         """Return a digest that changes when the documents change; of the first `shards` files, all where None."""
@@ -482,6 +489,8 @@ def _batches(source: DocumentSource, shape: tuple[int, int], ranks: Ranks, micro
             if mine:
                 if not cut:
                     inputs[inputs == PADDING] = source.bos
+                    np.copyto(inputs, unlearnt(inputs), where=inputs < PADDING)
+                    np.copyto(targets, PADDING, where=targets < PADDING)
                 if turn < last:
                     yield tensor, None, dict(packer.counts)
                 else:

@@ -7,19 +7,18 @@
 Parameter names and numbers are those of the published checkpoints, which load with strict=True.
 """
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.attention import Attention
 from nanochat.cache import Cache, LayerCache
+from nanochat.config import MIXERS, GPTConfig
 from nanochat.kernels.add_norm import add_norm
 from nanochat.kernels.cross_entropy import head_loss, softcap
 from nanochat.kernels.dispatch import state_fp_fusion
@@ -32,69 +31,6 @@ from nanochat.layers import Linear, init_linear, is_plain
 from nanochat.positions import Positions, Rope, rope_table
 from nanochat.ragged import cached_on
 from nanochat.sampling import Sampler, Settings
-from nanochat.slc2 import SLC2
-
-MIXERS = {"S": SLC2, "A": Attention}  # the letters of layer_pattern
-
-
-@dataclass
-class GPTConfig:
-    """The shape of a model.
-
-    layer_pattern: the mixer of each layer, one letter of MIXERS a layer, such as "SASSA". None is the published rule:
-    layer i is attention where i % slc_rate == 1 or i is the last, else SLC2. window: how many tokens attention sees at
-    most, each itself and the window − 1 before it; None is all.
-    """
-
-    sequence_len: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 16
-    n_head: int = 6
-    n_kv_head: int = 6
-    n_embd: int = 768
-    n_kernel: int = 3
-    slc_rate: int = 3
-    layer_pattern: str | None = None
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel", "slc_rate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads")
-        if self.n_embd // self.n_head % 2:
-            raise ValueError(f"a head is n_embd / n_head = {self.n_embd // self.n_head} wide; rotary positions need "
-                             "an even width")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.layer_pattern is not None and (len(self.layer_pattern) != self.n_layer
-                                               or set(self.layer_pattern) - set(MIXERS)):
-            letters = " or ".join(f"{letter} for {mixer.__name__}" for letter, mixer in MIXERS.items())
-            raise ValueError(f"layer_pattern {self.layer_pattern!r} must be {self.n_layer} letters, {letters}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1, or None for all tokens, not {self.window}")
-
-    @classmethod
-    def from_depth(cls, depth: int, **given: Any) -> "GPTConfig":
-        """Return the shape that depth d sets: d layers, 64·d wide, heads of at most 128. Other fields as given."""
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, not {depth}")
-        E = 64 * depth
-        H = math.ceil(E / 128)
-        while E % H or E // H % 2:  # odd depths: 64·d does not divide into ceil(d/2) heads; the next number that does
-            H += 1
-        return cls(**{"n_layer": depth, "n_head": H, "n_kv_head": H, "n_embd": E, **given})
-
-    def pattern(self) -> str:
-        """Return the mixer of each layer, one letter of MIXERS each."""
-        if self.layer_pattern is not None:
-            return self.layer_pattern
-        return "".join("A" if i % self.slc_rate == 1 or i == self.n_layer - 1 else "S" for i in range(self.n_layer))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields for a meta file. Unset ones are left out, since published code does not know them."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class _Unfilled(TorchFunctionMode):
@@ -113,12 +49,12 @@ def meta_model(config: GPTConfig) -> "GPT":
 
 
 class MLP(nn.Module):
-    """c_proj(relu(c_fc(x))²), four times as wide inside."""
+    """c_proj(relu(c_fc(x))²), four times as wide inside, or mlp_ratio times."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, config.mlp_width())
+        self.c_proj = Linear(config.mlp_width(), config.n_embd)
         self.fp8: str | None = None  # see GPT.train_in_fp8
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,6 +63,97 @@ class MLP(nn.Module):
         if isinstance(self.c_fc, Linear) and isinstance(self.c_proj, Linear):
             return mlp(x, self.c_fc.weight, self.c_proj.weight)
         return self.c_proj(relu_squared(self.c_fc(x)))  # quantised
+
+
+Entry = tuple[Tensor, Tensor, Tensor]  # x0 (B, T, E), and the scales r and z of a layer, 0-d: see GPTConfig.lambdas
+
+
+class _Enter(torch.autograd.Function):
+    """r·x + z·x0, with half the passes over memory that autograd makes for it: the gradients of r and z are dot
+    products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, x0: Tensor, r: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x0, r, z)
+        return torch.mul(x, r).addcmul_(x0, z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, x0, r, z = ctx.saved_tensors
+        flat = d.flatten()
+        return d * r, d * z, flat @ x.flatten(), flat @ x0.flatten()
+
+
+def enter(x: Tensor, x0: Tensor, r: Tensor, z: Tensor) -> Tensor:
+    """Return r·x + z·x0, what a layer starts from; x and x0 (B, T, E), r and z 0-d."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        return _Enter.apply(x, x0, r, z)
+    return torch.addcmul(x * r, x0, z)  # fused by the compiler
+
+
+class Stream(nn.Module):
+    """What the optional parts of a GPT do to the residual stream around its blocks: see GPTConfig's lambdas, backout
+    and smear. As published it has no parameters and does nothing."""
+
+    SMEAR_CHANNELS = 24  # of a token's embedding, which its gate is computed from
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        L, E = config.n_layer, config.n_embd
+        self.width, self.middle = E, L // 2
+        if config.lambdas:
+            self.residual_scales = nn.Parameter(torch.empty(L))
+            self.x0_scales = nn.Parameter(torch.empty(L))
+        if config.backout:
+            self.backout = nn.Parameter(torch.empty(1))
+        if config.smear:
+            self.smear = nn.Parameter(torch.empty(1))
+            self.smear_gate = nn.Parameter(torch.empty(min(self.SMEAR_CHANNELS, E)))
+        self.lambdas, self.backs_out, self.smears = config.lambdas, config.backout, config.smear
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set all scales as in nanochat: the first layers keep more of x0 and enlarge the stream; no smear yet."""
+        if self.lambdas:
+            way = torch.linspace(0, 1, len(self.x0_scales), device=self.x0_scales.device)
+            self.residual_scales.copy_(1.15 - 0.10 * way)
+            self.x0_scales.copy_(0.20 - 0.15 * way)
+        if self.backs_out:
+            self.backout.fill_(0.2)
+        if self.smears:
+            self.smear.zero_()
+            self.smear_gate.uniform_(-len(self.smear_gate) ** -0.5, len(self.smear_gate) ** -0.5)
+
+    def optimizer_group(self, name: str) -> str:
+        """Return the optimizer group of the parameter `name`."""
+        return name if name in ("residual_scales", "x0_scales") else "scalars"
+
+    def new_cache(self, max_rows: int, max_len: int, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
+        """Return a cache of `last` (max_rows, 1, E): the embedding of each row's last token, for smear."""
+        return LayerCache(per_row={"last": torch.zeros(max_rows, 1, self.width, device=device, dtype=dtype)})
+
+    def begin(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+        """Return x0, the input of the first layer, from the embedding x (B, T, E)."""
+        if not self.smears:
+            return x
+        if cache is None:
+            before = F.pad(x, (0, 0, 1, 0))
+        else:
+            last = cache.per_row["last"]
+            before = torch.cat([last.to(x.dtype), x], dim=1)
+            last.copy_(positions.last(before, 1))
+        gate = torch.sigmoid(x[..., :len(self.smear_gate)] @ self.smear_gate.to(x.dtype)) * self.smear.to(x.dtype)
+        return torch.addcmul(x, gate.unsqueeze(-1), before[:, :-1])
+
+    def entries(self, x0: Tensor) -> list[Entry | None]:
+        """Return what `Block.forward` takes as `entry`, for each layer; None for all where there are no lambdas."""
+        scales = self.residual_scales.to(x0.dtype), self.x0_scales.to(x0.dtype)  # rounded as decoding holds them
+        return [(x0, r, z) for r, z in zip(*(scale.unbind() for scale in scales))]
+
+    def end(self, x: Tensor, middle: Tensor | None) -> Tensor:
+        """Return what the last norm is of: x − b·middle."""
+        return x if middle is None else torch.addcmul(x, middle, self.backout.to(x.dtype), value=-1)
 
 
 class Block(nn.Module):
@@ -139,13 +166,21 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, letter: str):
         super().__init__()
         self.attn = MIXERS[letter](config)  # "attn" for all mixers: kept for checkpoint compatibility
+        if letter in config.value_embeds:
+            self.attn.add_value_embed(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, h: Tensor, positions: Positions,
-                cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
-        """Return the residual stream behind this layer and its norm, from x and h = rms_norm(x), all (B, T, E)."""
+    def forward(self, x: Tensor, h: Tensor | None, positions: Positions, cache: LayerCache | None = None,
+                entry: Entry | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the residual stream behind this layer and its norm, from x and h = rms_norm(x), all (B, T, E).
+
+        With `entry`, h is not read and no norm is returned: each layer scales the stream first, see `enter`.
+        """
+        if entry is not None:
+            x = enter(x, *entry)
+            h = rms_norm(x)
         x, h = add_norm(x, self.attn(h, positions, cache))
-        return add_norm(x, self.mlp(h))
+        return add_norm(x, self.mlp(h)) if entry is None else (x + self.mlp(h), None)
 
     def has_single_row_step(self, dtype: torch.dtype) -> bool:
         """Whether `single_row_step` gives what `forward` gives: all matrices plain and in `dtype`."""
@@ -164,12 +199,15 @@ class Block(nn.Module):
         return fused_matvec(wide, self.mlp.c_proj.weight, x)
 
 
-def _from_stream(run: Callable, x: Tensor, norm: list[Tensor], positions: Positions) -> tuple[Tensor, Tensor]:
+def _from_stream(run: Callable, x: Tensor, norm: list[Tensor], positions: Positions, entry: Entry | None
+                 ) -> tuple[Tensor, Tensor | None]:
     """Run a block that activation checkpointing will run again.
 
     Only x is kept for that. `norm` holds rms_norm(x) for the first time and is then empty: the second time computes it
     again, as a value alone, since the gradient takes the way of the first time.
     """
+    if entry is not None:
+        return run(x, None, positions, None, entry)
     h = norm.pop() if norm else rms_norm(x.detach()).requires_grad_(x.requires_grad)
     return run(x, h, positions)
 
@@ -188,6 +226,7 @@ class GPT(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.recompute = False
         self.fp8: str | None = None
+        self.stream = Stream(config)
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList([Block(config, letter) for letter in config.pattern()]),
@@ -204,14 +243,19 @@ class GPT(nn.Module):
         """Draw all weights anew, after `to_empty` for example.
 
         As published: matrices by `layers.init_linear`, the embedding normal(0, 1), the head and every c_proj zero. The
-        rest is up to the mixers.
+        rest is up to the mixers. GPTConfig says what can be different.
         """
-        self.transformer.wte.weight.normal_()
+        self.stream.init_weights()
+        self.transformer.wte.weight.normal_(std=self.config.embed_init)
         for block in self.transformer.h:
             block.attn.init_weights()
             init_linear(block.mlp.c_fc)
+            if self.config.fc_init != 1:
+                block.mlp.c_fc.weight.mul_(self.config.fc_init)
             init_linear(block.mlp.c_proj, zero=True)
         init_linear(self.lm_head, zero=True)
+        if self.config.head_init:
+            self.lm_head.weight.normal_(std=self.config.head_init)
 
     @property
     def device(self) -> torch.device:
@@ -252,8 +296,8 @@ class GPT(nn.Module):
 
     def new_cache(self, max_rows: int = 1, max_len: int | None = None) -> Cache:
         """Return an empty decoding cache for max_rows sequences of max_len tokens (sequence_len where it is None)."""
-        return Cache([block.attn for block in self.transformer.h], max_rows, max_len or self.config.sequence_len,
-                     device=self.device, dtype=self.dtype)
+        parts = [block.attn for block in self.transformer.h] + [self.stream] * self.config.smear
+        return Cache(parts, max_rows, max_len or self.config.sequence_len, device=self.device, dtype=self.dtype)
 
     def rope(self, end: int) -> Rope:
         """Return the rotary tables, cos and sin (S, D/2), of at least `end` positions.
@@ -263,7 +307,8 @@ class GPT(nn.Module):
         if self._rope is None or self._rope[0].shape[0] < end or self._rope[0].device != self.device:
             length = max(self.config.sequence_len, 1 << (end - 1).bit_length())
             with torch.inference_mode(False):  # sampling may make them, and training use them
-                self._rope = rope_table(length, self.config.n_embd // self.config.n_head, self.device)
+                self._rope = rope_table(length, self.config.n_embd // self.config.n_head, self.device,
+                                        self.config.rope_base)
         return self._rope
 
     def _ready(self, part: nn.Module) -> Any:
@@ -275,9 +320,20 @@ class GPT(nn.Module):
     def _blocks(self) -> Iterator[Block]:
         return map(self._ready, self.transformer.h)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        """Return the input of the first block, (B, T, E), of ids (B, T)."""
-        return rms_norm(F.embedding(ids, self._ready(self.transformer.wte).weight).to(self.dtype))
+    def _begin(self, ids: Tensor, positions: Positions, layers: list[LayerCache] | None = None
+               ) -> tuple[Tensor, list[Entry | None]]:
+        """Return the input of the first block, (B, T, E), of ids (B, T), and the entries of all blocks.
+
+        layers: of the cache, which begins with those of the blocks.
+        """
+        positions.ids = ids
+        x = rms_norm(F.embedding(ids, self._ready(self.transformer.wte).weight).to(self.dtype))
+        x = self._ready(self.stream).begin(x, positions, layers[-1] if layers and self.config.smear else None)
+        return x, self.stream.entries(x) if self.config.lambdas else [None] * self.config.n_layer
+
+    def _keep(self, i: int, x: Tensor, middle: Tensor | None) -> Tensor | None:
+        """Return the stream x behind layer i if backout subtracts it, else what was kept before."""
+        return x if self.config.backout and i == self.stream.middle else middle
 
     def hidden(self, ids: Tensor, cache: Cache | None = None, counts: list[int] | None = None) -> Tensor:
         """Return the input of the head: the normalised output of the last block.
@@ -298,20 +354,22 @@ class GPT(nn.Module):
         T = ids.shape[1]
         if counts is not None and (len(counts) != ids.shape[0] or not all(0 < count <= T for count in counts)):
             raise ValueError(f"counts must be {ids.shape[0]} numbers from 1 to {T}, not {counts}")
-        x = self._embed(ids)
-        h = rms_norm(x)
+        middle = None
         if cache is None:
             positions = Positions.of_full_rows(self.rope(T), T)
+            x, entries = self._begin(ids, positions)
+            h = rms_norm(x) if entries[0] is None else None
             compiled = tuple(ids.shape) == self._compiled_for
             recompute = self.recompute and torch.is_grad_enabled()
-            for block in self._blocks():
+            for i, (block, entry) in enumerate(zip(self._blocks(), entries)):
                 run = block if compiled else block.forward
                 # nothing in a block is random, so the random state need not be kept for the second time
                 if recompute:
-                    x, h = checkpoint(_from_stream, run, x, [h], positions, use_reentrant=False,
+                    x, h = checkpoint(_from_stream, run, x, [h], positions, entry, use_reentrant=False,
                                       preserve_rng_state=False)
                 else:
-                    x, h = run(x, h, positions)
+                    x, h = run(x, h, positions) if entry is None else run(x, None, positions, None, entry)
+                middle = self._keep(i, x, middle)
         else:
             cached = max(cache.lengths)
             end = cached_on(self.device, cached + T) if cached and T > 1 else cached + T
@@ -319,10 +377,14 @@ class GPT(nn.Module):
             positions = Positions.after_cache(
                 self.rope(cached + T), cache.lengths, T, batch_invariant=cache.batch_invariant, end=end,
                 counts=None if counts is None else torch.tensor(counts, device=self.device))
-            for block, layer in zip(self._blocks(), cache.view(cache.rows, cache.max_len)):
-                x, h = block.forward(x, h, positions, layer)
+            layers = cache.view(cache.rows, cache.max_len)
+            x, entries = self._begin(ids, positions, layers)
+            h = rms_norm(x) if entries[0] is None else None
+            for i, (block, entry, layer) in enumerate(zip(self._blocks(), entries, layers)):
+                x, h = block.forward(x, h, positions, layer, entry)
+                middle = self._keep(i, x, middle)
             cache.advance(T, counts)
-        return h
+        return h if h is not None and middle is None else rms_norm(self.stream.end(x, middle))
 
     def head(self, x: Tensor) -> Tensor:
         """Return float32 logits (..., V) of hidden states x (..., E)."""
@@ -343,16 +405,21 @@ class GPT(nn.Module):
         """
         if ids.shape[1] != 1:
             raise ValueError(f"a static decode step is of one token a row, not of {ids.shape[1]}")
-        positions, x = Positions.static(self.rope(length), index, length), self._embed(ids)
-        layers = zip(self._blocks(), cache.view(len(ids), length))
+        positions, middle = Positions.static(self.rope(length), index, length), None
+        layers = cache.view(len(ids), length)
+        x, entries = self._begin(ids, positions, layers)
+        parts = enumerate(zip(self._blocks(), entries, layers))
         if len(ids) == 1 and self.has_single_row_step():
-            for block, layer in layers:
-                x = block.single_row_step(x, positions, layer)
+            for i, (block, entry, layer) in parts:
+                x = block.single_row_step(x if entry is None else enter(x, *entry), positions, layer)
+                middle = self._keep(i, x, middle)
+            x = self.stream.end(x, middle)
             return softcap(fused_matvec(x, self._ready(self.lm_head).weight, normed=True).float())[:, -1]
-        h = rms_norm(x)
-        for block, layer in layers:
-            x, h = block.forward(x, h, positions, layer)
-        return self.head(h)[:, -1]
+        h = rms_norm(x) if entries[0] is None else None
+        for i, (block, entry, layer) in parts:
+            x, h = block.forward(x, h, positions, layer, entry)
+            middle = self._keep(i, x, middle)
+        return self.head(h if h is not None and middle is None else rms_norm(self.stream.end(x, middle)))[:, -1]
 
     def has_single_row_step(self) -> bool:
         """Whether a single row goes through fused products: a model made ready to decode, not quantised."""

@@ -95,7 +95,10 @@ def load_model(source: str | Path, device: str | torch.device, *, model_tag: str
     apply_wish(wish_of_environment())
     folder, why = _choose_folder(source, model_tag) if ranks is None else on_ranks(source, model_tag, step, ranks)
     checkpoint = load_on_ranks(folder, step, ranks or Ranks(0, 0, 1, torch.device(device)), device=device)
-    return model_and_tokenizer(checkpoint, why)
+    found = model_and_tokenizer(checkpoint, why)
+    if (ranks is None or ranks.is_main) and (dead := dead_layers(found[0])):
+        print_line(f"note: in {folder}, {dead}")
+    return found
 
 
 def model_and_tokenizer(checkpoint: Checkpoint, why: str) -> tuple[GPT, Any, dict[str, Any]]:
@@ -117,6 +120,19 @@ def model_and_tokenizer(checkpoint: Checkpoint, why: str) -> tuple[GPT, Any, dic
         raise UserError(f"the model in {folder} has a vocabulary of {model.config.vocab_size}, the tokenizer in "
                         f"{where} one of {tokenizer.get_vocab_size()}: they do not belong together.")
     return model.eval(), tokenizer, meta
+
+
+def dead_layers(model: GPT) -> str:
+    """Return a sentence on the layers whose mixer adds nothing, and never will (`Mixer.is_dead`); "" if there is none.
+
+    Taps of an SLC2 layer that begin at zero stay there: they and c_proj, which begins at zero too, have a gradient of
+    zero for ever. The published code does not set them.
+    """
+    numbers = [i for i, block in enumerate(model.transformer.h) if block.attn.is_dead()]
+    if not numbers:
+        return ""
+    return (f"{len(numbers)} of {len(model.transformer.h)} layers add nothing, since all taps of their convolution are "
+            f"zero (largest |tap| 0) and stay so in training: {', '.join(map(str, numbers))}")
 
 
 def load_for_decoding(source: str | Path, device: str | torch.device, *, model_tag: str | None = None,

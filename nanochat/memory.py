@@ -12,6 +12,7 @@ computes nothing.
 
 import functools
 import gc
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from nanochat.buckets import second_moment_shape
 from nanochat.distributed import Ranks, gather_objects
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, MIXERS, GPTConfig, meta_model
@@ -43,18 +45,22 @@ FEW_TOKENS = 1024         # a micro-batch below this is slower than a larger one
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers of weights: all; those that Muon trains; those of the head, V·E."""
+    """Numbers of weights: all; those that Muon trains; those of the head, V·E. And of the optimizer's state, NorMuon's
+    second moments included: they are a thousandth of it, and counted where they are not used, too."""
 
     all: int
     muon: int
     head: int
+    state: int
 
 
 @functools.lru_cache
 def _sizes(shape: tuple) -> _Sizes:
     model = meta_model(GPTConfig(**dict(shape)))
-    muon = sum(p.numel() for group in parameter_groups(model) if group["kind"] == "muon" for p in group["params"])
-    return _Sizes(sum(p.numel() for p in model.parameters()), muon, model.lm_head.weight.numel())
+    matrices = [p for group in parameter_groups(model) if group["kind"] == "muon" for p in group["params"]]
+    every, muon = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in matrices)
+    return _Sizes(every, muon, model.lm_head.weight.numel(),
+                  2 * every - muon + sum(math.prod(second_moment_shape(p.shape)) for p in matrices))
 
 
 def memory_of_step(config: GPTConfig, rows: int, T: int, *, ranks: int = 1, recompute: bool = False,
@@ -73,7 +79,7 @@ def memory_of_step(config: GPTConfig, rows: int, T: int, *, ranks: int = 1, reco
     n, tokens, width = _sizes(tuple(config.to_dict().items())), rows * T, dtype.itemsize
     unit = tokens * config.n_embd * width
     layers = [MIXERS[letter].kept_for_backward for letter in config.pattern()]
-    state = 4 * n.all + (4 * n.muon + 8 * (n.all - n.muon)) / ranks
+    state = 4 * n.all + 4 * n.state / ranks
     cast = width if width < 4 else 0  # a weight is kept for backward in the products' dtype
     gradients = 4 * n.all if accumulate else 0
 
@@ -242,8 +248,8 @@ def fit_batch(config: Any, model: GPT, T: int, total_rows: int | None, most: int
         if compiled:
             model.compile_blocks(batch.rows, T)
         n = _sizes(tuple(model.config.to_dict().items()))
-        state = torch.empty(int((4 * n.muon + 8 * (n.all - n.muon)) / ranks.world_size), dtype=torch.uint8,
-                            device=ranks.device)  # the optimizer's, which is not there yet
+        # the optimizer's, which is not there yet
+        state = torch.empty(math.ceil(n.state / ranks.world_size), device=ranks.device)
         ids = torch.zeros(batch.rows, T, dtype=torch.long, device=ranks.device)
         try:
             for _ in range(2):  # the second one finds the gradients of the first

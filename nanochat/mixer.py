@@ -1,12 +1,29 @@
-"""What every mixer along time must offer. A mixer is one file: this class, subclassed, and one letter in gpt.MIXERS."""
+"""What every mixer along time must offer. A mixer is one file, with this class subclassed, and a letter in
+config.MIXERS."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.cache import LayerCache
 from nanochat.kernels.fused_matvec import fused_matvec
+from nanochat.kernels.slc2 import causal_conv, causal_conv_step
 from nanochat.layers import Linear, init_linear, is_plain, joined, together
 from nanochat.positions import Positions
+
+
+def convolve(u: Tensor, taps: Tensor, positions: Positions, past: Tensor | None) -> Tensor:
+    """Return the causal depthwise convolution (B, T, N) of u (B, T, N) with taps (N, K).
+
+    past: (B, K−1, N), the inputs before u, oldest first; it is brought up to date in place. None: there are none.
+    """
+    if past is None:
+        return causal_conv(u, taps)
+    if positions.T == 1 and positions.counts is None:
+        return causal_conv_step(u, taps, past)
+    c = causal_conv(u, taps, past.to(u.dtype))
+    past.copy_(positions.last(torch.cat([past, u.to(past.dtype)], dim=1), taps.shape[1] - 1))
+    return c
 
 
 class Mixer(nn.Module):
@@ -24,10 +41,14 @@ class Mixer(nn.Module):
     # What a layer with this mixer keeps for backward of each token, its MLP included, in tensors as large as its input,
     # (B, T, E). For nanochat/memory.py; a number too large costs rows of a micro-batch.
     kept_for_backward = 13.0
+    # Which field of GPTConfig has the number of heads of its values; None: its letter cannot be in value_embeds.
+    value_heads: str | None = None
 
     def __init__(self, config):
         """config: a GPTConfig."""
         super().__init__()
+        self.value_embed: nn.Embedding | None = None
+        self.value_gate: Linear | None = None
 
     def projections(self) -> list[Linear]:
         """Return the matrices that are applied to h, in the order of their columns in z; they become one product."""
@@ -69,17 +90,40 @@ class Mixer(nn.Module):
         z = fused_matvec(x, joined(self.projections()).weight, normed=True)
         return fused_matvec(self.mix(z, positions, cache), self.c_proj.weight, x)
 
+    def add_value_embed(self, config) -> None:
+        """Make the parameters of `embedded_values`."""
+        E, heads = config.n_embd, getattr(config, self.value_heads)
+        self.value_embed = nn.Embedding(config.vocab_size, heads * (E // config.n_head))
+        # From the whole input, where nanochat takes 12 of its channels: so it is one more matrix of the joined product,
+        # of a few columns, and the optimizer sees a matrix as all others.
+        self.value_gate = Linear(E, heads)
+
+    def embedded_values(self, gate: Tensor, ids: Tensor) -> Tensor:
+        """Return what tokens `ids` (B, T) add to the values, (B, T, H, D): their embedding, times 3·sigmoid(gate) of
+        each head. gate (B, T, H): value_gate's columns of the joined product."""
+        embedded = F.embedding(ids, self.value_embed.weight).to(gate.dtype).unflatten(-1, (gate.shape[-1], -1))
+        return (3 * torch.sigmoid(gate)).unsqueeze(-1) * embedded
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialise all weights: c_proj zero, other matrices as published (`layers.init_linear`)."""
         for name, module in self.named_children():
             if isinstance(module, Linear):
-                init_linear(module, zero=name == "c_proj")
+                init_linear(module, zero=name in ("c_proj", "value_gate"))
+        if self.value_embed is not None:
+            bound = (3 / self.c_proj.weight.shape[1]) ** 0.5
+            self.value_embed.weight.uniform_(-bound, bound)
 
     def optimizer_group(self, name: str) -> str | None:
         """Return the optimizer group of the parameter `name`; None: there is no rule, and training refuses to begin."""
+        if name in ("value_embed.weight", "conv1d.weight"):
+            return "value_embeds" if name == "value_embed.weight" else "taps"
         return "matrices" if self.get_parameter(name).ndim == 2 else None
+
+    def is_dead(self) -> bool:
+        """Whether the weights are such that the mixer adds nothing, whatever its input, and training cannot change it."""
+        return False
 
     def flops_per_token(self, T: int) -> float:
         """Return the training FLOPs a token at rows of T: 6 a matrix weight (2 forward, 4 backward)."""
-        return 6 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        return 6 * sum(p.numel() for name, p in self.named_parameters() if self.optimizer_group(name) == "matrices")

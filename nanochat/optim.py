@@ -24,12 +24,17 @@ ask later (`applied`): in the arithmetic of such a step, the gradient is 0, and 
 decay are those of no step. So the number of steps that AdamW's bias correction needs is kept on the device, too.
 
 Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon. AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+A group's `extras` change Muon, each alone or with others: "equilibrate" scales the rows to one norm before
+Newton-Schulz (MuonEq, arXiv 2603.28254); "renormalize" gives its result the norm of an orthogonal matrix (Muon+, arXiv
+2602.21545); "normuon" divides the rows, or the columns where there are more of them, by a running root mean square
+(arXiv 2510.05491); "cautious" applies weight decay only where it goes the way of the update (arXiv 2510.12402).
 """
 
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -38,17 +43,20 @@ from torch import Tensor, nn
 from nanochat.buckets import BUCKET_ELEMENTS, STATE, Bucket, make_buckets
 from nanochat.distributed import Ranks, all_reduce_sum, compute_dtype
 from nanochat.errors import UserError
+from nanochat.kernels.adamw import Factors, adamw_
 from nanochat.kernels.newton_schulz import newton_schulz
 from nanochat.recipe import OptimizerGroup, published
 
 LARGEST = torch.finfo(torch.float32).max  # a norm up to here is finite
+TINY = 1e-30                              # beside a norm, so that a matrix of zeros is not divided by 0
+SECOND_MOMENT = 0.9                       # decay of NorMuon's second moment, as nanochat has it
 
 
 def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = published.groups) -> list[dict[str, Any]]:
     """Sort a GPT's parameters into the optimizer groups of a recipe, each into exactly one.
 
     The embedding is in group "wte", the head in "lm_head" and the MLPs' matrices in "matrices". A mixer says for each
-    of its parameters, by `optimizer_group(name)`, which group it is in.
+    of its parameters, by `optimizer_group(name)`, which group it is in, and so does the model's `stream`.
 
     Args:
         model: a GPT, compiled or not.
@@ -56,7 +64,8 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = pu
 
     Returns:
         For MuonAdamW, a dict for each group that has parameters: kind, names (without `_orig_mod.`), params, their
-        positions among all parameters in the order of the forward pass, lr, weight_decay, and AdamW's betas and eps.
+        positions among all parameters in the order of the forward pass, lr, weight_decay, AdamW's betas and eps, and
+        Muon's extras.
 
     Raises:
         ValueError: a parameter that nothing gives a group to, one in a group that the recipe does not have, or one in a
@@ -64,7 +73,9 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = pu
     """
     named = {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
     group_of = {"transformer.wte.weight": "wte", "lm_head.weight": "lm_head"}
-    for i, block in enumerate(getattr(model, "_orig_mod", model).transformer.h):
+    plain = getattr(model, "_orig_mod", model)
+    group_of |= {f"stream.{name}": plain.stream.optimizer_group(name) for name in _names(plain.stream)}
+    for i, block in enumerate(plain.transformer.h):
         for name in _names(block.attn):
             group_of[f"transformer.h.{i}.attn.{name}"] = block.attn.optimizer_group(name)
         for name in _names(block.mlp):
@@ -92,7 +103,8 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, OptimizerGroup] = pu
             names, parameters, positions = map(list, zip(*members[name]))
             result.append({"kind": group.optimizer, "names": names, "params": parameters, "positions": positions,
                            "lr": group.lr * width_scale if group.by_width else group.lr,
-                           "weight_decay": group.weight_decay, "betas": group.betas, "eps": group.eps})
+                           "weight_decay": group.weight_decay, "betas": group.betas, "eps": group.eps,
+                           "extras": group.extras})
     return result
 
 
@@ -102,26 +114,74 @@ def _names(module: nn.Module) -> Iterator[str]:
 
 def direction(bucket: Bucket, gradient: Tensor, momentum: float, factors: Sequence[Tensor], dtype: torch.dtype
               ) -> Tensor:
-    """Update the state with this rank's slice of the gradient; return the change of its weights at a rate of 1, flat.
+    """Update Muon's state with this rank's part of the gradient; return the change of its weights at a rate of 1.
 
     Args:
-        gradient: flat; it is overwritten. Zeros where the step is skipped.
-        momentum: Muon's.
-        factors: 0-d, on the device. Muon: the weight of the gradient in the momentum, 0 where the step is skipped.
-            AdamW: see `AdamWFactors`.
+        bucket: of a group for Muon.
+        gradient: flat; it is overwritten, by the result. Zeros where the step is skipped.
+        factors: 0-d, on the device: the weight of the gradient in the momentum, and that of the matrices in NorMuon's
+            second moment; both 0 where the step is skipped.
         dtype: of Newton-Schulz.
     """
-    if bucket.group["kind"] == "muon":
-        average = bucket.state["momentum"].lerp_(gradient, factors[0])
-        ahead = gradient.lerp_(average, momentum)  # Nesterov momentum
-        changes = [newton_schulz(x, dtype).to(x.dtype).mul(max(1, x.shape[1] / x.shape[2]) ** 0.5).reshape(-1)
-                   for x in bucket.stacks(ahead)]
-        return changes[0] if len(changes) == 1 else torch.cat(changes)
-    weight, decay, of_root, of_mean = factors
-    mean = bucket.state["exp_avg"].lerp_(gradient, weight)
-    square = bucket.state["exp_avg_sq"].mul_(decay).addcmul_(gradient, gradient, value=1 - bucket.group["betas"][1])
-    root = torch.sqrt(square, out=gradient).mul_(of_root).add_(bucket.group["eps"])
-    return torch.div(mean, root, out=root).mul_(of_mean)
+    average = bucket.state["momentum"].lerp_(gradient, factors[0])
+    ahead = gradient.lerp_(average, momentum)  # Nesterov momentum
+    extras, moments = bucket.group.get("extras", ()), repeat(None)
+    if "normuon" in extras:
+        moments = bucket.layouts["second_moment"].stacks(bucket.state["second_moment"])
+    for x, moment in zip(bucket.stacks(ahead), moments):
+        orthogonal = newton_schulz(equilibrate_(x) if "equilibrate" in extras else x, dtype)
+        scale = max(1, x.shape[1] / x.shape[2]) ** 0.5
+        if moment is not None or "renormalize" in extras:
+            scale = scale_of(orthogonal, "renormalize" in extras, moment, factors[-1]).mul_(scale)
+        torch.mul(orthogonal.to(x.dtype), scale, out=x)
+    return ahead
+
+
+def equilibrate_(x: Tensor) -> Tensor:
+    """Scale the rows of each matrix of x (N, rows, columns) to one norm, in place; the norm of the matrix stays.
+
+    A row is scaled up a millionfold at most; one of zeros stays as it is.
+    """
+    of_rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean = torch.linalg.vector_norm(of_rows, dim=-2, keepdim=True) / x.shape[-2] ** 0.5
+    return x.mul_(mean / torch.maximum(of_rows, mean * 1e-6 + TINY))
+
+
+def scale_of(x: Tensor, renormalize: bool, moment: Tensor | None, weight: Tensor) -> Tensor:
+    """Return what "renormalize" and "normuon" multiply the result x (N, rows, columns) of Newton-Schulz by.
+
+    NorMuon divides by the roots of the second moments and scales the matrix back to the norm that it had. So a factor
+    that all its second moments have in common, such as a bias correction, has no effect.
+
+    Args:
+        renormalize: let the norm of each matrix be √min(rows, columns), as if it were orthogonal.
+        moment: (N, rows, 1) or (N, 1, columns), the second moments, which are updated; None without "normuon".
+        weight: of x in these.
+
+    Returns:
+        (N, 1, 1), or in the shape of moment.
+    """
+    full = min(x.shape[-2:]) ** 0.5
+    if moment is None:
+        return full / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_min_(TINY)
+    over = -1 if moment.shape[-1] == 1 else -2
+    norms = torch.linalg.vector_norm(x, dim=over, keepdim=True, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(norms, dim=(-2, -1), keepdim=True)
+    used = norms * (full / norm.clamp_min(TINY)) if renormalize else norms
+    moment.lerp_(used.square().div_(x.shape[over]), weight)
+    inverse = moment.clamp_min(1e-10).rsqrt_()
+    after = torch.linalg.vector_norm(norms.mul_(inverse), dim=(-2, -1), keepdim=True).clamp_min_(TINY)
+    return inverse.mul_((full if renormalize else norm) / after)
+
+
+def add_aligned_(change: Tensor, weights: Sequence[Tensor], decay: float) -> None:
+    """Add decay · weights to their change, flat, where both have the same sign."""
+    if change.is_cpu:  # matrix by matrix: what one operation writes is in the cache for the next
+        pairs = zip(change.split([view.numel() for view in weights]), weights)
+    else:
+        pairs = [(change, weights[0] if len(weights) == 1 else torch.cat(weights))]
+    for part, view in pairs:
+        part.addcmul_(view, (part * view).ge_(0), value=decay)
 
 
 class AdamWFactors:
@@ -299,8 +359,9 @@ class MuonAdamW:
             bucket.finish_gather()
 
     @torch.no_grad()
-    def step(self, *, lr_scale: float = 1.0, momentum: float = 0.95, grad_scale: float | Tensor = 1.0,
-             clip: float | None = None, norm_limit: float = math.inf, allowed: Tensor | None = None) -> Tensor:
+    def step(self, *, lr_scale: float = 1.0, momentum: float = 0.95, decay_scale: float = 1.0,
+             grad_scale: float | Tensor = 1.0, clip: float | None = None, norm_limit: float = math.inf,
+             allowed: Tensor | None = None) -> Tensor:
         """Update all weights. Collective: all ranks call it with the same arguments.
 
         The gradient is grad_scale times the sum over the ranks: of what was reduced within `reducing`, or else of
@@ -310,6 +371,7 @@ class MuonAdamW:
         Args:
             lr_scale: factor of every group's learning rate.
             momentum: Muon's.
+            decay_scale: factor of the weight decay of Muon's groups.
             grad_scale: factor of the gradient, such as 1 / number of tokens.
             clip: the largest norm of the gradient; a larger one is scaled down to it. None for no limit.
             norm_limit: the norm above which the step is skipped.
@@ -338,17 +400,31 @@ class MuonAdamW:
         self.applied, self._steps = ok, self._steps + ok
         of_adamw = {betas: factors.at(self._steps * ok) for betas, factors in self._factors.items()}
         of_muon = [ok * (1 - momentum)]
+        if any("second_moment" in bucket.state for bucket in self.buckets):
+            of_muon.append(ok * (1 - SECOND_MOMENT))
+        on_host = ok.is_cpu  # the host knows it at once
+        skip = on_host and not ok
         for bucket in reversed(self.buckets):  # as the forward pass needs them: the first are sent while others compute
             gradient = gradients.pop()  # so that its memory is freed when the bucket is done
             weights = bucket.weights()
-            if weights:
+            if weights and not skip:
                 rate = ok * (bucket.group["lr"] * lr_scale)
-                gradient = torch.where(ok, gradient, 0).mul_(scale)
-                factors = of_adamw[bucket.group["betas"]] if bucket.group["kind"] == "adamw" else of_muon
-                change = direction(bucket, gradient, momentum, factors, self.dtype).mul_(rate)
-                if decay := bucket.group["weight_decay"]:
-                    torch._foreach_mul_(weights, 1 - rate * decay)
-                torch._foreach_sub_(weights, change.split([view.numel() for view in weights]))
+                if bucket.group["kind"] == "adamw":
+                    adamw_(weights, gradient, bucket.state["exp_avg"], bucket.state["exp_avg_sq"],
+                           Factors(ok, scale, rate, *of_adamw[bucket.group["betas"]], 1 - bucket.group["betas"][1],
+                                   bucket.group["eps"], bucket.group["weight_decay"]))
+                else:
+                    if not on_host:
+                        gradient = torch.where(ok, gradient, 0).mul_(scale)
+                    else:
+                        gradient = gradient * scale if bucket.borrows else gradient.mul_(scale)
+                    change = direction(bucket, gradient, momentum, of_muon, self.dtype)
+                    if decay := bucket.group["weight_decay"] * decay_scale:
+                        if "cautious" in bucket.group.get("extras", ()):
+                            add_aligned_(change, weights, decay)
+                        else:
+                            torch._foreach_mul_(weights, 1 - rate * decay)
+                    torch._foreach_sub_(weights, change.mul_(rate).split([view.numel() for view in weights]))
             if self.ranks.communicates:
                 bucket.start_gather(hide=self._deferred)
         if not self._deferred:
@@ -367,8 +443,8 @@ class MuonAdamW:
 
     def bytes_of_state(self) -> int:
         """Return the bytes of the whole state, that of all ranks."""
-        return sum(tensor.element_size() * p.numel() for bucket in self.buckets for tensor in bucket.state.values()
-                   for p in bucket.params)
+        return sum(bucket.state[key].element_size() * sum(layout.sizes) for bucket in self.buckets
+                   for key, layout in bucket.layouts.items())
 
     @torch.no_grad()
     def state_dict(self, to_host: Callable[[str, Tensor], Tensor] = lambda name, part: part.to("cpu", copy=True)
@@ -383,7 +459,8 @@ class MuonAdamW:
 
         Returns:
             On rank 0: of each parameter, by name, {"momentum"} for Muon, {"exp_avg", "exp_avg_sq", "step"} for AdamW.
-            They are CPU tensors shaped like the parameter, "step" is 0-d int64. On other ranks: None.
+            They are CPU tensors shaped like the parameter, "step" is 0-d int64. With "normuon" there is
+            "second_moment", (rows, 1), or (1, columns) where these are more. On other ranks: None.
         """
         whole: dict[str, dict[str, Tensor]] = {}
         for bucket in self.buckets:
@@ -404,18 +481,18 @@ class MuonAdamW:
         whole: the full dict, on every rank. Raises UserError, before anything is changed, that names all parameters
         that are missing, extra, or of another kind or shape.
         """
-        expected = {name: (bucket, p) for bucket in self.buckets for name, p in zip(bucket.names, bucket.params)}
+        expected = {name: (bucket, i) for bucket in self.buckets for i, name in enumerate(bucket.names)}
         wrong = [f"{name} is missing" for name in expected if name not in whole]
         wrong += [f"{name} is not in this model" for name in whole if name not in expected]
         steps = set()
         for name in expected.keys() & whole.keys():
-            bucket, p = expected[name]
+            bucket, i = expected[name]
             keys = {*bucket.state, *(("step",) if bucket.group["kind"] == "adamw" else ())}
             if whole[name].keys() != keys:
                 wrong.append(f"{name} has {', '.join(sorted(whole[name]))} instead of {', '.join(sorted(keys))}")
                 continue
-            wrong += [f"{name} {key} has shape {tuple(whole[name][key].shape)} instead of {tuple(p.shape)}"
-                      for key in bucket.state if whole[name][key].shape != p.shape]
+            wrong += [f"{name} {key} has shape {tuple(whole[name][key].shape)} instead of {tuple(layout.shapes[i])}"
+                      for key, layout in bucket.layouts.items() if whole[name][key].shape != layout.shapes[i]]
             steps |= {int(whole[name]["step"])} if "step" in keys else set()
         if len(steps) > 1:
             wrong.append(f"the parameters were saved at different steps: {', '.join(map(str, sorted(steps)))}")
@@ -427,8 +504,44 @@ class MuonAdamW:
             self.steps = max(steps)
         for bucket in self.buckets:
             for key, part in bucket.state.items():
-                if views := bucket.own([whole[name][key].contiguous() for name in bucket.names]):
+                if views := bucket.layouts[key].own([whole[name][key].contiguous() for name in bucket.names]):
                     torch.cat([view.to(part) for view in views], out=part)
+
+    @torch.no_grad()
+    def warm_start(self, whole: dict[str, dict[str, Tensor]]) -> list[str]:
+        """Begin with the state of another run, as `state_dict` returned it: momenta, and how many steps made them.
+
+        AdamW's bias correction divides by how much of a mean was collected. Of a state from there that is all of it,
+        so the number of steps goes with the moments: counted from 0, the first change would be too large by
+        (1 − β2)^½ / (1 − β1), 1.12 at betas of 0.8 and 0.95. One number is for all parameters of AdamW, so all of them
+        begin warm or none. Muon has no such number: each matrix takes what is there of its own.
+
+        Args:
+            whole: the full dict, on every rank; of another model or optimizer, what fits is taken.
+
+        Returns:
+            The names of the parameters that begin without the state, or without a part of it.
+        """
+        steps = {int(state["step"]) for state in whole.values() if "step" in state}
+        filled: dict[str, dict[str, Tensor]] = {}
+        cold: dict[str, set[str]] = {"muon": set(), "adamw": set()}
+        for bucket in self.buckets:
+            for i, name in enumerate(bucket.names):
+                state, shapes = whole.get(name, {}), {key: layout.shapes[i] for key, layout in bucket.layouts.items()}
+                fits = {key: state[key] for key, shape in shapes.items() if key in state and state[key].shape == shape}
+                filled[name] = {key: fits.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
+                if len(fits) < len(bucket.state):
+                    cold[bucket.group["kind"]].add(name)
+        of_adamw = [name for bucket in self.buckets if bucket.group["kind"] == "adamw" for name in bucket.names]
+        warm = len(steps) == 1 and not cold["adamw"]
+        if not warm:
+            cold["adamw"] = set(of_adamw)
+        for name in of_adamw:
+            if not warm:
+                filled[name] = {key: torch.zeros_like(tensor) for key, tensor in filled[name].items()}
+            filled[name]["step"] = torch.tensor(max(steps) if warm else 0)
+        self.load_state_dict(filled)
+        return sorted(cold["muon"] | cold["adamw"])
 
 
 def _counter(optimizer: "weakref.ref[MuonAdamW]", number: int) -> Callable[[Tensor], None]:

@@ -11,12 +11,14 @@ ROPE_BASE = 10_000.0
 Rope = tuple[Tensor, Tensor]
 
 
-def rope_table(length: int, head_width: int, device: torch.device | str) -> Rope:
+def rope_table(length: int, head_width: int, device: torch.device | str, base: float = ROPE_BASE) -> Rope:
     """Return cos and sin (length, D/2) of the rotary angles, float32 rounded to bfloat16: the published weights were
-    trained with that rounding."""
+    trained with that rounding. With base 0 all angles are 0: a rotation that changes nothing."""
+    if base == 0:
+        return tuple(torch.full((length, head_width // 2), value, device=device) for value in (1.0, 0.0))
     channels = torch.arange(0, head_width, 2, dtype=torch.float32, device=device)
     positions = torch.arange(length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, ROPE_BASE ** -(channels / head_width))
+    angles = torch.outer(positions, base ** -(channels / head_width))
     return angles.cos().bfloat16().float(), angles.sin().bfloat16().float()
 
 
@@ -41,7 +43,10 @@ class Positions:
         end: positions of the cache that may be read: up to the end of the longest row, these tokens included, or beyond
             where a mask hides the rest; if static, the positions of the bucket.
         batch_invariant: whether the result of a row must not depend, to the last bit, on the rows beside it.
+        ids: the tokens themselves, (B, T), for mixers that look something up; the model sets it.
     """
+
+    ids: Tensor
 
     def __init__(self, rope: Rope, T: int, *, lengths: Sequence[int] = (), indices: Tensor | None = None,
                  counts: Tensor | None = None, index: Tensor | None = None, end: int | None = None,

@@ -34,10 +34,11 @@ class Stage:
     settings: tuple[str, ...]
 
 
-CHAT_SETTINGS = ("data", "conversations", "seed", "num_iterations", "num_epochs", "max_seq_len", "total_batch_size",
+CHAT_SETTINGS = ("data", "conversations", "seed", "num_iterations", "num_epochs", "max_seq_len", "packed",
+                 "total_batch_size", "reference_batch",
                  "target_examples_per_step", "examples_per_step", "num_samples", "max_new_tokens", "temperature",
-                 "top_k", "embedding_lr", "unembedding_lr", "matrix_lr", "init_lr_frac", "weight_decay", "grad_clip",
-                 "reduce_dtype", "warmdown_ratio")
+                 "top_k", "embedding_lr", "unembedding_lr", "matrix_lr", "init_lr_frac", "weight_decay", "matrix_decay",
+                 "muon_extras", "optimizer", "grad_clip", "reduce_dtype", "warmdown_ratio")
 
 STAGES = {stage.name: stage for stage in (
     Stage("base", "pretraining", "scripts.base_train", "base_checkpoints",
@@ -45,9 +46,11 @@ STAGES = {stage.name: stage for stage in (
           starts_from=(),
           sections={"base": "Base model", "base_loss": "Base model, loss", "base_eval": "Base model, evaluation"},
           column="BASE", graded_by="base_eval",
-          settings=("total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "grad_clip",
-                    "reduce_dtype", "warmup_ratio", "warmdown_ratio", "final_lr_frac", "num_iterations", "target_flops",
-                    "target_param_data_ratio", "data_dir", "shards", "seed")),
+          settings=("total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "matrix_decay",
+                    "muon_extras", "optimizer", "reference_batch", "reference_depth", "grad_clip", "reduce_dtype",
+                    "warmup_ratio", "warmup_steps", "warmdown_ratio", "final_lr_frac", "momentum_start",
+                    "momentum_peak", "momentum_steps", "momentum_end", "num_iterations", "target_flops",
+                    "target_param_data_ratio", "ratio_of", "data_dir", "shards", "seed")),
     Stage("mid", "mid-training", "scripts.mid_train", "mid_checkpoints",
           page="has seen conversations and the calculator",
           starts_from=("base",),

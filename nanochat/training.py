@@ -35,7 +35,7 @@ CONSOLE_SECONDS = 2.0  # at least, between console lines after the first ten ste
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The length of a run and the schedules of its learning rates and momentum.
+    """The length of a run and the schedules of its learning rates, momentum and Muon's weight decay.
 
     num_iterations: optimizer steps of the whole run, those done before a resume included.
     micro_batches: gradient accumulation steps of this rank. Rank r may have one more than rank r+1, so that any number
@@ -58,7 +58,11 @@ class TrainingPlan:
 
     def momentum(self, step: int) -> float:
         """Return Muon's momentum at `step`."""
-        return self.muon_momentum.at(step)
+        return self.muon_momentum.at(step, self.rates.fallen(step, self.num_iterations))
+
+    def decay_scale(self, step: int) -> float:
+        """Return the factor of Muon's weight decay at `step`: half a cosine, from 1 to 0 over the run."""
+        return (1 + math.cos(math.pi * step / self.num_iterations)) / 2
 
 
 def share_of_micro_batches(total_batch_size: int, device_batch_size: Rows, T: int, ranks: Ranks) -> int:
@@ -92,8 +96,9 @@ def share_of_micro_batches(total_batch_size: int, device_batch_size: Rows, T: in
 
 
 def train_step(model: torch.nn.Module, optimizer: MuonAdamW, batches: Iterable[Any], ranks: Ranks, *,
-               lr_scale: float = 1.0, momentum: float = 0.95, clip: float | None = None, stop: bool = False,
-               limits: Limits = NO_LIMITS, before_update: Callable[[], None] = lambda: None) -> Tensor:
+               lr_scale: float = 1.0, momentum: float = 0.95, decay_scale: float = 1.0, clip: float | None = None,
+               stop: bool = False, limits: Limits = NO_LIMITS, before_update: Callable[[], None] = lambda: None
+               ) -> Tensor:
     """Do one optimizer step over this rank's micro-batches. Collective: all ranks call it.
 
     Where no target counts on any rank, the gradient is zero. A step whose loss or gradient norm is not finite or above
@@ -102,7 +107,8 @@ def train_step(model: torch.nn.Module, optimizer: MuonAdamW, batches: Iterable[A
     Args:
         batches: (inputs, targets), both (B, T) int64, target −1 where nothing is learnt; or (inputs, targets, factors)
             with factors (B, T) that each token's loss is multiplied with.
-        lr_scale: factor of all learning rates. momentum: Muon's. clip: the largest gradient norm, None for no limit.
+        lr_scale: factor of all learning rates. momentum: Muon's. decay_scale: factor of Muon's weight decay.
+        clip: the largest gradient norm, None for no limit.
         stop: whether this rank was asked to stop.
         limits: of loss and gradient norm.
         before_update: called when the gradients are computed and the weights are not changed yet.
@@ -133,8 +139,8 @@ def train_step(model: torch.nn.Module, optimizer: MuonAdamW, batches: Iterable[A
     if limits.hold:
         allowed = allowed & optimizer.applied
     before_update()
-    norm = optimizer.step(lr_scale=lr_scale, momentum=momentum, grad_scale=1 / counted, clip=clip,
-                          norm_limit=limits.norm, allowed=allowed)
+    norm = optimizer.step(lr_scale=lr_scale, momentum=momentum, decay_scale=decay_scale, grad_scale=1 / counted,
+                          clip=clip, norm_limit=limits.norm, allowed=allowed)
     return torch.stack([loss, norm.to(stats.dtype), stats[1], stats[2], optimizer.applied])
 
 
@@ -217,8 +223,9 @@ def train(model: torch.nn.Module, optimizer: MuonAdamW, batches: Callable[[int],
 
     def one_step(step: int, stop: bool) -> bool:
         stats = train_step(model, optimizer, judge.recorded(step, batches(step)), ranks, clip=plan.clip,
-                           lr_scale=plan.lr_scale(step), momentum=plan.momentum(step), stop=stop,
-                           limits=judge.limits(step), before_update=judge.check_due(step))
+                           lr_scale=plan.lr_scale(step), momentum=plan.momentum(step),
+                           decay_scale=plan.decay_scale(step), stop=stop, limits=judge.limits(step),
+                           before_update=judge.check_due(step))
         judge.watch(step, stats, reports.add)
         return judge.settle(leave=1)  # the same on all ranks: all stop at this step
 

@@ -9,10 +9,10 @@ logs/base_<tag>.jsonl under $NANOCHAT_BASE_DIR.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -24,6 +24,8 @@ from nanochat.cli import (
     EVERY,
     FRACTION,
     FROM_ZERO,
+    NOT_NEGATIVE,
+    POSITIVE,
     ROW_TOKENS,
     ROWS,
     SEED,
@@ -40,11 +42,11 @@ from nanochat.errors import UserError
 from nanochat.evaluation.core import bundle_of_ranks, check_bundle, evaluate_core
 from nanochat.evaluation.loss import EvalRows
 from nanochat.files import base_dir
-from nanochat.gpt import GPT, GPTConfig, meta_model
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.fp8 import EMULATED, REAL, check_fp8
 from nanochat.loading import model_from_state
 from nanochat.memory import RECOMPUTE_HELP
-from nanochat.recipe import MOST_ROWS, Horizon, RateSchedule, Recompute, Rows, published
+from nanochat.recipe import MOST_ROWS, MomentumSchedule, RateSchedule, Recompute, Rows, published
 from nanochat.run import (
     Origin,
     PeriodicAction,
@@ -53,24 +55,30 @@ from nanochat.run import (
     claim,
     compile_wanted,
     fit_and_choose,
+    horizon_of,
     is_trained,
     keep_flag,
     launch,
     loader_state,
+    model_shape,
     open_run,
     save_every_flag,
 )
+from nanochat.run.horizon import NO_HORIZON
 from nanochat.stages import STAGES
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from nanochat.training import TrainingPlan, clock, share_of_micro_batches
 from scripts.base_loss import beginnings, samples
 
 BASE = published.base
+BELOW_ONE = Range(0, below=1)
 
 
 @dataclass
 class Config(TrainingFlags):
-    """Flags of base_train; the defaults are the published recipe."""
+    """Flags of base_train; the defaults are those of the recipe."""
+
+    stage: ClassVar[str] = "base"
 
     depth: int = flag(BASE.shape.depth, "layers; sets width (64 a layer) and heads too", within=DEPTH)
     max_seq_len: int = flag(BASE.shape.max_seq_len, "tokens in a row", within=ROW_TOKENS)
@@ -80,21 +88,55 @@ class Config(TrainingFlags):
                        within=FROM_ZERO)
     n_kernel: int = flag(BASE.shape.n_kernel, "taps of the SLC2 convolution", within=Range(1, 64))
     slc_rate: int = flag(BASE.shape.slc_rate, "one layer in this many is attention", within=COUNT)
+    lambdas: bool = flag(BASE.shape.lambdas, "each layer scales the residual stream and adds the embedding, by learnt "
+                         "factors")
+    backout: bool = flag(BASE.shape.backout, "the head sees the stream less a learnt part of that of the middle layer")
+    smear: bool = flag(BASE.shape.smear, "the embedding of the token before is mixed in, through a learnt gate")
+    value_embeds: str = flag(BASE.shape.value_embeds, "layers that add an embedding of the token to their values: A, S "
+                             "or AS")
+    qk_gain: float = flag(BASE.shape.qk_gain, "factor of queries and keys after their norm", within=POSITIVE)
+    rope_base: float = flag(BASE.shape.rope_base, "of the rotary positions; 0 = no positions", within=NOT_NEGATIVE)
+    mlp_ratio: float = flag(BASE.shape.mlp_ratio, "width of the MLPs, as a multiple of the model's", within=POSITIVE)
+    embed_init: float = flag(BASE.shape.embed_init, "standard deviation of the first embedding", within=NOT_NEGATIVE)
+    head_init: float = flag(BASE.shape.head_init, "standard deviation of the first head", within=NOT_NEGATIVE)
+    fc_init: float = flag(BASE.shape.fc_init, "factor of the first weights of the MLPs' c_fc", within=NOT_NEGATIVE)
+    slc_gate_init: Literal["published", "unit"] = flag(
+        BASE.shape.slc_gate_init, "first weights of SLC2's gate: as published, or with a gate of unit size")
+    slc_norm: bool = flag(BASE.shape.slc_norm, "normalise what SLC2's last matrix gets")
+    slc_gate: Literal["rank-one", "full", "none"] = flag(
+        BASE.shape.slc_gate, "gate of SLC2: of rank one a head, as wide as the model, or none")
+    attn_conv: int = flag(BASE.shape.attn_conv, "taps of a convolution over queries, keys and values; 0 = none",
+                          within=Range(0, 64))
     num_iterations: int = flag(BASE.horizon.num_iterations,
                                "optimizer steps; counts before the next two; -1 = unset", within=COUNT_OR_ALL)
     target_flops: float = flag(BASE.horizon.target_flops, "train until this many FLOPs are done; -1 = unset",
                                within=Range(above=0, also=-1))
     target_param_data_ratio: float = flag(BASE.horizon.target_param_data_ratio, "train on this many tokens a parameter",
                                           within=Range(above=0, also=-1))
+    ratio_of: Literal["all", "matrices"] = flag(BASE.horizon.ratio_of, "which parameters that counts: all, or those of "
+                                                "the blocks' matrices and the head")
     device_batch_size: Rows = flag(BASE.device_batch_size,
                                    "rows a device takes at a time; auto is what fits its memory", within=ROWS)
-    total_batch_size: int = flag(BASE.total_batch_size, "tokens of all devices in an optimizer step", within=COUNT)
+    total_batch_size: int | Literal["auto"] = flag(
+        BASE.total_batch_size, "tokens of all devices in an optimizer step; auto follows the horizon", within=COUNT)
+    reference_batch: int = flag(BASE.reference_batch, "tokens of the batch at which the learning rates hold: others "
+                                "scale them by the square root; 0 = they hold for any", within=FROM_ZERO)
+    reference_depth: int = flag(BASE.reference_depth, "depth of the model at whose horizon --matrix-decay and the "
+                                "automatic batch hold; 0 = at any", within=Range(0, 1000))
     warmup_ratio: float = flag(BASE.rates.warmup_ratio, "part of the steps over which the learning rates rise",
                                within=FRACTION)
+    warmup_steps: int = flag(BASE.rates.warmup_steps, "steps over which they rise, at most a tenth of all; 0 = by the "
+                             "ratio", within=FROM_ZERO)
     warmdown_ratio: float = flag(BASE.rates.warmdown_ratio, "part of the steps over which the learning rates fall",
                                  within=FRACTION)
     final_lr_frac: float = flag(BASE.rates.final_lr_frac, "learning rates at the end, as a fraction of the full ones",
                                 within=FRACTION)
+    momentum_start: float = flag(BASE.momentum.momentum_start, "Muon's momentum at the beginning", within=BELOW_ONE)
+    momentum_peak: float = flag(BASE.momentum.momentum_peak, "Muon's momentum after the first momentum_steps",
+                                within=BELOW_ONE)
+    momentum_steps: int = flag(BASE.momentum.momentum_steps, "steps over which it rises", within=COUNT)
+    momentum_end: float = flag(BASE.momentum.momentum_end, "Muon's momentum when the learning rates have fallen",
+                               within=BELOW_ONE)
     eval_every: int = flag(BASE.eval_every, "steps from one validation to the next; -1 = at the end only", within=EVERY)
     eval_tokens: int = flag(BASE.eval_tokens, "tokens to validate on", within=COUNT)
     core_metric_every: int = flag(BASE.core_metric_every,
@@ -124,37 +166,13 @@ class Config(TrainingFlags):
             raise UserError(f"--warmup-ratio {self.warmup_ratio:g} and --warmdown-ratio {self.warmdown_ratio:g} are "
                             "more than the whole run together; their sum must be at most 1")
         if self.num_iterations < 0 and self.target_flops < 0 and self.target_param_data_ratio < 0:
-            raise UserError("no horizon: set --num-iterations, --target-flops or --target-param-data-ratio above 0")
+            raise UserError(NO_HORIZON)
         model_shape(self, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the flags say. Raises UserError for what the user can mend."""
     launch(Config, run, argv, __doc__)
-
-
-def model_shape(config: Config, vocab_size: int) -> GPTConfig:
-    """Return the model's shape from the flags. Raises UserError where they make none."""
-    pattern = config.layer_pattern * (config.depth if len(config.layer_pattern) == 1 else 1)
-    try:
-        return GPTConfig.from_depth(config.depth, sequence_len=config.max_seq_len, vocab_size=vocab_size,
-                                    n_kernel=config.n_kernel, slc_rate=config.slc_rate, layer_pattern=pattern or None,
-                                    window=config.window or None)
-    except ValueError as error:
-        raise UserError(f"these flags make no model: {error}") from error
-
-
-def horizon(config: Config, model: GPT) -> int:
-    """Return how many steps to train, by the flags. Raises UserError where none is set, or for less than one step."""
-    flags = Horizon(config.num_iterations, config.target_flops, config.target_param_data_ratio)
-    parameters = sum(p.numel() for p in model.parameters())
-    steps = flags.steps(parameters, model.flops_per_token(), config.total_batch_size)
-    if steps is None:
-        raise UserError("no horizon: set --num-iterations, --target-flops or --target-param-data-ratio above 0")
-    if steps < 1:
-        raise UserError(f"the horizon is less than one step of {config.total_batch_size:,} tokens: set "
-                        "--num-iterations, or a smaller --total-batch-size")
-    return steps
 
 
 def origin_of(config: Config, shape: GPTConfig, tokenizer: Any, text: Path, ranks: Ranks) -> Origin:
@@ -193,9 +211,11 @@ def run(config: Config, ranks: Ranks) -> None:
     if config.fp8:
         check_fp8(fp8, ranks.device)  # before anything is read
     T = config.max_seq_len
-    share_of_micro_batches(config.total_batch_size, config.device_batch_size, T, ranks)  # raises before a model is made
     tokenizer = get_tokenizer()
-    shape = model_shape(config, tokenizer.get_vocab_size())
+    base = horizon_of(config, tokenizer.get_vocab_size())
+    shape, num_iterations = base.shape, base.num_iterations
+    config = replace(config, total_batch_size=base.total_batch_size)
+    share_of_micro_batches(config.total_batch_size, config.device_batch_size, T, ranks)  # raises before a model is made
     bundle = None
     if config.core_metric_every > 0:  # find what is wrong with it at the start, not after thousands of steps
         bundle = bundle_of_ranks(None, ranks, fetch=not config.dry_run)
@@ -206,7 +226,6 @@ def run(config: Config, ranks: Ranks) -> None:
                         seed=config.data_seed)
     val_source = TextSource(tokenizer, "val", text)
 
-    num_iterations = horizon(config, meta_model(shape))
     origin = origin_of(config, shape, tokenizer, text, ranks)
     if is_trained(origin, num_iterations, ranks):
         return
@@ -219,11 +238,11 @@ def run(config: Config, ranks: Ranks) -> None:
                                      meta=origin.meta, compiled=compiled)
     B = config.device_batch_size
     micro_batches = share_of_micro_batches(config.total_batch_size, B, T, ranks)
-    parameters, tokens = sum(p.numel() for p in model.parameters()), num_iterations * config.total_batch_size
-    lines = [f"model d{config.depth}: {parameters:,} parameters, width {shape.n_embd}, {shape.n_head} heads, layers "
-             f"{shape.pattern()}, vocabulary {shape.vocab_size:,}, rows of {shape.sequence_len}",
+    tokens = base.tokens
+    lines = [f"model d{config.depth}: {base.parameters:,} parameters, width {shape.n_embd}, {shape.n_head} heads, "
+             f"layers {shape.pattern()}, vocabulary {shape.vocab_size:,}, rows of {shape.sequence_len}",
              f"train {num_iterations:,} steps of {config.total_batch_size:,} tokens = {tokens / 1e6:,.1f}M tokens "
-             f"({tokens / parameters:.1f} a parameter), {model.flops_per_token() * tokens:.2e} FLOPs; "
+             f"({tokens / base.parameters:.1f} a parameter), {base.flops_per_token * tokens:.2e} FLOPs; "
              f"{where(model, ranks)}, {micro_batches} micro-batch{'es' * (micro_batches > 1)} of {B} rows a step"]
     if config.dry_run:
         return say_what_would_be_done(origin, config, ranks, num_iterations, lines)
@@ -231,13 +250,15 @@ def run(config: Config, ranks: Ranks) -> None:
     loader = PackedLoader(source, B, T, ranks=ranks, rows_per_step=config.total_batch_size // T,
                           state=loader_state(origin), prefetch=ahead)
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
-                        rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac),
-                        muon_momentum=BASE.momentum)
+                        rates=RateSchedule(config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac,
+                                           config.warmup_steps),
+                        muon_momentum=MomentumSchedule(config.momentum_start, config.momentum_peak,
+                                                       config.momentum_steps, config.momentum_end))
     with loader, open_run(origin, config, ranks, num_iterations=num_iterations, loader=loader, kernels=kernels,
-                          val_bpb=None) as run:
+                          lr_factor=base.lr_factor, decay_factor=base.decay_factor, val_bpb=None) as run:
         log, token_bytes = run.log, get_token_bytes(ranks.device)
         prompts = beginnings(tokenizer, text) if ranks.is_main else []
-        run.introduce(lines, flops_per_token=model.flops_per_token(), tokens=tokens)
+        run.introduce(lines, flops_per_token=base.flops_per_token, tokens=tokens)
 
         @cache
         def val_rows() -> EvalRows:

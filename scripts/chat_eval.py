@@ -24,6 +24,7 @@ from nanochat.files import atomic_write, base_dir, to_json
 from nanochat.loading import load_for_decoding
 from nanochat.logs import RunLog
 from nanochat.recipe import published
+from nanochat.run import ChatData, chat_data_of
 from nanochat.stages import CHAT_STAGES, STAGES
 from nanochat.tools.sandbox import run_python
 from nanochat.training import clock
@@ -49,8 +50,8 @@ class Config:
     model_tag: str = flag("", "which model; unset takes the only or the deepest one", short="g")
     step: int = flag(-1, "which of its checkpoints; -1 is the last", short="s", within=STEP_OR_LAST)
     max_problems: int = flag(GRADING.max_problems, "problems of each task; -1 = all", short="x", within=COUNT_OR_ALL)
-    data: Literal["auto", "hub", "small-world"] = flag(
-        "auto", "which tasks: the published ones, or those of the built-in small world; auto is those of its training")
+    data: ChatData = flag("auto", "which tasks: the published ones, those of the built-in small world, or sums and "
+                          "spelling alone; auto is those of its training")
     seed: int = flag(42, "of sampling, where the temperature is above 0", within=SEED)
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     dry_run: bool = dry_run_flag()
@@ -72,14 +73,14 @@ def select_tasks(names: str, data: str, seed: int) -> dict:
 
     Args:
         names: separated by |; empty takes all of `data`.
-        data: "hub" or "small-world".
-        seed: of the small world.
+        data: "hub", "small-world" or "basics".
+        seed: of the small world, and of what else is made here.
 
     Raises:
         UserError: for a name that does not exist.
     """
     known = recipes.graded(data, seed)
-    other = recipes.graded("hub" if data == "small-world" else "small-world", seed)
+    other = {name: make for one in recipes.DATA for name, make in recipes.graded(one, seed).items()}
     if not names:
         return known
     found = {}
@@ -95,9 +96,8 @@ def run(config: Config, ranks) -> None:
     """Evaluate one model. Collective."""
     model, tokenizer, meta = load_for_decoding(config.source, ranks.device, model_tag=config.model_tag or None,
                                                step=None if config.step < 0 else config.step, ranks=ranks)
-    about = meta.get("data") or {}
-    data = config.data if config.data != "auto" else "small-world" if about.get("source") == "small-world" else "hub"
-    tasks = select_tasks(config.task_name, data, about.get("seed", 0))
+    data = chat_data_of(meta) if config.data == "auto" else config.data
+    tasks = select_tasks(config.task_name, data, (meta.get("data") or {}).get("seed", 0))
     level = run_python("").level.name.lower() if "HumanEval" in tasks else ""  # now, so that an error comes early
     tag = Path(meta["folder"]).name
     folder = base_dir() / "chat_eval" / f"{config.source}_{tag}_{meta['step']:06d}"

@@ -10,7 +10,7 @@ chatrl_checkpoints/<tag>/ and logs/rl_<tag>.jsonl under $NANOCHAT_BASE_DIR. The 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from nanochat.chat_data import ConversationSteps
 from nanochat.checks import data_unseen, say_what_would_be_done, where
@@ -18,7 +18,7 @@ from nanochat.cli import COUNT, EVERY, NOT_NEGATIVE, POSITIVE, ROWS, TOP_K, Rang
 from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first
 from nanochat.engine import Engine
-from nanochat.recipe import MOST_ROWS, Rows, published
+from nanochat.recipe import MOST_ROWS, RECIPES, Rows, published
 from nanochat.rl import batches, pass_rates, rollout_stats, rollouts, standard_error
 from nanochat.run import (
     ChatStageFlags,
@@ -43,6 +43,8 @@ STAGE, RL = STAGES["rl"], published.rl
 class Config(ChatStageFlags):
     """Flags of chat_rl. The defaults are the published recipe, except for top_k: there the model sampled from the 50
     most likely tokens and learnt as if from all."""
+
+    stage: ClassVar[str] = "rl"
 
     source: Literal[STAGE.starts_from] = flag(STAGE.starts_from[0], "stage to start from")
     num_epochs: float = flag(RL.num_epochs, "how often to go through the problems", within=POSITIVE)
@@ -88,8 +90,9 @@ def run(config: Config, ranks: Ranks) -> None:
         return
     config, kernels = fit_and_choose(config, origin.model, origin.model.config.sequence_len, None, MOST_ROWS["rl"],
                                      ranks, meta=origin.meta if origin.step else {})
-    plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, rates=RL.rates,
-                        muon_momentum=RL.momentum)
+    recipe = RECIPES[config.recipe].rl
+    plan = TrainingPlan(num_iterations, 0, None, clip=config.grad_clip or None, rates=recipe.rates,
+                        muon_momentum=recipe.momentum)
     lines = [f"{num_iterations:,} steps of {config.examples_per_step} problems, {config.num_samples} answers to each; "
              f"{where(origin.model, ranks)}"]
     if config.dry_run:
@@ -125,8 +128,8 @@ def run(config: Config, ranks: Ranks) -> None:
             if stats.teaching:
                 micro_batches = guard.recorded(step, batches(groups, config.device_batch_size, bos, ranks.device))
                 trained = train_step(origin.model, run.optimizer, micro_batches, ranks, lr_scale=scale,
-                                     momentum=plan.momentum(step), clip=plan.clip, limits=guard.limits(step),
-                                     before_update=guard.check_due(step))
+                                     momentum=plan.momentum(step), decay_scale=plan.decay_scale(step), clip=plan.clip,
+                                     limits=guard.limits(step), before_update=guard.check_due(step))
                 guard.watch(step, trained)
                 guard.settle()
                 loss, norm = trained[:2].tolist()

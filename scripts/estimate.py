@@ -14,7 +14,18 @@ import torch
 
 from nanochat.distributed import gpu_peak
 from nanochat.gpt import GPTConfig, meta_model
-from scripts.speedrun_plan import SHARD_BYTES, TOKENIZER_SHARDS, RunPlan, accumulation_of, chat_stages
+from nanochat.optim import parameter_groups
+from nanochat.recipe import RECIPES, at_depth
+from nanochat.run import scaling_parameters
+from scripts.speedrun_plan import (
+    SHARD_BYTES,
+    TOKENIZER_SHARDS,
+    Machine,
+    RunPlan,
+    accumulation_of,
+    chat_stages,
+    sized_plan,
+)
 
 # What kernels reach of a card's data sheet. Products and memory: seen for large ones on H100s (public benchmarks of
 # cuBLAS and of copies); attention: FlashAttention 2 and cuDNN at rows of 2,048, forward and backward; links: NCCL's bus
@@ -92,8 +103,7 @@ def step_lines(config: GPTConfig, rows: int, card: Card, gpus: int, accumulation
     products, memory = OF_PRODUCTS * card.flops, OF_MEMORY * card.bandwidth
     model = meta_model(config)
     parameters = sum(p.numel() for p in model.parameters())
-    weights = sum(p.numel() for block in model.transformer.h for p in block.parameters() if p.ndim == 2)
-    matrices = 6 * (weights + model.lm_head.weight.numel()) * tokens
+    matrices = 6 * scaling_parameters(model) * tokens
     attention = model.flops_per_token() * tokens - matrices  # what mixers do besides
     activation, logits = tokens * E * 2, tokens * V * 2
     casts = parameters * 28 * accumulation + 6 * activation
@@ -106,7 +116,7 @@ def step_lines(config: GPTConfig, rows: int, card: Card, gpus: int, accumulation
         Line("cross-entropy", CROSS_ENTROPY * logits / memory, f"{CROSS_ENTROPY * logits / 1e9:.0f} GB"),
         Line("embedding, casts of weights and gradients", casts / memory, f"{casts / 1e9:.0f} GB"),
     ]
-    muon = [p for name, p in model.named_parameters() if name.startswith("transformer.h") and p.ndim == 2]
+    muon = [p for group in parameter_groups(model) if group["kind"] == "muon" for p in group["params"]]
     newton_schulz = sum(map(_newton_schulz_flops, muon)) / gpus
     moved = parameters / gpus * 96 + (8 * sum(p.numel() for p in muon) if gpus > 1 else 0)
     lines.append(Line("optimizer", moved / memory + newton_schulz / products,
@@ -129,6 +139,38 @@ def _newton_schulz_flops(matrix: torch.Tensor, steps: int = 5) -> float:
 def step_seconds(lines: list[Line]) -> float:
     """Return the seconds of a step."""
     return sum(line.seconds for line in lines)
+
+
+# ---- what there is to choose from
+
+PRICE = 2.5  # dollars an hour for a rented GPU, an H100 of late 2026
+
+# What models reach, by recipe and depth. Nobody has trained the modern recipe on the hybrid at these sizes: the numbers
+# are those of nanochat's models of the same depth, which are attention alone, on the same data with the same recipe.
+EXPECTED = {
+    ("published", 20): "CORE 0.18, as published in November 2025",
+    ("modern", 12): "CORE about 0.14, as nanochat's d12 on the same text",
+    ("modern", 18): "CORE above 0.18: nanochat's smaller d16 has 0.16 to 0.18",
+    ("modern", 22): "CORE about 0.26, as nanochat's d22",
+    ("modern", 24): "CORE about 0.26, as nanochat's d24; GPT-2 has 0.2565",
+}
+
+
+def choices(machine: Machine, card: Card) -> list[list[str]]:
+    """Return what can be trained on this machine, one row each: the settings, minutes, dollars, what it reaches.
+
+    Minutes are of a whole run, computed as `stage_lines` says.
+    """
+    rows = []
+    for name, depth in EXPECTED:
+        recipe = at_depth(depth, RECIPES[name])
+        plan = sized_plan(f"d{depth}", recipe, machine, source=recipe.source, chat="hub",
+                          dtype=torch.float32 if gpu_peak(card.name, torch.bfloat16) is None else torch.bfloat16)
+        seconds = sum(line.seconds for line in stage_lines(plan, card))
+        settings = f"SPEEDRUN_RECIPE={name} SPEEDRUN_PROFILE=d{depth}"
+        rows.append([settings, f"{seconds / 60:.0f}", f"{seconds / 3600 * PRICE * len(machine.gpus):.0f}",
+                     EXPECTED[name, depth]])
+    return rows
 
 
 # ---- the stages of a run

@@ -18,7 +18,7 @@ from nanochat.dataloader import PackedLoader
 from nanochat.dataset.identity import with_identity
 from nanochat.distributed import Ranks, machine_first, on_main
 from nanochat.evaluation.loss import EvalRows
-from nanochat.recipe import MOST_ROWS, Rows, published
+from nanochat.recipe import MOST_ROWS, RECIPES, Rows, published
 from nanochat.run import (
     ChatStageFlags,
     PeriodicAction,
@@ -90,9 +90,10 @@ def run(config: Config, ranks: Ranks) -> None:
     source = ConversationSource(tokenizer, train_task, config.seed)
     loader = PackedLoader(source, B, T, ranks=ranks, rows_per_step=config.total_batch_size // T, cut=False,
                           state=loader_state(origin))
+    recipe = RECIPES[config.recipe].mid
     plan = TrainingPlan(num_iterations, micro_batches, config.total_batch_size, clip=config.grad_clip or None,
-                        rates=replace(MID.rates, warmdown_ratio=config.warmdown_ratio),
-                        muon_momentum=MID.momentum)
+                        rates=replace(recipe.rates, warmdown_ratio=config.warmdown_ratio),
+                        muon_momentum=recipe.momentum)
     with loader, open_run(origin, config, ranks, num_iterations=num_iterations, loader=loader, kernels=kernels,
                           val_bpb=None) as run:
         run.introduce(lines, data=data.source, flops_per_token=model.flops_per_token(T), conversations=len(train_task))

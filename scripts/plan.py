@@ -1,6 +1,7 @@
 """What a run will take before anything is rented: memory, minutes of every stage, dollars.
 
     python -m scripts.plan --depth 20 --gpus 8                  # the published recipe on eight H100s
+    python -m scripts.plan --recipe modern --depth 24 --gpus 8
     python -m scripts.plan --depth 26 --gpus 1 --card RTX-4090
     python -m scripts.plan --depth 20 --gpus 8 --price 24       # dollars an hour for the whole machine
 
@@ -10,18 +11,20 @@ what. `bash speedrun.sh` announces the same numbers for the machine it finds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from bench.measure import table
-from nanochat.cli import COUNT, DEPTH, NOT_NEGATIVE, Range, flag, parse, run_main
+from nanochat.cli import COUNT, NOT_NEGATIVE, Range, flag, parse, run_main
+from nanochat.dataset.shards import HUB_TEXTS
 from nanochat.distributed import gpu_peak
 from nanochat.errors import UserError
 from nanochat.gpt import meta_model
 from nanochat.memory import usable_memory
-from nanochat.recipe import at_depth, published
+from nanochat.recipe import RECIPES, at_depth, published
 from nanochat.training import clock
-from scripts.estimate import CARDS, Card, Line, stage_lines, step_lines, step_seconds
+from scripts.estimate import CARDS, EXPECTED, Card, Line, stage_lines, step_lines, step_seconds
 from scripts.speedrun_plan import Machine, RunPlan, accumulation_of, sized_plan
 
 
@@ -29,8 +32,8 @@ from scripts.speedrun_plan import Machine, RunPlan, accumulation_of, sized_plan
 class Flags:
     """Flags of plan."""
 
-    depth: int = flag(published.base.shape.depth, "layers of the model; the rest of the published recipe follows",
-                      within=DEPTH)
+    recipe: Literal[tuple(RECIPES)] = flag(published.name, "how the model is trained")
+    depth: int = flag(0, "layers of the model, from which the rest follows; 0: the recipe's own", within=Range(0, 1000))
     gpus: int = flag(8, "GPUs of one machine", within=Range(1, 1024))
     card: str = flag("H100", f"kind of GPU: {', '.join(CARDS)}")
     price: float = flag(20.0, "dollars an hour for the whole machine; 0 leaves the cost out", within=NOT_NEGATIVE)
@@ -57,7 +60,7 @@ def describe(plan: RunPlan, card: Card, price: float) -> str:
         f"{flops / 1e9:.3f} GFLOP a token",
         f"training  {plan.steps:,} steps of {plan.recipe.base.total_batch_size:,} tokens = {tokens / 1e9:.2f}B tokens, "
         f"{tokens * flops:.2e} FLOP",
-        f"text      {plan.shards} shards of FineWeb-Edu, {plan.shards * 0.1:.0f} GB to fetch; "
+        f"text      {plan.shards} shards of {HUB_TEXTS[plan.source].title}, {plan.shards * 0.1:.0f} GB to fetch; "
         f"{plan.disk / 1e9:.0f} GB of disk in all",
         f"memory    {plan.batch.need / 1e9:.1f} GB a GPU with {plan.batch.rows} rows of {config.sequence_len}"
         + (" and activation checkpointing" if plan.batch.recompute else "")
@@ -69,6 +72,8 @@ def describe(plan: RunPlan, card: Card, price: float) -> str:
                   (0, 2))]
     if price:
         text.append(f"\ncost      ${whole / 3600 * price:,.2f} at ${price:g} an hour for the machine")
+    if reached := EXPECTED.get((plan.recipe.name, config.n_layer)):
+        text.append(f"expected  {reached}")
     return "\n".join(text)
 
 
@@ -81,14 +86,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(Flags, argv, __doc__)
     if flags.card not in CARDS:
         raise UserError(f"--card={flags.card}: it must be one of {', '.join(CARDS)}")
-    card, recipe = CARDS[flags.card], at_depth(flags.depth)
+    card, recipe = CARDS[flags.card], RECIPES[flags.recipe]
+    recipe = at_depth(flags.depth or recipe.base.shape.depth, recipe)
     if flags.rl:
         recipe = replace(recipe, stages=(*recipe.stages, "rl"))
     machine = Machine([card.name] * flags.gpus, int(card.memory), flags.cores)
     dtype = torch.float32 if gpu_peak(card.name, torch.bfloat16) is None else torch.bfloat16
-    plan = sized_plan(f"d{flags.depth}", recipe, machine, source="fineweb-edu", chat="hub", dtype=dtype)
+    plan = sized_plan(f"d{recipe.base.shape.depth}", recipe, machine, source=recipe.source, chat="hub", dtype=dtype)
     if plan.batch.need > usable_memory(card.memory, flags.gpus):
-        raise UserError(f"d{flags.depth} does not fit a {card.name}: {plan.batch.need / 1e9:.1f} GB are needed for one "
+        raise UserError(f"{plan.tag} does not fit a {card.name}: {plan.batch.need / 1e9:.1f} GB are needed for one "
                         f"row, {usable_memory(card.memory, flags.gpus) / 1e9:.1f} can be used. Try a smaller --depth, "
                         "more --gpus or another --card.")
     print(describe(plan, card, flags.price))

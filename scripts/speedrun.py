@@ -9,16 +9,17 @@ is done is skipped, so the same command resumes after an interruption. Ctrl-C, S
 stage save and end first (nanochat/launcher.py); Ctrl-C again ends it at once. Settings, all optional, from the
 environment:
 
-    SPEEDRUN_PROFILE=small|d20|d26|d32    the recipe (nanochat/recipe.py): small is for a CPU, on the built-in small
-                                          world; the others are the published one at three depths, for GPUs. Unset: d20
-                                          with a GPU, else small.
+    SPEEDRUN_PROFILE=small|d12|d18|...    what is trained (nanochat/recipe/): small is for a CPU, on the built-in small
+                                          world; d12, d18, d20, d22, d24, d26, d32 are models of these depths, for GPUs.
+                                          Unset: d20 with a GPU (d24 by the recipe modern), else small.
+    SPEEDRUN_RECIPE=published|modern      how they are trained. Unset: published
     SPEEDRUN_TEXT="PATH ..."              train on your own .txt, .md, .jsonl, .parquet files or folders: one path as
                                           it is, one a line, or several with spaces between
     SPEEDRUN_TEXT_FLAGS="--encoding ..."  flags of `python -m nanochat.dataset import` for these
     SPEEDRUN_GPUS=N                       GPUs to use. Unset: all
     SPEEDRUN_DEVICE_BATCH=N               rows a GPU takes at a time. Unset: what fits its memory
     SPEEDRUN_STEPS=N                      optimizer steps of the base model. Unset: the recipe's
-    SPEEDRUN_SHARDS=N                     FineWeb-Edu shards to fetch. Unset: what the steps need
+    SPEEDRUN_SHARDS=N                     shards of the hub's text to fetch. Unset: what the steps need
     SPEEDRUN_RL=1|0                       with reinforcement learning, or without. Unset: with small alone
     NANOCHAT_TASK_DATA=FOLDER             a mirror of the data sets of the chat stages, for machines without network
                                           (tasks/hub.py)
@@ -43,9 +44,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from bench.measure import table
 from nanochat.checkpoint import latest_step
 from nanochat.cli import NOT_NEGATIVE, flag, parse, run_main
 from nanochat.dataset import shard_paths
+from nanochat.dataset.shards import HUB_TEXTS
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, base_dir, lock, need_disk
 from nanochat.launcher import Group, Job, Owner
@@ -55,7 +58,7 @@ from nanochat.stages import STAGES
 from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 from nanochat.training import clock
 from nanochat.watch import hang_seconds
-from scripts.estimate import card_named, stage_lines
+from scripts.estimate import PRICE, card_named, choices, stage_lines
 from scripts.nodes import Leader, Place, follow, persist, place_of_environment
 from scripts.speedrun_plan import Command, RunPlan, chat_stages, check_plan, commands, find_machine, make_plan, settings
 from tasks.recipes import IDENTITY
@@ -72,13 +75,25 @@ class Flags:
     dry_run: bool = flag(False, "say what would be done, print its commands, and do nothing")
 
 
+def show_choices(plan: RunPlan) -> None:
+    """Print what else could be trained on these GPUs, and what it costs, where their speed is known."""
+    card = card_named(plan.machine.gpus[0]) if plan.machine.gpus else None
+    if card is not None:
+        rows = choices(plan.machine, card)
+        print("What can be trained here. Minutes are computed, not measured; dollars at $"
+              f"{PRICE:g} an hour for a GPU:\n\n"
+              + table(["settings", "minutes", "$", "expected"], rows, (1, 2)) + "\n")
+
+
 def announce(plan: RunPlan) -> None:
     """Print what will be done."""
     base = plan.recipe.base
     tokens = plan.steps * base.total_batch_size
-    text = {"small-world": "the built-in small world: made here, no network",
-            "import": "your own text: " + shlex.join(plan.text),
-            "fineweb-edu": f"FineWeb-Edu from the Hugging Face hub, {plan.shards} shards"}[plan.source]
+    if plan.source in HUB_TEXTS:
+        text = f"{HUB_TEXTS[plan.source].title} from the Hugging Face hub, {plan.shards} shards"
+    else:
+        text = {"small-world": "the built-in small world: made here, no network",
+                "import": "your own text: " + shlex.join(plan.text)}[plan.source]
     card = card_named(plan.machine.gpus[0]) if plan.machine.gpus else None
     if card is not None:  # of all that is done; python -m scripts.plan prints the parts
         time_line = f"about {clock(sum(line.seconds for line in stage_lines(plan, card)))} in all, computed"
@@ -89,8 +104,8 @@ def announce(plan: RunPlan) -> None:
     memory = f"{plan.batch.rows} rows of {base.shape.max_seq_len} at a time" + (
         f", {plan.batch.need / 1e9:.1f} GB a GPU" if plan.machine.gpus else "")
     print(f"machine   {plan.machine.describe()}\n"
-          f"profile   {plan.profile}: a hybrid of depth {plan.depth}, vocabulary {plan.recipe.tokenizer.vocab_size:,}, "
-          f"rows of {base.shape.max_seq_len}\n"
+          f"profile   {plan.profile}, recipe {plan.recipe.name}: a hybrid of depth {plan.depth}, "
+          f"vocabulary {plan.recipe.tokenizer.vocab_size:,}, rows of {base.shape.max_seq_len}\n"
           f"text      {text}\n"
           f"training  {plan.steps:,} steps of {base.total_batch_size:,} tokens = {tokens / 1e6:,.1f}M tokens\n"
           f"then      {describe_chat_stages(plan)}\n"
@@ -104,7 +119,8 @@ def describe_chat_stages(plan: RunPlan) -> str:
     stages = chat_stages(plan)
     if not plan.chat:
         return f"no chat stages: {plan.why_no_chat}"
-    return ", ".join(stage.noun for stage in stages) + ", each graded; the report"
+    about = " (who it is, sums and spelling alone)" if plan.chat == "basics" else ""
+    return ", ".join(stage.noun for stage in stages) + f"{about}, each graded; the report"
 
 
 def print_commands(plan: RunPlan) -> None:
@@ -200,7 +216,7 @@ def is_done(plan: RunPlan, command: Command) -> bool:
         return have_tokenizer(plan)
     if command.module == "dev.gen_identity":
         return (base_dir() / IDENTITY).exists()
-    return plan.source == "fineweb-edu" and command.module == "nanochat.dataset" and have_shards(plan.shards)
+    return plan.source in HUB_TEXTS and command.module == "nanochat.dataset" and have_shards(plan.shards)
 
 
 def remember(plan: RunPlan, command: Command) -> None:
@@ -309,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.time() - flags.setup_seconds
     max_restarts(), hang_seconds(), place_of_environment()  # raise for settings that are wrong
     plan = make_plan(find_machine())
+    show_choices(plan)
     announce(plan)
     check_plan(plan)
     check_wandb(os.environ.get("WANDB_RUN", ""))

@@ -25,19 +25,20 @@ from nanochat.checks import need_writable
 from nanochat.cli import COUNT, ROWS, Range, flag, near_name, parse, parse_settings
 from nanochat.dataset.__main__ import ImportFlags
 from nanochat.dataset.readers import TextFormat, look_at_files
-from nanochat.dataset.shards import data_dir, read_source
+from nanochat.dataset.shards import FINEWEB_EDU, HUB_TEXTS, data_dir, read_source
 from nanochat.distributed import Ranks, compute_dtype, peak_flops
 from nanochat.errors import UserError
 from nanochat.files import base_dir
-from nanochat.gpt import GPT, GPTConfig, meta_model
+from nanochat.gpt import GPTConfig
 from nanochat.memory import MicroBatch, choose_batch, rows_that_divide
-from nanochat.recipe import MOST_ROWS, PROFILES, Recipe, Rows, changed_flags, published
+from nanochat.recipe import MOST_ROWS, PROFILES, RECIPES, Recipe, Rows, at_depth, changed_flags, published
+from nanochat.run import BaseRun, flags_of, horizon_of
 from nanochat.stages import CHAT_STAGES, STAGES, Stage
 from nanochat.training import share_of_micro_batches
 from tasks.hub import MIRROR, find_in_mirror
 from tasks.recipes import hub_splits
 
-CHARS_PER_TOKEN = 4.8                      # of FineWeb-Edu, with 65,536 tokens
+CHARS_PER_TOKEN = 4.8                      # of FineWeb-Edu and 65,536 tokens; taken for ClimbMix and 32,768 too
 SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
 TOKENIZER_SHARDS = 8                       # hold the 2 billion characters that the tokenizer is trained on
 EXPECTED_MFU = 0.5
@@ -65,13 +66,14 @@ class Machine:
 class Settings:
     """Settings of a speedrun in the environment, each SPEEDRUN_ and its name in capitals."""
 
-    profile: str = flag("", f"the recipe, one of {', '.join(PROFILES)}; unset: what fits the machine")
+    profile: str = flag("", f"what is trained, one of {', '.join(PROFILES)}; unset: what fits the machine")
+    recipe: Literal["", "published", "modern"] = flag("", "how a profile d12 to d32 is trained; unset: published")
     text: str = flag("", "files and folders of your own text")
     text_flags: str = flag("", "flags of `python -m nanochat.dataset import` for them")
     gpus: int = flag(-1, "GPUs to use; unset: all", within=Range(0, 1024))
     device_batch: int = flag(0, "rows a GPU takes at a time; unset: what fits its memory", within=ROWS)
     steps: int = flag(0, "optimizer steps of the base model; unset: the recipe's", within=COUNT)
-    shards: int = flag(0, "FineWeb-Edu shards; unset: what the steps need", within=COUNT)
+    shards: int = flag(0, "shards of the hub's text; unset: what the steps need", within=COUNT)
     rl: Literal["", "1", "0"] = flag("", "with reinforcement learning, or without; unset: as the recipe")
     max_restarts: int = flag(3, "how often a stage is started again where a process ends on its own",
                              within=Range(0, 1000))
@@ -157,12 +159,13 @@ def hub_reachable() -> bool:
 class RunPlan:
     """What a speedrun will do.
 
-    profile: name of the recipe. source: of the text, "small-world", "import" or "fineweb-edu".
+    profile: name of the recipe. source: of the text, "small-world", "import" or one of the hub's.
     text, text_flags: paths to import, and flags of the import.
     steps: optimizer steps of the base model. device_batch: rows a device takes at a time in base and mid-training.
     batch: the micro-batch of base training that is expected with "auto".
-    shards: of FineWeb-Edu. seconds: of base training, None where the device's speed is not known. disk: bytes.
-    chat: data of the chat stages, "small-world", "hub", or "" where there are none, for the reason why_no_chat.
+    shards: of the hub's text. seconds: of base training, None where the device's speed is not known. disk: bytes.
+    chat: data of the chat stages, "small-world", "hub" or "basics", or "" where there are none, for the reason
+        why_no_chat.
     """
 
     profile: str
@@ -186,7 +189,7 @@ class RunPlan:
 
     @property
     def model_config(self) -> GPTConfig:
-        return config_of(self.recipe)
+        return run_of(self.recipe).shape
 
     @property
     def tag(self) -> str:
@@ -194,12 +197,9 @@ class RunPlan:
         return f"d{self.depth}"
 
 
-def config_of(recipe: Recipe) -> GPTConfig:
-    """Return the shape of the recipe's model."""
-    shape = recipe.base.shape
-    return GPTConfig.from_depth(shape.depth, vocab_size=recipe.tokenizer.vocab_size, sequence_len=shape.max_seq_len,
-                                n_kernel=shape.n_kernel, slc_rate=shape.slc_rate,
-                                layer_pattern=shape.layer_pattern or None, window=shape.window or None)
+def run_of(recipe: Recipe) -> BaseRun:
+    """Return what the recipe's base training comes to: model, steps, batch."""
+    return horizon_of(flags_of(recipe.base), recipe.tokenizer.vocab_size)
 
 
 def make_plan(machine: Machine) -> RunPlan:
@@ -208,23 +208,28 @@ def make_plan(machine: Machine) -> RunPlan:
     Raises UserError for a setting that is wrong, text of another run in the way, or no text to be had.
     """
     given = settings()
-    name = given.profile or ("d20" if machine.gpus else "small")
+    name = given.profile or (f"d{RECIPES[given.recipe or 'published'].base.shape.depth}" if machine.gpus else "small")
     recipe = PROFILES[name]
+    if given.recipe and name == "small":
+        raise UserError("SPEEDRUN_RECIPE is for the profiles d12 to d32; small has a recipe of its own. Unset it, or "
+                        "set SPEEDRUN_PROFILE too.")
+    if given.recipe:
+        recipe = at_depth(recipe.base.shape.depth, RECIPES[given.recipe])
     text = text_paths(given.text)
     text_flags = tuple(shlex.split(given.text_flags)) if import_flags(given.text_flags) else ()
     there = read_source(data_dir()).get("source") if data_dir().is_dir() else None
-    source = "import" if text else "small-world" if name == "small" else "fineweb-edu"
-    if source == "fineweb-edu" and there != "fineweb-edu" and not hub_reachable():
+    source = "import" if text else recipe.source
+    if source in HUB_TEXTS and there != source and not hub_reachable():
         raise UserError(
-            f"the Hugging Face hub cannot be reached, so FineWeb-Edu cannot be fetched for {name}. Train on your own "
-            "text instead: SPEEDRUN_TEXT=\"PATH ...\" bash speedrun.sh; or on the built-in small world: "
+            f"the Hugging Face hub cannot be reached, so {HUB_TEXTS[source].title} cannot be fetched for {name}. Train "
+            "on your own text instead: SPEEDRUN_TEXT=\"PATH ...\" bash speedrun.sh; or on the built-in small world: "
             "SPEEDRUN_PROFILE=small bash speedrun.sh")
     if there and there != source:
         raise UserError(f"{data_dir()} holds text of another kind ({there}) than this run would train on ({source}). "
                         f"Keep both: NANOCHAT_BASE_DIR={base_dir()}-{name} bash speedrun.sh")
     chat, why = "small-world" if source == "small-world" else "hub", ""
     if chat == "hub" and name == "small":
-        chat, why = "", "the published conversations are too many for this profile"
+        chat = "basics"  # the published conversations are too many and too hard for it
     elif chat == "hub" and not os.environ.get("NANOCHAT_TASK_DATA") and not hub_reachable():
         chat = ""
         why = "the Hugging Face hub cannot be reached, and NANOCHAT_TASK_DATA names no mirror of its data sets"
@@ -245,22 +250,21 @@ def sized_plan(name: str, recipe: Recipe, machine: Machine, *, source: str, chat
         dtype: of the matrix products.
         peak: FLOP/s of a device; None where that is not known.
     """
-    base, gpus = recipe.base, max(1, len(machine.gpus))
-    model = meta_model(config_of(recipe))
-    parameters, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
-    steps = steps or base.horizon.steps(parameters, flops, base.total_batch_size)
-    tokens = steps * base.total_batch_size
+    run, gpus = run_of(recipe), max(1, len(machine.gpus))
+    recipe = replace(recipe, base=replace(recipe.base, total_batch_size=run.total_batch_size))
+    base, steps = recipe.base, steps or run.num_iterations
+    tokens = steps * run.total_batch_size
     shards = shards or math.ceil(1.03 * tokens * CHARS_PER_TOKEN / SHARD_CHARS)
     return RunPlan(
         profile=name, recipe=recipe, machine=machine, source=source, text=list(text), steps=steps,
         device_batch=device_batch or base.device_batch_size,
-        batch=batch_for(recipe, machine, model, device_batch, dtype),
-        shards=shards, seconds=None if peak is None else tokens * flops / (peak * EXPECTED_MFU * gpus),
-        disk=16 * parameters * 6 + (shards * SHARD_BYTES if source == "fineweb-edu" else 200e6), chat=chat,
+        batch=batch_for(recipe, machine, run.shape, device_batch, dtype),
+        shards=shards, seconds=None if peak is None else tokens * run.flops_per_token / (peak * EXPECTED_MFU * gpus),
+        disk=16 * run.parameters * 6 + (shards * SHARD_BYTES if source in HUB_TEXTS else 200e6), chat=chat,
         why_no_chat=why_no_chat, text_flags=tuple(text_flags))
 
 
-def batch_for(recipe: Recipe, machine: Machine, model: GPT, device_batch: int, dtype: torch.dtype) -> MicroBatch:
+def batch_for(recipe: Recipe, machine: Machine, shape: GPTConfig, device_batch: int, dtype: torch.dtype) -> MicroBatch:
     """Return the micro-batch that the base model's training will choose, by the memory of the GPUs.
 
     device_batch: rows that were asked for; 0 for the recipe's.
@@ -269,7 +273,7 @@ def batch_for(recipe: Recipe, machine: Machine, model: GPT, device_batch: int, d
     total = base.total_batch_size // base.shape.max_seq_len
     given = device_batch or base.device_batch_size
     candidates = rows_that_divide(total, gpus, MOST_ROWS["base"]) if given == "auto" else [given]
-    return choose_batch(model.config, base.shape.max_seq_len, candidates, gpus, dtype=dtype,
+    return choose_batch(shape, base.shape.max_seq_len, candidates, gpus, dtype=dtype,
                         memory=machine.gpu_memory or None, total_rows=total, recompute=base.recompute)
 
 
@@ -323,6 +327,8 @@ class Command:
 def commands(plan: RunPlan) -> list[Command]:
     """Return all commands of the run, in order. A flag is there only where its value is not the script's default."""
     recipe, gpus = plan.recipe, len(plan.machine.gpus)
+    default = RECIPES[recipe.name]  # what --recipe sets
+    named = () if default is published else (f"--recipe={recipe.name}",)
     base = replace(recipe.base, horizon=replace(recipe.base.horizon, num_iterations=plan.steps),
                    device_batch_size=plan.device_batch)
     rows = plan.batch.rows if plan.device_batch == "auto" else plan.device_batch
@@ -336,18 +342,22 @@ def commands(plan: RunPlan) -> list[Command]:
         *_text(plan),
         Command("tokenizer", "scripts.tok_train", (*changed_flags(recipe.tokenizer, published.tokenizer),)),
         Command("base model", STAGES["base"].script,
-                (f"--depth={plan.depth}", *(flag for flag in changed_flags(base, published.base)
-                                            if not flag.startswith("--depth=")),
-                 *((f"--shards={plan.shards}",) if plan.source == "fineweb-edu" else ()), *wandb), gpus, awaits=True),
+                (*named, f"--depth={plan.depth}", *(flag for flag in changed_flags(base, default.base)
+                                                    if not flag.startswith("--depth=")),
+                 *((f"--shards={plan.shards}",) if plan.source in HUB_TEXTS else ()), *wandb), gpus, awaits=True),
         Command("evaluation of the base model", "scripts.base_eval",
                 (tag, *changed_flags(base_eval, published.base_eval)), gpus, grades="base"),
     ]
+    basics = plan.chat == "basics"
     if plan.chat:
-        result.append(Command("who it is", "dev.gen_identity", (*changed_flags(recipe.identity, published.identity),)))
+        about = ("--data=the text that I was given", "--questions=") if basics else ()
+        result.append(Command("who it is", "dev.gen_identity",
+                              (*changed_flags(recipe.identity, published.identity), *about)))
     for stage in chat_stages(plan):
-        flags = changed_flags(parts[stage.name], getattr(published, stage.name))
+        flags = changed_flags(parts[stage.name], getattr(default, stage.name))
         result += [
-            Command(stage.noun, stage.script, (tag, *flags, *wandb), gpus),
+            Command(stage.noun, stage.script,
+                    (*named, tag, *flags, *(("--data=basics",) if basics else ()), *wandb), gpus),
             Command(f"grading after {stage.noun}", "scripts.chat_eval",
                     (f"--source={stage.name}", tag, *changed_flags(recipe.chat_eval, published.chat_eval)), gpus,
                     grades=stage.name),
@@ -387,7 +397,7 @@ def check_plan(plan: RunPlan) -> None:
 
 
 def _text(plan: RunPlan) -> list[Command]:
-    """Return the commands for the text. The first shards of FineWeb-Edu are enough for the tokenizer and the base model
+    """Return the commands for the text. The first shards of the hub's are enough for the tokenizer and the base model
     to begin; the others are fetched meanwhile."""
     module = "nanochat.dataset"
     if plan.source == "import":
@@ -395,5 +405,6 @@ def _text(plan: RunPlan) -> list[Command]:
     if plan.source == "small-world":
         return [Command("text", module, ("small-world", f"--docs={plan.recipe.docs}"))]
     first = min(plan.shards, TOKENIZER_SHARDS)
-    rest = [Command("rest of the text, in the background", module, ("-n", str(plan.shards)), beside=True)]
-    return [Command("text", module, ("-n", str(first))), *(rest if plan.shards > first else [])]
+    which = () if plan.source == FINEWEB_EDU else (f"--source={plan.source}",)
+    rest = [Command("rest of the text, in the background", module, ("-n", str(plan.shards), *which), beside=True)]
+    return [Command("text", module, ("-n", str(first), *which)), *(rest if plan.shards > first else [])]

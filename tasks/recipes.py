@@ -6,16 +6,18 @@
     rl("hub", "train")                   problems whose right answers are rewarded
 
 data "hub" is the published mixture, of data sets of the Hugging Face hub or a mirror of it (tasks/hub.py).
-"small-world" needs no network and suits a model of a few million parameters. `extra` are .jsonl files of your own
-conversations (tasks/custom_json.py), each added once, whole.
+"small-world" and "basics" need no network and suit a model of a few million parameters: the first for one that has
+read the small world, the second, without its facts, for one that has read any other text. `extra` are .jsonl files of
+your own conversations (tasks/custom_json.py), each added once, whole.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from nanochat.files import base_dir
-from nanochat.recipe import published, small
+from nanochat.recipe import Recipe, published, small
+from nanochat.recipe.parts import FineTuningRecipe, MidRecipe
 from tasks.arc import ARC
 from tasks.base import Mixture, Task, one_of
 from tasks.custom_json import CustomJSON
@@ -23,14 +25,14 @@ from tasks.gsm8k import GSM8K
 from tasks.hub import MIRROR
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.small_world import WorldChoice, WorldQuestions, WorldSums
+from tasks.small_world import PlainSums, WorldChoice, WorldQuestions, WorldSums
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
 
-DATA = ("hub", "small-world")
+DATA = ("hub", "small-world", "basics")
 ARC_NAME, SMOLTALK_NAME = "allenai/ai2_arc", "HuggingFaceTB/smol-smoltalk"
 IDENTITY = "identity_conversations.jsonl"   # in the base folder; dev/gen_identity.py makes it
-SFT_START = 50_000                          # first conversation of SFT on the small world: beyond those of mid-training
+SFT_START = 50_000                          # first conversation of SFT that is made here: beyond those of mid-training
 PLAIN = {"source": "invented", "phrasings": "plain"}  # spelling tasks for a model that knows only the small world
 
 
@@ -38,11 +40,12 @@ def mid(data: str, seed: int = 0, extra: Iterable[str | Path] = (), **sizes: int
     """Return the training and the validation conversations of mid-training.
 
     Args:
-        data: "hub" or "small-world".
-        seed: of the small world; the hub's data has none.
+        data: "hub", "small-world" or "basics".
+        seed: of what is made here; the hub's data has none.
         extra: files of further conversations.
-        sizes: conversations of one kind, instead of the recipe's number: spelling, bee, and in the small world
-            questions, choices and sums too. identity: how often the file of identity conversations is repeated.
+        sizes: conversations of one kind, instead of the recipe's number: spelling, bee, without the hub sums too, and
+            in the small world questions and choices. identity: how often the file of identity conversations is
+            repeated.
 
     Raises:
         UserError: unknown or unreachable data, or a file that is missing.
@@ -50,18 +53,20 @@ def mid(data: str, seed: int = 0, extra: Iterable[str | Path] = (), **sizes: int
     one_of("data", data, DATA)
     if data == "hub":
         return _mid_hub(extra, **{**published.mid.mixture, **sizes})
-    return _mid_small_world(seed, extra, **{**small.mid.mixture, **sizes})
+    return _made_here(data, 0, seed, extra, small.mid, sizes)
 
 
-def sft(data: str, seed: int = 0, extra: Iterable[str | Path] = (), **sizes: int) -> tuple[Task, Task]:
+def sft(data: str, seed: int = 0, extra: Iterable[str | Path] = (), recipe: Recipe = published,
+        **sizes: int) -> tuple[Task, Task]:
     """Return the training and the validation conversations of fine-tuning.
 
-    Arguments are those of `mid`; the hub's sizes include smoltalk.
+    Arguments are those of `mid`; the hub's sizes include smoltalk, -1 for all of it, and of arc, mmlu and gsm8k, how
+    often they are repeated. recipe: whose mixture of the hub's data.
     """
     one_of("data", data, DATA)
     if data == "hub":
-        return _sft_hub(extra, **{**published.sft.mixture, **sizes})
-    return _sft_small_world(seed, extra, **{**small.sft.mixture, **sizes})
+        return _sft_hub(extra, recipe.sft.validation, **{**recipe.sft.mixture, **sizes})
+    return _made_here(data, SFT_START, seed, extra, small.sft, sizes)
 
 
 def graded(data: str, seed: int = 0) -> dict[str, Callable[[], Task]]:
@@ -76,38 +81,42 @@ def graded(data: str, seed: int = 0) -> dict[str, Callable[[], Task]]:
             "HumanEval": lambda: HumanEval(),
             "SpellingBee": lambda: SpellingBee("test", **_english()),
         }
-    return {
-        "World-Questions": lambda: WorldQuestions("test", seed),
-        "World-Choice": lambda: WorldChoice("test", seed),
-        "World-Sums": lambda: WorldSums("test", seed),
-        "SpellingBee": lambda: SpellingBee("test", seed=seed, **PLAIN),
-    }
+    sums = WorldSums if data == "small-world" else PlainSums
+    tasks = {sums.name: lambda: sums("test", seed), "SpellingBee": lambda: SpellingBee("test", seed=seed, **PLAIN)}
+    if data == "basics":
+        return tasks
+    return {"World-Questions": lambda: WorldQuestions("test", seed),
+            "World-Choice": lambda: WorldChoice("test", seed), **tasks}
 
 
 def rl(data: str, split: str, seed: int = 0) -> Task:
-    """Return the problems of reinforcement learning, GSM8K or the small world's sums. split: "train" or "test"."""
+    """Return the problems of reinforcement learning, GSM8K or sums. split: "train" or "test"."""
     one_of("data", data, DATA)
-    return GSM8K("main", split) if data == "hub" else WorldSums(split, seed)
+    if data == "hub":
+        return GSM8K("main", split)
+    return (WorldSums if data == "small-world" else PlainSums)(split, seed)
 
 
-def hub_splits(stages: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Return the splits of the hub's data sets that these stages are trained and graded on: (name, subset, split)."""
+def hub_splits(stages: Iterable[str], recipe: Recipe = published) -> list[tuple[str, str, str]]:
+    """Return the splits of the hub's data sets that these stages of a recipe are trained and graded on: (name, subset,
+    split)."""
     stages, found = set(stages), []
+    of_sft = {name for name, times in recipe.sft.mixture.items() if times and "sft" in stages}
     if stages:  # graded after each
         found += [(ARC_NAME, "ARC-Easy", "test"), (ARC_NAME, "ARC-Challenge", "test"), ("cais/mmlu", "all", "test"),
                   ("openai/gsm8k", "main", "test"), ("openai/openai_humaneval", "openai_humaneval", "test")]
     if stages & {"mid", "sft"}:
         found += [(SMOLTALK_NAME, "default", "train"), (SMOLTALK_NAME, "default", "test")]
-    if stages & {"mid", "sft", "rl"}:
+    if stages & {"mid", "rl"} or "gsm8k" in of_sft:
         found += [("openai/gsm8k", "main", "train")]
-    if "mid" in stages:
+    if "mid" in stages or "mmlu" in of_sft:
         found += [("cais/mmlu", "auxiliary_train", "train")]
-    if "sft" in stages:
+    if "arc" in of_sft:
         found += [(ARC_NAME, "ARC-Easy", "train"), (ARC_NAME, "ARC-Challenge", "train")]
     return found
 
 
-# ---- the hub: 848,000 conversations in mid-training, 23,000 in SFT
+# ---- the hub: 848,000 conversations in mid-training, 23,000 in SFT; of the recipe modern 1,072,000 in SFT
 
 
 def _mid_hub(extra: Iterable[str | Path], identity: int, spelling: int, bee: int) -> tuple[Task, Task]:
@@ -120,23 +129,29 @@ def _mid_hub(extra: Iterable[str | Path], identity: int, spelling: int, bee: int
         SpellingBee("train", bee, **_english()),
         *map(CustomJSON, extra),
     ]
-    sizes = published.mid.validation
-    val = [SmolTalk("test"), MMLU("all", "test")[:sizes["mmlu"]], GSM8K("main", "test")[:sizes["gsm8k"]]]
-    return Mixture(train), Mixture(val)
+    return Mixture(train), _val_hub(**published.mid.validation)
 
 
-def _sft_hub(extra: Iterable[str | Path], identity: int, smoltalk: int, spelling: int, bee: int) -> tuple[Task, Task]:
+def _val_hub(mmlu: int, gsm8k: int) -> Task:
+    """Return SmolTalk's test split, alone or mixed with some questions."""
+    if not mmlu and not gsm8k:
+        return SmolTalk("test")
+    return Mixture([SmolTalk("test"), MMLU("all", "test")[:mmlu], GSM8K("main", "test")[:gsm8k]])
+
+
+def _sft_hub(extra: Iterable[str | Path], validation: Mapping[str, int], identity: int, arc: int, mmlu: int, gsm8k: int,
+             smoltalk: int, spelling: int, bee: int) -> tuple[Task, Task]:
     train = [
-        ARC("ARC-Easy", "train"),                                # 2.3K
-        ARC("ARC-Challenge", "train"),                           # 1.1K
-        GSM8K("main", "train"),                                  # 8K
-        SmolTalk("train")[:smoltalk],
+        *([ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train")] * arc if arc else []),  # 2.3K, 1.1K
+        *([MMLU("auxiliary_train", "train")] * mmlu if mmlu else []),
+        *([GSM8K("main", "train")] * gsm8k if gsm8k else []),    # 7.5K
+        SmolTalk("train")[:None if smoltalk < 0 else smoltalk],
         *_identity(identity),
         SimpleSpelling("train", spelling, **_english()),
         SpellingBee("train", bee, **_english()),
         *map(CustomJSON, extra),
     ]
-    return Mixture(train), SmolTalk("test")
+    return Mixture(train), _val_hub(**validation)
 
 
 def _english() -> dict:
@@ -144,43 +159,40 @@ def _english() -> dict:
     return {"source": "words_alpha", "fetch": not os.environ.get(MIRROR)}
 
 
-# ---- the small world
+# ---- made here: the small world, and what goes with any text
 
 
-def _mid_small_world(seed: int, extra: Iterable[str | Path], identity: int, questions: int, choices: int, sums: int,
-                     spelling: int, bee: int) -> tuple[Task, Task]:
-    train = [
-        WorldQuestions("train", seed, questions),
-        WorldChoice("train", seed, choices),
-        WorldSums("train", seed, sums),
-        SimpleSpelling("train", spelling, seed, "invented"),
-        SpellingBee("train", bee, seed, **PLAIN),
-        *_identity(identity),
-        *map(CustomJSON, extra),
-    ]
-    return Mixture(train), _val_small_world(seed, **small.mid.validation)
+def _made_here(data: str, start: int, seed: int, extra: Iterable[str | Path], stage: MidRecipe | FineTuningRecipe,
+               sizes: Mapping[str, int]) -> tuple[Task, Task]:
+    """Return the training conversations from number `start` on, of each kind, and those of the validation.
+
+    stage: has the number of conversations of each kind. sizes: instead of these.
+    """
+    kinds = _kinds(data, seed)
+    counts = {kind: count for kind, count in stage.mixture.items() if kind in (*kinds, "identity")}
+    if unknown := sizes.keys() - counts.keys():
+        raise TypeError(f"{data} has no conversations of the kind {', '.join(sorted(unknown))}")
+    counts |= sizes
+    train = [make("train", start + counts[kind]) for kind, make in kinds.items()]
+    train = [task[start:] for task in train] if start else train
+    each = stage.validation["each"]  # Mixture shuffles them, so that any beginning is a fair part
+    return (Mixture([*train, *_identity(counts["identity"]), *map(CustomJSON, extra)]),
+            Mixture([make("test", each) for make in kinds.values()]))
 
 
-def _sft_small_world(seed: int, extra: Iterable[str | Path], identity: int, questions: int, choices: int, sums: int,
-                     spelling: int, bee: int) -> tuple[Task, Task]:
-    start = SFT_START
-    train = [
-        WorldQuestions("train", seed, start + questions)[start:],
-        WorldChoice("train", seed, start + choices)[start:],
-        WorldSums("train", seed, start + sums)[start:],
-        SimpleSpelling("train", start + spelling, seed, "invented")[start:],
-        SpellingBee("train", start + bee, seed, **PLAIN)[start:],
-        *_identity(identity),
-        *map(CustomJSON, extra),
-    ]
-    return Mixture(train), _val_small_world(seed, **small.sft.validation)
-
-
-def _val_small_world(seed: int, each: int) -> Task:
-    """Return `each` conversations of every kind. Mixture shuffles them, so that any beginning is a fair part."""
-    return Mixture([
-        WorldQuestions("test", seed, each), WorldChoice("test", seed, each), WorldSums("test", seed, each),
-        SimpleSpelling("test", each, seed, "invented"), SpellingBee("test", each, seed, **PLAIN)])
+def _kinds(data: str, seed: int) -> dict[str, Callable[[str, int], Task]]:
+    """Return the kinds of conversations by name; each is made of a split and the number of conversations."""
+    world = {} if data == "basics" else {
+        "questions": lambda split, size: WorldQuestions(split, seed, size),
+        "choices": lambda split, size: WorldChoice(split, seed, size),
+    }
+    sums = PlainSums if data == "basics" else WorldSums
+    return {
+        **world,
+        "sums": lambda split, size: sums(split, seed, size),
+        "spelling": lambda split, size: SimpleSpelling(split, size, seed, "invented"),
+        "bee": lambda split, size: SpellingBee(split, size, seed, **PLAIN),
+    }
 
 
 def _identity(times: int) -> list[Task]:

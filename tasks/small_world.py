@@ -160,10 +160,11 @@ class WorldChoice(WorldTask):
 class WorldSums(Task):
     """Calculations with two or three numbers up to 99, done by the calculator.
 
-    The first two numbers of a test question are never the first two of a training question.
+    The first two numbers of a test question are never the first two of a training question. The attribute `stories` is
+    the share of questions that are told as a story of a person of the small world.
     """
 
-    name = "World-Sums"
+    name, stories = "World-Sums", 0.2
 
     def __init__(self, split: str, seed: int = 0, size: int | None = None):
         """Choose the pairs of numbers.
@@ -185,7 +186,7 @@ class WorldSums(Task):
     def conversation(self, i: int) -> dict:
         rng = rng_for(self.name, self.split, self.seed, i)
         small, large = self.pairs[i % len(self.pairs)]
-        kind, story = pick(rng, KINDS), rng.random() < 0.2
+        kind, story = pick(rng, KINDS), rng.random() < self.stories
         a, b = (small, large) if "-b" not in kind and rng.random() < 0.5 else (large, small)
         c = int(rng.random() * ((min(a + b, MAX_NUMBER) if kind == "a+b-c" else MAX_NUMBER) + 1))
         form = pick(rng, (STORY_SUMS if story else PLAIN_SUMS)[kind])
@@ -197,6 +198,12 @@ class WorldSums(Task):
     def evaluate(self, conversation: dict, answer: str) -> bool:
         """Return whether the last number after the calculator's output is the result."""
         return same_number(last_number(until_assistant_end(answer)), last_number(reference_text(conversation)))
+
+
+class PlainSums(WorldSums):
+    """The calculations without stories, for a model that has read another text."""
+
+    name, stories = "Sums", 0.0
 
 
 def sentence(world: World, entity: Entity, attribute: str) -> str:

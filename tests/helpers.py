@@ -16,6 +16,17 @@ from nanochat.recipe import Recipe, small
 
 _ports = itertools.count()
 
+# Shapes that together have all optional parts of a model: those of the modern recipe, and two with what is left.
+PARTS = {
+    "modern": {"lambdas": True, "backout": True, "value_embeds": "A", "qk_gain": 1.2, "rope_base": 100_000.0,
+               "slc_norm": True, "mlp_ratio": 4.5, "embed_init": 0.8, "head_init": 0.001, "fc_init": 0.4,
+               "slc_gate_init": "unit"},
+    "convolved": {"lambdas": True, "smear": True, "value_embeds": "SA", "attn_conv": 3, "slc_gate": "full",
+                  "rope_base": 0.0},
+    "ungated": {"backout": True, "smear": True, "value_embeds": "S", "attn_conv": 1, "slc_gate": "none",
+                "slc_norm": True},
+}
+
 
 def free_port() -> int:
     """Return a port that nobody listens on, for a process that is started next.

@@ -48,11 +48,11 @@ def little_peer(tmp_path_factory):
     (folder / "nanochat").mkdir(parents=True)
     (folder / "nanochat" / "__init__.py").write_text("")
     (folder / "twin.py").write_text((ROOT / "bench" / "twin.py").read_text())
-    source = (ROOT / "nanochat" / "gpt.py").read_text()
-    start = source.index("@dataclass\nclass GPTConfig")
-    config = source[start:source.index("\n\n\n", start)]
-    imports = "import math\nfrom dataclasses import asdict, dataclass\nfrom typing import Any\n"
-    (folder / "nanochat_config.py").write_text(f"{imports}\n\n{config}\n")
+    source = (ROOT / "nanochat" / "config.py").read_text()
+    config = source[source.index("@dataclass\nclass GPTConfig"):]
+    imports = "import math\nfrom dataclasses import asdict, dataclass, fields\nfrom typing import Any\n"
+    names = 'ROPE_BASE, MIXERS, GATES, GATE_INITS = 10_000.0, {}, ("rank-one",), ("published",)'
+    (folder / "nanochat_config.py").write_text(f"{imports}\n{names}\n\n\n{config}\n")
     (folder / "nanochat" / "gpt.py").write_text(PEER)
     return folder
 

@@ -8,6 +8,7 @@ from nanochat.chat_data import (
     Conversations,
     ConversationSource,
     ConversationSteps,
+    SupervisedSource,
     SupervisedSteps,
     batch_of,
     count_tokens,
@@ -16,6 +17,7 @@ from nanochat.dataloader import PackedLoader
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.tokenizer import RustBPETokenizer
+from tests.helpers import small_model
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
@@ -75,6 +77,53 @@ def test_packed_rows_hold_every_conversation_whole_once_an_epoch(tokenizer, size
     assert sorted(found) == sorted(wanted)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30)), min_size=1, max_size=30), st.integers(0, 5))
+def test_supervised_rows_hold_every_conversation_once_and_the_assistants_tokens_as_targets(tokenizer, sizes, seed):
+    T, task, bos = 60, chats([*sizes, (1, 1)], seed), tokenizer.get_bos_token_id()
+    source = SupervisedSource(tokenizer, task, seed, max_tokens=T)
+    with PackedLoader(source, 2, T, ranks=ALONE, cut=False, loop=False) as loader:
+        rows = [(i.tolist(), t.tolist()) for inputs, targets in loader for i, t in zip(inputs, targets)]
+    found = []
+    for inputs, targets in rows:
+        starts = [at for at, token in enumerate(inputs) if token == bos]
+        for start, end in zip(starts, [*starts[1:], T]):
+            if any(token != -1 for token in targets[start:end]):  # else it is padding
+                found.append((inputs[start:end], targets[start:end]))
+    wanted = []
+    for chat in task:
+        ids, mask = tokenizer.render_conversation(chat, max_tokens=T + 1)
+        if any(mask):
+            wanted.append((ids, [token if learnt else -1 for token, learnt in zip(ids[1:], mask[1:])]))
+    assert source.left_out == len(task) - len(wanted) == len(task) - len(found)
+    for (ids, targets), (whole, learnt) in zip(sorted(found), sorted(wanted), strict=True):
+        at_end = len(ids) == len(whole) - 1  # of a row: its last token is a target alone
+        assert ids == whole[:len(ids)] and targets == (learnt if at_end else [*learnt, -1])
+
+
+def test_packed_rows_of_one_conversation_have_the_loss_of_padded_ones(tokenizer):
+    task = chats([(i % 9, 12 + i % 5) for i in range(12)])
+    sizes = [len(tokenizer.render_conversation(chat)[0]) for chat in task]
+    T = max(sizes)
+    assert T < 2 * min(sizes)  # no two share a row
+    model = small_model(sequence_len=T, vocab_size=tokenizer.get_vocab_size()).double()
+    model.compute_dtype = torch.float64
+    packed = PackedLoader(SupervisedSource(tokenizer, task, max_tokens=T), 3, T, ranks=ALONE, cut=False, loop=False)
+    padded = SupervisedSteps(tokenizer, task, examples_per_step=12, device_batch_size=5, max_tokens=T, ranks=ALONE)
+    with packed, padded, torch.no_grad():
+        (one, count), (other, same) = ([sum(x) for x in zip(*(
+            (model(inputs, targets, "none").double().sum().item(), (targets != -1).sum().item())
+            for inputs, targets in batches))] for batches in (packed, padded(0)))
+    assert count == same > 100 and one / count == pytest.approx(other / same, rel=1e-6)
+
+
+def test_conversations_without_anything_to_learn_end_packing(tokenizer):
+    source = SupervisedSource(tokenizer, chats([(60, 2)] * 5), max_tokens=40)
+    with PackedLoader(source, 1, 40, ranks=ALONE, cut=False) as loader:
+        with pytest.raises(UserError, match="nothing to learn.*--max-seq-len"):
+            next(loader)
+
+
 def test_padding_is_never_a_target_and_a_long_conversation_goes_on_in_the_next_row(tokenizer):
     task, bos = chats([(2, 3), (40, 60), (1, 1)]), tokenizer.get_bos_token_id()
     with PackedLoader(ConversationSource(tokenizer, task), 1, 50, ranks=ALONE, cut=False, loop=False) as loader:
@@ -89,12 +138,14 @@ def test_padding_is_never_a_target_and_a_long_conversation_goes_on_in_the_next_r
     assert pieces and any(long[:len(part)] == part for part in pieces)
 
 
-def test_packed_rows_go_on_bit_for_bit_and_two_ranks_share_the_same_rows(tokenizer):
+@pytest.mark.parametrize("supervised", [False, True])
+def test_packed_rows_go_on_bit_for_bit_and_two_ranks_share_the_same_rows(tokenizer, supervised):
     task = chats([(i % 5, i % 7) for i in range(100)])
 
     def loader(ranks=ALONE, state=None):
-        return PackedLoader(ConversationSource(tokenizer, task, 1), 2, 40, ranks=ranks, rows_per_step=8, cut=False,
-                            state=state)
+        source = (SupervisedSource(tokenizer, task, 1, max_tokens=40) if supervised
+                  else ConversationSource(tokenizer, task, 1))
+        return PackedLoader(source, 2, 40, ranks=ranks, rows_per_step=8, cut=False, state=state)
 
     with loader() as whole:
         batches = [next(whole) for _ in range(28)]  # beyond one epoch
@@ -176,6 +227,8 @@ def test_tokens_are_counted_exactly_or_estimated_closely(tokenizer):
     exact = sum(len(tokenizer.render_conversation(chat)[0]) for chat in task)
     assert count_tokens(task, tokenizer) == exact
     assert abs(count_tokens(task, tokenizer, most=2000) / exact - 1) < 0.03
+    cut = sum(min(9, len(tokenizer.render_conversation(chat)[0])) for chat in task)
+    assert count_tokens(task, tokenizer, max_tokens=9) == cut < exact
 
 
 @pytest.mark.parametrize("kind", ["steps", "supervised"])

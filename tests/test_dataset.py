@@ -336,9 +336,10 @@ def test_damaged_import_can_be_made_again(notes, tmp_path):
 def test_made_shards_never_mix_with_fetched_ones_or_other_files(notes, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    write_source(out, {"source": "fineweb-edu"})
-    with pytest.raises(UserError, match="FineWeb-Edu"):
-        imported([notes[0]], out, replace=True)
+    for source, title in (("fineweb-edu", "FineWeb-Edu"), ("climbmix", "ClimbMix")):
+        write_source(out, {"source": source})
+        with pytest.raises(UserError, match=title):
+            imported([notes[0]], out, replace=True)
     (out / "source.json").unlink()
     (out / shard_name(0)).write_bytes(b"")
     with pytest.raises(UserError, match="unknown origin"):
@@ -451,11 +452,13 @@ def test_folder_of_unknown_origin_is_read_with_its_last_shard_as_validation(tmp_
     assert list(iter_documents("val", tmp_path)) == ["text 2"]
 
 
-def test_validation_shard_alone_is_no_training_text(tmp_path):
-    parquet(tmp_path / shard_name(1822), {"text": ["val"]})
-    write_source(tmp_path, {"source": "fineweb-edu"})
+@pytest.mark.parametrize("source, last, again", [("fineweb-edu", 1822, "-n 8`"),
+                                                 ("climbmix", 6542, "-n 8 --source=climbmix`")])
+def test_validation_shard_alone_is_no_training_text(tmp_path, source, last, again):
+    parquet(tmp_path / shard_name(last), {"text": ["val"]})
+    write_source(tmp_path, {"source": source})
     assert list(iter_documents("val", tmp_path)) == ["val"]
-    with pytest.raises(UserError, match="no shard to train on"):
+    with pytest.raises(UserError, match=f"no shard to train on.*{again}"):
         shard_paths("train", tmp_path)
 
 

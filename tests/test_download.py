@@ -14,20 +14,40 @@ from nanochat import transfer
 from nanochat.dataloader import PackedLoader, TextSource
 from nanochat.dataset import arrival, iter_documents, shard_paths
 from nanochat.dataset.__main__ import main
-from nanochat.dataset.download import REPO, fetch
-from nanochat.dataset.shards import ShardWriter, being_written, data_dir, shard_name, shards_in, write_source, writing
+from nanochat.dataset.download import fetch
+from nanochat.dataset.shards import (
+    HUB_TEXTS,
+    ShardWriter,
+    being_written,
+    data_dir,
+    shard_name,
+    shards_in,
+    write_source,
+    writing,
+)
 from nanochat.errors import UserError
 from tests.bad_hub import COMMIT, NEWER, Handler, serving_hub
 from tests.test_dataloader import ByteTokenizer, make_text, one_of, rows_of, small  # noqa: F401 (fixture)
 
+SOURCE = "fineweb-edu"
 LAST = shard_name(1822)
+both = pytest.mark.parametrize("source", HUB_TEXTS, indirect=True)
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def source(request, monkeypatch):
+    """Which text is fetched; FineWeb-Edu unless a test asks for both."""
+    monkeypatch.setitem(globals(), "SOURCE", getattr(request, "param", SOURCE))
+    last = {"fineweb-edu": "shard_01822.parquet", "climbmix": "shard_06542.parquet"}
+    monkeypatch.setitem(globals(), "LAST", last[SOURCE])
+    return SOURCE
+
+
+@pytest.fixture
+def hub(source, monkeypatch):
     dice = random.Random(0)
     files = {name: dice.randbytes(200_000 + dice.randrange(1000)) for name in [*map(shard_name, range(4)), LAST]}
-    with serving_hub(monkeypatch, REPO, files) as server:
+    with serving_hub(monkeypatch, HUB_TEXTS[source].repo, files) as server:
         yield server
 
 
@@ -44,10 +64,11 @@ def leftovers(folder):
 
 def run(count, folder, **options):
     said = []
-    fetch(count, folder, say=said.append, **options)
+    fetch(count, folder, **{"source": SOURCE, "say": said.append} | options)
     return said
 
 
+@both
 def test_fetch_brings_the_first_shards_and_always_the_validation_shard(hub, tmp_path):
     for count in (0, 1, 3):
         run(count, tmp_path)
@@ -73,6 +94,7 @@ def test_download_that_breaks_off_goes_on_where_it_stopped(hub, tmp_path, worker
     assert hub.gets(shard_name(1)) == [None, "bytes=70000-", "bytes=140000-"]
 
 
+@both
 def test_next_run_goes_on_where_the_last_one_was_killed(hub, tmp_path):
     hub.faults = {shard_name(0): ["cut", *[503] * 20]}
     with pytest.raises(UserError, match="1 of 2 shards could not be fetched.*shard_00000"):
@@ -95,6 +117,7 @@ def test_wrong_byte_is_noticed_and_fetched_again(hub, tmp_path):
     assert there(tmp_path, hub, 0) and hub.gets(shard_name(0)) == [None, None]
 
 
+@both
 def test_bytes_that_stay_wrong_are_an_error_and_never_in_place(hub, tmp_path):
     hub.faults = {shard_name(0): ["wrong byte"] * 9}
     with pytest.raises(UserError, match="SHA-256"):
@@ -149,6 +172,7 @@ def test_unknown_revision_is_a_clear_error(hub, tmp_path):
         run(1, tmp_path, revision="nonsense")
 
 
+@both
 def test_shards_of_the_published_program_are_taken_over(hub, tmp_path):
     (tmp_path / shard_name(0)).write_bytes(hub.files[shard_name(0)])
     (tmp_path / shard_name(2)).write_bytes(hub.files[shard_name(2)][:500])
@@ -163,7 +187,13 @@ def test_shards_of_unknown_origin_stay_untouched(hub, tmp_path):
     assert (tmp_path / shard_name(0)).read_bytes() == b"my own" and len(list(tmp_path.iterdir())) == 1
 
 
+@both
 def test_two_sources_never_mix(hub, tmp_path):
+    run(1, tmp_path / "fetched")
+    [other], title = HUB_TEXTS.keys() - {SOURCE}, HUB_TEXTS[SOURCE].title
+    with pytest.raises(UserError, match=f"holds {title}, not .*never mix.*`--source={SOURCE}` goes on"):
+        run(1, tmp_path / "fetched", source=other)
+    assert there(tmp_path / "fetched", hub, 0)
     write_source(tmp_path, {"source": "import", "shards": {}})
     with pytest.raises(UserError, match="two sources never mix"):
         run(1, tmp_path)
@@ -222,6 +252,7 @@ def test_bad_counts_are_refused(tmp_path, count, workers):
         run(count, tmp_path, workers=workers)
 
 
+@both
 def test_published_command_line_fetches_text_that_can_be_read(hub, tmp_path, capsys):
     made = tmp_path / "made"
     made.mkdir()
@@ -231,15 +262,16 @@ def test_published_command_line_fetches_text_that_can_be_read(hub, tmp_path, cap
     writer.add_validation("the last")
     writer.close()
     hub.files = {shard_name(0): (made / shard_name(0)).read_bytes(), LAST: (made / shard_name(1)).read_bytes()}
-    main(["-n", "1"])
+    flags = [] if SOURCE == "fineweb-edu" else [f"--source={SOURCE}"]
+    main(["-n", "1", *flags])
     assert list(iter_documents("train")) == [f"document {i}" for i in range(2000)]
     assert list(iter_documents("val")) == ["the last"]
     out = capsys.readouterr()
     assert str(data_dir()) in out.out
     os.remove(data_dir() / LAST)
-    with pytest.raises(UserError, match="validation shard.*missing.*-n N"):
+    with pytest.raises(UserError, match=f"validation shard.*missing.*{' '.join(['-n N', *flags])}`"):
         shard_paths("train")
-    main(["--num-files=1", "-w", "2"])
+    main(["--num-files=1", "-w", "2", *flags])
     assert list(iter_documents("val")) == ["the last"]
 
 
@@ -271,7 +303,7 @@ def position(state):
     return {key: state[key] for key in ("rows", "next", "waiting", "order")}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("source, world_size", [("fineweb-edu", 1), ("climbmix", 2)], indirect=["source"])
 def test_the_order_of_documents_does_not_depend_on_when_they_arrive(hub, tmp_path, text, world_size):
     run(len(text), tmp_path / "whole")
     steps, states = 60, []  # more than one pass
@@ -342,9 +374,15 @@ def test_a_resumed_run_waits_for_the_shards_it_has_read(hub, tmp_path, text):
     fetching.join()
 
 
+@both
 def test_text_that_will_not_come_is_told_after_what_is_there(hub, tmp_path, text, monkeypatch):
     monkeypatch.setattr(arrival, "START_SECONDS", 0.05)
-    with pytest.raises(UserError, match=f"{LAST} of the 3 planned shards is not in .*no download is running.*-n 3"):
+    with pytest.raises(UserError, match="source.json of the 3 planned shards is not in .*no download is running.*-n 3"):
+        loaders(tmp_path / "part", 1, expected=3)
+    run(0, tmp_path / "part")
+    os.remove(tmp_path / "part" / LAST)
+    again = "-n 3" if SOURCE == "fineweb-edu" else f"-n 3 --source={SOURCE}"
+    with pytest.raises(UserError, match=f"{LAST} of the 3 planned .* is not in .*no download is running.*{again}`"):
         loaders(tmp_path / "part", 1, expected=3)
     run(1, tmp_path / "part")
     [whole], [loader] = loaders(tmp_path / "part", 1), loaders(tmp_path / "part", 1, expected=3)

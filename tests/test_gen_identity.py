@@ -81,6 +81,8 @@ def test_short_ones_describe_a_small_model_and_are_short():
     assert sum(sizes) / len(sizes) < 80 and max(sizes) < 200
     answers = Counter(m["content"] for messages in made for m in messages if m["role"] == "assistant")
     assert len(answers) < 30
+    assert "people, places" in text and "people, places" not in json.dumps(
+        conversations(Description(questions=""), 300, short=True))
 
 
 def test_file_is_written_where_the_recipes_look_and_read_by_them():

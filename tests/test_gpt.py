@@ -4,6 +4,7 @@ import glob
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from bench.twin import TwinGPT
 from nanochat.evaluation.loss import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig, meta_model
 from tests.conftest import ROOT
-from tests.helpers import small_model
+from tests.helpers import PARTS, small_model
 
 GOLDEN = ["hybrid_a", "orig_mod_b"]
 
@@ -42,6 +43,10 @@ def test_old_meta_files_lack_fields_and_new_ones_add_none():
     config = GPTConfig(sequence_len=128, vocab_size=1024, n_layer=5, n_head=2, n_kv_head=2, n_embd=64)
     assert (config.n_kernel, config.slc_rate) == (3, 3)
     assert "layer_pattern" not in config.to_dict() and GPTConfig(**config.to_dict()) == config
+    assert len(config.to_dict()) == 8, "published code knows eight fields"
+    for parts in PARTS.values():
+        other = replace(config, **parts)
+        assert other.to_dict() == {**config.to_dict(), **parts} and GPTConfig(**other.to_dict()) == other
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -76,7 +81,9 @@ def test_golden_greedy_decoding(shared, name):
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_kv_head": 1}, {"n_kernel": 2}, {"n_kernel": 4}, {"layer_pattern": "AAAA"},
-                                   {"layer_pattern": "SSSS"}, {"n_head": 4, "n_kv_head": 2, "n_layer": 7}])
+                                   {"layer_pattern": "SSSS"}, {"n_head": 4, "n_kv_head": 2, "n_layer": 7},
+                                   {**PARTS["modern"], "n_kv_head": 1, "value_embeds": "AS", "smear": True},
+                                   *PARTS.values()])
 def test_model_equals_plain_twin(shape):
     model = small_model(**shape)
     twin = TwinGPT(model.config)
@@ -93,9 +100,10 @@ def test_model_equals_plain_twin(shape):
                                    msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_every_parameter_gets_a_gradient_within_two_steps():
+@pytest.mark.parametrize("parts", [{}, *PARTS.values()])
+def test_every_parameter_gets_a_gradient_within_two_steps(parts):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=32, vocab_size=97, n_layer=4, n_head=2, n_kv_head=2, n_embd=32))
+    model = GPT(GPTConfig(sequence_len=32, vocab_size=97, n_layer=4, n_head=2, n_kv_head=2, n_embd=32, **parts))
     moved = set()
     for _ in range(3):  # the head starts at zero, then c_proj: a layer below gets a gradient a step later
         ids = torch.randint(97, (4, 32))
@@ -126,9 +134,10 @@ def test_initialisation_is_the_published_one_and_the_taps_are_defined():
     assert taps.shape == (256, 1, 3) and taps.abs().max() <= 3 ** -0.5 and taps.std() == pytest.approx(1 / 3, rel=0.05)
 
 
-shapes = st.fixed_dictionaries({
+sizes = st.fixed_dictionaries({
     "n_kernel": st.integers(2, 4), "n_head": st.sampled_from([2, 4]), "n_kv_head": st.sampled_from([1, 2]),
     "n_layer": st.integers(1, 5), "slc_rate": st.integers(1, 4)})
+shapes = st.builds(lambda size, parts: {**size, **parts}, sizes, st.sampled_from([{}, *PARTS.values()]))
 
 
 @settings(max_examples=40, deadline=None)
@@ -190,8 +199,9 @@ def test_padding_on_the_right_changes_nothing(shape, pieces, seed):
         model(ids, counts=[0] * len(rows))
 
 
-def test_forked_and_selected_rows_are_independent():
-    model = small_model()
+@pytest.mark.parametrize("parts", [{}, *PARTS.values()])
+def test_forked_and_selected_rows_are_independent(parts):
+    model = small_model(**parts)
     ids = torch.randint(97, (2, 9))
     with torch.no_grad():
         cache = model.new_cache(2)
@@ -218,8 +228,9 @@ def test_the_cache_holds_the_bytes_it_should():
     assert cache.nbytes() == 73_400_320 + 66_560
 
 
-def test_the_future_does_not_reach_the_past():
-    model = small_model()
+@pytest.mark.parametrize("parts", [{}, *PARTS.values()])
+def test_the_future_does_not_reach_the_past(parts):
+    model = small_model(**parts)
     ids = torch.randint(97, (1, 20))
     other = ids.clone()
     other[0, 12:] = (other[0, 12:] + 1) % 97
@@ -241,10 +252,12 @@ def test_16_bit_compute_stays_near_float32_and_weights_stay_float32(dtype, error
 
 
 @pytest.mark.parametrize("wrong", [
+    {"value_embeds": "AX"}, {"value_embeds": "SS"}, {"qk_gain": 0.0}, {"rope_base": -1.0}, {"mlp_ratio": float("nan")},
+    {"head_init": -0.1}, {"slc_gate": "half"}, {"slc_gate_init": "one"}, {"attn_conv": -1},
     {"n_layer": 0}, {"n_embd": 30, "n_head": 4}, {"n_head": 3, "n_kv_head": 2, "n_embd": 48},
     {"layer_pattern": "SX"}, {"layer_pattern": "SA", "n_layer": 3}, {"vocab_size": 0}])
 def test_impossible_shapes_are_refused_in_words(wrong):
-    with pytest.raises(ValueError, match="n_|layer_pattern|vocab_size"):
+    with pytest.raises(ValueError, match=min(wrong, key=len) if len(wrong) == 1 else "n_|layer_pattern"):
         GPTConfig(**wrong)
 
 
@@ -282,9 +295,9 @@ def _gradients(model, batches):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 5])
-def test_activation_checkpointing_changes_no_gradient_and_keeps_less(dtype, window):
-    model = small_model(window=window).train()
+@pytest.mark.parametrize("shape", [{}, {"window": 5}, *PARTS.values()])
+def test_activation_checkpointing_changes_no_gradient_and_keeps_less(dtype, shape):
+    model = small_model(**shape).train()
     model.compute_dtype = dtype
     ids = torch.randint(97, (4, 25))
     batches = [(part[:, :-1], torch.where(part[:, 1:] < 20, -1, part[:, 1:])) for part in ids.split([3, 1])]

@@ -99,7 +99,9 @@ def test_a_stage_does_not_resume_on_other_conversations_and_names_them(base, cap
     (base / recipes.IDENTITY).unlink()
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "_val_small_world", lambda seed, each: Mixture([WorldQuestions("test", seed, 9)]))
+        sft = recipes.sft
+        patch.setattr(recipes, "sft", lambda *args, **more: (sft(*args, **more)[0],
+                                                             Mixture([WorldQuestions("test", 0, 9)])))
         chat_sft.main(flags)
     out = capsys.readouterr().out
     assert "is validated on is not what it was: World-Questions has changed" in out and "resuming from step 3" in out

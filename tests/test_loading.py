@@ -115,22 +115,38 @@ def test_a_checkpoint_of_another_shape_names_what_differs(small):
 def test_a_config_that_is_unknown_or_wrong_is_said(small):
     folder, model = small
     config = model.config.to_dict()
-    save_checkpoint(folder, 1, model.state_dict(), {"model_config": config | {"rope_base": 3, "mixer": "S"}})
-    with pytest.raises(UserError, match="model_config has mixer, rope_base, which this version does not know"):
+    save_checkpoint(folder, 1, model.state_dict(), {"model_config": config | {"rope_scaling": 3, "mixer": "S"}})
+    with pytest.raises(UserError, match="model_config has mixer, rope_scaling, which this version does not know"):
         load_model(folder, "cpu")
     save_checkpoint(folder, 2, model.state_dict(), {"model_config": config | {"n_head": 3}})
     with pytest.raises(UserError, match="its model_config makes no model: .*n_head"):
         load_model(folder, "cpu")
 
 
+class Tokenizer:
+    def fingerprint(self):
+        return "abc"
+
+    def get_vocab_size(self):
+        return 265
+
+
+def test_layers_whose_taps_never_moved_are_said(small, monkeypatch, capsys):
+    """The published code does not initialise the taps: at zero, they and their layer stay as they are for ever."""
+    monkeypatch.setattr(loading, "get_tokenizer", Tokenizer)
+    folder, model = small
+    save_checkpoint(folder, 1, model.state_dict(), {"model_config": model.config})
+    load_model(folder, "cpu")
+    assert "note" not in capsys.readouterr().out
+    with torch.no_grad():
+        model.transformer.h[0].attn.conv1d.weight.zero_()
+    save_checkpoint(folder, 2, model.state_dict(), {"model_config": model.config})
+    load_model(folder, "cpu")
+    note, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note"))
+    assert "1 of 2 layers add nothing" in note and "(largest |tap| 0)" in note and note.endswith(": 0")
+
+
 def test_a_tokenizer_that_is_not_the_models_is_refused(small, monkeypatch):
-    class Tokenizer:
-        def fingerprint(self):
-            return "abc"
-
-        def get_vocab_size(self):
-            return 265
-
     monkeypatch.setattr(loading, "get_tokenizer", Tokenizer)
     folder, model = small
     save_checkpoint(folder, 1, model.state_dict(), {"model_config": model.config, "tokenizer": "abc"})

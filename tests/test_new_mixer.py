@@ -23,7 +23,7 @@ from nanochat.sampling import Settings
 from nanochat.server.messages import RowRequest
 from nanochat.server.scheduler import Scheduler
 from nanochat.tokenizer import RustBPETokenizer
-from tests.helpers import small_model
+from tests.helpers import PARTS, small_model
 
 
 class MovingAverage(Mixer):
@@ -98,6 +98,8 @@ def letters(monkeypatch):
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 PATTERNS = ["SEAM", "EEEE", "MMMM", "AESM"]
+SHAPES = {pattern: {"layer_pattern": pattern} for pattern in PATTERNS} | {
+    name: {"layer_pattern": "SAAS", **parts} for name, parts in PARTS.items()}  # and the library's own, with all parts
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +107,13 @@ def tokenizer():
     return RustBPETokenizer.train_from_iterator(["what is 12+30? it is 42", "spell: a,b,c"] * 3, 280)
 
 
-def model_of(pattern, tokenizer=None, seed=0):
+def model_of(shape, tokenizer=None, seed=0):
+    """shape: a name in SHAPES, or a pattern."""
     vocab_size = tokenizer.get_vocab_size() if tokenizer else 97
-    return small_model(seed, layer_pattern=pattern, sequence_len=64, vocab_size=vocab_size)
+    return small_model(seed, sequence_len=64, vocab_size=vocab_size, **SHAPES.get(shape, {"layer_pattern": shape}))
 
 
-@pytest.fixture(params=PATTERNS)
+@pytest.fixture(params=SHAPES)
 def model(request):
     return model_of(request.param)
 
@@ -130,9 +133,11 @@ def test_it_trains_and_every_parameter_has_a_group(model):
         optimizer.step(lr_scale=0.3)
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.1 and moved == names
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "wte" not in name)
-    attention = 6 * 32 * model.config.n_embd * model.config.pattern().count("A")
-    assert model.flops_per_token(32) == 6 * matrices + attention
+    multiplied = sum(p.numel() for name, p in model.named_parameters()
+                     if p.ndim == 2 and not name.endswith(("wte.weight", "value_embed.weight")))
+    A = model.config.pattern().count("A")
+    multiplied += A * 3 * model.config.n_embd * model.config.attn_conv
+    assert model.flops_per_token(32) == 6 * multiplied + 6 * 32 * model.config.n_embd * A
 
 
 @pytest.mark.parametrize("chunks", [(29,), (1,) * 29, (3, 1, 1, 17, 2, 5)])
@@ -167,7 +172,7 @@ def test_rows_of_different_lengths_forked_selected_and_copied(model):
 
 
 @pytest.mark.parametrize("ready", [False, True])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SHAPES)
 def test_a_static_step_gives_what_an_ordinary_one_gives(pattern, ready, tokenizer):
     model = model_of(pattern, tokenizer)
     if ready:
@@ -209,7 +214,7 @@ def test_the_single_row_step_is_used_and_is_forward(tokenizer, monkeypatch):
     assert calls[0] >= 8 * 4
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", SHAPES)
 def test_prefixes_are_reused_and_rows_are_batch_invariant(pattern, tokenizer):
     model = model_of(pattern, tokenizer)
     chat = [(7 * i) % 250 for i in range(40)]
@@ -247,8 +252,8 @@ def test_it_is_saved_and_loaded_and_refused_where_nobody_knows_the_letter(model,
     loaded = model_from_state(found.meta["model_config"], found.model_state)
     ids = torch.randint(97, (2, 9))
     assert torch.equal(loaded(ids), model(ids)) and loaded.config == model.config
-    monkeypatch.delitem(MIXERS, "E")
-    monkeypatch.delitem(MIXERS, "M")
+    for letter in set(model.config.pattern()):
+        monkeypatch.delitem(MIXERS, letter)
     with pytest.raises(UserError, match="layer_pattern"):
         model_from_state(found.meta["model_config"], found.model_state)
 

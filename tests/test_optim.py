@@ -12,7 +12,7 @@ from torch import nn
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
-from nanochat.recipe import OptimizerGroup, override, published
+from nanochat.recipe import MUON_EXTRAS, OptimizerGroup, override, published
 from tests.test_distributed import told_by_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -79,8 +79,8 @@ def train(model: Tiny, optimizer: MuonAdamW, ranks: Ranks, steps: range, clip: f
     for step in steps:
         optimizer.zero_grad()
         backward(model, ranks, optimizer if step % 2 == 0 else None)
-        norm = optimizer.step(lr_scale=1 / (1 + step), momentum=0.85 + 0.02 * step, grad_scale=1 / (ROWS * T),
-                              clip=clip)
+        norm = optimizer.step(lr_scale=1 / (1 + step), momentum=0.85 + 0.02 * step, decay_scale=1 - 0.1 * step,
+                              grad_scale=1 / (ROWS * T), clip=clip)
         norms.append(norm.item())
     return norms
 
@@ -141,23 +141,66 @@ def test_newton_schulz_in_bfloat16_brings_singular_values_near_one():
     assert newton_schulz(torch.zeros(1, 4, 8), torch.float32).abs().max() == 0
 
 
-def test_muon_is_the_plain_loop_over_matrices():
-    shapes = [(24, 24), (32, 8), (24, 24), (8, 32), (4, 24), (24, 24)]
+EXTRAS = [(), *((extra,) for extra in MUON_EXTRAS), ("normuon", "cautious"), MUON_EXTRAS]
+
+
+def plain_muon(w: torch.Tensor, u: torch.Tensor, moment: torch.Tensor, rate: float, decay: float,
+               extras: tuple[str, ...]) -> torch.Tensor:
+    """Return the new weights of one matrix, from the formulas, in float64. moment is updated."""
+    rows, columns = u.shape
+    if "equilibrate" in extras:
+        u = torch.stack([row / row.norm() * u.norm() / rows ** 0.5 if row.norm() > 0 else row for row in u])
+    o = plain_newton_schulz(u)
+    if "renormalize" in extras and o.norm() > 0:
+        o = o * min(rows, columns) ** 0.5 / o.norm()
+    if "normuon" in extras:
+        moment.copy_(0.9 * moment + 0.1 * (o ** 2).mean(1 if rows >= columns else 0, keepdim=True))
+        divided = torch.where(moment > 0, o / moment.sqrt(), 0)
+        o = divided * o.norm() / divided.norm() if o.norm() > 0 else o
+    kept = (o * w >= 0).double() if "cautious" in extras else 1.0
+    return w - rate * max(1, rows / columns) ** 0.5 * o - rate * decay * w * kept
+
+
+@pytest.mark.parametrize("extras", EXTRAS, ids="+".join)
+def test_muon_is_the_plain_loop_over_matrices(extras):
+    shapes = [(24, 24), (32, 8), (24, 24), (8, 32), (4, 24), (24, 24), (32, 8)]
     parameters = with_gradients(*shapes)
-    optimizer = optimizer_of("muon", parameters, lr=0.02)
+    decay = 2.0 if extras else 0.0
+    optimizer = optimizer_of("muon", parameters, lr=0.02, weight_decay=decay, extras=extras)
     twins = [p.detach().double().clone() for p in parameters]
     buffers = [torch.zeros_like(twin) for twin in twins]
+    moments = [twin.new_zeros(len(twin), 1) if twin.shape[0] >= twin.shape[1] else twin.new_zeros(1, twin.shape[1])
+               for twin in twins]
     for step in range(4):
-        momentum, lr_scale = 0.85 + 0.03 * step, 1.0 - 0.2 * step
+        momentum, lr_scale, decay_scale = 0.85 + 0.03 * step, 1.0 - 0.2 * step, 1.0 - 0.3 * step
         for i, (p, twin) in enumerate(zip(parameters, twins)):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            p.grad *= torch.linspace(0.1, 3, len(p.grad))[:, None]  # rows of unlike norms
+            if step == 0 and i == 1:
+                p.grad[5] = 0
+            if step == 0 and i == 2:
+                p.grad.zero_()
             g = p.grad.double() / 3
             buffers[i] = momentum * buffers[i] + (1 - momentum) * g
-            u = plain_newton_schulz((1 - momentum) * g + momentum * buffers[i])
-            twin -= 0.02 * lr_scale * max(1, p.shape[0] / p.shape[1]) ** 0.5 * u
-        optimizer.step(momentum=momentum, lr_scale=lr_scale, grad_scale=1 / 3)
-    for p, twin in zip(parameters, twins):
+            u = (1 - momentum) * g + momentum * buffers[i]
+            twin.copy_(plain_muon(twin, u, moments[i], 0.02 * lr_scale, decay * decay_scale, extras))
+        optimizer.step(momentum=momentum, lr_scale=lr_scale, decay_scale=decay_scale, grad_scale=1 / 3)
+    for i, (p, twin) in enumerate(zip(parameters, twins)):
         torch.testing.assert_close(p.detach().double(), twin, rtol=0, atol=1e-5)
+        if "normuon" in extras:
+            moment = optimizer.state_dict()[f"p{i}"]["second_moment"]
+            torch.testing.assert_close(moment.double(), moments[i], rtol=1e-3, atol=1e-7)
+    assert ("second_moment" in optimizer.state_dict()["p0"]) == ("normuon" in extras)
+    held = sum(p.numel() + ("normuon" in extras) * max(p.shape) for p in parameters)
+    assert optimizer.bytes_of_state() == 4 * held
+
+
+def test_the_weight_decay_of_adamw_does_not_follow_that_of_muon():
+    parameters = with_gradients((5, 4))
+    before = parameters[0].detach().clone()
+    parameters[0].grad = None
+    optimizer_of("adamw", parameters, lr=0.5, weight_decay=0.1).step(decay_scale=0.0)
+    torch.testing.assert_close(parameters[0].detach(), before * 0.95)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -237,7 +280,9 @@ def test_every_parameter_is_in_the_group_and_at_the_rate_of_the_recipe():
         assert got == (("muon", 0.02) if rate is None else ("adamw", pytest.approx(rate))), name
     assert sum(name.endswith("conv1d.weight") for name in kind_and_rate) == 3
     lr = {"matrices": 1.0, "wte": 2.0, "lm_head": 3.0, "taps": 4.0}
-    given = parameter_groups(model, {name: replace(group, lr=lr[name]) for name, group in published.groups.items()})
+    given = parameter_groups(model, {name: replace(group, lr=lr.get(name, 9.0), extras=("normuon",) * (name == "wte"))
+                                     for name, group in published.groups.items()})
+    assert [group["extras"] for group in given] == [(), ("normuon",), (), ()]
     assert [group["lr"] for group in given] == pytest.approx([1.0, 4.0, 6.0, 8.0])
     assert [group["weight_decay"] for group in groups] == [0.0, 0.1, 0.1, 0.1]
     assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-10 for group in groups[1:])
@@ -295,6 +340,40 @@ def test_state_that_is_not_of_this_model_is_refused_and_changes_nothing():
     same_state(optimizer.state_dict(), state)
 
 
+def test_a_warm_start_takes_what_fits_and_counts_the_steps_that_made_it():
+    one, other = tiny(), tiny()
+    first = MuonAdamW(parameter_groups(one), ALONE)
+    train(one, first, ALONE, range(3))
+    other.load_state_dict(one.state_dict())
+    whole, second = first.state_dict(), MuonAdamW(parameter_groups(other), ALONE)
+    assert second.warm_start(whole) == [] and second.steps == 3
+    same_state(second.state_dict(), whole)
+    for model, optimizer in ((one, first), (other, second)):
+        train(model, optimizer, ALONE, range(3, 5))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))  # it is the same run
+
+    q, head = "transformer.h.0.attn.c_q.weight", "lm_head.weight"
+    part = {name: dict(state) for name, state in whole.items() if name != q} | {"of another model": whole[q]}
+    third = MuonAdamW(parameter_groups(tiny()), ALONE)
+    assert third.warm_start(part) == [q] and third.steps == 3
+    state = third.state_dict()
+    assert not state[q]["momentum"].any() and torch.equal(state[head]["exp_avg"], whole[head]["exp_avg"])
+
+    part[head]["exp_avg"] = torch.zeros(V + 1, E)  # without one moment all of AdamW is cold, since it counts once
+    cold = third.warm_start(part)
+    adamw = {name for name, state in whole.items() if "step" in state}
+    assert set(cold) == adamw | {q} and third.steps == 0
+    state = third.state_dict()
+    assert not any(state[name][key].any() for name in adamw for key in ("exp_avg", "exp_avg_sq"))
+    assert torch.equal(state["transformer.h.1.attn.c_q.weight"]["momentum"],
+                       whole["transformer.h.1.attn.c_q.weight"]["momentum"])
+
+    extras = override(modern.groups, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, muon_extras="normuon")
+    fourth = MuonAdamW(parameter_groups(tiny(), extras), ALONE)  # has a second moment, which the others had not
+    assert set(fourth.warm_start(whole)) == set(whole) - adamw and fourth.steps == 3
+    assert torch.equal(fourth.state_dict()[q]["momentum"], whole[q]["momentum"])
+
+
 EXACT = {"rtol": 0, "atol": 0}
 
 
@@ -314,49 +393,66 @@ def same_state(got: dict, expected: dict, **tolerance: float) -> None:
 
 # --- ranks
 
-def small_buckets(model: Tiny, ranks: Ranks) -> MuonAdamW:
+RECIPES = {"published": published.groups,
+           "extras": {**published.groups, "matrices": replace(published.groups["matrices"], weight_decay=0.3,
+                                                              extras=MUON_EXTRAS)}}
+
+
+def small_buckets(model: Tiny, ranks: Ranks, groups: dict[str, OptimizerGroup]) -> MuonAdamW:
     """The optimizer, with several buckets of matrices on 2 ranks and all in one on 3."""
-    return MuonAdamW(parameter_groups(model), ranks, bucket_elements=600 if ranks.world_size == 2 else 25_000_000)
+    return MuonAdamW(parameter_groups(model, groups), ranks,
+                     bucket_elements=600 if ranks.world_size == 2 else 25_000_000)
+
+
+def held_by(optimizer: MuonAdamW) -> list[torch.Tensor]:
+    return [part for bucket in optimizer.buckets for part in bucket.state.values()]
 
 
 def scenario(ranks: Ranks, folder: str) -> None:
-    """What each rank r of n does; results go to folder/n-r.pt. n = 3 also loads what n = 2 saved, n = 1 both."""
+    """What each rank r of n does, with each of the groups; results go to folder/n-r.pt. n = 3 also loads what n = 2
+    saved, n = 1 both."""
+    told = {name: life(ranks, folder, name) for name in RECIPES}
+    torch.save(told, f"{folder}/{ranks.world_size}-{ranks.rank}.pt")
+
+
+def life(ranks: Ranks, folder: str, name: str) -> dict:
     told: dict = {}
-    model = tiny()
-    optimizer = small_buckets(model, ranks)
+    model, groups = tiny(), RECIPES[name]
+    optimizer = small_buckets(model, ranks, groups)
     backward(model, ranks)
     told["without gradient"] = [name for name, p in model.named_parameters() if p.grad is None]
     told["norms"] = train(model, optimizer, ranks, range(1))
     told["state after one"] = optimizer.state_dict()
     told["norms"] += train(model, optimizer, ranks, range(1, 4))
     told["weights"], told["state"] = weights(model), optimizer.state_dict()
-    told["numbers held"] = sum(part.numel() for bucket in optimizer.buckets for part in bucket.state.values())
+    told["numbers held"] = sum(part.numel() for part in held_by(optimizer))
     train(model, optimizer, ranks, range(4, 6))
     told["went on"] = weights(model)
-    torch.save(told, f"{folder}/{ranks.world_size}-{ranks.rank}.pt")
 
     for world_size in range(1, 4):
-        if os.path.exists(f"{folder}/{world_size}-0.pt") and (world_size != ranks.world_size or ranks.world_size == 1):
-            saved = torch.load(f"{folder}/{world_size}-0.pt")
-            told[f"from {world_size}"] = resume(saved["weights"], saved["state"], ranks)
+        if world_size != ranks.world_size and os.path.exists(f"{folder}/{world_size}-0.pt"):
+            saved = torch.load(f"{folder}/{world_size}-0.pt")[name]
+            told[f"from {world_size}"] = resume(saved["weights"], saved["state"], ranks, groups)
     state = [told["state"]]
     if ranks.world_size > 1:
         torch.distributed.broadcast_object_list(state, src=0)
-    told[f"from {ranks.world_size}"] = resume(told["weights"], state[0], ranks)
+    told[f"from {ranks.world_size}"] = resume(told["weights"], state[0], ranks, groups)
 
-    before = weights(model)
+    before, held = weights(model), [part.clone() for part in held_by(optimizer)]
     if ranks.rank == ranks.world_size - 1:
         model.lm_head.weight.grad[0, 0] = float("nan")
     told["nan"] = optimizer.step(clip=1.0).item()
-    told["kept"] = all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    torch.save(told, f"{folder}/{ranks.world_size}-{ranks.rank}.pt")
+    told["kept"] = (all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+                    and all(map(torch.equal, held_by(optimizer), held)))
+    return told
 
 
-def resume(saved_weights: dict, state: dict, ranks: Ranks) -> tuple[dict | None, dict]:
+def resume(saved_weights: dict, state: dict, ranks: Ranks, groups: dict[str, OptimizerGroup]
+           ) -> tuple[dict | None, dict]:
     """The state as it comes out again right after loading, and the weights after two more steps."""
     model = tiny(seed=1)
     model.load_state_dict(saved_weights)
-    optimizer = small_buckets(model, ranks)
+    optimizer = small_buckets(model, ranks, groups)
     optimizer.load_state_dict(state)
     again = optimizer.state_dict()
     train(model, optimizer, ranks, range(4, 6))
@@ -364,9 +460,15 @@ def resume(saved_weights: dict, state: dict, ranks: Ranks) -> tuple[dict | None,
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory) -> dict[int, list[dict]]:
+def all_worlds(tmp_path_factory) -> dict[int, list[dict]]:
     """What each rank of 1, 2 and 3 told, under real processes."""
     return told_by_ranks(scenario, str(tmp_path_factory.mktemp("worlds")), ALONE, 2, 3)
+
+
+@pytest.fixture(params=RECIPES)
+def worlds(all_worlds, request) -> dict[int, list[dict]]:
+    """The same with one of the groups."""
+    return {n: [rank[request.param] for rank in ranks] for n, ranks in all_worlds.items()}
 
 
 # Ranks sum gradients in another order than one process: differences of 1e-7 relative at first. Newton-Schulz raises

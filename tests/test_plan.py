@@ -7,10 +7,10 @@ from nanochat.recipe import at_depth, published
 from nanochat.training import clock
 from scripts import plan
 from scripts.estimate import CARDS, card_named, stage_lines, step_lines, step_seconds
-from scripts.speedrun_plan import Machine, accumulation_of, config_of, sized_plan
+from scripts.speedrun_plan import Machine, accumulation_of, run_of, sized_plan
 from tests.conftest import ROOT
 
-CONFIG = config_of(published)
+CONFIG = run_of(published).shape
 
 
 def run_on(card: str, gpus: int, depth: int = 20):

@@ -3,14 +3,28 @@
 import importlib.util
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
+from nanochat.gpt import GPT
 from nanochat.logs import RunLog
-from nanochat.run import Origin, PeriodicAction, compile_wanted, is_due, is_trained, loader_state, tokens_of_row
+from nanochat.recipe import modern, published
+from nanochat.run import (
+    Origin,
+    PeriodicAction,
+    compile_wanted,
+    flags_of,
+    horizon_of,
+    is_due,
+    is_trained,
+    loader_state,
+    scaling_parameters,
+    tokens_of_row,
+)
 from nanochat.stages import CHAT_STAGES, STAGES, stage_of_folder
 from nanochat.training import run_steps
 from tests.helpers import small_model
@@ -126,3 +140,42 @@ def test_blocks_are_compiled_where_the_gpu_can(monkeypatch, capsys):
     with pytest.raises(UserError, match="Use --compile=auto or --compile=no"):
         compile_wanted("yes", gpu)
     assert not compile_wanted("auto", Ranks(0, 0, 1, torch.device("cpu")))
+
+
+def flags_with(recipe, **given):
+    return SimpleNamespace(**{**vars(flags_of(recipe.base)), **given})
+
+
+def test_the_published_flags_come_to_the_published_run():
+    run = horizon_of(flags_of(published.base), 65_536)
+    assert (run.parameters, run.total_batch_size, run.lr_factor, run.decay_factor) == (542_035_200, 2 ** 19, 1, 1)
+    assert run.num_iterations == int(20 * run.parameters) // 2 ** 19 and run.shape.to_dict().keys() == {
+        "sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel", "slc_rate"}
+
+
+@pytest.mark.parametrize("depth, batch", [(12, 2 ** 19), (18, 2 ** 20), (24, 2 ** 20)])
+def test_modern_batch_rates_and_decay_follow_from_the_horizon(depth, batch):
+    run, reference = (horizon_of(flags_with(modern, depth=d), 32_768) for d in (depth, 12))
+    with torch.device("meta"):
+        model = GPT(run.shape)
+    matrices = scaling_parameters(model)
+    assert matrices == (run.flops_per_token - sum(12 * run.shape.n_embd * (2048 - 1024) for a in run.shape.pattern()
+                                                  if a == "A")) / 6
+    assert run.total_batch_size == batch and run.num_iterations == 8 * matrices // batch
+    assert run.lr_factor == (batch / 2 ** 19) ** 0.5
+    assert run.decay_factor == pytest.approx(run.lr_factor * reference.tokens / run.tokens, rel=1e-3)
+    fixed = horizon_of(flags_with(modern, depth=depth, reference_batch=0, reference_depth=0,
+                                  total_batch_size=2 ** 18), 32_768)
+    assert (fixed.lr_factor, fixed.decay_factor) == (1, 1) and fixed.num_iterations == 8 * matrices // 2 ** 18
+
+
+@pytest.mark.parametrize("flags, said", [
+    ({"target_param_data_ratio": -1.0, "num_iterations": 9}, "--total-batch-size=auto follows"),
+    ({"reference_depth": 0}, "--total-batch-size=auto follows"),
+    ({"target_param_data_ratio": 1e-9, "total_batch_size": 2048}, "less than one step"),
+    ({"target_param_data_ratio": -1.0, "total_batch_size": 2048}, "no horizon"),
+    ({"value_embeds": "X"}, "these flags make no model"),
+])
+def test_flags_that_come_to_no_run(flags, said):
+    with pytest.raises(UserError, match=said):
+        horizon_of(flags_with(modern, depth=2, **flags), 300)

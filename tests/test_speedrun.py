@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from nanochat.checkpoint import save_checkpoint
 from nanochat.errors import UserError
 from nanochat.launcher import Owner
 from nanochat.recipe import PROFILES
+from nanochat.small_world import documents
 from scripts import speedrun, speedrun_plan
 from scripts.speedrun_plan import Command, Machine, check_plan, commands, make_plan, text_paths
 from tasks import arc, gsm8k, humaneval, mmlu, recipes, smoltalk
@@ -111,8 +113,9 @@ def test_an_unreachable_hub_is_seen(monkeypatch):
     assert not speedrun_plan.hub_reachable()
 
 
-@pytest.mark.long
-def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path):
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A speedrun is that of a tiny profile, here and on a CPU."""
     monkeypatch.setitem(PROFILES, "small", tiny_profile())
     # in this process: each of the stages' own would import torch anew
     monkeypatch.setattr(speedrun, "execute", lambda _, command: module_of(command.module).main(list(command.flags)))
@@ -120,6 +123,27 @@ def test_all_stages_run_and_a_second_run_skips_them(monkeypatch, capfd, tmp_path
     monkeypatch.setattr(speedrun, "find_machine", lambda: Machine([], 0, 1))
     monkeypatch.setenv("SPEEDRUN_DEVICE_BATCH", "4")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.long
+def test_own_text_ends_in_a_model_to_talk_to(tiny, monkeypatch, capfd, tmp_path):
+    (tmp_path / "own.txt").write_text("\n\n".join(islice(documents(5), 300)))
+    monkeypatch.setenv("SPEEDRUN_TEXT", "own.txt")
+    monkeypatch.setenv("SPEEDRUN_RL", "0")
+    speedrun.main([])
+    out = capfd.readouterr().out
+    assert "made      a chat model" in out and "chat_cli -i sft" in out and "sft       Sums" in out
+    assert "World" not in out
+    report = (tmp_path / "report.md").read_text()
+    assert "| Sums |" in report and "mean above chance" in report and "World" not in report
+    said = (tmp_path / "base" / "identity_conversations.jsonl").read_text()
+    assert "the text that I was given" in said and "people, places" not in said
+    meta = json.loads(next((tmp_path / "base" / "chatsft_checkpoints" / "d2").glob("meta_*.json")).read_text())
+    assert meta["chat_data"] == "basics" and meta["data"]["source"] == "import"
+
+
+@pytest.mark.long
+def test_all_stages_run_and_a_second_run_skips_them(tiny, capfd, tmp_path):
     speedrun.main([])
     first = capfd.readouterr().out
     for said in ("machine ", "== text", "== tokenizer", "== base model", "== evaluation", "== mid-training",
@@ -242,7 +266,12 @@ def test_without_the_published_conversations_the_chat_stages_are_left_out_and_it
     monkeypatch.setenv("SPEEDRUN_RL", "1")
     assert "reinforcement learning" in speedrun.describe_chat_stages(make_plan(H100))
     monkeypatch.setenv("SPEEDRUN_PROFILE", "small")
-    assert "too many for this profile" in speedrun.describe_chat_stages(make_plan(Machine([], 0, 2)))
+    monkeypatch.setattr(speedrun_plan, "hub_reachable", lambda: pytest.fail("it needs no hub"))
+    plan = make_plan(Machine([], 0, 2))  # its own: without the facts of a world that the text does not tell of
+    assert speedrun.describe_chat_stages(plan) == ("mid-training, fine-tuning, reinforcement learning (who it is, sums "
+                                                   "and spelling alone), each graded; the report")
+    assert [c.module for c in commands(plan) if "--data=basics" in c.flags] == [
+        "scripts.mid_train", "scripts.chat_sft", "scripts.chat_rl"]
     monkeypatch.setenv("SPEEDRUN_RL", "yes")
     with pytest.raises(UserError, match="SPEEDRUN_RL is 'yes'"):
         speedrun_plan.chat_stages(make_plan(Machine([], 0, 2)))

@@ -182,7 +182,7 @@ def _sft(ranks: Ranks, base, flags):
     torch.set_num_threads(1)
     os.environ.update(NANOCHAT_BASE_DIR=str(base), NANOCHAT_DTYPE="float32")
     from nanochat.cli import parse
-    chat_sft.run(parse(chat_sft.Config, flags), ranks)
+    chat_sft.run(parse(chat_sft.Config, ["--recipe=published", *flags]), ranks)
 
 
 def test_fine_tuning_on_two_ranks_is_that_on_one(base, monkeypatch):
@@ -202,7 +202,7 @@ def _rl(ranks: Ranks, base, flags):
     os.environ.update(NANOCHAT_BASE_DIR=str(base), NANOCHAT_DTYPE="float32")
     rl.reward_of = odd_length
     from nanochat.cli import parse
-    chat_rl.run(parse(chat_rl.Config, flags), ranks)
+    chat_rl.run(parse(chat_rl.Config, ["--recipe=published", *flags]), ranks)
 
 
 def test_runs_moved_aside_within_a_second_are_all_kept(tmp_path, monkeypatch):
@@ -229,9 +229,9 @@ def test_conversations_longer_than_a_row_never_give_an_empty_batch(base):
     long = [{"role": "user", "content": "Where is the lamp kept? " * 60}, {"role": "assistant", "content": "Here."}]
     (base / "long.jsonl").write_text(json.dumps(long) + "\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "_sft_small_world", lambda seed, extra, **sizes: (
+        patch.setattr(recipes, "sft", lambda data, seed, extra: (
             recipes.Mixture([*map(recipes.CustomJSON, extra)] * 5 + [recipes.WorldQuestions("train", size=2)]),
-            recipes._val_small_world(seed, 80)))
+            recipes.WorldQuestions("test", seed)))
         chat_sft.main([*SFT, "--fresh", f"--conversations={base / 'long.jsonl'}", "--eval-metrics-every=-1"])
     rows = [row for row in read_log(base / "logs" / "sft_d2.jsonl") if row["kind"] == "train"]
     assert all(row["loss"] == row["loss"] and row["supervised"] > 0 for row in rows)

@@ -2,6 +2,7 @@
 errors are clear."""
 
 import json
+import re
 from collections import Counter
 from itertools import islice
 
@@ -9,7 +10,7 @@ import pytest
 
 from nanochat.errors import UserError
 from nanochat.files import base_dir
-from nanochat.small_world import documents
+from nanochat.small_world import World, documents
 from nanochat.tokenizer import RustBPETokenizer
 from tasks import recipes
 from tasks.base import Task
@@ -36,6 +37,16 @@ def test_small_world_needs_nothing_and_all_of_it_renders_in_short_rows():
         for conversation in task:
             ids, mask = tokenizer.render_conversation(conversation)
             assert sum(mask) and len(ids) < 200
+
+
+def test_basics_know_no_fact_of_the_small_world_and_have_its_letters_and_sums():
+    train, val = recipes.mid("basics", seed=3)
+    said = " ".join(str(message["content"]) for task in (train[:600], val) for c in task for message in c["messages"])
+    assert not {entity.name.split()[-1] for entity in World(3).entities()} & set(re.findall(r"\w+", said))
+    assert all(kind in said for kind in ("Spell the word: ", "How many '", "What is the sum of"))
+    assert len(recipes.sft("basics", sums=5, spelling=0, bee=0)[0]) == 5
+    assert list(recipes.graded("basics")) == ["Sums", "SpellingBee"]
+    assert recipes.rl("basics", "train").name == "Sums"
 
 
 def test_sft_sees_other_conversations_than_mid():
@@ -107,7 +118,7 @@ def test_hub_is_the_published_mixture(mirror, tmp_path):  # noqa: F811
 
 def test_data_and_files_that_do_not_exist_are_refused(tmp_path):
     for call in (recipes.mid, recipes.sft, recipes.graded, lambda data: recipes.rl(data, "train")):
-        with pytest.raises(UserError, match="no data 'web'; there is hub, small-world"):
+        with pytest.raises(UserError, match="no data 'web'; there is hub, small-world, basics"):
             call("web")
     with pytest.raises(UserError, match="there is no file .*own.jsonl"):
         recipes.mid("small-world", extra=[tmp_path / "own.jsonl"])

@@ -19,7 +19,7 @@ from nanochat.distributed import Ranks, barrier, gather_objects
 from nanochat.errors import UserError
 from nanochat.logs import RunLog, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.recipe import RateSchedule, published
+from nanochat.recipe import MomentumSchedule, RateSchedule, published
 from nanochat.training import TrainingPlan, clock, share_of_micro_batches, train, train_step
 from tests.conftest import ROOT
 from tests.helpers import small_model
@@ -98,7 +98,11 @@ def test_rates_and_momentum_follow_the_recipe():
     assert plan.lr_scale(900) == pytest.approx(0.55) and plan.lr_scale(1000) == pytest.approx(0.1)
     assert plan.momentum(0) == 0.85
     assert plan.momentum(150) == pytest.approx(0.9) and plan.momentum(5000) == pytest.approx(0.95)
+    assert [plan.decay_scale(step) for step in (0, 500, 1000)] == pytest.approx([1, 0.5, 0])
     assert TrainingPlan(10, 1, 1, rates=RateSchedule(0.0, 0.0, 0.0)).lr_scale(10) == 1.0
+    falls = MomentumSchedule(0.8, 1, 100, 0.9)
+    plan = TrainingPlan(1000, 1, 1, rates=RateSchedule(0.0, 0.5, 0.0), muon_momentum=falls)
+    assert [plan.momentum(step) for step in (0, 50, 100, 500, 750, 1000)] == pytest.approx([.8, .9, 1, 1, .95, .9])
 
 
 def test_any_number_of_ranks_shares_a_batch():

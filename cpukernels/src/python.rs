@@ -5,6 +5,7 @@
 //! dtype of all tensors that have one in common: bfloat16, or else float32. A tensor whose dtype may differ is (is
 //! bf16, (address, stride, stride)). The GIL is released during the work.
 
+use crate::adamw::{AdamW, Factors, BLOCK as ADAMW_BLOCK};
 use crate::attention;
 use crate::cross_entropy::{SoftcappedCrossEntropy, IGNORE};
 use crate::decode_attention::{Combine, Shape as DecodeShape, Split};
@@ -55,6 +56,22 @@ fn relu2(py: Python<'_>, threads: usize, bf16: bool, n: usize, x: usize, dy: Opt
         work(py, Relu2::<T> { x, dy, y, n, dtype: PhantomData }, blocks(n, BLOCK), n, threads)
     }
     with_dtype!(bf16, go(py, threads, n, x, dy, y))
+}
+
+/// state: gradient, mean and square, contiguous as the weights are; factors: those of `Factors`, in its order.
+#[pyfunction]
+fn adamw(
+    py: Python<'_>,
+    threads: usize,
+    n: usize,
+    weights: usize,
+    state: [usize; 3],
+    factors: [f32; 9],
+) -> PyResult<()> {
+    let [gradient, mean, square] = state;
+    let [scale, weight, decay, square_weight, of_root, eps, of_mean, rate, kept] = factors;
+    let by = Factors { scale, weight, decay, square_weight, of_root, eps, of_mean, rate, kept };
+    work(py, AdamW { weights, gradient, mean, square, n, by }, blocks(n, ADAMW_BLOCK), 16 * n, threads)
 }
 
 /// `n` rows of `width` elements; strides are (row to row, 0).
@@ -331,6 +348,7 @@ fn decode_attention(
 #[pymodule]
 fn cpukernels(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(runs_on, module)?)?;
+    module.add_function(wrap_pyfunction!(adamw, module)?)?;
     module.add_function(wrap_pyfunction!(attention_forward, module)?)?;
     module.add_function(wrap_pyfunction!(decode_attention, module)?)?;
     module.add_function(wrap_pyfunction!(attention_backward, module)?)?;

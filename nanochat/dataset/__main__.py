@@ -1,6 +1,7 @@
 """Get text to train on, in one of three ways.
 
     python -m nanochat.dataset -n 240                    # 240 training shards of FineWeb-Edu and its validation shard
+    python -m nanochat.dataset -n 170 --source=climbmix  # the same of ClimbMix, from which models learn faster
     python -m nanochat.dataset import notes/ log.txt.gz  # your .txt, .md, .jsonl, .json, .parquet files, or their .gz
     python -m nanochat.dataset small-world               # text of the built-in generator: no network, no files
 
@@ -12,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Literal
 
 from nanochat.checks import NOTHING_CHANGED, dry_run_flag, need_writable
 from nanochat.cli import COUNT, FAR, SEED, Range, flag, parse, parser_of, run_main
 from nanochat.dataset.readers import TextFormat, look_at_files
-from nanochat.dataset.shards import data_dir
+from nanochat.dataset.shards import FINEWEB_EDU, HUB_TEXTS, data_dir
 from nanochat.files import in_words
 from nanochat.recipe import published
 
@@ -26,7 +28,9 @@ REPLACE = "replace shards that were imported or generated earlier"
 @dataclass
 class FetchFlags:
     num_files: int = flag(MISSING, "training shards to fetch, about 100 MB each, beside the validation shard; -1 is "
-                                   "all 1822", short="n", within=Range(0, FAR, also=-1))
+                                   f"all ({', '.join(f'{text.last} of {text.title}' for text in HUB_TEXTS.values())})",
+                           short="n", within=Range(0, FAR, also=-1))
+    source: Literal[tuple(HUB_TEXTS)] = flag(FINEWEB_EDU, "which data set")
     num_workers: int = flag(4, "parallel downloads", short="w", within=Range(1, 256))
     revision: str = flag("main", "branch, tag or commit of the data set; resolved to a commit at the first fetch, "
                                  "which later fetches reuse")
@@ -87,11 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         from nanochat.dataset.download import fetch
         flags = parse(FetchFlags, argv, (__doc__ or "").rstrip() + "\n\nFlags of the first form:")
         if flags.dry_run:
-            count = 1822 if flags.num_files == -1 else flags.num_files
-            _say(f"up to {count:,} training shards and the validation shard, about {in_words(1e8 * (count + 1))}, "
-                 "would be fetched; those that are there stay", data_dir())
+            text = HUB_TEXTS[flags.source]
+            count = text.last if flags.num_files == -1 else flags.num_files
+            _say(f"up to {count:,} training shards and the validation shard of {text.title}, about "
+                 f"{in_words(1e8 * (count + 1))}, would be fetched; those that are there stay", data_dir())
             return
-        fetch(flags.num_files, data_dir(), workers=flags.num_workers, revision=flags.revision)
+        fetch(flags.num_files, data_dir(), source=flags.source, workers=flags.num_workers, revision=flags.revision)
 
 
 def _say(text: str, folder: Path) -> None:

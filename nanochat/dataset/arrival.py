@@ -13,7 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanochat.dataset.documents import shard_paths
-from nanochat.dataset.shards import LAST_SHARD, being_written, read_source, shard_name
+from nanochat.dataset.shards import (
+    FINEWEB_EDU,
+    HUB_TEXTS,
+    being_written,
+    fetch_command,
+    fetched_source,
+    read_source,
+    shard_name,
+)
 from nanochat.errors import UserError
 
 POLL_SECONDS = 0.2      # between two looks
@@ -54,8 +62,8 @@ class Arrival:
                 self.say(f"waiting for {path.name}: the text arrives more slowly than it is read")
         if running:
             self._seen = now
-        way_out = (f"`python -m nanochat.dataset -n {self.count}` fetches what is missing (speedrun does so by "
-                   "itself), then the same command resumes.")
+        command = fetch_command(fetched_source(self.folder) or FINEWEB_EDU, self.count)
+        way_out = f"`{command}` fetches what is missing (speedrun does so by itself), then the same command resumes."
         if now - self._seen > START_SECONDS:
             raise UserError(f"{path.name} of the {self.count} planned shards is not in {self.folder}, and no download "
                             f"is running. {way_out}")
@@ -79,13 +87,17 @@ def planned_shards(count: int, folder: Path, say: Callable[[str], None]) -> tupl
     """
     if count < 1:
         raise UserError(f"--shards is {count}: it must be at least 1, or -1 for those that are there.")
-    if read_source(folder).get("source") in ("import", "small-world"):
-        found = shard_paths("train", folder)
-        if len(found) < count:
-            raise UserError(f"--shards is {count}, but {folder} holds {len(found)} training shards, and they are all.")
-        return found[:count], None
-    count = min(count, LAST_SHARD)
     arrival = Arrival(folder, count, say)
-    while not arrival.here(folder / shard_name(LAST_SHARD)):
+    while (source := fetched_source(folder)) is None:  # a download writes source.json before the first shard
+        if read_source(folder):  # imported or generated
+            found = shard_paths("train", folder)
+            if len(found) < count:
+                raise UserError(f"--shards is {count}, but {folder} holds {len(found)} training shards, and they are "
+                                "all.")
+            return found[:count], None
+        arrival.here(folder / "source.json")
+    text = HUB_TEXTS[source]
+    count = arrival.count = min(count, text.last)
+    while not arrival.here(folder / text.val):
         pass
     return [folder / shard_name(index) for index in range(count)], arrival

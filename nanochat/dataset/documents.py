@@ -18,13 +18,14 @@ from typing import Literal
 
 from nanochat.dataset.shards import (
     COLUMN,
+    FINEWEB_EDU,
     GET_TEXT,
-    LAST_SHARD,
+    HUB_TEXTS,
     data_dir,
+    fetch_command,
     missing_shards,
     read_source,
     recover,
-    shard_name,
     shards_in,
 )
 from nanochat.errors import UserError
@@ -35,9 +36,9 @@ PIECE_DOCUMENTS, PIECE_CHARS = 128, 1 << 19      # `Documents.walk` yields piece
 def shard_paths(split: Literal["train", "val"], folder: str | Path | None = None) -> list[Path]:
     """Return the shards of a split, in order. `folder` defaults to data_dir().
 
-    Validation is always one shard, whatever the number of training shards: shard_01822 of FineWeb-Edu, and the last
-    shard of imported or generated text. In a folder without source.json (shards that another program fetched) the last
-    shard is validation too. Raises UserError if the folder is missing, empty or incomplete.
+    Validation is always one shard, whatever the number of training shards: the one that HUB_TEXTS says where the text
+    was fetched, and the last shard of imported or generated text. In a folder without source.json (shards that another
+    program fetched) the last shard is validation too. Raises UserError if the folder is missing, empty or incomplete.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}; it is 'train' or 'val'")
@@ -50,7 +51,8 @@ def shard_paths(split: Literal["train", "val"], folder: str | Path | None = None
     if lost := missing_shards(folder, source):
         raise UserError(f"{folder / lost[0]} is missing or has another size than when it was written"
                         f"{f' (and {len(lost) - 1} more)' if lost[1:] else ''}: {_repair_hint(folder)}.")
-    val = folder / shard_name(LAST_SHARD) if source.get("source") == "fineweb-edu" else found[-1]
+    fetched = HUB_TEXTS.get(source.get("source"))
+    val = folder / fetched.val if fetched else found[-1]
     if val not in found:
         raise UserError(f"the validation shard {val} is missing: {_repair_hint(folder)}.")
     if split == "val":
@@ -58,7 +60,7 @@ def shard_paths(split: Literal["train", "val"], folder: str | Path | None = None
     train = [path for path in found if path != val]
     if not train:
         raise UserError(f"{folder} holds only the validation shard, and no shard to train on: "
-                        "fetch some with `python -m nanochat.dataset -n 8`.")
+                        f"fetch some with `{fetch_command(source['source'] if fetched else FINEWEB_EDU, 8)}`.")
     return train
 
 
@@ -68,8 +70,8 @@ def _repair_hint(folder: Path) -> str:
     with suppress(UserError):
         source = read_source(folder)
     kind = source.get("source")
-    if kind == "fineweb-edu":
-        return ("run `python -m nanochat.dataset -n N` with the N you used before: "
+    if kind in HUB_TEXTS:
+        return (f"run `{fetch_command(kind, 'N')}` with the N you used before: "
                 "it checks every shard and fetches the bad ones again")
     if kind in ("import", "small-world"):
         return f"make the shards again: `python -m nanochat.dataset {source.get('command', kind)}` with --replace"

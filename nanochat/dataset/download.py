@@ -1,10 +1,12 @@
-"""Download shards of FineWeb-Edu from the Hugging Face hub, and check each against the hub's own SHA-256.
+"""Download shards of text from the Hugging Face hub, and check each against the hub's own SHA-256.
 
     python -m nanochat.dataset -n 240 -w 8       # 240 training shards and the validation shard; 8 parallel downloads
+    python -m nanochat.dataset -n 170 --source=climbmix
 
-The data set has no named release, so the revision is pinned at the first fetch: the branch `main` (or --revision) is
-resolved to its commit, and source.json records that commit with the size and SHA-256 of each shard. Every later fetch
-into the same folder uses this commit. If all shards are there already, no network is needed.
+The data sets (HUB_TEXTS in nanochat/dataset/shards.py) have no named release, so the revision is pinned at the first
+fetch: the branch `main` (or --revision) is resolved to its commit, and source.json records that commit with the size
+and SHA-256 of each shard. Every later fetch into the same folder uses this commit. If all shards are there already, no
+network is needed.
 
 huggingface_hub provides the listing, the HTTP session and its headers (token, $HF_ENDPOINT). The bytes come as
 nanochat/transfer.py says: an interrupted shard stays as `.shard_00000.parquet.<sha>.part` and is resumed.
@@ -17,23 +19,31 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
 
-from nanochat.dataset.shards import LAST_SHARD, read_source, shard_name, shards_in, write_source, writing
+from nanochat.dataset.shards import (
+    FINEWEB_EDU,
+    HUB_TEXTS,
+    read_source,
+    shard_name,
+    shards_in,
+    write_source,
+    writing,
+)
 from nanochat.errors import NotWritten, UserError
 from nanochat.files import in_words, need_disk
 from nanochat.transfer import TIMEOUT, Listed, NotFetched, ask_hub, fetch_file
 
-REPO = "karpathy/fineweb-edu-100b-shuffle"
 OTHER_WAYS = ("Without a network, train on your own text (`python -m nanochat.dataset import PATH...`) "
               "or on generated text (`python -m nanochat.dataset small-world`).")
 
 
-def fetch(count: int, folder: Path, *, workers: int = 4, revision: str = "main",
+def fetch(count: int, folder: Path, *, source: str = FINEWEB_EDU, workers: int = 4, revision: str = "main",
           say: Callable[[str], None] = print) -> None:
     """Download training shards and the validation shard, and verify them. Shards that are there and correct are kept.
 
     Args:
         count: the first `count` training shards; -1 for all.
         folder: where the shards go.
+        source: which of HUB_TEXTS.
         workers: parallel downloads.
         revision: branch, tag or commit of the data set, for the first fetch into `folder`.
         say: prints one line to the user.
@@ -43,19 +53,21 @@ def fetch(count: int, folder: Path, *, workers: int = 4, revision: str = "main",
     """
     if count < -1 or workers < 1:
         raise UserError(f"-n is {count} and -w is {workers}: -n is the number of training shards (-1 for all "
-                        f"{LAST_SHARD}), -w the number of parallel downloads, 1 or more.")
-    wanted = LAST_SHARD if count == -1 else min(count, LAST_SHARD)
-    names = [shard_name(LAST_SHARD), *map(shard_name, range(wanted))]  # validation first: training starts with it
+                        f"{HUB_TEXTS[source].last}), -w the number of parallel downloads, 1 or more.")
+    text = HUB_TEXTS[source]
+    wanted = text.last if count == -1 else min(count, text.last)
+    names = [text.val, *map(shard_name, range(wanted))]  # validation first: training starts with it
     with writing(folder):
         folder.mkdir(exist_ok=True)
-        Downloader(folder, workers, revision, say).run(names)
+        Downloader(folder, source, workers, revision, say).run(names)
 
 
 class Downloader:
     """One call of `fetch`. Its threads share the event `stop`, which is set when it is no use to continue."""
 
-    def __init__(self, folder: Path, workers: int, revision: str, say: Callable[[str], None]):
+    def __init__(self, folder: Path, source: str, workers: int, revision: str, say: Callable[[str], None]):
         self.folder, self.workers, self.revision, self.say = folder, workers, revision, say
+        self.source, self.repo = source, HUB_TEXTS[source].repo
         self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         self.commit = ""
         self.files: dict[str, Listed] = {}
@@ -66,10 +78,13 @@ class Downloader:
     def run(self, names: list[str]) -> None:
         """Check the shards that are there, record the commit, and download what is missing or corrupt."""
         source = read_source(self.folder)
-        if source and source["source"] != "fineweb-edu":
-            raise UserError(f"{self.folder} holds other text ({source['source']}: "
-                            f"{source.get('summary', 'see source.json')}): two sources never mix in one folder. "
-                            "Set NANOCHAT_BASE_DIR to another place, or move that folder away.")
+        if source and source["source"] != self.source:
+            held = HUB_TEXTS.get(source["source"])
+            what = (f"{held.title}, not {HUB_TEXTS[self.source].title}" if held else
+                    f"other text ({source['source']}: {source.get('summary', 'see source.json')})")
+            more = f" `--source={source['source']}` goes on with it." if held else ""
+            raise UserError(f"{self.folder} holds {what}: two sources never mix in one folder. "
+                            f"Set NANOCHAT_BASE_DIR to another place, or move that folder away.{more}")
         unknown_origin = [path.name for path in shards_in(self.folder)] if not source else []
         self.commit = source.get("revision", "")
         if self.commit and self.revision not in ("main", source.get("asked"), self.commit):
@@ -83,11 +98,12 @@ class Downloader:
         with ThreadPoolExecutor(self.workers) as pool:
             problems = dict(zip(names, pool.map(self._problem, names)))
         if unknown_origin and all(map(self._problem, unknown_origin)):
-            raise UserError(f"{self.folder} holds shards that are not of {REPO}, such as {unknown_origin[0]}, "
+            raise UserError(f"{self.folder} holds shards that are not of {self.repo}, such as {unknown_origin[0]}, "
                             "and no source.json that says what they are: "
-                            "set NANOCHAT_BASE_DIR to another place, or move them away.")
+                            "set NANOCHAT_BASE_DIR to another place, move them away, or name their --source.")
         write_source(self.folder, {
-            "source": "fineweb-edu", "repo": REPO, "revision": self.commit, "asked": source.get("asked", self.revision),
+            "source": self.source, "repo": self.repo, "revision": self.commit,
+            "asked": source.get("asked", self.revision),
             "files": {name: [file.size, file.sha256] for name, file in sorted(self.files.items())}})
 
         for name, problem in problems.items():
@@ -114,12 +130,12 @@ class Downloader:
 
         def ask() -> None:
             if not self.commit:
-                self.commit = api.dataset_info(REPO, revision=self.revision, timeout=TIMEOUT).sha or ""
+                self.commit = api.dataset_info(self.repo, revision=self.revision, timeout=TIMEOUT).sha or ""
                 if not self.commit:
-                    raise UserError(f"{self.endpoint} does not say which commit {self.revision!r} of {REPO} is.")
+                    raise UserError(f"{self.endpoint} does not say which commit {self.revision!r} of {self.repo} is.")
             for start in range(0, len(names), 500):
                 part = names[start:start + 500]
-                for found in api.get_paths_info(REPO, part, revision=self.commit, repo_type="dataset"):
+                for found in api.get_paths_info(self.repo, part, revision=self.commit, repo_type="dataset"):
                     if getattr(found, "lfs", None) is None:
                         raise UserError(f"{self.endpoint} gives no SHA-256 of {found.path}, so it cannot be checked. "
                                         "Unset HF_ENDPOINT, or set it to another hub.")
@@ -129,7 +145,7 @@ class Downloader:
             ask_hub(ask, f"the list of files at {self.endpoint}", self.say, self.stop)
         except NotFetched as error:
             if error.status is not None and error.status < 500:
-                raise UserError(f"{self.endpoint} answers {error.status} for {REPO} at revision "
+                raise UserError(f"{self.endpoint} answers {error.status} for {self.repo} at revision "
                                 f"{self.commit or self.revision}: check --revision, HF_ENDPOINT and, if needed, "
                                 f"HF_TOKEN. {OTHER_WAYS}") from error
             raise UserError(f"the Hugging Face hub at {self.endpoint} cannot be reached ({error}). {OTHER_WAYS}"
@@ -176,7 +192,7 @@ class Downloader:
         """Download one shard. Where the network or the disk fails, the others stop: each would wait as long."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers
-        url = hf_hub_url(REPO, name, repo_type="dataset", revision=self.commit, endpoint=self.endpoint)
+        url = hf_hub_url(self.repo, name, repo_type="dataset", revision=self.commit, endpoint=self.endpoint)
         try:
             fetch_file(url, self.folder / name, self.files[name], say=self._say_above, headers=build_hf_headers(),
                        part=self._part(name), stop=self.stop, advance=self._advance)

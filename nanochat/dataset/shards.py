@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -21,15 +22,46 @@ from nanochat.errors import UserError
 from nanochat.files import FULL, atomic_write, base_dir, sync_folder, to_json
 
 COLUMN = "text"
-LAST_SHARD = 1822               # FineWeb-Edu has 1823 shards; the last is for validation
 GROUP_ROWS = 1024               # documents in a row group, as in the published shards
 GROUP_CHARS = 1 << 24           # characters after which a row group ends early, so that one fits in memory
 SHARD_CHARS = 250_000_000       # characters in a training shard: about 100 MB on disk
 DOCUMENT_BYTES = 1 << 30        # a document is held in memory, and parquet limits strings to 2 GB
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
-GET_TEXT = ("get text in one of three ways: `python -m nanochat.dataset -n 8` (FineWeb-Edu from the Hugging Face hub), "
+GET_TEXT = ("get text in one of three ways: `python -m nanochat.dataset -n 8` (FineWeb-Edu from the Hugging Face hub; "
+            "ClimbMix with --source=climbmix), "
             "`python -m nanochat.dataset import PATH...` (your own files), "
             "`python -m nanochat.dataset small-world` (needs no network)")
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A data set of the hub to train on: shards in the order in which they are trained on, and one for validation.
+
+    title: what it is called. repo: where it is. last: number of the last shard, which is for validation, whatever the
+    number of those that are fetched; so there are as many to train on.
+    """
+
+    title: str
+    repo: str
+    last: int
+
+    @property
+    def val(self) -> str:
+        """The file name of the validation shard."""
+        return shard_name(self.last)
+
+
+# by what source.json calls them; both are shuffled, in shards of about 250 million characters
+HUB_TEXTS = {
+    "fineweb-edu": HubText("FineWeb-Edu", "karpathy/fineweb-edu-100b-shuffle", 1822),
+    "climbmix": HubText("ClimbMix", "karpathy/climbmix-400b-shuffle", 6542),
+}
+FINEWEB_EDU = "fineweb-edu"  # the published model's
+
+
+def fetch_command(source: str, count: int | str) -> str:
+    """Return the command that fetches `count` training shards of a source in HUB_TEXTS."""
+    return f"python -m nanochat.dataset -n {count}{'' if source == FINEWEB_EDU else f' --source={source}'}"
 
 
 def data_dir() -> Path:
@@ -59,6 +91,17 @@ def read_source(folder: Path) -> dict:
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): this file says where the shards beside it come from. "
                         f"Move {folder} away, then {GET_TEXT}.") from error
+
+
+def fetched_source(folder: Path) -> str | None:
+    """Return which of HUB_TEXTS a folder holds, or is being filled with; None for other text, or if that is not known.
+
+    Shards without source.json, which another program fetched, tell by the validation shard. Raises as read_source.
+    """
+    source = read_source(folder)
+    if source:
+        return source["source"] if source["source"] in HUB_TEXTS else None
+    return next((name for name, text in HUB_TEXTS.items() if (folder / text.val).exists()), None)
 
 
 def write_source(folder: Path, source: dict) -> None:
@@ -190,8 +233,8 @@ def check_free(folder: Path, kind: str, fingerprint: str, replace: bool) -> None
     if not source or source.get("fingerprint") == fingerprint:
         return
     where = "name another folder with --to FOLDER or set NANOCHAT_BASE_DIR to another place"
-    if source["source"] == "fineweb-edu":
-        raise UserError(f"{folder} holds FineWeb-Edu shards, which {kind} never replaces: {where}.")
+    if fetched := HUB_TEXTS.get(source["source"]):
+        raise UserError(f"{folder} holds {fetched.title} shards, which {kind} never replaces: {where}.")
     if not replace:
         raise UserError(f"{folder} already holds other text ({source['source']}: "
                         f"{source.get('summary', 'see source.json')}): {where}, or replace it with --replace.")

@@ -48,27 +48,35 @@ def at_depth(depth: int, recipe: Recipe = published) -> Recipe:
 
 
 RECIPES = {"published": published, "modern": modern}
-PROFILES = {"small": small, "d20": published, "d26": at_depth(26), "d32": at_depth(32)}
+PROFILES = {"small": small, **{f"d{depth}": at_depth(depth) for depth in (12, 18, 20, 22, 24, 26, 32)}}
 
 
 # ---- recipes and flags
 
 
 def override(groups: Mapping[str, OptimizerGroup], *, matrix_lr: float, embedding_lr: float, unembedding_lr: float,
-             weight_decay: float, lr_frac: float = 1.0) -> dict[str, OptimizerGroup]:
-    """Return optimizer groups with the learning rates and the weight decay of a command line.
+             weight_decay: float | None = None, matrix_decay: float = 0.0, muon_extras: str = "", lr_frac: float = 1.0
+             ) -> dict[str, OptimizerGroup]:
+    """Return optimizer groups with the numbers of a command line.
 
     Args:
         groups: of the recipe.
         matrix_lr: of the matrices and of the taps.
         embedding_lr, unembedding_lr: of the embedding and of the head.
-        weight_decay: of all groups that AdamW trains.
+        weight_decay: of all groups that AdamW trains; None keeps those of the groups.
+        matrix_decay: weight decay of the groups that Muon trains.
+        muon_extras: of MUON_EXTRAS, with commas between.
         lr_frac: what all rates are multiplied by.
     """
     rates = {"matrices": matrix_lr, "taps": matrix_lr, "wte": embedding_lr, "lm_head": unembedding_lr}
-    return {name: replace(group, lr=lr_frac * rates.get(name, group.lr),
-                          weight_decay=weight_decay if group.optimizer == "adamw" else group.weight_decay)
-            for name, group in groups.items()}
+    extras = tuple(filter(None, muon_extras.split(",")))
+
+    def changed(name: str, group: OptimizerGroup) -> OptimizerGroup:
+        group = replace(group, lr=lr_frac * rates.get(name, group.lr))
+        if group.optimizer == "muon":
+            return replace(group, weight_decay=matrix_decay, extras=extras)
+        return group if weight_decay is None else replace(group, weight_decay=weight_decay)
+    return {name: changed(name, group) for name, group in groups.items()}
 
 
 def fields_of(part: Any) -> Iterator[tuple[str, Any]]:

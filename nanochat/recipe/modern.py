@@ -14,6 +14,7 @@ _ADAMW = OptimizerGroup("adamw", lr=0.0, by_width=True, betas=(0.8, 0.95), eps=1
 modern = replace(
     published,
     name="modern",
+    source="climbmix",             # models learn from it in about a quarter less time than from FineWeb-Edu
     # half the published vocabulary: the head takes a tenth of a d20's products instead of a fifth
     tokenizer=replace(published.tokenizer, vocab_size=32_768),
     groups={
@@ -39,5 +40,19 @@ modern = replace(
         reference_depth=12,
         rates=RateSchedule(warmup_ratio=0.0, warmdown_ratio=0.65, final_lr_frac=0.05, warmup_steps=40),
         momentum=MomentumSchedule(momentum_start=0.85, momentum_peak=0.97, momentum_steps=400, momentum_end=0.9),
+    ),
+    # from base, on all that the published model is taught in mid-training and after
+    sft=replace(
+        published.sft,
+        source="base",
+        packed=True,
+        total_batch_size=2 ** 19,  # where the base model does not say its own
+        reference_batch=2 ** 19,
+        inherit=True,
+        warm_start=True,
+        init_lr_frac=0.8,
+        rates=RateSchedule(warmup_ratio=0.0, warmdown_ratio=0.5, final_lr_frac=0.0),
+        mixture={"identity": 2, "arc": 0, "mmlu": 3, "gsm8k": 4, "smoltalk": -1, "spelling": 200_000, "bee": 80_000},
+        validation={"mmlu": 5200, "gsm8k": 420},  # in the proportions of one pass of each
     ),
 )

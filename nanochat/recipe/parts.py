@@ -208,11 +208,26 @@ class MidRecipe:
 
 @dataclass(frozen=True)
 class FineTuningRecipe:
-    """How supervised fine-tuning is done: a step is a number of conversations. Other fields as in MidRecipe."""
+    """How supervised fine-tuning is done. Other fields as in MidRecipe.
 
+    source: the stage whose model it starts from.
+    packed: a step is total_batch_size tokens, of rows of several conversations as in mid-training; else it is
+        target_examples_per_step conversations, padded. Validation is always in steps of these.
+    reference_batch: as in BaseRecipe; where packed.
+    inherit: batch and learning rates are those that the model it starts from was trained with; the recipe's where it
+        does not say.
+    warm_start: the optimizer begins with that model's momenta; else with none.
+    """
+
+    source: str
     num_iterations: int
     num_epochs: float
     max_seq_len: int
+    packed: bool
+    total_batch_size: int
+    reference_batch: int
+    inherit: bool
+    warm_start: bool
     target_examples_per_step: int
     device_batch_size: Rows
     recompute: Recompute
@@ -289,6 +304,7 @@ class Recipe:
     """All that a model is made with, in the order in which it is used.
 
     name: of the recipe in RECIPES that the flags of the scripts default to.
+    source: of the text, one of the hub's in nanochat/dataset/shards.py, or "small-world".
     docs: documents of the small world, where that is the text.
     groups: optimizer groups by name, in the order in which the optimizer keeps them; every stage trains with these.
     grad_clip: largest norm of the gradient that is used as it is; 0 for no limit.
@@ -296,6 +312,7 @@ class Recipe:
     """
 
     name: str
+    source: str
     docs: int
     tokenizer: TokenizerRecipe
     groups: Mapping[str, OptimizerGroup]

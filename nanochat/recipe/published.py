@@ -28,6 +28,7 @@ _RISING = MomentumSchedule(momentum_start=0.85, momentum_peak=0.95, momentum_ste
 
 published = Recipe(
     name="published",
+    source="fineweb-edu",
     docs=100_000,
     tokenizer=TokenizerRecipe(
         vocab_size=65_536,         # 2^16, the 9 special tokens among them
@@ -95,9 +96,15 @@ published = Recipe(
         validation={"mmlu": 5200, "gsm8k": 420},  # in the proportions of training, beside all of SmolTalk's test split
     ),
     sft=FineTuningRecipe(
+        source="mid",
         num_iterations=-1,
         num_epochs=1.0,
         max_seq_len=-1,
+        packed=False,
+        total_batch_size=BATCH,    # not used
+        reference_batch=0,
+        inherit=False,
+        warm_start=False,
         target_examples_per_step=32,
         device_batch_size="auto",
         recompute="auto",
@@ -111,8 +118,9 @@ published = Recipe(
         save_every=-1,
         keep=2,
         seed=0,
-        mixture={"identity": 1, "smoltalk": 10_000, "spelling": 300, "bee": 300},
-        validation={},             # SmolTalk's test split
+        # times a data set is repeated, and conversations; smoltalk: -1 would be all
+        mixture={"identity": 1, "arc": 1, "mmlu": 0, "gsm8k": 1, "smoltalk": 10_000, "spelling": 300, "bee": 300},
+        validation={"mmlu": 0, "gsm8k": 0},  # beside all of SmolTalk's test split
     ),
     rl=ReinforcementRecipe(
         num_iterations=-1,

@@ -7,6 +7,7 @@ from nanochat.recipe.published import published
 
 small = replace(
     published,
+    source="small-world",
     docs=20_000,                   # more than base training reads
     tokenizer=replace(published.tokenizer, vocab_size=2048),  # the small world has few words
     stages=("base", "mid", "sft", "rl"),

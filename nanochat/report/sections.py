@@ -7,6 +7,7 @@ from typing import Any
 
 from nanochat.files import in_words
 from nanochat.report.runs import (
+    ABOVE_CHANCE,
     COLUMNS,
     PUBLISHED,
     SMALL_WORLD_TASKS,
@@ -14,6 +15,7 @@ from nanochat.report.runs import (
     StageLog,
     chance_by_task,
     is_number,
+    name_of_chatcore,
     scores_by_column,
     wall_clock_seconds,
 )
@@ -258,7 +260,7 @@ def evaluation_results(log: StageLog) -> list[list[str]]:
             values = {name: value for name, value in log.last(kind).items() if is_number(value)}
             rows += [[name if name == kind else f"{kind}: {name}", format_number(value)]
                      for name, value in values.items()]
-    chatcore = "mean above chance" if log.last("chatcore").get("data") == "small-world" else "ChatCORE"
+    chatcore = name_of_chatcore(log.last("chatcore"))
     return [[chatcore if name == "chatcore" else name, value] for name, value in rows]
 
 
@@ -269,8 +271,8 @@ def summary_section(logs: dict[str, StageLog]) -> str:
     scores, chance = scores_by_column(logs), chance_by_task(logs)
     names = dict.fromkeys(name for column in scores.values() for name in column)
     world = any(name.startswith("World-") for name in names)
-    others = [name for name in names
-              if name not in (*PUBLISHED, *SMALL_WORLD_TASKS, "World-Facts", "mean above chance")]
+    shown = (*PUBLISHED, *((*SMALL_WORLD_TASKS, "World-Facts", ABOVE_CHANCE) if world else ()))
+    others = [name for name in names if name not in shown]
 
     def row(name: str, reference: str) -> list[str]:
         return [name, *(format_number(scores[column].get(name)) for column in COLUMNS), reference]
@@ -282,7 +284,7 @@ def summary_section(logs: dict[str, StageLog]) -> str:
     if world:
         rows = [row(name, format_number(chance.get(name))) for name in ("World-Facts", *SMALL_WORLD_TASKS)]
         lines += ["The built-in small world, asked in wordings that training did not hold:", "",
-                  markdown_table(["task", *COLUMNS, "chance"], [*rows, row("mean above chance", "0")])]
+                  markdown_table(["task", *COLUMNS, "chance"], [*rows, row(ABOVE_CHANCE, "0")])]
     doubtful = [f"- **{TITLES[stage]}: {verdict_of(log)}**" for stage, log in logs.items()
                 if log.last("verdict").get("word") in ("worse", "no change")]
     if doubtful:

@@ -12,6 +12,7 @@ beside training (nanochat/saving.py).
 """
 
 from nanochat.run.flags import (
+    ChatData,
     ChatStageFlags,
     TrainingFlags,
     choose_kernels,
@@ -21,10 +22,12 @@ from nanochat.run.flags import (
     launch,
     save_every_flag,
 )
+from nanochat.run.horizon import BaseRun, flags_of, horizon_of, model_shape, scaling_parameters
 from nanochat.run.origin import (
     ChatDataChoice,
     Origin,
     chat_data_choice,
+    chat_data_of,
     checkpoint_to_resume,
     claim,
     is_trained,
@@ -36,7 +39,8 @@ from nanochat.run.origin import (
 )
 from nanochat.run.stage_run import PeriodicAction, StageRun, is_due, open_run
 
-__all__ = ["ChatDataChoice", "ChatStageFlags", "Origin", "PeriodicAction", "StageRun", "TrainingFlags",
-           "chat_data_choice", "checkpoint_to_resume", "choose_kernels", "claim", "compile_wanted", "fit_and_choose",
-           "is_due", "is_trained", "keep_flag", "launch", "loader_state", "move_aside", "open_run",
-           "save_every_flag", "start_from_checkpoint", "steps_state", "tokens_of_row"]
+__all__ = ["BaseRun", "ChatData", "ChatDataChoice", "ChatStageFlags", "Origin", "PeriodicAction", "StageRun",
+           "TrainingFlags", "chat_data_choice", "chat_data_of", "checkpoint_to_resume", "choose_kernels", "claim",
+           "compile_wanted", "fit_and_choose", "flags_of", "horizon_of", "is_due", "is_trained", "keep_flag", "launch",
+           "loader_state", "model_shape", "move_aside", "open_run", "save_every_flag", "scaling_parameters",
+           "start_from_checkpoint", "steps_state", "tokens_of_row"]

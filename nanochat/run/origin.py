@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint import Checkpoint, Corrupt, latest_step, load_checkpoint, load_to_resume, steps_in
+from nanochat.checkpoint import (
+    Checkpoint,
+    Corrupt,
+    latest_step,
+    load_checkpoint,
+    load_on_ranks,
+    load_to_resume,
+    steps_in,
+)
 from nanochat.checks import conversation_files, need_writable
 from nanochat.dataloader import merged
 from nanochat.distributed import Ranks, dtype_of_run, on_main
@@ -17,10 +25,9 @@ from nanochat.gpt import GPT
 from nanochat.loading import load_model, model_and_tokenizer, on_ranks
 from nanochat.logs import log_path, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.recipe import override, published
-from nanochat.run.flags import ChatStageFlags
+from nanochat.run.flags import ChatStageFlags, TrainingFlags
 from nanochat.saving import copy_to_machines
-from nanochat.stages import Stage
+from nanochat.stages import STAGES, Stage
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class Origin:
     step: optimizer steps of this stage that are done; 0 for a new run.
     model: on the device. tokenizer: its own. meta: of the checkpoint the model was loaded from; empty for a new model.
     loaded: which checkpoint that is and why, in words.
-    provenance: meta fields of every checkpoint the run writes ("data", "from" where it began from a checkpoint, and
-        "identity", the digests of its data).
+    provenance: meta fields of every checkpoint the run writes ("data", "from" and "chat_data" where it began from a
+        checkpoint, and "identity", the digests of its data).
     lock: on rank 0, of `lock_run`: no other run writes to the folder as long as it is open.
     resumed: the checkpoint to go on from, with the optimizer state until that is loaded; None for a new run.
     fresh: move what is in the folder aside before the run begins.
@@ -55,7 +62,7 @@ class Origin:
 class ChatDataChoice:
     """What a chat stage learns from.
 
-    source: "hub" or "small-world". seed: the small world's. extra: files of the user's own conversations.
+    source: "hub", "small-world" or "basics". seed: the small world's. extra: files of the user's own conversations.
     """
 
     source: str
@@ -129,8 +136,9 @@ def start_from_checkpoint(stage: Stage, source: str, config: ChatStageFlags, ran
                              lambda: _origin_of(resumed, source, parent_folder, parent_step), ranks)
     model.compute_dtype = dtype_of_run(ranks, meta.get("compute_dtype") if resumed else None)
     return Origin(stage=stage, folder=folder, step=resumed.step if resumed else 0, model=model, tokenizer=tokenizer,
-                  meta=meta, loaded=meta["loaded"], provenance={"data": meta.get("data"), "from": begun_from},
-                  lock=file, resumed=resumed, fresh=config.fresh)
+                  meta=meta, loaded=meta["loaded"], lock=file, resumed=resumed, fresh=config.fresh,
+                  provenance={"data": meta.get("data"), "from": begun_from,
+                              "chat_data": chat_data_choice(config, meta).source})
 
 
 def _origin_of(resumed: Checkpoint, source: str, folder: Path, step: int | None) -> dict[str, Any]:
@@ -169,10 +177,14 @@ def _described(stage: str, meta: dict[str, Any]) -> dict[str, Any]:
 
 def chat_data_choice(config: ChatStageFlags, meta: dict[str, Any]) -> ChatDataChoice:
     """Return what a chat stage learns from; with --data=auto what goes with the model of this meta."""
-    about = meta.get("data") or {}
-    auto = "small-world" if about.get("source") == "small-world" else "hub"
-    return ChatDataChoice(auto if config.data == "auto" else config.data, about.get("seed", 0),
-                          conversation_files(config.conversations))
+    return ChatDataChoice(chat_data_of(meta) if config.data == "auto" else config.data,
+                          (meta.get("data") or {}).get("seed", 0), conversation_files(config.conversations))
+
+
+def chat_data_of(meta: dict[str, Any]) -> str:
+    """Return the chat data that goes with the model of this meta: that of its chat stage, else of its base model."""
+    text = (meta.get("data") or {}).get("source")
+    return meta.get("chat_data") or ("small-world" if text == "small-world" else "hub")
 
 
 def tokens_of_row(config: Any, model: GPT) -> int:
@@ -233,14 +245,17 @@ def steps_state(origin: Origin) -> dict | None:
     return origin.meta.get("loader") if origin.step else None
 
 
-def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
+def make_optimizer(origin: Origin, config: TrainingFlags, ranks: Ranks, lr_factor: float = 1.0,
+                   decay_factor: float = 1.0) -> MuonAdamW:
     """Return the model's optimizer, with its state where the run resumes, which is then dropped from `origin`.
 
-    Raises UserError where that is gone.
+    With the flag --warm-start, a new run begins with the state of the model it starts from. Collective.
+
+    lr_factor, decay_factor: of all learning rates and of Muon's weight decay, beside what the flags say.
+
+    Raises UserError where the state is gone.
     """
-    groups = override(published.groups, matrix_lr=config.matrix_lr, embedding_lr=config.embedding_lr,
-                      unembedding_lr=config.unembedding_lr, weight_decay=config.weight_decay,
-                      lr_frac=getattr(config, "init_lr_frac", 1.0))
+    groups = config.groups(lr_factor * getattr(config, "init_lr_frac", 1.0), decay_factor)
     optimizer = MuonAdamW(parameter_groups(origin.model, groups), ranks, origin.model.compute_dtype,
                           reduce_dtype=getattr(torch, config.reduce_dtype))
     if origin.resumed is not None:
@@ -251,7 +266,31 @@ def make_optimizer(origin: Origin, config: Any, ranks: Ranks) -> MuonAdamW:
         if ranks.is_main:
             print_changes(origin.meta.get("user_config", {}), config, origin)
             print_new_sums(config, origin, ranks)
+    elif getattr(config, "warm_start", False):
+        said = warm_start(optimizer, origin, ranks)
+        if ranks.is_main:
+            print(said)
     return optimizer
+
+
+def warm_start(optimizer: MuonAdamW, origin: Origin, ranks: Ranks) -> str:
+    """Give the optimizer the state of the checkpoint that a new run begins from, and return in words what there was.
+    Collective."""
+    begun = origin.provenance["from"]
+    folder = base_dir() / STAGES[begun["stage"]].folder / origin.folder.name
+    try:
+        before = load_on_ranks(folder, begun["step"], ranks, weights=False, optimizer=True, mapped=True)
+        state, why = before.optimizer_state, before.no_optimizer
+    except UserError as error:  # the model was loaded; only its optimizer state cannot be
+        state, why = None, str(error)
+    if state is None:
+        return f"note: the optimizer begins without momenta: {why.rstrip('.')}"
+    cold = optimizer.warm_start(state)
+    count = sum(len(bucket.names) for bucket in optimizer.buckets)
+    if not cold:
+        return f"the optimizer begins with the momenta of step {begun['step']} of {folder}"
+    return (f"note: the optimizer begins with the momenta of step {begun['step']} of {folder}, but {len(cold)} of "
+            f"{count} parameters without all of theirs, such as {cold[0]}: they were trained in another way there")
 
 
 def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:

@@ -322,7 +322,8 @@ def measured_before(origin: Origin) -> dict[str, Any]:
 
 @contextmanager
 def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, kernels: Choice,
-             loader: Loader | None = None, **results: Any) -> Iterator[StageRun]:
+             loader: Loader | None = None, lr_factor: float = 1.0, decay_factor: float = 1.0,
+             **results: Any) -> Iterator[StageRun]:
     """Make the optimizer, open the log and yield the run.
 
     The end of the block, however it ends, waits for the checkpoint that is being written, closes the log and
@@ -332,6 +333,7 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
         num_iterations: optimizer steps of the whole run.
         loader: whose position in the data goes into the checkpoints.
         kernels: from `choose_kernels`.
+        lr_factor, decay_factor: see `make_optimizer`.
         results: meta fields of every checkpoint, as they are before the first evaluation.
 
     Raises:
@@ -341,7 +343,7 @@ def open_run(origin: Origin, config: Any, ranks: Ranks, *, num_iterations: int, 
     if other := next((rank for rank, print_ in enumerate(prints) if print_ != prints[0]), 0):
         raise UserError(f"rank {other} has another tokenizer than rank 0: the text on their machines differs. Copy "
                         "base_data and tokenizer of node 0's base folder to the other nodes.")
-    optimizer = make_optimizer(origin, config, ranks)
+    optimizer = make_optimizer(origin, config, ranks, lr_factor, decay_factor)
     progress = Progress(dict(origin.meta.get("began") or {}) if origin.step else {}, fresh=origin.step == 0)
     warning = on_main("looking at the disk", lambda: room_for(origin, config, optimizer, num_iterations), ranks)
     log = RunLog(origin.stage.name, origin.folder.name, asdict(config), wandb_run=config.run, resumes=origin.step > 0,

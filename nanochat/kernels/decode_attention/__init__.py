@@ -70,7 +70,7 @@ def decode_attention_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int],
 
 
 def append_and_attend_twin(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor,
-                           positions: Tensor, window: int | None = None) -> Tensor:
+                           positions: Tensor, window: int | None = None, gain: float = 1.0) -> Tensor:
     """Write each row's new key and value into the cache and attend to the keys up to there. The definition.
 
     The host does not wait for the device: only the device reads `positions`.
@@ -82,11 +82,12 @@ def append_and_attend_twin(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, 
             anything.
         positions: (B,) integers below S, the index of each row's new token
         window: only the last so many keys count, the new one included; None for all
+        gain: factor of the scores
 
     Returns:
         (B, 1, H, D) in q's dtype
     """
-    q, k = rope_norm_twin(q, rope), rope_norm_twin(k, rope)
+    q, k = rope_norm_twin(q, rope) * gain, rope_norm_twin(k, rope)
     row, place, S = torch.arange(len(positions), device=positions.device), positions.long(), keys.shape[1]
     keys[row, place], values[row, place] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
     index = torch.arange(S, device=positions.device)
@@ -99,13 +100,13 @@ def append_and_attend_twin(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, 
 
 
 def append_and_attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor,
-                      positions: Tensor, window: int | None = None) -> Tensor:
+                      positions: Tensor, window: int | None = None, gain: float = 1.0) -> Tensor:
     """Return and write what `append_and_attend_twin` does, up to rounding. The kernel reads only the keys seen."""
     run = backend("decode_attention", BACKENDS, q, keys, values)
-    return run(q, k, v, rope, keys, values, positions, window)
+    return run(q, k, v, rope, keys, values, positions, window, gain)
 
 
-def _triton(*args: Tensor | tuple[Tensor, Tensor] | int | None) -> Tensor:
+def _triton(*args: Tensor | tuple[Tensor, Tensor] | float | None) -> Tensor:
     return kernels_of("decode_attention", "triton").append_and_attend(*args)
 
 

@@ -132,7 +132,7 @@ def sizes(B: int, S: int, G: int, D: int, width: int) -> tuple[int, int]:
 
 
 def append_and_attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor,
-                      positions: Tensor, window: int | None = None) -> Tensor:
+                      positions: Tensor, window: int | None = None, gain: float = 1.0) -> Tensor:
     """Write the new keys and values into the cache and return y (B, 1, H, D), contiguous, in q's dtype.
 
     The contract is that of `nanochat.kernels.decode_attention.append_and_attend_twin`. q, k, v, keys and values have
@@ -144,9 +144,9 @@ def append_and_attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tenso
     parts = tops = sums = None
     if splits > 1:
         parts, tops, sums = (torch.empty(B, H, splits, *shape, device=q.device) for shape in ((D,), (), ()))
-    window, warps = S if window is None else window, 4
+    window, warps, scale = S if window is None else window, 4, gain * D ** -0.5
     cos, sin = rope
-    launch(_split, (B, G, splits), q, k, v, cos, sin, keys, values, positions, y, parts, tops, sums, D ** -0.5, window,
+    launch(_split, (B, G, splits), q, k, v, cos, sin, keys, values, positions, y, parts, tops, sums, scale, window,
            q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), cos.stride(0), sin.stride(0),
            *keys.stride()[:3], *values.stride()[:3], SHARED=shared, D=D, SPLIT=split, N=N,
            BLOCK_H=1 if shared == 1 else max(16, triton.next_power_of_2(shared)), BLOCK_D=wide, ONE=splits == 1,
