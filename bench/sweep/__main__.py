@@ -173,7 +173,7 @@ def prepare(config: Config, text: Sequence[str], arms: Sequence[Arm], seeds: Seq
         raise UserError(f"the text makes a tokenizer of {tokenizer.get_vocab_size():,} tokens only: use "
                         f"--vocab={tokenizer.get_vocab_size()} and another --out, or more text")
     if not config.repeat:
-        longest = max(arm.config.num_iterations * arm.config.total_batch_size for arm in arms)
+        longest = max(arm.base.tokens for arm in arms)
         check_unseen(folder, tokenizer, longest, out / "training_text.json")
     held_out(folder, tokenizer, config.held_out, out / "heldout.npz")
     text_is = f"{fingerprint_of(folder)} {tokenizer.fingerprint()} {config.held_out}"
@@ -183,9 +183,8 @@ def prepare(config: Config, text: Sequence[str], arms: Sequence[Arm], seeds: Seq
 def say_what_would_be_run(arms: Sequence[Arm], runs: Sequence[Run], out: Path, jobs: int) -> None:
     """Print the arms, and how many runs are left."""
     for arm in arms:
-        tokens = arm.config.num_iterations * arm.config.total_batch_size
-        print_line(f"{arm.name}: {arm.parameters:,} parameters, layers {arm.shape.pattern()}, {tokens:,} tokens, "
-                   f"{arm.flops_per_token * tokens:.2e} FLOPs")
+        print_line(f"{arm.name}: {arm.base.parameters:,} parameters, layers {arm.base.shape.pattern()}, "
+                   f"{arm.base.num_iterations:,} steps, {arm.base.tokens:,} tokens, {arm.flops:.2e} FLOPs")
     left = sum(result_of(run, out) is None for run in runs)
     print_line(f"{len(runs)} runs, {left} of them not done, {jobs} at a time")
 

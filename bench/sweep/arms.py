@@ -8,11 +8,13 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nanochat.cli import parse
 from nanochat.errors import UserError
 from nanochat.files import to_json
-from nanochat.gpt import GPTConfig, meta_model
+from nanochat.recipe import RECIPES
+from nanochat.run.horizon import BaseRun, horizon_of
 from scripts import base_train
 
 # the same for all arms, or given by the sweep itself
@@ -27,22 +29,28 @@ class Arm:
     """An arm: a recipe and flags of base_train.
 
     name: in tables. text: as it was written. flags: of base_train, all that the arm and the sweep say.
-    config: those flags parsed. shape: of the model.
+    config: those flags parsed. base: what they come to.
     """
 
     name: str
     text: str
     flags: tuple[str, ...]
     config: base_train.Config
-    shape: GPTConfig
+    base: BaseRun
 
     @property
-    def flops_per_token(self) -> float:
-        return meta_model(self.shape).flops_per_token()
+    def flops(self) -> float:
+        """Of the whole run."""
+        return self.base.flops_per_token * self.base.tokens
 
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in meta_model(self.shape).parameters())
+    def identity(self) -> list[Any]:
+        """Return what tells the runs of this arm from those of another.
+
+        Values, not flags alone, since a recipe may change; only those that differ from their plain default, so that a
+        new flag leaves runs that do not use it as they were.
+        """
+        groups = {name: _told(group) for name, group in self.config.groups().items()}
+        return [_told(self.config), groups, self.base.num_iterations, self.base.total_batch_size]
 
 
 def read_arms(texts: Sequence[str], common: Sequence[str], vocab_size: int) -> list[Arm]:
@@ -73,7 +81,7 @@ def read_arm(text: str, common: Sequence[str], vocab_size: int) -> Arm:
         raise UserError(f"the arm {text!r} cannot be read: {error}") from error
     if not words or words[0].startswith("-"):
         raise UserError(f"the arm {text!r} does not begin with a recipe: write 'published {rest.strip()}'".rstrip())
-    flags = [*common, *recipe_flags(words[0], text), *words[1:]]
+    flags = [*recipe_flags(words[0], text), *common, *words[1:]]
     for word in words[1:]:
         asked = word.partition("=")[0].lstrip("-").replace("-", "_")
         if asked in RESERVED:
@@ -83,23 +91,23 @@ def read_arm(text: str, common: Sequence[str], vocab_size: int) -> Arm:
         if not any(re.match(r"--?device[-_]batch[-_]size\b", flag) for flag in (*words, *common)):
             flags.append(f"--device-batch-size={rows_of(_parsed([*flags, '--device-batch-size=1']))}")
         config = _parsed(flags)
-        shape = base_train.model_shape(config, vocab_size)
+        base = horizon_of(config, vocab_size)
     except UserError as error:
         raise UserError(f"the arm {text!r}: {error}") from error
-    return Arm(name, text, tuple(flags), config, shape)
+    return Arm(name, text, tuple(flags), config, base)
 
 
 def recipe_flags(word: str, text: str) -> list[str]:
     """Return the flags for the recipe of this name. Raises UserError where there is none."""
-    if any(field.name == "recipe" for field in dataclasses.fields(base_train.Config)):
-        return [f"--recipe={word}"]
-    if word != "published":
-        raise UserError(f"the arm {text!r} begins with {word!r}, which is no recipe: there is published")
-    return []
+    if word not in RECIPES:
+        raise UserError(f"the arm {text!r} begins with {word!r}, which is no recipe: there is {' and '.join(RECIPES)}")
+    return [f"--recipe={word}"]
 
 
 def rows_of(config: base_train.Config) -> int:
     """Return the rows of a micro-batch: the most up to CPU_ROWS that divide the batch."""
+    if config.total_batch_size == "auto":
+        return 1
     rows = max(1, config.total_batch_size // config.max_seq_len)
     return max(n for n in range(1, min(rows, CPU_ROWS) + 1) if rows % n == 0)
 
@@ -114,6 +122,12 @@ def _parsed(flags: Sequence[str]) -> base_train.Config:
         reason = (said.getvalue().strip() or str(error)).removeprefix("error: ")
         raise UserError(re.sub(r" `[^`]*--help` lists the flags\.$", " `python -m scripts.base_train --help` lists the "
                                "flags.", reason)) from error
+
+
+def _told(flags: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that are not at their default."""
+    return {field.name: value for field in dataclasses.fields(flags)
+            if (value := getattr(flags, field.name)) != field.default}
 
 
 def digest(*about: object) -> str:

@@ -33,7 +33,7 @@ def run_of(arm: Arm, seed: int, text: str) -> Run:
     """Return the run of an arm with a seed. text: what tells the text, its tokenizer and held-out part from others."""
     flags = (*arm.flags, f"--seed={seed}", f"--data-seed={seed}")
     name = re.sub(r"[^a-z0-9.]+", "-", arm.name.lower()).strip("-.")[:40]
-    return Run(arm, seed, flags, f"{name or 'arm'}_s{seed}_{digest(RESULT, flags, text)}")
+    return Run(arm, seed, flags, f"{name or 'arm'}_s{seed}_{digest(RESULT, arm.identity(), seed, text)}")
 
 
 def result_of(run: Run, out: Path) -> dict[str, Any] | None:
@@ -90,8 +90,7 @@ def do_runs(owner: Owner, runs: Sequence[Run], out: Path, *, jobs: int, device_t
     """
     waiting, running, failed = list(runs), {}, []
     free = list(range(jobs))
-    progress = Progress(done + len(runs), lambda run: run.arm.flops_per_token * run.arm.config.total_batch_size
-                        * run.arm.config.num_iterations)
+    progress = Progress(done + len(runs), lambda run: run.arm.flops)
     progress.done = done
     while waiting or running:
         late = hours and time.monotonic() - progress.began > 3600 * hours
