@@ -92,7 +92,7 @@ class Attention(Mixer):
             whole = u + convolve(u, taps, positions, None if cache is None else cache.per_row["past"])
             q, k, v = whole.split([part.shape[-1] for part in (q, k, v)], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_width)) for part in (q, k, v))
-        return [q, k, v + self.embedded_values(*gate, positions.ids) if gate else v]
+        return [q, k, self.with_embedded(v, *gate, positions.ids) if gate else v]
 
     @torch.no_grad()
     def init_weights(self) -> None:

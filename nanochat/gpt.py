@@ -146,8 +146,8 @@ class Stream(nn.Module):
         gate = torch.sigmoid(x[..., :len(self.smear_gate)] @ self.smear_gate.to(x.dtype)) * self.smear.to(x.dtype)
         return torch.addcmul(x, gate.unsqueeze(-1), before[:, :-1])
 
-    def entries(self, x0: Tensor) -> list[Entry | None]:
-        """Return what `Block.forward` takes as `entry`, for each layer; None for all where there are no lambdas."""
+    def entries(self, x0: Tensor) -> list[Entry]:
+        """Return what `Block.forward` takes as `entry` where there are lambdas, for each layer."""
         scales = self.residual_scales.to(x0.dtype), self.x0_scales.to(x0.dtype)  # rounded as decoding holds them
         x0 = x0.view_as(x0)  # for the first layer: given one tensor twice, the compiler would make another graph of it
         return [(x0, r, z) for r, z in zip(*(scale.unbind() for scale in scales))]

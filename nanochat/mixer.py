@@ -96,18 +96,20 @@ class Mixer(nn.Module):
         return cls.kept_for_backward
 
     def add_value_embed(self, config) -> None:
-        """Make the parameters of `embedded_values`."""
+        """Make the parameters of `with_embedded`."""
         E, heads = config.n_embd, getattr(config, self.value_heads)
         self.value_embed = nn.Embedding(config.vocab_size, heads * (E // config.n_head))
         # From the whole input, where nanochat takes 12 of its channels: so it is one more matrix of the joined product,
         # of a few columns, and the optimizer sees a matrix as all others.
         self.value_gate = Linear(E, heads)
 
-    def embedded_values(self, gate: Tensor, ids: Tensor) -> Tensor:
-        """Return what tokens `ids` (B, T) add to the values, (B, T, H, D): their embedding, times 3·sigmoid(gate) of
-        each head. gate (B, T, H): value_gate's columns of the joined product."""
+    def with_embedded(self, values: Tensor, gate: Tensor, ids: Tensor) -> Tensor:
+        """Return values (B, T, H, D) plus the embedding of tokens `ids` (B, T), times 3·sigmoid(gate) of each head.
+
+        gate (B, T, H): value_gate's columns of the joined product.
+        """
         embedded = F.embedding(ids, self.value_embed.weight).to(gate.dtype).unflatten(-1, (gate.shape[-1], -1))
-        return (3 * torch.sigmoid(gate)).unsqueeze(-1) * embedded
+        return torch.addcmul(values, torch.sigmoid(gate).unsqueeze(-1), embedded, value=3)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -63,7 +63,7 @@ class SLC2(Mixer):
     def mix(self, z: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
         if self.value_embed is not None:
             x, *rest = columns_of(z, *self.projections())
-            x = x + self.embedded_values(rest[-1], positions.ids).flatten(2)
+            x = self.with_embedded(x.unflatten(-1, (self.heads["n_head"], -1)), rest[-1], positions.ids).flatten(2)
             z = torch.cat([x, z[..., x.shape[-1]:]], dim=-1)
         taps = self.conv1d.weight.squeeze(1).to(z.dtype)  # rounded as decoding holds them, in training too
         past = None if cache is None else cache.per_row["past"]
