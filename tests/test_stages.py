@@ -276,7 +276,7 @@ def test_conversations_longer_than_a_row_never_give_an_empty_batch(base):
     long = [{"role": "user", "content": "Where is the lamp kept? " * 60}, {"role": "assistant", "content": "Here."}]
     (base / "long.jsonl").write_text(json.dumps(long) + "\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "sft", lambda data, seed, extra: (
+        patch.setattr(recipes, "sft", lambda data, seed, extra, recipe: (
             recipes.Mixture([*map(recipes.CustomJSON, extra)] * 5 + [recipes.WorldQuestions("train", size=2)]),
             recipes.WorldQuestions("test", seed)))
         chat_sft.main([*SFT, "--fresh", f"--conversations={base / 'long.jsonl'}", "--eval-metrics-every=-1"])
