@@ -7,8 +7,11 @@ The numbers of launches and of memory are recorded. Where a change moves them on
 import pytest
 import torch
 
+from nanochat.gpt import GPTConfig
+from nanochat.memory import memory_of_step
+from tests.helpers import PARTS
 from tests.nullgpu.programs import training
-from tests.nullgpu.record import ALLOCATOR, counted, recorded
+from tests.nullgpu.record import ALLOCATOR, LARGE, ROW, counted, recorded
 
 # kernels of one optimizer step of d20 with one micro-batch of 32 × 2048, on one GPU, at most
 RECENT = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 15)
@@ -37,6 +40,20 @@ def test_a_d20_step(nullgpu):
         assert abs(seen["allocated"] - known) < 0.3 * GB, (how, seen["allocated"])
     for how, most in LAUNCHES.items():
         assert 0.5 * most < found[how]["launches"]["all"] <= most, (how, found[how]["launches"])
+
+
+def of_parts(rows: int, vocab_size: int) -> dict[str, int]:
+    return {name: training(12, rows, compiled=False, steps=2, vocab_size=vocab_size, **parts)["allocated"]
+            for name, parts in PARTS.items()}
+
+
+@pytest.mark.long
+def test_the_optional_parts_are_counted(nullgpu):
+    found = nullgpu.run(of_parts, face=LARGE, env=ALLOCATOR, rows=16, vocab_size=32768)
+    for name, parts in PARTS.items():
+        config = GPTConfig.from_depth(12, vocab_size=32768, sequence_len=ROW, **parts)
+        need = memory_of_step(config, 16, ROW, accumulate=False)
+        assert need == pytest.approx(found[name], rel=0.01, abs=0.15 * GB), name
 
 
 def of_larger_models(sizes: list[list[int]]) -> list[int]:
