@@ -85,8 +85,8 @@ class Line:
 # kernels that a compiled d20 step launches with relu² in the products' epilogues: 4 there, 16 for residual sums and
 # norms, 14 for rotary and norm in an attention layer, 8.3 for the core of an SLC2 layer (dev/LOG.md).
 UNITS = 30.8
-# More of it for optional parts, counted from the definitions: of each layer with lambdas; of each with a value
-# embedding, the lookup and its gradient in float32 included; of each SLC2 layer with a norm; of backout or smear, once.
+# More of it for optional parts, counted from the definitions: for each layer with lambdas; for each with a value
+# embedding, its gradient in float32 included; for each SLC2 layer with a norm; for backout or smear, once.
 LAMBDAS, VALUE_EMBED, SLC_NORM, ONCE = 10, 14, 5, 8
 CROSS_ENTROPY = 4.1      # passes over the logits, the sums of the head's gradient included
 LAUNCH_SECONDS = 6e-6    # of the host, for a kernel in eager mode
