@@ -103,15 +103,20 @@ class TextSource(Documents):
         expected: training shards that are planned, where some may still arrive: the order of the documents is that of
             the plan. None reads those that are there.
         say: prints a line to the user.
+        seed: of the order of the documents; 0 is that of the shards.
 
     Raises:
-        UserError: there is no text, it is corrupt, or a planned shard does not arrive.
+        UserError: there is no text, it is corrupt, or a planned shard does not arrive; or another order is asked for
+            where shards are planned.
     """
 
     def __init__(self, tokenizer: Any, split: Literal["train", "val"], folder: str | Path | None = None, *,
-                 expected: int | None = None, say: Callable[[str], None] = print):
+                 expected: int | None = None, say: Callable[[str], None] = print, seed: int = 0):
         if expected is None:
-            super().__init__(shard_paths(split, folder))
+            super().__init__(shard_paths(split, folder), seed=seed)
+        elif seed:
+            raise UserError("--data-seed needs the whole text, and --shards may begin with a part of it: leave out one "
+                            "of them")
         else:
             paths, arrival = planned_shards(expected, Path(folder) if folder is not None else data_dir(), say)
             super().__init__(paths, arrival.here if arrival is not None else None)

@@ -400,17 +400,17 @@ class Owner:
                 job.members.append(_Member(f"rank {rank}" if group.world > 1 else "", popen, mine))
         return job
 
-    def wait(self, job: Job) -> int:
-        """Wait until a job has ended. Return its exit code; `job.reason` says more.
+    def wait(self, *jobs: Job) -> int:
+        """Wait until one of the jobs has ended. Return its exit code; `job.reason` says more.
 
         Raises:
             SystemExit: a signal came, and all jobs have ended. The code is 128 + its number, or that of a process that
                 failed on its way to the end.
         """
-        while job.going_on and not self.stopped:
+        while all(job.going_on for job in jobs) and not self.stopped:
             self._tick()
         if not self.stopped:
-            return job.code
+            return next(job.code for job in jobs if not job.going_on)
         for each in self._jobs:
             self._stop(each, self.stopped)
         while any(each.running for each in self._jobs):

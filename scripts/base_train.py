@@ -154,6 +154,7 @@ class Config(TrainingFlags):
     shards: int = flag(-1, "training shards that are planned: it begins with the first while a download brings the "
                            "rest; -1 = those that are there", within=COUNT_OR_ALL)
     seed: int = flag(BASE.seed, "of the initial weights", within=SEED)
+    data_seed: int = flag(0, "of the order of the documents; 0 = that of the shards", within=SEED)
     compile: str = flag("auto", "compile the blocks with torch.compile: yes, no, or auto (on GPUs)")
     fp8: bool = flag(False, "products of MLPs and head in 8 bits, on NVIDIA GPUs of compute capability 8.9 and newer")
     fp8_emulated: bool = flag(False, "round as --fp8 does, on any device, slowly: to measure its effect on the loss")
@@ -221,7 +222,8 @@ def run(config: Config, ranks: Ranks) -> None:
         check_bundle(bundle, config.core_metric_max_per_task, ranks)
     text = Path(config.data_dir).expanduser() if config.data_dir else data_dir()
     source = TextSource(tokenizer, "train", text, expected=None if config.shards == -1 else config.shards,
-                        say=print if ranks.is_main else lambda text: None)  # now: without text, no model is made
+                        say=print if ranks.is_main else lambda text: None,  # now: without text, no model is made
+                        seed=config.data_seed)
     val_source = TextSource(tokenizer, "val", text)
 
     origin = origin_of(config, shape, tokenizer, text, ranks)

@@ -85,6 +85,9 @@ class Line:
 # kernels that a compiled d20 step launches with relu² in the products' epilogues: 4 there, 16 for residual sums and
 # norms, 14 for rotary and norm in an attention layer, 8.3 for the core of an SLC2 layer (dev/LOG.md).
 UNITS = 30.8
+# More of it for optional parts, counted from the definitions: of each layer with lambdas; of each with a value embedding,
+# the lookup and its gradient in float32 included; of each SLC2 layer with a norm; of backout or smear, once.
+LAMBDAS, VALUE_EMBED, SLC_NORM, ONCE = 10, 14, 5, 8
 CROSS_ENTROPY = 4.1      # passes over the logits, the sums of the head's gradient included
 LAUNCH_SECONDS = 6e-6    # of the host, for a kernel in eager mode
 
@@ -106,13 +109,14 @@ def step_lines(config: GPTConfig, rows: int, card: Card, gpus: int, accumulation
     matrices = 6 * scaling_parameters(model) * tokens
     attention = model.flops_per_token() * tokens - matrices  # what mixers do besides
     activation, logits = tokens * E * 2, tokens * V * 2
+    units = UNITS * L + _units_of_parts(config)
     casts = parameters * 28 * accumulation + 6 * activation
     lines = [
         Line("matrix products", matrices / products, f"{matrices / 1e12:.0f} TFLOP"),
         Line("attention", attention * 3.5 / 3 / (OF_ATTENTION * card.flops),
              f"{attention * 3.5 / 3e12:.1f} TFLOP, scores computed again backward"),
-        Line("norms, residuals, rotary, relu², SLC2", UNITS * L * activation / memory,
-             f"{UNITS * L * activation / 1e9:.0f} GB"),
+        Line("norms, residuals, rotary, relu², SLC2", units * activation / memory,
+             f"{units * activation / 1e9:.0f} GB"),
         Line("cross-entropy", CROSS_ENTROPY * logits / memory, f"{CROSS_ENTROPY * logits / 1e9:.0f} GB"),
         Line("embedding, casts of weights and gradients", casts / memory, f"{casts / 1e9:.0f} GB"),
     ]
@@ -129,6 +133,14 @@ def step_lines(config: GPTConfig, rows: int, card: Card, gpus: int, accumulation
         lines.append(Line("waiting for other GPUs", waits,
                           f"{1000 * sent:.1f} ms of gradients and as much of weights, the rest beside the products"))
     return lines
+
+
+def _units_of_parts(config: GPTConfig) -> float:
+    """Return what the optional parts of a model move, in activations."""
+    pattern = config.pattern()
+    return (LAMBDAS * config.lambdas * len(pattern) + ONCE * (config.backout + config.smear)
+            + VALUE_EMBED * sum(letter in config.value_embeds for letter in pattern)
+            + SLC_NORM * config.slc_norm * pattern.count("S") + (config.mlp_ratio - 4) * len(pattern))
 
 
 def _newton_schulz_flops(matrix: torch.Tensor, steps: int = 5) -> float:

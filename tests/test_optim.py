@@ -43,6 +43,7 @@ class Tiny(nn.Module):
             mlp = nn.ModuleDict({"c_fc": nn.Linear(E, 4 * E, bias=False), "c_proj": nn.Linear(4 * E, E, bias=False)})
             self.transformer.h.append(nn.ModuleDict({"attn": Mixer(i == 0), "mlp": mlp}))
         self.lm_head = nn.Linear(E, V, bias=False)
+        self.stream = nn.Module()
 
     def loss(self, row: int) -> torch.Tensor:
         """Summed loss of one row of the global batch. Rows weigh 1, 10, 100: ranks' gradients differ in size."""

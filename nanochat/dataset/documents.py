@@ -3,7 +3,8 @@
 The document stream of a split is endless. With D documents on disk, number p of the stream is document p mod D of
 epoch p div D. Epoch 0 follows the order of the files, so that the last of them may still be on their way
 (nanochat/dataset/arrival.py). Later epochs shuffle the shards, and the row groups in each
-shard; the order depends on the epoch alone. One integer is therefore an exact position in the stream.
+shard; the order depends on the epoch alone. One integer is therefore an exact position in the stream. A seed other than
+0 gives another order, epoch 0 included: it also shuffles the documents in each row group.
 """
 
 import bisect
@@ -96,6 +97,7 @@ class Documents:
         here: where the last of them may still arrive, a function that says whether a shard is there, after a moment
             where it is not (`Arrival.here`). A shard is then opened when the stream comes to it, so that all of them
             are known before the first epoch ends.
+        seed: of the order; 0 is that of the files.
 
     Attributes:
         paths: the shards, in order; the planned ones.
@@ -106,8 +108,10 @@ class Documents:
         UserError: a shard is corrupt, a shard has no column `text`, there is no document at all, or what `here` raises.
     """
 
-    def __init__(self, paths: Sequence[Path], here: Callable[[Path], bool] | None = None):
-        self.paths, self._here = list(paths), here
+    def __init__(self, paths: Sequence[Path], here: Callable[[Path], bool] | None = None, seed: int = 0):
+        if seed and here is not None:
+            raise ValueError("another order than that of the files needs all of them")
+        self.paths, self._here, self._seed = list(paths), here, seed
         self.count = 0
         self._open: tuple[int, object] | None = None
         self._group: tuple[tuple[int, int], list[str | None]] | None = None
@@ -119,6 +123,8 @@ class Documents:
             self._add()
         if not self.paths:
             raise UserError(f"the shards in an empty list hold no document: {GET_TEXT}.")
+        if seed:
+            self._orders = {}
 
     @property
     def shards(self) -> int:
@@ -161,7 +167,7 @@ class Documents:
                 self._add()
         facts = [(path.name, path.stat().st_size, sum(rows))
                  for path, rows in zip(self.paths[:shards], self._rows[:shards])]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr([*facts, self._seed] if self._seed else facts).encode()).hexdigest()[:16]
 
     def walk(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[list[int], list[str]]]:
         """Yield the documents from `start` on in pieces of at most PIECE_DOCUMENTS, as (numbers, texts).
@@ -217,7 +223,7 @@ class Documents:
     def _order(self, epoch: int) -> tuple[list[tuple[int, int]], list[int]]:
         """Return the (shard, row group) pairs in the order of an epoch, and the document count up to each one's end."""
         if epoch not in self._orders:
-            rng = random.Random(f"pass {epoch}")
+            rng = random.Random(f"pass {epoch}" + (f" of order {self._seed}" if self._seed else ""))
             shards = list(range(len(self._rows)))
             order = []
             rng.shuffle(shards)
@@ -226,7 +232,7 @@ class Documents:
                 rng.shuffle(groups)
                 order += [(shard, group) for group in groups]
             if len(self._orders) > 3:
-                self._orders = {0: self._orders[0]}
+                self._orders = {0: self._orders[0]} if 0 in self._orders else {}
             self._orders[epoch] = order, list(accumulate(self._rows[shard][group] for shard, group in order))
         return self._orders[epoch]
 
@@ -244,6 +250,8 @@ class Documents:
             with _reading(self.paths[shard]):
                 column = self._file(shard).read_row_group(group, columns=[COLUMN], use_threads=False).column(COLUMN)
                 self._group = (shard, group), column.to_pylist()
+            if self._seed:
+                random.Random(f"row group {shard} {group} of order {self._seed}").shuffle(self._group[1])
         return self._group[1]
 
 
