@@ -207,7 +207,7 @@ def stage_lines(plan: RunPlan, card: Card) -> list[Line]:
     """
     recipe, gpus = plan.recipe, max(1, len(plan.machine.gpus))
     base, config = recipe.base, plan.model_config
-    rows, T, accumulation = plan.batch.rows, config.sequence_len, accumulation_of(plan)
+    rows, accumulation = plan.batch.rows, accumulation_of(plan)
     step = step_seconds(step_lines(config, rows, card, gpus, accumulation))
     forward = step / base.total_batch_size / 2.6  # a token without backward, on all GPUs together
 
@@ -242,16 +242,32 @@ def stage_lines(plan: RunPlan, card: Card) -> list[Line]:
                   Line("grading after it", grading, "multiple choice, and answers of at most 512 tokens")]
     if "sft" in trained:
         sft = recipe.sft
-        examples = SFT_OTHERS + sum(sft.mixture[name] for name in ("smoltalk", "spelling", "bee", "identity"))
-        steps = sft.num_iterations if sft.num_iterations > 0 else examples / sft.target_examples_per_step
-        share = max(1, sft.target_examples_per_step // gpus)
-        one = step_seconds(step_lines(config, 1, card, gpus)) * share * SFT_TOKENS * 2 / T
-        host = 90 * config.n_layer * LAUNCH_SECONDS
-        evaluated = steps / sft.eval_every * sft.eval_steps * one / 3
-        lines += [Line("fine-tuning", START + steps * max(one, host) + evaluated,
-                       f"{steps:,.0f} steps of {sft.target_examples_per_step} conversations"),
+        lines += [_packed_fine_tuning(plan, step, forward) if sft.packed else _padded_fine_tuning(plan, card),
                   Line("grading after it", grading, "as before")]
     return [*lines, Line("report", 10, "assumed")]
+
+
+def _padded_fine_tuning(plan: RunPlan, card: Card) -> Line:
+    sft, config, gpus = plan.recipe.sft, plan.model_config, max(1, len(plan.machine.gpus))
+    examples = SFT_OTHERS + sum(sft.mixture[name] for name in ("smoltalk", "spelling", "bee", "identity"))
+    steps = sft.num_iterations if sft.num_iterations > 0 else examples / sft.target_examples_per_step
+    share = max(1, sft.target_examples_per_step // gpus)
+    one = step_seconds(step_lines(config, 1, card, gpus)) * share * SFT_TOKENS * 2 / config.sequence_len
+    host = 90 * config.n_layer * LAUNCH_SECONDS
+    evaluated = steps / sft.eval_every * sft.eval_steps * one / 3
+    return Line("fine-tuning", START + steps * max(one, host) + evaluated,
+                f"{steps:,.0f} steps of {sft.target_examples_per_step} conversations")
+
+
+def _packed_fine_tuning(plan: RunPlan, step: float, forward: float) -> Line:
+    """step: seconds of an optimizer step of the base model. forward: of a token without backward."""
+    sft, batch = plan.recipe.sft, plan.recipe.base.total_batch_size
+    counts = {"identity": 1_000, "smoltalk": 460_000, "mmlu": 100_000, "gsm8k": 8_000, "spelling": 1, "bee": 1}
+    tokens = sum(counts[name] * abs(sft.mixture[name]) * TOKENS[name] for name in counts)  # -1: all
+    steps = sft.num_iterations if sft.num_iterations > 0 else tokens / batch
+    evaluated = (steps / sft.eval_every + 1) * sft.eval_steps * sft.target_examples_per_step * SFT_TOKENS * forward
+    return Line("fine-tuning", START + COMPILE + steps * step + evaluated,
+                f"{steps:,.0f} steps of the base model's, from {tokens / 1e6:.0f}M tokens of conversations")
 
 
 def _decode_seconds(config: GPTConfig, card: Card) -> float:

@@ -1,46 +1,62 @@
 """Compare ways to train a model: each arm with each seed, on the same text, by the project's own trainer.
 
     python -m bench.sweep --text books/ --vocab=4096 --depth=4 --steps=550 --batch=2048 --seq-len=256 \\
-        --seeds=1,2,3 --out=sweep_d4 "published" "published --n-kernel=4" "attention: published --layer-pattern=A"
+        --seeds=1,2,3 --out=sweep_d4 "published" "modern --reference-batch=0" "attention: published --layer-pattern=A"
 
 An arm is a text: a recipe, then flags of scripts.base_train (`python -m scripts.base_train --help` lists them), and
 before them a name and a colon, if wanted. What is given to the sweep (--depth, --steps, --batch, --seq-len) is given to
-each arm, which may override it (`--depth=5`, `--num-iterations=600`). All arms are checked before anything runs.
+each arm, which may override it (`--depth=5`, `--num-iterations=600`). All arms are checked before anything runs;
+--dry-run ends there.
 
 Text: --text imports files as `python -m nanochat.dataset import` does (a line --doc-separator ends a document);
---data takes a folder of shards that is there. A tokenizer of --vocab tokens is trained on it once. All arms read the
-same documents. A seed moves the initial weights and the order of the documents, the same for all arms. The training
-text must be so long that no document is seen twice; --repeat allows it.
+--data takes a folder of shards that is there. Later calls with the same --out need neither. A tokenizer of --vocab
+tokens is trained on it once. All arms read the same documents. A seed moves the initial weights and the order of the
+documents, the same for all arms. The training text must be so long that no document is seen twice; --repeat allows it.
 
 Each run is a process of its own; --jobs of them are at work at a time: on a CPU one a core, with one thread each; on
 GPUs one a GPU. The runs of a seed follow one another, so that a pair runs side by side and noise hits both alike.
 
+What is the same for all arms is what --equal says:
+- tokens: the number of steps, unless an arm says its own.
+- flops: an arm has as many steps as come nearest to the FLOPs of the first arm's run, by the FLOPs of a token that
+  base_train prints, which count the head and attention.
+- time: an arm has as many steps as fit the first arm's training time. Each arm first trains 16 steps, three times, side
+  by side with the others as later; the median of the last twelve steps, and of the three, is the time of a step.
+
 What is compared, always with the first arm and the same seed:
 - the held-out bits per byte, after training, on --held-out tokens that no arm was trained on, as many of each document.
   Its error over documents says how exact one pair is; that over seeds says what another pair would give, and decides:
-  "kept" is below −2 standard errors over seeds, "harmful" above +2, else "not kept".
+  "kept" is below -2 standard errors over seeds, "harmful" above +2, else "not kept".
 - the training loss over the last part of the run (--last), on identical batches that both saw for the first time, with
-  its error over steps: very exact, and blind to the noise of seeds.
+  its error over steps: very exact, and blind to the noise of seeds. Only where the arms have the same steps.
+- recall: copying random tokens and looking up random pairs in the context, which bits per byte hardly show.
 - tokens a second, FLOPs, peak memory.
 
-Files, in the folder --out: report.md and results.json, written anew after each run; runs/ with a result, a spec and
-the output of each; logs/ of base_train; base_data/ and tokenizer/. Runs that are done are kept, and found again by a
-digest of what they are: the same command goes on where it was stopped, and further arms or seeds only cost their own
-time. A run that is stopped (Ctrl-C, SIGTERM) saves a checkpoint and goes on from it; without --keep-models the
-checkpoint is removed when the run is done. --hours ends a long sweep between two runs.
+--depths=4,6,8 is a miniseries: all arms at each depth. --steps is then that of the first depth; deeper models train on
+more tokens, in proportion to the parameters of matrices and head of the first arm; or --steps names one number a depth.
+A straight line through log bits per byte against log FLOPs is fitted for each arm. The report gives the difference at
+each depth, and nothing outside what was measured.
+
+Files, in the folder --out: report.md, results.json and plots (.svg), written anew after each run; runs/ with a result,
+a spec and the output of each; logs/ of base_train; base_data/ and tokenizer/. Runs that are done are kept, and found
+again by a digest of what they are: the same command goes on where it was stopped, and further arms or seeds only cost
+their own time. A run that is stopped (Ctrl-C, SIGTERM) saves a checkpoint and goes on from it; without --keep-models
+the checkpoint is removed when the run is done. --hours ends a long sweep between two runs.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from bench.measure import command_line, provenance
-from bench.sweep.arms import Arm, read_arms
+from bench.measure import command_line, median, provenance
+from bench.sweep.arms import HORIZON, Arm, read_arms, with_equal_flops, with_steps
 from bench.sweep.report import write_report
 from bench.sweep.runs import Run, do_runs, result_of, run_of
 from bench.sweep.text import (
@@ -54,10 +70,15 @@ from bench.sweep.text import (
 from nanochat.cli import COUNT, DEPTH, FROM_ZERO, ROW_TOKENS, Range, flag, parser_of, run_main
 from nanochat.errors import UserError
 from nanochat.files import lock_folder
+from nanochat.gpt import meta_model
 from nanochat.launcher import Owner
 from nanochat.logs import print_line
+from nanochat.run.horizon import scaling_parameters
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TIMING_STEPS, TIMING_ROUNDS = 16, 3
+
+Arms = dict[int, list[Arm]]  # by depth
 
 
 @dataclass
@@ -70,9 +91,12 @@ class Config:
     val_fraction: float = flag(0.05, "share of the documents of --text to hold out", within=Range(above=0, below=1))
     vocab: int = flag(4096, "tokens of the tokenizer", within=Range(265, 1 << 24))
     depth: int = flag(4, "layers; sets width too", within=DEPTH)
-    steps: int = flag(550, "optimizer steps of a run", within=COUNT)
+    depths: str = flag("", "several depths instead, with commas between: a miniseries")
+    steps: str = flag("550", "optimizer steps of a run; of several depths that of the first, or one a depth, with "
+                             "commas between")
     batch: int = flag(2048, "tokens in an optimizer step", within=COUNT)
     seq_len: int = flag(256, "tokens in a row", within=ROW_TOKENS)
+    equal: Literal["tokens", "flops", "time"] = flag("tokens", "what all arms have the same of")
     seeds: str = flag("1,2,3", "of weights and order of the documents, with commas between")
     held_out: int = flag(1 << 20, "held-out tokens that each run is measured on", within=COUNT)
     last: float = flag(0.2, "part of the run at its end whose training loss is compared", within=Range(above=0, high=1))
@@ -84,15 +108,17 @@ class Config:
     dry_run: bool = flag(False, "check the arms, print what would be run, and end")
 
 
-def seeds_of(text: str) -> list[int]:
-    """Return the seeds. Raises UserError where the text does not name some, each once."""
+def numbers(name: str, text: str, least: int) -> list[int]:
+    """Return the different whole numbers of a flag. Raises UserError where the text does not name some."""
     try:
-        seeds = [int(part) for part in text.split(",")]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds is {text!r}: it must be different whole numbers with commas between, as in 1,2,3")
-    return seeds
+        found = []
+    if not found or min(found) < least or len(set(found)) < len(found) and name != "steps":
+        different = "different " * (name != "steps")
+        raise UserError(f"--{name} is {text!r}: it must be {different}whole numbers from {least} on, with commas "
+                        "between, as in 1,2,3")
+    return found
 
 
 def best_device(asked: str) -> str:
@@ -129,62 +155,110 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = Config(**flags)
     if not config.out:
         raise UserError("--out=FOLDER must be given: where the sweep keeps its runs and its report")
-    seeds, device_type = seeds_of(config.seeds), best_device(config.device_type)
+    seeds, device_type = numbers("seeds", config.seeds, 0), best_device(config.device_type)
     jobs, threads = places(config, device_type)
-    common = [f"--depth={config.depth}", f"--max-seq-len={config.seq_len}", f"--total-batch-size={config.batch}",
-              f"--num-iterations={config.steps}"]
-    arms = read_arms(said, common, config.vocab)
+    arms = arms_of(config, said)
     out = Path(config.out).expanduser().resolve()
     (out / "runs").mkdir(parents=True, exist_ok=True)
     with lock_folder(out, f"{out} is in use by a sweep", "Wait until it ends, or stop it with {kill}; another --out "
                                                          "can be used beside it."), Owner() as owner:
-        about = provenance(command_line("bench.sweep", argv))
-        runs = prepare(config, text, arms, seeds, out)
+        about = {**provenance(command_line("bench.sweep", argv)), "config": asdict(config)}
+        text_is = prepare(config, text, out)
+        work = partial(do_runs, owner, out=out, jobs=jobs, device_type=device_type, threads=threads, say=print_line,
+                       hours=config.hours)
+        if config.equal == "time" and not config.dry_run:
+            arms = with_equal_time(arms, seeds[0], text_is, out, partial(work, keep_models=False))
+        if not config.repeat:
+            longest = max(arm.base.tokens for each in arms.values() for arm in each)
+            check_unseen(out / "base_data", tokenizer_of(out), longest, out / "training_text.json")
+        runs = [run_of(arm, depth, seed, text_is) for depth, each in arms.items() for seed in seeds for arm in each]
         if config.dry_run:
             return say_what_would_be_run(arms, runs, out, jobs)
 
         def report() -> str:
-            results = {(run.arm.name, run.seed): found for run in runs if (found := result_of(run, out))}
-            state = f"{len(results)} of {len(runs)} runs are done."
-            return write_report(out, results, [(arm.name, arm.text, arm.flags) for arm in arms], seeds,
-                                {**about, "config": asdict(config)}, state, config.last)
+            results = {depth: {(run.arm.name, run.seed): found for run in runs if run.depth == depth
+                               and (found := result_of(run, out))} for depth in arms}
+            state = f"{sum(map(len, results.values()))} of {len(runs)} runs are done."
+            return write_report(out, results, arms, seeds, about, state, config.last, print_line)
 
         todo = [run for run in runs if result_of(run, out) is None]
-        print_line(f"{len(runs)} runs: {len(arms)} arms × {len(seeds)} seeds; {len(runs) - len(todo)} are done, "
-                   f"{jobs} at a time, {threads} threads each, on {device_type}")
-        report()
-        failed = do_runs(owner, todo, out, jobs=jobs, device_type=device_type, threads=threads,
-                         keep_models=config.keep_models, hours=config.hours, finished=report, say=print_line,
-                         done=len(runs) - len(todo))
+        print_line(f"{len(runs)} runs: {len(said)} arms × {len(seeds)} seeds × {len(arms)} depths; "
+                   f"{len(runs) - len(todo)} are done, {jobs} at a time, {threads} threads each, on {device_type}")
+        failed = work(todo, keep_models=config.keep_models, finished=report, done=len(runs) - len(todo))
         print_line("\n" + report())
         print_line(f"report: {out / 'report.md'}")
         if failed:
-            raise UserError(f"{len(failed)} runs failed: " + ", ".join(f"{run.arm.name} seed {run.seed}"
-                                                                       for run in failed))
+            raise UserError(f"{len(failed)} runs failed: {'; '.join(run.title for run in failed)}")
 
 
-def prepare(config: Config, text: Sequence[str], arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[Run]:
-    """Provide text, tokenizer and held-out tokens; return the runs. The runs of a seed follow one another."""
+def arms_of(config: Config, said: Sequence[str]) -> Arms:
+    """Return the arms of each depth, with --equal=flops each with its steps. Raises UserError for wrong ones."""
+    depths = numbers("depths", config.depths, 1) if config.depths else [config.depth]
+    steps = numbers("steps", config.steps, 1)
+    reserved = {}
+    if len(depths) > 1:
+        reserved["depth"] = "--depths sets that"
+    if len(depths) > 1 or config.equal != "tokens":
+        reserved |= dict.fromkeys(HORIZON, "the number of steps follows from --equal and --depths")
+    arms, sizes = {}, []
+    for place, depth in enumerate(depths):
+        common = [f"--depth={depth}", f"--max-seq-len={config.seq_len}", f"--total-batch-size={config.batch}",
+                  f"--num-iterations={steps[place % len(steps)]}"]
+        arms[depth] = read_arms(said, common, config.vocab, reserved)
+        sizes.append(scaling_parameters(meta_model(arms[depth][0].base.shape)))
+    if len(steps) == 1 < len(depths):
+        arms = {depth: [with_steps(arm, round(steps[0] * size / sizes[0])) for arm in each]
+                for (depth, each), size in zip(arms.items(), sizes)}
+    elif len(steps) != len(depths):
+        raise UserError(f"--steps names {len(steps)} numbers for {len(depths)} depths: give one, or one a depth")
+    if config.equal == "flops":
+        arms = {depth: with_equal_flops(each) for depth, each in arms.items()}
+    return arms
+
+
+def with_equal_time(arms: Arms, seed: int, text_is: str, out: Path, work: Callable[..., list[Run]]) -> Arms:
+    """Return the arms, each with as many steps as fit the training time of the first arm, by a few timed steps.
+
+    work: does runs and returns those that failed. Raises UserError where one did.
+    """
+    timed = {depth: [[run_of(with_steps(arm, TIMING_STEPS), depth, seed, text_is, timing=number + 1) for arm in each]
+                     for number in range(TIMING_ROUNDS)] for depth, each in arms.items()}
+    todo = [run for rounds in timed.values() for each in rounds for run in each if result_of(run, out) is None]
+    if failed := work(todo, finished=lambda: None):
+        raise UserError(f"{failed[0].title} failed, so that its steps have no time")
+    if not all(result_of(run, out) for rounds in timed.values() for each in rounds for run in each):
+        raise UserError("--hours are over before the steps are timed")
+    found = {}
+    for depth, each in arms.items():
+        seconds = [median(result_of(run, out)["step_seconds"] for run in of_arm) for of_arm in zip(*timed[depth])]
+        whole = each[0].base.num_iterations * seconds[0]
+        found[depth] = [arm if arm is each[0] else with_steps(arm, round(whole / own))
+                        for arm, own in zip(each, seconds)]
+        print_line(f"d{depth}: " + ", ".join(f"{arm.name} {own:.3f} s a step, {arm.base.num_iterations:,} steps"
+                                             for arm, own in zip(found[depth], seconds)))
+    return found
+
+
+def prepare(config: Config, text: Sequence[str], out: Path) -> str:
+    """Provide text, tokenizer and held-out tokens. Return what tells them from others."""
     folder = provide_shards(out, config.data, text, config.doc_separator, config.val_fraction)
-    if not has_tokenizer(out, folder, config.vocab):
+    if not has_tokenizer(out, config.vocab):
         train_tokenizer(out, config.vocab)
     tokenizer = tokenizer_of(out)
     if tokenizer.get_vocab_size() != config.vocab:  # a short text has too few pairs
         raise UserError(f"the text makes a tokenizer of {tokenizer.get_vocab_size():,} tokens only: use "
                         f"--vocab={tokenizer.get_vocab_size()} and another --out, or more text")
-    if not config.repeat:
-        longest = max(arm.base.tokens for arm in arms)
-        check_unseen(folder, tokenizer, longest, out / "training_text.json")
     held_out(folder, tokenizer, config.held_out, out / "heldout.npz")
-    text_is = f"{fingerprint_of(folder)} {tokenizer.fingerprint()} {config.held_out}"
-    return [run_of(arm, seed, text_is) for seed in seeds for arm in arms]
+    return f"{fingerprint_of(folder)} {tokenizer.fingerprint()} {config.held_out}"
 
 
-def say_what_would_be_run(arms: Sequence[Arm], runs: Sequence[Run], out: Path, jobs: int) -> None:
+def say_what_would_be_run(arms: Arms, runs: Sequence[Run], out: Path, jobs: int) -> None:
     """Print the arms, and how many runs are left."""
-    for arm in arms:
-        print_line(f"{arm.name}: {arm.base.parameters:,} parameters, layers {arm.base.shape.pattern()}, "
-                   f"{arm.base.num_iterations:,} steps, {arm.base.tokens:,} tokens, {arm.flops:.2e} FLOPs")
+    for depth, each in arms.items():
+        for arm in each:
+            base = arm.base
+            print_line(f"d{depth} {arm.name}: {base.parameters:,} parameters, layers {base.shape.pattern()}, "
+                       f"{base.num_iterations:,} steps, {base.tokens:,} tokens, {arm.flops:.2e} FLOPs")
     left = sum(result_of(run, out) is None for run in runs)
     print_line(f"{len(runs)} runs, {left} of them not done, {jobs} at a time")
 

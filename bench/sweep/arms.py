@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from scripts import base_train
 RESERVED = {"run", "model_tag", "data_dir", "shards", "seed", "data_seed", "fresh", "dry_run", "save_every", "keep",
             "keep_every", "eval_every", "eval_tokens", "sample_every", "core_metric_every", "core_metric_max_per_task",
             "device_type"}
+HORIZON = {"num_iterations", "target_flops", "target_param_data_ratio", "ratio_of"}
 CPU_ROWS = 16  # rows of a micro-batch on a CPU, at most: more are no faster there
 
 
@@ -53,25 +54,27 @@ class Arm:
         return [_told(self.config), groups, self.base.num_iterations, self.base.total_batch_size]
 
 
-def read_arms(texts: Sequence[str], common: Sequence[str], vocab_size: int) -> list[Arm]:
+def read_arms(texts: Sequence[str], common: Sequence[str], vocab_size: int,
+              reserved: Mapping[str, str] | None = None) -> list[Arm]:
     """Return the arms that these texts say.
 
     Args:
         texts: `recipe --flag=value ...`, each with an optional `name: ` before.
         common: flags of base_train for every arm, which an arm may override.
         vocab_size: of the tokenizer.
+        reserved: further flags, by field, that arms may not set, with the reason.
 
     Raises:
         UserError: one of them cannot be read or makes no model, or two have the same name.
     """
-    arms = [read_arm(text, common, vocab_size) for text in texts]
+    arms = [read_arm(text, common, vocab_size, reserved or {}) for text in texts]
     names = [arm.name for arm in arms]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two arms have the name {twice[0]!r}: write another one before, as in 'again: {twice[0]}'")
     return arms
 
 
-def read_arm(text: str, common: Sequence[str], vocab_size: int) -> Arm:
+def read_arm(text: str, common: Sequence[str], vocab_size: int, reserved: Mapping[str, str]) -> Arm:
     """Return the arm that a text says. See `read_arms`."""
     named = re.fullmatch(r"\s*([^:=]+?)\s*:\s+(.*)", text, re.DOTALL)
     name, rest = named.groups() if named else (" ".join(text.split()), text)
@@ -87,14 +90,32 @@ def read_arm(text: str, common: Sequence[str], vocab_size: int) -> Arm:
         if asked in RESERVED:
             raise UserError(f"the arm {text!r} sets --{asked.replace('_', '-')}, which the sweep sets itself, the same "
                             "for all arms")
+        if asked in reserved:
+            raise UserError(f"the arm {text!r} sets --{asked.replace('_', '-')}, and {reserved[asked]}")
     try:
         if not any(re.match(r"--?device[-_]batch[-_]size\b", flag) for flag in (*words, *common)):
             flags.append(f"--device-batch-size={rows_of(_parsed([*flags, '--device-batch-size=1']))}")
-        config = _parsed(flags)
-        base = horizon_of(config, vocab_size)
+        return _arm(name, text, flags, vocab_size)
     except UserError as error:
         raise UserError(f"the arm {text!r}: {error}") from error
-    return Arm(name, text, tuple(flags), config, base)
+
+
+def _arm(name: str, text: str, flags: Sequence[str], vocab_size: int) -> Arm:
+    config = _parsed(flags)
+    return Arm(name, text, tuple(flags), config, horizon_of(config, vocab_size))
+
+
+def with_steps(arm: Arm, steps: int) -> Arm:
+    """Return the arm with another number of optimizer steps."""
+    kept = [flag for flag in arm.flags if not flag.startswith("--num-iterations=")]
+    return _arm(arm.name, arm.text, [*kept, f"--num-iterations={max(1, steps)}"], arm.base.shape.vocab_size)
+
+
+def with_equal_flops(arms: Sequence[Arm]) -> list[Arm]:
+    """Return the arms, each with as many steps as come nearest to the FLOPs of the first arm."""
+    return [arm if arm is arms[0] else
+            with_steps(arm, round(arms[0].flops / (arm.base.flops_per_token * arm.base.total_batch_size)))
+            for arm in arms]
 
 
 def recipe_flags(word: str, text: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.sweep.recall import recall
 from nanochat.tokenizer import get_token_bytes
 
 EVAL_ROWS = 16  # rows of a batch
@@ -56,3 +57,10 @@ def batches(ids: np.ndarray, ends: np.ndarray, T: int, bos: int) -> Iterator[tup
         for row, (_, start, end) in zip(rows, part):
             row[1:1 + end - start] = ids[start:end]
         yield np.array([number for number, _, _ in part]), rows
+
+
+def recall_of(model: torch.nn.Module, tokenizer: Any, path: Path) -> dict[str, list[float]]:
+    """Return what `bench.sweep.recall.recall` measures, with tokens as frequent as in the held-out documents."""
+    with np.load(path) as kept:
+        ids = kept["ids"].astype(np.int64)
+    return recall(model, ids[get_token_bytes().numpy()[ids] > 0], tokenizer.get_bos_token_id())

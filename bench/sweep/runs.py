@@ -21,19 +21,36 @@ RESULT = 1  # higher after a change of what a run measures
 
 @dataclass(frozen=True)
 class Run:
-    """An arm with a seed. flags: of base_train. tag: of its files; it changes with what the run is."""
+    """An arm with a seed, at a depth of the sweep.
+
+    flags: of base_train. tag: of its files; it changes with what the run is. measure: whether the model is measured
+    afterwards; else only the time of its steps is wanted.
+    """
 
     arm: Arm
+    depth: int
     seed: int
     flags: tuple[str, ...]
     tag: str
+    measure: bool = True
+
+    @property
+    def title(self) -> str:
+        return f"{self.arm.name}, d{self.depth}, seed {self.seed}" + ("" if self.measure else " (timing)")
 
 
-def run_of(arm: Arm, seed: int, text: str) -> Run:
-    """Return the run of an arm with a seed. text: what tells the text, its tokenizer and held-out part from others."""
+def run_of(arm: Arm, depth: int, seed: int, text: str, timing: int = 0) -> Run:
+    """Return the run of an arm with a seed.
+
+    Args:
+        text: what tells the text, its tokenizer and held-out part from others.
+        timing: number of a run that is only timed, from 1 on; 0 for one that counts.
+    """
     flags = (*arm.flags, f"--seed={seed}", f"--data-seed={seed}")
-    name = re.sub(r"[^a-z0-9.]+", "-", arm.name.lower()).strip("-.")[:40]
-    return Run(arm, seed, flags, f"{name or 'arm'}_s{seed}_{digest(RESULT, arm.identity(), seed, text)}")
+    name = re.sub(r"[^a-z0-9.]+", "-", arm.name.lower()).strip("-.")[:40] or "arm"
+    about = [RESULT, arm.identity(), seed, text, *([timing] if timing else [])]
+    return Run(arm, depth, seed, flags, f"{name}_{f't{timing}' if timing else f's{seed}'}_{digest(*about)}",
+               measure=not timing)
 
 
 def result_of(run: Run, out: Path) -> dict[str, Any] | None:
@@ -57,7 +74,7 @@ def spec_of(run: Run, out: Path, slot: int, device_type: str, threads: int, keep
     flags = [*run.flags, f"--model-tag={run.tag}", f"--device-type={device_type}", "--eval-every=-1",
              "--sample-every=-1", "--save-every=-1", f"--eval-tokens={few}"]
     return {"tag": run.tag, "arm": run.arm.name, "text": run.arm.text, "seed": run.seed, "flags": flags, "env": env,
-            "device_type": device_type, "keep_model": keep_model}
+            "device_type": device_type, "keep_model": keep_model, "measure": run.measure}
 
 
 class Progress:
@@ -110,13 +127,12 @@ def do_runs(owner: Owner, runs: Sequence[Run], out: Path, *, jobs: int, device_t
             if job.code or result_of(run, out) is None:
                 failed.append(run)
                 progress.failed += 1
-                say(f"{run.arm.name}, seed {run.seed} failed: {job.reason or 'no result'} (runs/{run.tag}.txt)")
+                say(f"{run.title} failed: {job.reason or 'no result'} (runs/{run.tag}.txt)")
             else:
                 progress.done += 1
                 progress.spent += progress.cost(run)
                 finished()
-                say(f"{run.arm.name}, seed {run.seed} is done; " + progress.line([*waiting, *(r for r, _ in
-                                                                                         running.values())]))
+                say(f"{run.title} is done; " + progress.line([*waiting, *(run for run, _ in running.values())]))
     return failed
 
 
@@ -124,4 +140,4 @@ def _start(owner: Owner, run: Run, out: Path, slot: int, device_type: str, threa
     spec = out / "runs" / f"{run.tag}.spec.json"
     with atomic_write(spec, "w") as file:
         file.write(to_json(spec_of(run, out, slot, device_type, threads, keep), indent=1))
-    return owner.start(f"{run.arm.name}, seed {run.seed}", [sys.executable, "-m", "bench.sweep.worker", str(spec)])
+    return owner.start(run.title, [sys.executable, "-m", "bench.sweep.worker", str(spec)])

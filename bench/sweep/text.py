@@ -51,7 +51,7 @@ def provide_shards(out: Path, data: str, text: Sequence[str], doc_separator: str
     return folder
 
 
-def has_tokenizer(out: Path, folder: Path, vocab: int) -> bool:
+def has_tokenizer(out: Path, vocab: int) -> bool:
     """Return whether the sweep has its tokenizer. Raises UserError where it is one of another text or size."""
     try:
         meta = json.loads((out / "tokenizer" / "meta.json").read_text())

@@ -34,7 +34,7 @@ def work(spec: dict[str, Any], out: Path) -> None:
     import shutil
 
     from bench.measure import provenance
-    from bench.sweep.measuring import held_out_nats, peak_memory
+    from bench.sweep.measuring import held_out_nats, peak_memory, recall_of
     from nanochat.distributed import joined_ranks
     from nanochat.files import atomic_write, to_json
     from nanochat.loading import load_model
@@ -44,10 +44,13 @@ def work(spec: dict[str, Any], out: Path) -> None:
     base_train.main(spec["flags"])
     memory = peak_memory()
     result = {key: spec[key] for key in ("tag", "arm", "text", "seed", "flags")}
-    result |= training_record(out / "logs" / f"base_{tag}.jsonl") | {"memory": memory}
-    with joined_ranks(spec["device_type"]) as ranks:
-        model, tokenizer, _ = load_model("base", ranks.device, model_tag=tag)
-        result |= {"held_out": held_out_nats(model, tokenizer, out / "heldout.npz"), "where": provenance("bench.sweep")}
+    result |= training_record(out / "logs" / f"base_{tag}.jsonl")
+    result |= {"memory": memory, "where": provenance("bench.sweep")}
+    if spec.get("measure", True):
+        with joined_ranks(spec["device_type"]) as ranks:
+            model, tokenizer, _ = load_model("base", ranks.device, model_tag=tag)
+            result |= {"held_out": held_out_nats(model, tokenizer, out / "heldout.npz"),
+                       "recall": recall_of(model, tokenizer, out / "heldout.npz")}
     with atomic_write(out / "runs" / f"{tag}.json", "w") as file:
         file.write(to_json(result))
     if not spec["keep_model"]:
@@ -66,9 +69,10 @@ def training_record(path: Path) -> dict[str, Any]:
     tokens = each[-1]["tokens"]
     seconds = [row["seconds"] for row in each]
     return {"steps": model["num_iterations"], "loss": [row["loss"] for row in each],
-            "steps_done": [row["step"] for row in each], "parameters": model["parameters"], "tokens": tokens,
+            "parameters": model["parameters"], "tokens": tokens,
             "flops": model["flops_per_token"] * tokens, "seconds": sum(seconds),
-            "tokens_per_second": tokens / model["num_iterations"] / median(seconds[1:] or seconds),
+            "step_seconds": (step := median(seconds[len(seconds) // 4:])),
+            "tokens_per_second": tokens / model["num_iterations"] / step,
             "skipped": sum(bool(row.get("skipped")) for row in each)}
 
 
