@@ -4,8 +4,8 @@
 #     bash speedrun.sh                            # looks at the machine, says what it will do, does it
 #     bash speedrun.sh --dry-run                  # says what it would do, and prints the commands
 #     WANDB_RUN=name bash speedrun.sh             # with wandb
-#     SPEEDRUN_PROFILE=d26 bash speedrun.sh       # small, d20, d26 or d32 instead of what fits the machine
-#     SPEEDRUN_TEXT="notes/ log.txt.gz" bash speedrun.sh     # your own text instead of FineWeb-Edu or the small world
+#     SPEEDRUN_PROFILE=d26 bash speedrun.sh       # small, or d12 to d32, instead of what fits the machine
+#     SPEEDRUN_TEXT="notes/ log.txt.gz" bash speedrun.sh     # your own text
 #     NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 bash speedrun.sh   # on host0, and with NODE_RANK=1 on the other machine
 #     sbatch --nodes=4 dev/slurm.sh               # on a SLURM cluster
 #

@@ -38,6 +38,12 @@ class Attention(Mixer):
             N = E + 2 * config.n_kv_head * D
             self.conv1d = nn.Conv1d(N, N, config.attn_conv, groups=N, bias=False)  # holds the taps (N, 1, K)
 
+    @classmethod
+    def kept(cls, config, embeds: bool) -> float:
+        wide = 1 + 2 * config.n_kv_head / config.n_head  # queries, keys and values
+        # with a value embedding the joined product need not be kept for the sake of its values
+        return (cls.kept_for_backward + (config.qk_gain != 1) - embeds) + (wide if config.attn_conv else 0)
+
     def projections(self) -> list[Linear]:
         """Return the matrices of queries, keys and values, and of the value embedding's gate."""
         return [self.c_q, self.c_k, self.c_v, *([self.value_gate] if self.value_gate is not None else [])]

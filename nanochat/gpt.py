@@ -149,6 +149,7 @@ class Stream(nn.Module):
     def entries(self, x0: Tensor) -> list[Entry | None]:
         """Return what `Block.forward` takes as `entry`, for each layer; None for all where there are no lambdas."""
         scales = self.residual_scales.to(x0.dtype), self.x0_scales.to(x0.dtype)  # rounded as decoding holds them
+        x0 = x0.view_as(x0)  # for the first layer: given one tensor twice, the compiler would make another graph of it
         return [(x0, r, z) for r, z in zip(*(scale.unbind() for scale in scales))]
 
     def end(self, x: Tensor, middle: Tensor | None) -> Tensor:

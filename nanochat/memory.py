@@ -31,7 +31,9 @@ from nanochat.kernels.cross_entropy import chunk_tokens
 from nanochat.kernels.dispatch import has_triton
 from nanochat.optim import parameter_groups
 
-# In tensors as large as a layer's input, (B, T, E). What each layer keeps is its mixer's `kept_for_backward`.
+# In tensors as large as a layer's input, (B, T, E). What each layer keeps is its mixer's `kept`, and with lambdas the
+# stream before and after the scaling.
+KEPT_BY_LAMBDAS, KEPT_BY_BACKOUT, KEPT_BY_SMEAR = 2, 3, 2
 KEPT_BESIDE_LAYERS = 4.2  # embedding, last norm, the gradient of the head's input
 TEMPORARY = 7.3           # of a layer's backward, at its peak: not kept, beside what is kept
 TEMPORARY_AGAIN = 5.2     # of that of a layer that is computed again
@@ -78,7 +80,9 @@ def memory_of_step(config: GPTConfig, rows: int, T: int, *, ranks: int = 1, reco
     """
     n, tokens, width = _sizes(tuple(config.to_dict().items())), rows * T, dtype.itemsize
     unit = tokens * config.n_embd * width
-    layers = [MIXERS[letter].kept_for_backward for letter in config.pattern()]
+    layers = [MIXERS[letter].kept(config, letter in config.value_embeds) + config.mlp_ratio - 4
+              + KEPT_BY_LAMBDAS * config.lambdas for letter in config.pattern()]
+    beside = KEPT_BESIDE_LAYERS + KEPT_BY_BACKOUT * config.backout + KEPT_BY_SMEAR * config.smear
     state = 4 * n.all + 4 * n.state / ranks
     cast = width if width < 4 else 0  # a weight is kept for backward in the products' dtype
     gradients = 4 * n.all if accumulate else 0
@@ -88,10 +92,10 @@ def memory_of_step(config: GPTConfig, rows: int, T: int, *, ranks: int = 1, reco
     piece = 0 if triton else min(PIECE, 5 * 4 * config.vocab_size * tokens)
     head = 4 * n.head + logits + cast * n.head + piece
     if recompute:
-        kept = unit * (len(layers) + KEPT_BESIDE_LAYERS)
+        kept = unit * (len(layers) + beside)
         again = unit * (max(layers) + TEMPORARY_AGAIN) + cast * n.muon / len(layers)
     else:
-        kept = unit * (sum(layers) + KEPT_BESIDE_LAYERS) + cast * n.muon
+        kept = unit * (sum(layers) + beside) + cast * n.muon
         again = unit * TEMPORARY
     backward = gradients + kept + max(head, 4 * n.head + again)
     # gradients; Muon's and the head's temporaries, and with several ranks what is sent and received

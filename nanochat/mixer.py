@@ -38,8 +38,8 @@ class Mixer(nn.Module):
     """
 
     c_proj: Linear
-    # What a layer with this mixer keeps for backward of each token, its MLP included, in tensors as large as its input,
-    # (B, T, E). For nanochat/memory.py; a number too large costs rows of a micro-batch.
+    # What a published layer with this mixer keeps for backward of each token, its MLP included, in tensors as large as
+    # its input, (B, T, E). For nanochat/memory.py; a number too large costs rows of a micro-batch.
     kept_for_backward = 13.0
     # Which field of GPTConfig has the number of heads of its values; None: its letter cannot be in value_embeds.
     value_heads: str | None = None
@@ -90,6 +90,11 @@ class Mixer(nn.Module):
         z = fused_matvec(x, joined(self.projections()).weight, normed=True)
         return fused_matvec(self.mix(z, positions, cache), self.c_proj.weight, x)
 
+    @classmethod
+    def kept(cls, config, embeds: bool) -> float:
+        """Return `kept_for_backward` of a layer with the optional parts of `config`; embeds: and a value embedding."""
+        return cls.kept_for_backward
+
     def add_value_embed(self, config) -> None:
         """Make the parameters of `embedded_values`."""
         E, heads = config.n_embd, getattr(config, self.value_heads)
@@ -121,7 +126,7 @@ class Mixer(nn.Module):
         return "matrices" if self.get_parameter(name).ndim == 2 else None
 
     def is_dead(self) -> bool:
-        """Whether the weights are such that the mixer adds nothing, whatever its input, and training cannot change it."""
+        """Whether the weights let the mixer add nothing, whatever its input, and training cannot change that."""
         return False
 
     def flops_per_token(self, T: int) -> float:

@@ -48,7 +48,7 @@ from nanochat.kernels.newton_schulz import newton_schulz
 from nanochat.recipe import OptimizerGroup, published
 
 LARGEST = torch.finfo(torch.float32).max  # a norm up to here is finite
-TINY = 1e-30                              # beside a norm, so that a matrix of zeros is not divided by 0
+SMALL = 1e-15                             # a norm that is divided by is at least this
 SECOND_MOMENT = 0.9                       # decay of NorMuon's second moment, as nanochat has it
 
 
@@ -132,29 +132,28 @@ def direction(bucket: Bucket, gradient: Tensor, momentum: float, factors: Sequen
         orthogonal = newton_schulz(equilibrate_(x) if "equilibrate" in extras else x, dtype)
         scale = max(1, x.shape[1] / x.shape[2]) ** 0.5
         if moment is not None or "renormalize" in extras:
-            scale = scale_of(orthogonal, "renormalize" in extras, moment, factors[-1]).mul_(scale)
+            scale = scale_of(orthogonal, scale, "renormalize" in extras, moment, factors[-1])
         torch.mul(orthogonal.to(x.dtype), scale, out=x)
     return ahead
 
 
 def equilibrate_(x: Tensor) -> Tensor:
-    """Scale the rows of each matrix of x (N, rows, columns) to one norm, in place; the norm of the matrix stays.
+    """Scale the rows of each matrix of x (N, rows, columns) to one norm, in place; a row of zeros stays.
 
-    A row is scaled up a millionfold at most; one of zeros stays as it is.
+    The norm of the matrix does not matter: Newton-Schulz scales that itself.
     """
-    of_rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    mean = torch.linalg.vector_norm(of_rows, dim=-2, keepdim=True) / x.shape[-2] ** 0.5
-    return x.mul_(mean / torch.maximum(of_rows, mean * 1e-6 + TINY))
+    return x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(SMALL))
 
 
-def scale_of(x: Tensor, renormalize: bool, moment: Tensor | None, weight: Tensor) -> Tensor:
-    """Return what "renormalize" and "normuon" multiply the result x (N, rows, columns) of Newton-Schulz by.
+def scale_of(x: Tensor, factor: float, renormalize: bool, moment: Tensor | None, weight: Tensor) -> Tensor:
+    """Return what the result x (N, rows, columns) of Newton-Schulz is multiplied by.
 
     NorMuon divides by the roots of the second moments and scales the matrix back to the norm that it had. So a factor
     that all its second moments have in common, such as a bias correction, has no effect.
 
     Args:
-        renormalize: let the norm of each matrix be √min(rows, columns), as if it were orthogonal.
+        factor: of the whole.
+        renormalize: let the norm of each matrix be √min(rows, columns), as if it were orthogonal, times factor.
         moment: (N, rows, 1) or (N, 1, columns), the second moments, which are updated; None without "normuon".
         weight: of x in these.
 
@@ -163,15 +162,16 @@ def scale_of(x: Tensor, renormalize: bool, moment: Tensor | None, weight: Tensor
     """
     full = min(x.shape[-2:]) ** 0.5
     if moment is None:
-        return full / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_min_(TINY)
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+        return factor * full / norm.clamp_min_(SMALL)
     over = -1 if moment.shape[-1] == 1 else -2
     norms = torch.linalg.vector_norm(x, dim=over, keepdim=True, dtype=torch.float32)
     norm = torch.linalg.vector_norm(norms, dim=(-2, -1), keepdim=True)
-    used = norms * (full / norm.clamp_min(TINY)) if renormalize else norms
-    moment.lerp_(used.square().div_(x.shape[over]), weight)
-    inverse = moment.clamp_min(1e-10).rsqrt_()
-    after = torch.linalg.vector_norm(norms.mul_(inverse), dim=(-2, -1), keepdim=True).clamp_min_(TINY)
-    return inverse.mul_((full if renormalize else norm) / after)
+    of_mean = x.shape[over] ** -0.5  # a norm times this is a root mean square
+    roots = norms * (full * of_mean / norm.clamp_min(SMALL) if renormalize else of_mean)
+    inverse = moment.lerp_(roots.square_(), weight).clamp_min(1e-10).rsqrt_()
+    after = torch.linalg.vector_norm(norms.mul_(inverse), dim=(-2, -1), keepdim=True).clamp_min_(SMALL)
+    return inverse.mul_((factor * full if renormalize else norm.mul_(factor)) / after)
 
 
 def add_aligned_(change: Tensor, weights: Sequence[Tensor], decay: float) -> None:

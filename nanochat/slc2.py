@@ -45,6 +45,10 @@ class SLC2(Mixer):
         self.conv1d = nn.Conv1d(E, E, config.n_kernel, groups=E, bias=False)  # holds the taps (E, 1, K)
         self.c_proj = Linear(E, E)
 
+    @classmethod
+    def kept(cls, config, embeds: bool) -> float:
+        return cls.kept_for_backward + config.slc_norm + embeds + (0 if config.slc_gate == "rank-one" else 2.8)
+
     def projections(self) -> list[Linear]:
         """Return the matrices of the input, in the order in which the fused kernel reads their columns."""
         names = {"rank-one": ["A_proj", "alpha_proj"], "full": ["C_proj"], "none": []}[self.gate]

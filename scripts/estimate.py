@@ -85,6 +85,9 @@ class Line:
 # kernels that a compiled d20 step launches with relu² in the products' epilogues: 4 there, 16 for residual sums and
 # norms, 14 for rotary and norm in an attention layer, 8.3 for the core of an SLC2 layer (dev/LOG.md).
 UNITS = 30.8
+# More of it for optional parts, counted from the definitions: for each layer with lambdas; for each with a value
+# embedding, its gradient in float32 included; for each SLC2 layer with a norm; for backout or smear, once.
+LAMBDAS, VALUE_EMBED, SLC_NORM, ONCE = 10, 14, 5, 8
 CROSS_ENTROPY = 4.1      # passes over the logits, the sums of the head's gradient included
 LAUNCH_SECONDS = 6e-6    # of the host, for a kernel in eager mode
 
@@ -106,13 +109,14 @@ def step_lines(config: GPTConfig, rows: int, card: Card, gpus: int, accumulation
     matrices = 6 * scaling_parameters(model) * tokens
     attention = model.flops_per_token() * tokens - matrices  # what mixers do besides
     activation, logits = tokens * E * 2, tokens * V * 2
+    units = UNITS * L + _units_of_parts(config)
     casts = parameters * 28 * accumulation + 6 * activation
     lines = [
         Line("matrix products", matrices / products, f"{matrices / 1e12:.0f} TFLOP"),
         Line("attention", attention * 3.5 / 3 / (OF_ATTENTION * card.flops),
              f"{attention * 3.5 / 3e12:.1f} TFLOP, scores computed again backward"),
-        Line("norms, residuals, rotary, relu², SLC2", UNITS * L * activation / memory,
-             f"{UNITS * L * activation / 1e9:.0f} GB"),
+        Line("norms, residuals, rotary, relu², SLC2", units * activation / memory,
+             f"{units * activation / 1e9:.0f} GB"),
         Line("cross-entropy", CROSS_ENTROPY * logits / memory, f"{CROSS_ENTROPY * logits / 1e9:.0f} GB"),
         Line("embedding, casts of weights and gradients", casts / memory, f"{casts / 1e9:.0f} GB"),
     ]
@@ -129,6 +133,14 @@ def step_lines(config: GPTConfig, rows: int, card: Card, gpus: int, accumulation
         lines.append(Line("waiting for other GPUs", waits,
                           f"{1000 * sent:.1f} ms of gradients and as much of weights, the rest beside the products"))
     return lines
+
+
+def _units_of_parts(config: GPTConfig) -> float:
+    """Return what the optional parts of a model move, in activations."""
+    pattern = config.pattern()
+    return (LAMBDAS * config.lambdas * len(pattern) + ONCE * (config.backout + config.smear)
+            + VALUE_EMBED * sum(letter in config.value_embeds for letter in pattern)
+            + SLC_NORM * config.slc_norm * pattern.count("S") + (config.mlp_ratio - 4) * len(pattern))
 
 
 def _newton_schulz_flops(matrix: torch.Tensor, steps: int = 5) -> float:
@@ -195,7 +207,7 @@ def stage_lines(plan: RunPlan, card: Card) -> list[Line]:
     """
     recipe, gpus = plan.recipe, max(1, len(plan.machine.gpus))
     base, config = recipe.base, plan.model_config
-    rows, T, accumulation = plan.batch.rows, config.sequence_len, accumulation_of(plan)
+    rows, accumulation = plan.batch.rows, accumulation_of(plan)
     step = step_seconds(step_lines(config, rows, card, gpus, accumulation))
     forward = step / base.total_batch_size / 2.6  # a token without backward, on all GPUs together
 
@@ -230,16 +242,32 @@ def stage_lines(plan: RunPlan, card: Card) -> list[Line]:
                   Line("grading after it", grading, "multiple choice, and answers of at most 512 tokens")]
     if "sft" in trained:
         sft = recipe.sft
-        examples = SFT_OTHERS + sum(sft.mixture[name] for name in ("smoltalk", "spelling", "bee", "identity"))
-        steps = sft.num_iterations if sft.num_iterations > 0 else examples / sft.target_examples_per_step
-        share = max(1, sft.target_examples_per_step // gpus)
-        one = step_seconds(step_lines(config, 1, card, gpus)) * share * SFT_TOKENS * 2 / T
-        host = 90 * config.n_layer * LAUNCH_SECONDS
-        evaluated = steps / sft.eval_every * sft.eval_steps * one / 3
-        lines += [Line("fine-tuning", START + steps * max(one, host) + evaluated,
-                       f"{steps:,.0f} steps of {sft.target_examples_per_step} conversations"),
+        lines += [_packed_fine_tuning(plan, step, forward) if sft.packed else _padded_fine_tuning(plan, card),
                   Line("grading after it", grading, "as before")]
     return [*lines, Line("report", 10, "assumed")]
+
+
+def _padded_fine_tuning(plan: RunPlan, card: Card) -> Line:
+    sft, config, gpus = plan.recipe.sft, plan.model_config, max(1, len(plan.machine.gpus))
+    examples = SFT_OTHERS + sum(sft.mixture[name] for name in ("smoltalk", "spelling", "bee", "identity"))
+    steps = sft.num_iterations if sft.num_iterations > 0 else examples / sft.target_examples_per_step
+    share = max(1, sft.target_examples_per_step // gpus)
+    one = step_seconds(step_lines(config, 1, card, gpus)) * share * SFT_TOKENS * 2 / config.sequence_len
+    host = 90 * config.n_layer * LAUNCH_SECONDS
+    evaluated = steps / sft.eval_every * sft.eval_steps * one / 3
+    return Line("fine-tuning", START + steps * max(one, host) + evaluated,
+                f"{steps:,.0f} steps of {sft.target_examples_per_step} conversations")
+
+
+def _packed_fine_tuning(plan: RunPlan, step: float, forward: float) -> Line:
+    """step: seconds of an optimizer step of the base model. forward: of a token without backward."""
+    sft, batch = plan.recipe.sft, plan.recipe.base.total_batch_size
+    counts = {"identity": 1_000, "smoltalk": 460_000, "mmlu": 100_000, "gsm8k": 8_000, "spelling": 1, "bee": 1}
+    tokens = sum(counts[name] * abs(sft.mixture[name]) * TOKENS[name] for name in counts)  # -1: all
+    steps = sft.num_iterations if sft.num_iterations > 0 else tokens / batch
+    evaluated = (steps / sft.eval_every + 1) * sft.eval_steps * sft.target_examples_per_step * SFT_TOKENS * forward
+    return Line("fine-tuning", START + COMPILE + steps * step + evaluated,
+                f"{steps:,.0f} steps of the base model's, from {tokens / 1e6:.0f}M tokens of conversations")
 
 
 def _decode_seconds(config: GPTConfig, card: Card) -> float:

@@ -392,7 +392,7 @@ def check_plan(plan: RunPlan) -> None:
         look_at_files(plan.text, TextFormat(flags.doc_separator.strip(), flags.text_column, flags.encoding))
     mirror = os.environ.get(MIRROR)
     if plan.chat == "hub" and mirror:
-        for name, subset, split in hub_splits([stage.name for stage in chat_stages(plan)]):
+        for name, subset, split in hub_splits([stage.name for stage in chat_stages(plan)], plan.recipe):
             find_in_mirror(Path(mirror).expanduser(), name, subset, split)
 
 

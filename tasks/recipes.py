@@ -1,4 +1,4 @@
-"""Which tasks each stage is trained on and graded on. How much of each: nanochat/recipe.py.
+"""Which tasks each stage is trained on and graded on. How much of each: nanochat/recipe/.
 
     train, val = mid("hub")              conversations, tools, multiple choice: the first stage after the base model
     train, val = sft("small-world")      fewer and better conversations, nearer to what the model is asked

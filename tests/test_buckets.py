@@ -18,12 +18,13 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, newton_schulz, parameter_groups
 from nanochat.recipe import published
 from nanochat.training import train_step
-from tests.helpers import small_model
+from tests.helpers import PARTS, small_model
 from tests.test_distributed import told_by_ranks
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 STEPS, ROWS, T = 5, 7, 16
-GROUPS = {**published.groups, "wte": replace(published.groups["wte"], lr=0.01)}
+GROUPS = published.groups | {name: replace(published.groups[name], lr=0.01)
+                             for name in ("wte", "value_embeds", "x0_scales", "scalars")}
 
 
 # --- the plan
@@ -155,7 +156,7 @@ def plain_step(model: GPT, optimizer: MuonAdamW, batches: list, ranks: Ranks) ->
 
 
 def run_plain(ranks: Ranks, **given) -> tuple:
-    model = small_model()
+    model = small_model(**PARTS["modern"], smear=True)
     optimizer = MuonAdamW(parameter_groups(model, GROUPS), ranks, bucket_elements=4000, **given)
     seen = []
     for step in range(STEPS):
@@ -166,7 +167,7 @@ def run_plain(ranks: Ranks, **given) -> tuple:
 
 def run_overlapped(ranks: Ranks, events: list, **given) -> tuple:
     """Train as `run_plain` does, by train_step; note what happened in which order."""
-    model = small_model()
+    model = small_model(**PARTS["modern"], smear=True)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: events.append(("gradient", None)))
     optimizer = MuonAdamW(parameter_groups(model, GROUPS), ranks, bucket_elements=4000, **given)
@@ -222,7 +223,7 @@ def sum_in_bfloat16(ranks: Ranks) -> None:
 def mistakes(ranks: Ranks) -> list[str]:
     """What is refused, in words. All ranks make the same mistake."""
     told = []
-    model = small_model()
+    model = small_model(**PARTS["modern"], smear=True)
     optimizer = MuonAdamW(parameter_groups(model), ranks)
     with optimizer.reducing():
         model(*rows_of(0)[0], "sum").backward()
@@ -319,7 +320,7 @@ def test_gradients_are_sent_before_backward_ends_and_weights_awaited_layer_by_la
             last_backward = names[len(names) - names[::-1].index("layer 3"):]
             assert last_backward[:2] == ["gradient", "reduce"]  # the head's is the first
             end = len(last_backward) - last_backward[::-1].index("gradient")
-            assert last_backward[:end].count("reduce") >= 0.7 * buckets
+            assert last_backward[:end].count("reduce") >= 0.6 * buckets
             assert "reduce" not in names[:-len(last_backward)]  # micro-batches before the last send nothing
 
 

@@ -324,6 +324,26 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less(dtype, shap
         assert torch.isfinite(model(*batches[0]))
 
 
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_blocks_are_whole_graphs_one_for_each_kind_of_layer(parts):
+    """By torch.compile without code generation: what breaks a graph, or makes another one for a layer of the same kind,
+    is seen."""
+    model, ids = small_model(layer_pattern="SASA", **parts), torch.randint(97, (2, 9))
+    wanted, graphs = _gradients(model, [(ids, ids)]), []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for block in model.transformer.h:
+        block.compile(backend=keep, fullgraph=True, dynamic=False)
+    model._compiled_for = tuple(ids.shape)
+    for name, gradient in _gradients(model, [(ids, ids)]).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 2
+
+
 def test_a_model_without_memory_has_the_shapes_and_imports_no_compiler():
     config = {"vocab_size": 97, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
     wanted = {name: p.shape for name, p in GPT(GPTConfig(**config)).named_parameters()}

@@ -3,23 +3,23 @@
 import pytest
 
 from nanochat.errors import UserError
-from nanochat.recipe import at_depth, published
+from nanochat.recipe import Recipe, at_depth, modern, published
 from nanochat.training import clock
 from scripts import plan
-from scripts.estimate import CARDS, card_named, stage_lines, step_lines, step_seconds
+from scripts.estimate import CARDS, EXPECTED, PRICE, card_named, choices, stage_lines, step_lines, step_seconds
 from scripts.speedrun_plan import Machine, accumulation_of, run_of, sized_plan
 from tests.conftest import ROOT
 
 CONFIG = run_of(published).shape
 
 
-def run_on(card: str, gpus: int, depth: int = 20):
+def run_on(card: str, gpus: int, depth: int = 20, recipe: Recipe = published):
     machine = Machine([CARDS[card].name] * gpus, int(CARDS[card].memory), 64)
-    return sized_plan(f"d{depth}", at_depth(depth), machine, source="fineweb-edu", chat="hub")
+    return sized_plan(f"d{depth}", at_depth(depth, recipe), machine, source=recipe.source, chat="hub")
 
 
-def seconds(card: str, gpus: int, depth: int = 20) -> float:
-    return sum(line.seconds for line in stage_lines(run_on(card, gpus, depth), CARDS[card]))
+def seconds(card: str, gpus: int, depth: int = 20, recipe: Recipe = published) -> float:
+    return sum(line.seconds for line in stage_lines(run_on(card, gpus, depth, recipe), CARDS[card]))
 
 
 def test_the_parts_of_a_step_are_counted_from_the_model():
@@ -73,6 +73,18 @@ def test_what_cannot_be_planned_is_refused(flags, says):
         plan.main(flags)
 
 
+def test_the_choice_that_is_printed_first_is_what_the_plan_says(capsys):
+    machine = Machine([CARDS["H100"].name] * 8, int(CARDS["H100"].memory), 64)
+    rows = {row[0]: row[1:] for row in choices(machine, CARDS["H100"])}
+    assert len(rows) == len(EXPECTED) and all(expected for _, _, expected in rows.values())
+    whole = seconds("H100", 8, 18, modern)
+    assert rows["SPEEDRUN_RECIPE=modern SPEEDRUN_PROFILE=d18"][:2] == [f"{whole / 60:.0f}",
+                                                                       f"{whole / 3600 * 8 * PRICE:.0f}"]
+    plan.main(["--recipe=modern", "--depth=18"])
+    said = capsys.readouterr().out
+    assert f"sum                          | {whole / 60:7.1f}" in said and EXPECTED["modern", 18] in said
+
+
 def test_cards_are_known_by_what_the_driver_calls_them():
     assert card_named("NVIDIA H100 80GB HBM3") is CARDS["H100"] and card_named("Tesla T4") is CARDS["T4"]
     assert card_named("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None and card_named("a new one") is None
@@ -84,3 +96,6 @@ def test_the_table_of_times_in_the_readme_is_what_the_plan_says():
     for card, gpus, depth in (("H100", 8, 20), ("H100", 1, 20), ("RTX-4090", 1, 20), ("H100", 8, 26)):
         hours, minutes = divmod(round(seconds(card, gpus, depth) / 60), 60)
         assert f"{hours} h {minutes:02d} min" in table, (card, gpus, depth, hours, minutes)
+    for depth in (18, 24):
+        hours, minutes = divmod(round(seconds("H100", 8, depth, modern) / 60), 60)
+        assert f"{hours} h {minutes:02d} min" in table, (depth, hours, minutes)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanochat.cli import parse
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
@@ -25,8 +26,10 @@ from nanochat.run import (
     scaling_parameters,
     tokens_of_row,
 )
+from nanochat.run.flags import inherited, recipe_of
 from nanochat.stages import CHAT_STAGES, STAGES, stage_of_folder
 from nanochat.training import run_steps
+from scripts import chat_sft
 from tests.helpers import small_model
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -179,3 +182,17 @@ def test_modern_batch_rates_and_decay_follow_from_the_horizon(depth, batch):
 def test_flags_that_come_to_no_run(flags, said):
     with pytest.raises(UserError, match=said):
         horizon_of(flags_with(modern, depth=2, **flags), 300)
+
+
+def test_a_stage_takes_over_the_batch_and_the_rates_of_its_model():
+    before = {"recipe": "modern", "optimizer": "", "total_batch_size": 2 ** 20, "reference_batch": 2 ** 19,
+              "matrix_lr": 0.03, "weight_decay": None, "matrix_decay": 0.28, "depth": 24}
+    rates = {"matrix_lr": 0.03, "weight_decay": None}
+    batch = {"total_batch_size": 2 ** 20, "reference_batch": 2 ** 19}
+    config = parse(chat_sft.Config, ["--recipe=modern"])
+    assert recipe_of(before) == "modern" and inherited(config, before) == batch | rates
+    assert inherited(parse(chat_sft.Config, ["--recipe=modern", "--optimizer=published"]), before) == batch
+    assert inherited(config, {**before, "optimizer": "published"}) == batch  # rates are of an optimizer
+    assert inherited(config, {**before, "total_batch_size": -1}) == rates    # other programs know such a number
+    assert inherited(config, {}) == {} and recipe_of({}) == "published"
+    assert recipe_of({"recipe": "of the next year"}) == "published"

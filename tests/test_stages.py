@@ -17,7 +17,7 @@ from nanochat.checkpoint import tensors
 from nanochat.distributed import Ranks
 from nanochat.errors import UserError
 from nanochat.logs import read_log
-from nanochat.run import move_aside
+from nanochat.run import StageRun, move_aside
 from nanochat.tools import sandbox
 from nanochat.tools.sandbox import Level, best_level
 from scripts import base_eval, base_train, chat_eval, chat_rl, chat_sft, mid_train
@@ -167,6 +167,50 @@ def test_going_on_with_other_settings_is_said(base, capsys):
     assert "note: resuming with other settings" in out and "target_examples_per_step 8 → 4\n" in out
 
 
+def test_packed_fine_tuning_goes_on_from_the_base_run(base, monkeypatch, capsys):
+    """Its recipe, batch, rates and momenta are those of the base model; it resumes bit for bit, and packed alone."""
+    base_train.main([*TINY, "--num-iterations=2", "--max-seq-len=128", "--total-batch-size=256", "--recipe=modern",
+                     "--reference-batch=0", "--matrix-lr=0.03", "--model-tag=m2"])
+    flags = ["--device-type=cpu", "--model-tag=m2", "--device-batch-size=2", "--num-iterations=4", "--save-every=2",
+             "--eval-every=-1", "--eval-steps=1", "--eval-metrics-every=-1", "--target-examples-per-step=8"]
+    folder, log = base / "chatsft_checkpoints" / "m2", base / "logs" / "sft_m2.jsonl"
+    monkeypatch.setattr(StageRun, "sample_answers", lambda self, step, task: None)
+
+    def run(*more):
+        capsys.readouterr()
+        log.unlink(missing_ok=True)
+        chat_sft.main([*flags, *more])
+        return capsys.readouterr().out, [row["loss"] for row in read_log(log) if row["kind"] == "train"]
+
+    def trained(step):
+        return torch.load(folder / f"model_{step:06d}.pt", weights_only=True)
+
+    out, losses = run()
+    assert "the optimizer begins with the momenta of step 2 of" in out and "4 steps of 256 tokens of 4,100 conv" in out
+    config = json.loads((folder / "meta_000004.json").read_text())["user_config"]
+    assert [config[name] for name in ("recipe", "source", "total_batch_size", "reference_batch", "matrix_lr",
+                                      "matrix_decay")] == ["modern", "base", 256, 0, 0.03, 0.0]
+    rows = [row for row in read_log(log) if row["kind"] == "train"]
+    assert [row["tokens"] for row in rows] == [256, 512, 768, 1024] and all(0 < row["supervised"] < 256 for row in rows)
+    whole = trained(4)
+    for path in folder.glob("*_000004*"):
+        path.unlink()
+    with pytest.raises(UserError, match="was begun with --packed=True.*--fresh"):
+        run("--packed=no")
+    out, _ = run()
+    assert "resuming from step 2" in out and "momenta" not in out
+    assert_same(trained(4), whole)
+
+    out, _ = run("--fresh", "--warm-start=no", "--num-iterations=1", "--matrix-lr=0.01", "--total-batch-size=512")
+    assert "momenta" not in out
+    config = json.loads((folder / "meta_000001.json").read_text())["user_config"]
+    assert (config["matrix_lr"], config["total_batch_size"], config["embedding_lr"]) == (0.01, 512, 0.3)
+    for path in (base / "base_checkpoints" / "m2").glob("optim_*"):
+        path.unlink()
+    out, cold = run("--fresh", "--num-iterations=2")
+    assert "note: the optimizer begins without momenta: " in out and cold[0] == losses[0] and cold[1] != losses[1]
+
+
 def test_a_stage_refuses_a_model_it_did_not_begin_with(base):
     (base / "mid_checkpoints" / "d2").rename(base / "mid_checkpoints" / "kept")
     mid_train.main([*MID, "--seed=5"])
@@ -185,9 +229,12 @@ def _sft(ranks: Ranks, base, flags):
     chat_sft.run(parse(chat_sft.Config, ["--recipe=published", *flags]), ranks)
 
 
-def test_fine_tuning_on_two_ranks_is_that_on_one(base, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_fine_tuning_on_two_ranks_is_that_on_one(base, monkeypatch, packed):
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     flags = [*SFT, "--fresh", "--num-iterations=3", "--eval-metrics-every=2"]
+    if packed:
+        flags += ["--packed", "--source=base", "--warm-start", "--total-batch-size=512", "--device-batch-size=2"]
     start_ranks(2, _sft, base, flags)
     two, two_log = weights(base, "sft", 3), read_log(base / "logs" / "sft_d2.jsonl")
     _sft(Ranks(0, 0, 1, torch.device("cpu")), base, flags)
@@ -229,7 +276,7 @@ def test_conversations_longer_than_a_row_never_give_an_empty_batch(base):
     long = [{"role": "user", "content": "Where is the lamp kept? " * 60}, {"role": "assistant", "content": "Here."}]
     (base / "long.jsonl").write_text(json.dumps(long) + "\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "sft", lambda data, seed, extra: (
+        patch.setattr(recipes, "sft", lambda data, seed, extra, recipe: (
             recipes.Mixture([*map(recipes.CustomJSON, extra)] * 5 + [recipes.WorldQuestions("train", size=2)]),
             recipes.WorldQuestions("test", seed)))
         chat_sft.main([*SFT, "--fresh", f"--conversations={base / 'long.jsonl'}", "--eval-metrics-every=-1"])

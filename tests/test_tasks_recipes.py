@@ -10,6 +10,7 @@ import pytest
 
 from nanochat.errors import UserError
 from nanochat.files import base_dir
+from nanochat.recipe import modern, published
 from nanochat.small_world import World, documents
 from nanochat.tokenizer import RustBPETokenizer
 from tasks import recipes
@@ -112,6 +113,12 @@ def test_hub_is_the_published_mixture(mirror, tmp_path):  # noqa: F811
     assert kinds(train) == {"Hello.": 40, "choice": 4, "How many?": 8, "Who are you?": 6, "spelling": 300, "bee": 300}
     assert kinds(recipes.sft("hub", smoltalk=7)[0])["Hello."] == 7
     assert len(recipes.mid("hub")[0]) == 40 + 10 + 8 + 10 + 280_000
+    train, val = recipes.sft("hub", recipe=modern, spelling=20, bee=9)  # from base: all that mid-training teaches
+    assert kinds(train) == {"Hello.": 40, "choice": 30, "How many?": 32, "Who are you?": 10, "spelling": 20, "bee": 9}
+    assert kinds(val) == {"Hello.": 4, "choice": 5200, "How many?": 420}
+    both = [set(recipes.hub_splits(["sft"], recipe)) for recipe in (published, modern)]
+    assert both[1] - both[0] == {("cais/mmlu", "auxiliary_train", "train")}
+    assert both[0] - both[1] == {(recipes.ARC_NAME, f"ARC-{which}", "train") for which in ("Easy", "Challenge")}
     assert all(make().name == name for name, make in recipes.graded("hub").items())
     assert recipes.rl("hub", "test").name == "GSM8K"
 

@@ -12,7 +12,7 @@ from nanochat.engine import Batch, Engine, Row
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loading import ready_to_decode
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.recipe import published
+from nanochat.recipe import RECIPES, published
 from nanochat.sampling import Settings
 from nanochat.training import train_step
 from tests.nullgpu.inside import Recorded, recorded
@@ -45,7 +45,7 @@ def kernels(seen: Recorded) -> dict[str, int]:
 
 
 def training(depth: int, rows: int, ranks: int = 1, *, compiled: bool = True, steps: int = 3,
-             **shape: Any) -> dict[str, Any]:
+             groups: str = "published", **shape: Any) -> dict[str, Any]:
     """Train for a few steps, validate once in between, as a base run does, and return what was seen.
 
     Args:
@@ -53,6 +53,7 @@ def training(depth: int, rows: int, ranks: int = 1, *, compiled: bool = True, st
         rows: of T tokens, in one micro-batch
         ranks: of a job of so many
         compiled: whether the blocks are compiled
+        groups: whose optimizer groups, by the recipe's name
 
     Returns:
         allocated, reserved: bytes of memory at the peak of all steps
@@ -64,7 +65,7 @@ def training(depth: int, rows: int, ranks: int = 1, *, compiled: bool = True, st
     torch._dynamo.reset()
     counters.clear()
     mine, model = ranks_of(ranks), new_model(depth, **shape)
-    optimizer = MuonAdamW(parameter_groups(model), mine)
+    optimizer = MuonAdamW(parameter_groups(model, RECIPES[groups].groups), mine)
     if compiled:
         model.compile_blocks(rows, model.config.sequence_len)
     ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=mine.device)
