@@ -39,7 +39,7 @@ def in_this_process(monkeypatch):
         for run in todo:
             done.append(run.tag)
             worker.work(runs.spec_of(run, out, 0, device_type, threads, keep_models), out)
-            finished()
+        finished()
         return []
 
     def train_tokenizer(out, vocab):
