@@ -92,8 +92,8 @@ def rows_of(loader, batches):
     return rows
 
 
-def load(folder, rank=0, world_size=1, batch_size=3, sequence_len=24, tokenizer=None, **options):
-    source = TextSource(tokenizer or ByteTokenizer(), "train", folder)
+def load(folder, rank=0, world_size=1, batch_size=3, sequence_len=24, tokenizer=None, seed=0, **options):
+    source = TextSource(tokenizer or ByteTokenizer(), "train", folder, seed=seed)
     return PackedLoader(source, batch_size, sequence_len, ranks=one_of(rank, world_size), **options)
 
 
@@ -375,6 +375,41 @@ def test_later_passes_come_in_another_order_with_the_same_documents(text):
     assert passes[0] == texts
     assert passes[1] != texts != passes[2] != passes[1]
     assert sorted(passes[1]) == sorted(passes[2]) == sorted(texts)
+
+
+def test_a_seed_gives_another_order_of_the_same_documents(text):
+    folder, texts = text
+    orders = {}
+    for seed in (0, 1, 2):
+        source = Documents(shard_paths("train", folder), seed=seed)
+        orders[seed] = [each for _, piece in source.walk(0, 2 * source.count) for each in piece]
+        again = Documents(shard_paths("train", folder), seed=seed)
+        picked = again.pick(range(0, 2 * source.count, 7))  # in another order than they are read here
+        assert all(orders[seed][number] == each for number, each in picked.items())
+        for epoch in (orders[seed][:400], orders[seed][400:]):
+            assert Counter(epoch) == Counter(texts)
+    assert orders[0][:400] == texts
+    for a, b in itertools.combinations(orders.values(), 2):
+        assert a[:400] != b[:400]
+    named = [int(each.partition(":")[0]) for each in orders[1][:400] if each]
+    assert sum(after == before + 1 for before, after in itertools.pairwise(named)) < 40  # within row groups, too
+
+
+def test_an_order_of_a_seed_holds_on_any_number_of_ranks_and_after_a_resume(text):
+    folder, _ = text
+    alone = rows_of(load(folder, seed=5, rows_per_step=6), 20)
+    assert alone != rows_of(load(folder, seed=0, rows_per_step=6), 20)
+    turns = [rows_of(load(folder, rank, 2, seed=5, rows_per_step=6), 10) for rank in range(2)]
+    assert [row for turn in range(0, 30, 3) for rank in turns for row in rank[turn:turn + 3]] == alone
+    before = load(folder, seed=5, rows_per_step=6)
+    rows = rows_of(before, 8)
+    state = json.loads(json.dumps(before.state_dict()))
+    assert rows + rows_of(load(folder, seed=5, rows_per_step=6, state=state), 12) == alone
+    for other in (0, 6):
+        with pytest.raises(UserError, match="is not what it was"):
+            load(folder, seed=other, rows_per_step=6, state=state)
+    with pytest.raises(UserError, match="--data-seed needs the whole text"):
+        TextSource(ByteTokenizer(), "train", folder, expected=2, seed=1)
 
 
 def test_picked_documents_are_those_walked_past(text):

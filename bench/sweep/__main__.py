@@ -58,7 +58,7 @@ import torch
 from bench.measure import command_line, median, provenance
 from bench.sweep.arms import HORIZON, Arm, read_arms, with_equal_flops, with_steps
 from bench.sweep.report import write_report
-from bench.sweep.runs import Run, do_runs, result_of, run_of
+from bench.sweep.runs import Run, do_runs, not_done, result_of, run_of
 from bench.sweep.text import (
     check_unseen,
     fingerprint_of,
@@ -148,9 +148,12 @@ def train_tokenizer(out: Path, vocab: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the sweep. Raises UserError for wrong flags or arms, for too little text, and if a run failed."""
     parser = parser_of(Config, __doc__ or "")
-    parser.add_argument("--text", nargs="+", default=[], metavar="PATH", help="files and folders of text to import")
+    parser.add_argument("--text", nargs="+", default=[], metavar="PATH",
+                        help="files and folders of text to import; another flag must stand between them and the arms")
     parser.add_argument("arms", nargs="+", metavar="ARM", help="a recipe and flags of base_train, in one word")
-    flags = vars(parser.parse_args(sys.argv[1:] if argv is None else list(argv)))
+    words = [f"{word}=1" if word in ("--keep-models", "--repeat", "--dry-run") else word  # an arm may stand behind
+             for word in (sys.argv[1:] if argv is None else argv)]
+    flags = vars(parser.parse_args(words))
     text, said = flags.pop("text"), flags.pop("arms")
     config = Config(**flags)
     if not config.out:
@@ -181,9 +184,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             state = f"{sum(map(len, results.values()))} of {len(runs)} runs are done."
             return write_report(out, results, arms, seeds, about, state, config.last, print_line)
 
-        todo = [run for run in runs if result_of(run, out) is None]
-        print_line(f"{len(runs)} runs: {len(said)} arms × {len(seeds)} seeds × {len(arms)} depths; "
-                   f"{len(runs) - len(todo)} are done, {jobs} at a time, {threads} threads each, on {device_type}")
+        todo = not_done(runs, out)
+        print_line(f"{len(runs)} runs: {len(said)} arms × {len(seeds)} seeds × {len(arms)} depths; {len(todo)} are to "
+                   f"be done, {jobs} at a time, {threads} threads each, on {device_type}")
         failed = work(todo, keep_models=config.keep_models, finished=report, done=len(runs) - len(todo))
         print_line("\n" + report())
         print_line(f"report: {out / 'report.md'}")
@@ -223,7 +226,7 @@ def with_equal_time(arms: Arms, seed: int, text_is: str, out: Path, work: Callab
     """
     timed = {depth: [[run_of(with_steps(arm, TIMING_STEPS), depth, seed, text_is, timing=number + 1) for arm in each]
                      for number in range(TIMING_ROUNDS)] for depth, each in arms.items()}
-    todo = [run for rounds in timed.values() for each in rounds for run in each if result_of(run, out) is None]
+    todo = not_done([run for rounds in timed.values() for each in rounds for run in each], out)
     if failed := work(todo, finished=lambda: None):
         raise UserError(f"{failed[0].title} failed, so that its steps have no time")
     if not all(result_of(run, out) for rounds in timed.values() for each in rounds for run in each):
@@ -259,8 +262,7 @@ def say_what_would_be_run(arms: Arms, runs: Sequence[Run], out: Path, jobs: int)
             base = arm.base
             print_line(f"d{depth} {arm.name}: {base.parameters:,} parameters, layers {base.shape.pattern()}, "
                        f"{base.num_iterations:,} steps, {base.tokens:,} tokens, {arm.flops:.2e} FLOPs")
-    left = sum(result_of(run, out) is None for run in runs)
-    print_line(f"{len(runs)} runs, {left} of them not done, {jobs} at a time")
+    print_line(f"{len(runs)} runs, {len(not_done(runs, out))} of them not done, {jobs} at a time")
 
 
 if __name__ == "__main__":

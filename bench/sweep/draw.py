@@ -85,14 +85,14 @@ def _final(figure: Any, entries: Sequence[dict[str, Any]]) -> bool:
     axes = figure.add_subplot()
     for place, entry in enumerate(rows):
         seeds = [row["bpb_difference"].value for row in entry["seeds"] if "bpb_difference" in row]
-        axes.plot(seeds, [place] * len(seeds), "o", color=LIGHT_BLUE, markersize=4)
+        axes.plot(seeds, [place - 0.12] * len(seeds), "o", color=LIGHT_BLUE, markersize=4)
         mean: Estimate = entry["bpb_difference"]
         axes.errorbar(mean.value, place, xerr=ERRORS * (mean.error or 0.0), fmt="D", color=BLUE, markersize=5,
                       capsize=3)
     axes.set_yticks(range(len(rows)), [entry["arm"] for entry in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(0, color=ORANGE, linewidth=1)
-    _finish(axes, "held-out bits per byte minus those of the first arm: seeds, mean, ± 2 errors", "bits per byte", "",
+    _finish(axes, "held-out bits per byte minus the first arm's: seeds, mean, ± 2 errors", "bits per byte", "",
             legend=False)
     return True
 
@@ -109,6 +109,8 @@ def _series(figure: Any, fits: Sequence[dict[str, Any]]) -> bool:
                       linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:.3g}")
     _finish(axes, "held-out bits per byte by depth", "training FLOPs", "bits per byte")
     return True
 

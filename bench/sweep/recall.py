@@ -27,12 +27,16 @@ def copy_rows(frequent: np.ndarray, T: int, bos: int, rng: np.random.Generator) 
 
 
 def lookup_rows(frequent: np.ndarray, T: int, bos: int, rng: np.random.Generator) -> tuple[np.ndarray, slice]:
-    """Return rows (ROWS, T' + 1), T' ≤ T, and the targets of the values that are asked again."""
-    keys_there = np.unique(frequent)
-    n = min(PAIRS, T // 4, len(keys_there))
+    """Return rows (ROWS, T' + 1), T' ≤ T, and the targets of the values that are asked again. No key is a value."""
+    tokens = np.unique(frequent)
+    n = min(PAIRS, T // 4, len(tokens) // 2)
     rows = np.full((ROWS, 1 + 4 * n), bos)
     for row in rows:
-        pairs = np.stack([rng.choice(keys_there, n, replace=False), rng.choice(frequent, n)], 1)
+        keys, values = rng.choice(tokens, n, replace=False), np.empty(0, dtype=np.int64)
+        while len(values) < n:
+            drawn = rng.choice(frequent, n)
+            values = np.concatenate([values, drawn[~np.isin(drawn, keys)]])
+        pairs = np.stack([keys, values[:n]], 1)
         row[1:1 + 2 * n] = pairs.ravel()
         row[1 + 2 * n:] = pairs[rng.permutation(n)].ravel()
     return rows, slice(2 * n + 1, 4 * n, 2)

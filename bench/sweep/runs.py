@@ -23,14 +23,15 @@ RESULT = 1  # higher after a change of what a run measures
 class Run:
     """An arm with a seed, at a depth of the sweep.
 
-    flags: of base_train. tag: of its files; it changes with what the run is. measure: whether the model is measured
-    afterwards; else only the time of its steps is wanted.
+    flags: of base_train. key: changes with what the run is; an arm with another name has the same. tag: of its files.
+    measure: whether the model is measured afterwards; else only the time of its steps is wanted.
     """
 
     arm: Arm
     depth: int
     seed: int
     flags: tuple[str, ...]
+    key: str
     tag: str
     measure: bool = True
 
@@ -49,15 +50,25 @@ def run_of(arm: Arm, depth: int, seed: int, text: str, timing: int = 0) -> Run:
     flags = (*arm.flags, f"--seed={seed}", f"--data-seed={seed}")
     name = re.sub(r"[^a-z0-9.]+", "-", arm.name.lower()).strip("-.")[:40] or "arm"
     about = [RESULT, arm.identity(), seed, text, *([timing] if timing else [])]
-    return Run(arm, depth, seed, flags, f"{name}_{f't{timing}' if timing else f's{seed}'}_{digest(*about)}",
-               measure=not timing)
+    key = f"{f't{timing}' if timing else f's{seed}'}_{digest(*about)}"
+    return Run(arm, depth, seed, flags, key, f"{name}_{key}", measure=not timing)
 
 
 def result_of(run: Run, out: Path) -> dict[str, Any] | None:
     """Return the result of a run, None where it is not done."""
-    with suppress(OSError, ValueError):
-        return json.loads((out / "runs" / f"{run.tag}.json").read_text())
+    for path in sorted((out / "runs").glob(f"*_{run.key}.json")):
+        with suppress(OSError, ValueError):
+            return json.loads(path.read_text())
     return None
+
+
+def not_done(runs: Sequence[Run], out: Path) -> list[Run]:
+    """Return the runs without a result, each once."""
+    left: dict[str, Run] = {}
+    for run in runs:
+        if result_of(run, out) is None:
+            left.setdefault(run.key, run)
+    return list(left.values())
 
 
 def spec_of(run: Run, out: Path, slot: int, device_type: str, threads: int, keep_model: bool) -> dict[str, Any]:
