@@ -40,7 +40,7 @@ class Description:
     maker: str = flag("Rikka Botan", "who made it")
     project: str = flag("Liquid-Time nanochat", "the code it was trained with")
     kind: str = flag("a hybrid of short convolutions and attention", "what it is, technically")
-    size: str = flag("542 million", "parameters, in words; --short: 4 million")
+    size: str = flag("542 million", "parameters, in words; --short: 5 million")
     data: str = flag("educational web pages", "what it has read; --short: stories of a small invented world")
     time: str = flag("about three hours on eight GPUs",
                      "how long training took, or what it cost; --short: a few minutes on a laptop")
@@ -49,7 +49,7 @@ class Description:
     questions: str = flag("people, places and things", "what it answers questions about; for --short alone")
 
 
-SMALL = {"size": "4 million", "data": "stories of a small invented world", "time": "a few minutes on a laptop"}
+SMALL = {"size": "5 million", "data": "stories of a small invented world", "time": "a few minutes on a laptop"}
 
 
 @dataclass

@@ -25,7 +25,7 @@ from tasks.gsm8k import GSM8K
 from tasks.hub import MIRROR
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.small_world import PlainSums, WorldChoice, WorldQuestions, WorldSums
+from tasks.small_world import PlainSums, WorldChoice, WorldLookups, WorldQuestions, WorldSums
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
 
@@ -44,7 +44,7 @@ def mid(data: str, seed: int = 0, extra: Iterable[str | Path] = (), **sizes: int
         seed: of what is made here; the hub's data has none.
         extra: files of further conversations.
         sizes: conversations of one kind, instead of the recipe's number: spelling, bee, without the hub sums too, and
-            in the small world questions and choices. identity: how often the file of identity conversations is
+            in the small world questions, choices and lookups. identity: how often the file of identity conversations is
             repeated.
 
     Raises:
@@ -185,6 +185,7 @@ def _kinds(data: str, seed: int) -> dict[str, Callable[[str, int], Task]]:
     world = {} if data == "basics" else {
         "questions": lambda split, size: WorldQuestions(split, seed, size),
         "choices": lambda split, size: WorldChoice(split, seed, size),
+        "lookups": lambda split, size: WorldLookups(split, seed, size),
     }
     sums = PlainSums if data == "basics" else WorldSums
     return {

@@ -157,6 +157,25 @@ class WorldChoice(WorldTask):
         return {**multiple_choice.conversation(question, choices, letters, answer), "fact": [entity.name, attribute]}
 
 
+class WorldLookups(WorldChoice):
+    """Multiple choice that goes on with turns which ask for the letter of a choice, or for the choice of a letter.
+
+    To train on: such turns teach to find what stands beside a word further up. A multiple-choice answer needs that
+    besides the fact, and no document of the small world teaches it.
+    """
+
+    name = "World-Lookups"
+
+    def conversation(self, i: int) -> dict:
+        made, rng = super().conversation(i), rng_for(self.name, self.split, self.seed, i)
+        lines = [line[2:].split("=") for line in made["messages"][0]["content"].split("\n") if line.startswith("- ")]
+        for _ in range(2 + int(rng.random() * 3)):
+            choice, letter = pick(rng, lines)
+            made["messages"] += question_and_answer(*pick(rng, (
+                (f"Which letter is {choice}?", letter), (f"Which one is {letter}?", choice))))["messages"]
+        return made
+
+
 class WorldSums(Task):
     """Calculations with two or three numbers up to 99, done by the calculator.
 

@@ -74,7 +74,7 @@ def test_description_is_what_is_said_and_nothing_is_said_of_what_is_empty():
 def test_short_ones_describe_a_small_model_and_are_short():
     made = conversations(Description(), 1000, short=True)
     text = json.dumps(made)
-    assert "4 million" in text and "542 million" not in text and "I am Saint Iberis." in text
+    assert "5 million" in text and "542 million" not in text and "I am Saint Iberis." in text
     assert "7 million" in json.dumps(conversations(Description(size="7 million"), 300, short=True))
     tokenizer = RustBPETokenizer.train_from_iterator(islice(documents(0), 2000), 1024)
     sizes = [len(tokenizer.render_conversation({"messages": messages})[0]) for messages in made]

@@ -11,9 +11,9 @@ from nanochat.small_world.world import capital
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.tokenizer.conversation import turns_of
 from tasks.base import reference_text
-from tasks.small_world import WorldChoice, WorldQuestions, WorldSums
+from tasks.small_world import WorldChoice, WorldLookups, WorldQuestions, WorldSums
 
-TASKS = (WorldQuestions, WorldChoice, WorldSums)
+TASKS = (WorldQuestions, WorldChoice, WorldLookups, WorldSums)
 
 
 def users(conversation) -> list[str]:
@@ -122,6 +122,20 @@ def test_choices_are_four_different_values_with_the_right_one_anywhere():
         assert [task.evaluate(conversation, l) for l in "ABCD"] == [l == letter for l in "ABCD"]
         seen.append(letter)
     assert all(180 < seen.count(letter) < 320 for letter in "ABCD")
+
+
+def test_lookups_are_multiple_choice_with_turns_about_its_list():
+    kinds = set()
+    for conversation in WorldLookups("train", size=300):
+        first, rest = conversation["messages"][:2], conversation["messages"][2:]
+        lines = [line[2:].split("=") for line in first[0]["content"].split("\n") if line.startswith("- ")]
+        assert len(rest) in (4, 6, 8) and len(first[1]["content"]) == 1 and first[0]["content"].count("question: ") == 1
+        for asked, answer in zip(rest[::2], rest[1::2]):
+            asked, answer = asked["content"].removesuffix("?"), answer["content"]
+            kind, said = asked.rsplit(" is ", 1)
+            kinds.add(kind)
+            assert ([said, answer] if kind == "Which letter" else [answer, said]) in lines
+    assert kinds == {"Which letter", "Which one"}
 
 
 def numbers(conversation) -> tuple[int, ...]:
