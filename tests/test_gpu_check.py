@@ -17,6 +17,7 @@ from nanochat.kernels.cross_entropy.cpu import softcapped_cross_entropy_
 from nanochat.kernels.fp8 import ACTIVATION, GRADIENT
 from nanochat.kernels.newton_schulz import newton_schulz
 from nanochat.kernels.slc2 import cpu as slc2_cpu
+from nanochat.optim import MuonAdamW
 from nanochat.positions import Positions
 from tests.conftest import ROOT
 from tests.test_bench import table_of
@@ -161,7 +162,8 @@ def test_a_part_that_fails_breaks_or_finds_no_time_is_told_and_fails_the_check()
     (right.state, "nanochat.positions.Positions.last", lambda self, entries, n: entries[:, :n]),
     (right.optimizer, "nanochat.optim.newton_schulz",
      lambda x, dtype, steps=5, whole=newton_schulz: whole(x, dtype, 4 if dtype == torch.bfloat16 else 5)),
-    (right.learning, "nanochat.optim.direction", lambda bucket, gradient, *rest: torch.zeros_like(gradient)),
+    (right.learning, "nanochat.optim.MuonAdamW.step",
+     lambda self, *, lr_scale=1.0, whole=MuonAdamW.step, **more: whole(self, lr_scale=0.0, **more)),
     (single.slc2, "nanochat.kernels.slc2.cpu.forward", lambda *given, whole=slc2_cpu.forward: whole(*given) * 1.02),
     (single.slc2, "nanochat.kernels.slc2.cpu.backward",
      lambda *given, whole=slc2_cpu.backward: whole(*given[:7], *map(torch.empty_like, given[7:]))),

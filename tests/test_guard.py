@@ -181,7 +181,9 @@ def run(base, name, factor_of=lambda step: 1.0, steps=84, mode="skip", break_wei
     """Train a small model with faults; return the guard, the model and the records of the log."""
     model, optimizer = new(ranks)
     plan = TrainingPlan(steps, 1, 64, clip=1.0)
-    object.__setattr__(plan, "rates", type("Rates", (), {"factor": lambda self, step, of: lr_scale})())
+    object.__setattr__(plan, "rates", type("Rates", (), {"factor": lambda self, step, of: lr_scale,
+                                                        "fallen": lambda self, step, of: 0.0})())
+    object.__setattr__(plan, "decay_scale", lambda step: 1.0)  # so that nothing follows from the number of steps
     folder = base / name
     with RunLog("base", name, {}, enabled=ranks.is_main) as log:
         guard = Guard(model, optimizer, ranks, log, mode=mode, folder=folder, judges_loss=judges)

@@ -338,7 +338,7 @@ def test_a_run_on_a_cpu_measures_where_asked_and_its_log_and_report_say_what(tin
     assert record["source"] == "measured" and record["seconds"] > 0 and not record["problem"], record
     assert not record["left_out"] and record["rows"] == [2, 32], record
     if relu2.BACKENDS["cpu"].ready(torch.ones(1)):  # else each has one implementation here
-        assert record["chosen"].keys() == {"attention", "slc2", "decode_attention"}
+        assert record["chosen"].keys() == {"adamw", "attention", "slc2", "decode_attention"}
         assert set(record["milliseconds"]["slc2"]) == {"cpu", "torch"}
         section = stage_section(read_logs(tiny_base / "logs")["base", "d2"], [])
         assert f"| slc2 | {record['chosen']['slc2']} |" in section and "| relu2 | torch (asked for) |" in section

@@ -19,6 +19,7 @@ from nanochat.errors import NotWritten, UserError
 from nanochat.kernels.choose import Choice
 from nanochat.logs import RunLog, read_log
 from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.recipe import override, published
 from nanochat.run import Origin, StageRun, open_run
 from nanochat.saving import BackgroundSaver
 from nanochat.stages import STAGES
@@ -121,6 +122,10 @@ class Config:
     weight_decay: float = 0.0
     reduce_dtype: str = "float32"
     recompute: str = "none"
+
+    def groups(self, *factors):
+        return override(published.groups, matrix_lr=self.matrix_lr, embedding_lr=self.embedding_lr,
+                        unembedding_lr=self.unembedding_lr, weight_decay=self.weight_decay)
 
 
 class Tokenizer:

@@ -114,7 +114,7 @@ def test_an_unreachable_hub_is_seen(monkeypatch):
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
+def tiny_run(monkeypatch, tmp_path):
     """A speedrun is that of a tiny profile, here and on a CPU."""
     monkeypatch.setitem(PROFILES, "small", tiny_profile())
     # in this process: each of the stages' own would import torch anew
@@ -126,7 +126,7 @@ def tiny(monkeypatch, tmp_path):
 
 
 @pytest.mark.long
-def test_own_text_ends_in_a_model_to_talk_to(tiny, monkeypatch, capfd, tmp_path):
+def test_own_text_ends_in_a_model_to_talk_to(tiny_run, monkeypatch, capfd, tmp_path):
     (tmp_path / "own.txt").write_text("\n\n".join(islice(documents(5), 300)))
     monkeypatch.setenv("SPEEDRUN_TEXT", "own.txt")
     monkeypatch.setenv("SPEEDRUN_RL", "0")
@@ -143,7 +143,7 @@ def test_own_text_ends_in_a_model_to_talk_to(tiny, monkeypatch, capfd, tmp_path)
 
 
 @pytest.mark.long
-def test_all_stages_run_and_a_second_run_skips_them(tiny, capfd, tmp_path):
+def test_all_stages_run_and_a_second_run_skips_them(tiny_run, capfd, tmp_path):
     speedrun.main([])
     first = capfd.readouterr().out
     for said in ("machine ", "== text", "== tokenizer", "== base model", "== evaluation", "== mid-training",

@@ -294,9 +294,12 @@ def warm_start(optimizer: MuonAdamW, origin: Origin, ranks: Ranks) -> str:
 
 
 def print_changes(before: dict[str, Any], config: Any, origin: Origin) -> None:
-    """Print the settings that differ from those the run to resume was saved with (its user_config)."""
+    """Print the settings that differ from those the run to resume was saved with (its user_config).
+
+    One that is None now follows from others.
+    """
     changed = [f"{name} {before[name]} → {getattr(config, name)}" for name in origin.stage.settings
-               if name in before and hasattr(config, name) and before[name] != getattr(config, name)]
+               if name in before and getattr(config, name, None) not in (None, before[name])]
     if changed:
         print(f"note: resuming with other settings than the run in {origin.folder} began with: {', '.join(changed)}")
 
