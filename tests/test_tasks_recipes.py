@@ -33,7 +33,7 @@ def own_file(path, count: int = 1):
 def test_small_world_needs_nothing_and_all_of_it_renders_in_short_rows():
     tokenizer = RustBPETokenizer.train_from_iterator(islice(documents(0), 2000), 1024)
     (train, val), (fine, fine_val) = recipes.mid("small-world"), recipes.sft("small-world")
-    assert len(train) == 15_000 and len(fine) == 4_100 and len(val) == len(fine_val) == 400
+    assert len(train) == 13_500 and len(fine) == 5_100 and len(val) == len(fine_val) == 480
     for task in (train[:300], val, fine[:300]):
         for conversation in task:
             ids, mask = tokenizer.render_conversation(conversation)
@@ -51,7 +51,7 @@ def test_basics_know_no_fact_of_the_small_world_and_have_its_letters_and_sums():
 
 
 def test_sft_sees_other_conversations_than_mid():
-    sizes = {"choices": 0, "spelling": 0, "bee": 0}
+    sizes = {"choices": 0, "lookups": 0, "spelling": 0, "bee": 0}
     mid, _ = recipes.mid("small-world", questions=1000, sums=1000, **sizes)
     sft, _ = recipes.sft("small-world", questions=1000, sums=1000, **sizes)
     assert len(mid) == len(sft) == 2000
@@ -60,7 +60,7 @@ def test_sft_sees_other_conversations_than_mid():
 
 
 def test_sizes_seed_identity_and_own_files_count(tmp_path):
-    none = dict.fromkeys(("questions", "choices", "sums", "spelling", "bee"), 0)
+    none = dict.fromkeys(("questions", "choices", "lookups", "sums", "spelling", "bee"), 0)
     own = own_file(tmp_path / "own.jsonl", 3)
     assert len(recipes.mid("small-world", **none)[0]) == 0
     assert first_words(recipes.sft("small-world", extra=[own, own], **none)[0]) == {"Who are you?": 6}
