@@ -186,7 +186,7 @@ def test_packed_fine_tuning_goes_on_from_the_base_run(base, monkeypatch, capsys)
         return torch.load(folder / f"model_{step:06d}.pt", weights_only=True)
 
     out, losses = run()
-    assert "the optimizer begins with the momenta of step 2 of" in out and "4 steps of 256 tokens of 4,100 conv" in out
+    assert "the optimizer begins with the momenta of step 2 of" in out and "4 steps of 256 tokens of 5,100 conv" in out
     config = json.loads((folder / "meta_000004.json").read_text())["user_config"]
     assert [config[name] for name in ("recipe", "source", "total_batch_size", "reference_batch", "matrix_lr",
                                       "matrix_decay")] == ["modern", "base", 256, 0, 0.03, 0.0]
