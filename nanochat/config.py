@@ -13,6 +13,7 @@ from nanochat.positions import ROPE_BASE
 from nanochat.slc2 import GATE_INITS, GATES, SLC2
 
 MIXERS = {"S": SLC2, "A": Attention}  # the letters of layer_pattern
+ALWAYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel", "slc_rate")  # in a meta
 
 
 @dataclass
@@ -69,7 +70,7 @@ class GPTConfig:
     attn_conv: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel", "slc_rate"):
+        for name in ALWAYS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
@@ -131,6 +132,5 @@ class GPTConfig:
         Optional ones are left out where they are as published, since published code does not know them. One that is not
         makes another model, which code that does not know it has to refuse.
         """
-        published = {field.name: field.default for field in fields(self)[8:]}
-        return {name: value for name, value in asdict(self).items()
-                if name not in published or value != published[name]}
+        published = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in asdict(self).items() if name in ALWAYS or value != published[name]}

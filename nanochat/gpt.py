@@ -355,11 +355,10 @@ class GPT(nn.Module):
         T = ids.shape[1]
         if counts is not None and (len(counts) != ids.shape[0] or not all(0 < count <= T for count in counts)):
             raise ValueError(f"counts must be {ids.shape[0]} numbers from 1 to {T}, not {counts}")
-        middle = None
         if cache is None:
             positions = Positions.of_full_rows(self.rope(T), T)
             x, entries = self._begin(ids, positions)
-            h = rms_norm(x) if entries[0] is None else None
+            h, middle = rms_norm(x) if entries[0] is None else None, None
             compiled = tuple(ids.shape) == self._compiled_for
             recompute = self.recompute and torch.is_grad_enabled()
             for i, (block, entry) in enumerate(zip(self._blocks(), entries)):
@@ -371,6 +370,7 @@ class GPT(nn.Module):
                 else:
                     x, h = run(x, h, positions) if entry is None else run(x, None, positions, None, entry)
                 middle = self._keep(i, x, middle)
+            h = self._end(x, h, middle)
         else:
             cached = max(cache.lengths)
             end = cached_on(self.device, cached + T) if cached and T > 1 else cached + T
@@ -378,13 +378,21 @@ class GPT(nn.Module):
             positions = Positions.after_cache(
                 self.rope(cached + T), cache.lengths, T, batch_invariant=cache.batch_invariant, end=end,
                 counts=None if counts is None else torch.tensor(counts, device=self.device))
-            layers = cache.view(cache.rows, cache.max_len)
-            x, entries = self._begin(ids, positions, layers)
-            h = rms_norm(x) if entries[0] is None else None
-            for i, (block, entry, layer) in enumerate(zip(self._blocks(), entries, layers)):
-                x, h = block.forward(x, h, positions, layer, entry)
-                middle = self._keep(i, x, middle)
+            h = self._through(ids, positions, cache.view(cache.rows, cache.max_len))
             cache.advance(T, counts)
+        return h
+
+    def _through(self, ids: Tensor, positions: Positions, layers: list[LayerCache]) -> Tensor:
+        """Return what `hidden` does, of ids that continue these layers of a cache, which are updated."""
+        x, entries = self._begin(ids, positions, layers)
+        h, middle = rms_norm(x) if entries[0] is None else None, None
+        for i, (block, entry, layer) in enumerate(zip(self._blocks(), entries, layers)):
+            x, h = block.forward(x, h, positions, layer, entry)
+            middle = self._keep(i, x, middle)
+        return self._end(x, h, middle)
+
+    def _end(self, x: Tensor, h: Tensor | None, middle: Tensor | None) -> Tensor:
+        """Return the input of the head, from what the last block returned and `_keep` kept."""
         return h if h is not None and middle is None else rms_norm(self.stream.end(x, middle))
 
     def head(self, x: Tensor) -> Tensor:
@@ -406,21 +414,15 @@ class GPT(nn.Module):
         """
         if ids.shape[1] != 1:
             raise ValueError(f"a static decode step is of one token a row, not of {ids.shape[1]}")
-        positions, middle = Positions.static(self.rope(length), index, length), None
-        layers = cache.view(len(ids), length)
-        x, entries = self._begin(ids, positions, layers)
-        parts = enumerate(zip(self._blocks(), entries, layers))
-        if len(ids) == 1 and self.has_single_row_step():
-            for i, (block, entry, layer) in parts:
-                x = block.single_row_step(x if entry is None else enter(x, *entry), positions, layer)
-                middle = self._keep(i, x, middle)
-            x = self.stream.end(x, middle)
-            return softcap(fused_matvec(x, self._ready(self.lm_head).weight, normed=True).float())[:, -1]
-        h = rms_norm(x) if entries[0] is None else None
-        for i, (block, entry, layer) in parts:
-            x, h = block.forward(x, h, positions, layer, entry)
+        positions, layers = Positions.static(self.rope(length), index, length), cache.view(len(ids), length)
+        if len(ids) > 1 or not self.has_single_row_step():
+            return self.head(self._through(ids, positions, layers))[:, -1]
+        (x, entries), middle = self._begin(ids, positions, layers), None
+        for i, (block, entry, layer) in enumerate(zip(self._blocks(), entries, layers)):
+            x = block.single_row_step(x if entry is None else enter(x, *entry), positions, layer)
             middle = self._keep(i, x, middle)
-        return self.head(h if h is not None and middle is None else rms_norm(self.stream.end(x, middle)))[:, -1]
+        x = self.stream.end(x, middle)
+        return softcap(fused_matvec(x, self._ready(self.lm_head).weight, normed=True).float())[:, -1]
 
     def has_single_row_step(self) -> bool:
         """Whether a single row goes through fused products: a model made ready to decode, not quantised."""

@@ -22,7 +22,7 @@ def convolve(u: Tensor, taps: Tensor, positions: Positions, past: Tensor | None)
     if positions.T == 1 and positions.counts is None:
         return causal_conv_step(u, taps, past)
     c = causal_conv(u, taps, past.to(u.dtype))
-    past.copy_(positions.last(torch.cat([past, u.to(past.dtype)], dim=1), taps.shape[1] - 1))
+    positions.remember(past, u)
     return c
 
 

@@ -123,3 +123,7 @@ class Positions:
         if self.counts is None:
             return entries[:, entries.shape[1] - n:]
         return entries[self._rows, self.counts[:, None] + torch.arange(n, device=entries.device)]
+
+    def remember(self, past: Tensor, entries: Tensor) -> None:
+        """Bring the newest entries of each row, past (B, n, …), up to date in place with those of the T tokens."""
+        past.copy_(self.last(torch.cat([past, entries.to(past.dtype)], dim=1), past.shape[1]))

@@ -87,7 +87,7 @@ class SLC2(Mixer):
         y, K = slc2_mix(z, taps, past, **self.heads), taps.shape[1]
         newest = slice(None) if positions.counts is not None else slice(-max(K - 1, 1), None)  # all that can be kept
         u = gated_input(x[:, newest], A[:, newest], alpha[:, newest])
-        past.copy_(positions.last(torch.cat([past, u.to(past.dtype)], dim=1), K - 1))
+        positions.remember(past, u)
         return y
 
     def is_dead(self) -> bool:
