@@ -91,7 +91,9 @@ def _ranks_of_environment() -> tuple[int, int, int]:
     return rank, local_rank, world_size
 
 
-def _device_of(device_type: str, local_rank: int, world_size: int) -> torch.device:
+def device_of(device_type: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
+    """Return the device of a rank; device_type is cuda, mps, cpu, or "" for the best there is. Raises UserError where
+    there is none."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size == 1, "cpu": True}
     if device_type == "":
         device_type = next(name for name in ("cuda", "mps", "cpu") if has[name])
@@ -125,7 +127,7 @@ def init_ranks(device_type: str = "") -> Ranks:
         UserError: the machine has no such device, the variables contradict one another, or the ranks do not connect.
     """
     rank, local_rank, world_size = _ranks_of_environment()
-    device = _device_of(device_type, local_rank, world_size)
+    device = device_of(device_type, local_rank, world_size)
     if device.type == "cuda":
         use_gpu(device)
     elif device.type == "cpu":

@@ -403,6 +403,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "nanochat": own}
 
 
+def available_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """Return system, CPU model, cores this process may use, memory in bytes (0 if unknown), GPU names."""
     import torch
@@ -413,16 +418,12 @@ def machine() -> dict[str, Any]:
     models = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
     cpu = next(models, platform.processor())
     try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        cores = os.cpu_count() or 1
-    try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         memory = 0
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"system": platform.platform(), "cpu": cpu or platform.machine(), "cores": cores, "memory": memory,
-            "gpus": gpus}
+    return {"system": platform.platform(), "cpu": cpu or platform.machine(), "cores": available_cores(),
+            "memory": memory, "gpus": gpus}
 
 
 def commit() -> str | None:

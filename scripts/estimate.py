@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanochat.buckets import newton_schulz_flops
 from nanochat.distributed import gpu_peak
 from nanochat.gpt import GPTConfig, meta_model
 from nanochat.optim import parameter_groups
@@ -121,7 +122,7 @@ def step_lines(config: GPTConfig, rows: int, card: Card, gpus: int, accumulation
         Line("embedding, casts of weights and gradients", casts / memory, f"{casts / 1e9:.0f} GB"),
     ]
     muon = [p for group in parameter_groups(model) if group["kind"] == "muon" for p in group["params"]]
-    newton_schulz = sum(map(_newton_schulz_flops, muon)) / gpus
+    newton_schulz = sum(newton_schulz_flops(*p.shape) for p in muon) / gpus
     moved = parameters / gpus * 96 + (8 * sum(p.numel() for p in muon) if gpus > 1 else 0)
     lines.append(Line("optimizer", moved / memory + newton_schulz / products,
                       f"{moved / 1e9:.1f} GB and {newton_schulz / 1e12:.2f} TFLOP"))
@@ -141,11 +142,6 @@ def _units_of_parts(config: GPTConfig) -> float:
     return (LAMBDAS * config.lambdas * len(pattern) + ONCE * (config.backout + config.smear)
             + VALUE_EMBED * sum(letter in config.value_embeds for letter in pattern)
             + SLC_NORM * config.slc_norm * pattern.count("S") + (config.mlp_ratio - 4) * len(pattern))
-
-
-def _newton_schulz_flops(matrix: torch.Tensor, steps: int = 5) -> float:
-    short, long = sorted(matrix.shape)
-    return steps * (4 * short * short * long + 2 * short ** 3)
 
 
 def step_seconds(lines: list[Line]) -> float:
@@ -262,7 +258,7 @@ def _padded_fine_tuning(plan: RunPlan, card: Card) -> Line:
 def _packed_fine_tuning(plan: RunPlan, step: float, forward: float) -> Line:
     """step: seconds of an optimizer step of the base model. forward: of a token without backward."""
     sft, batch = plan.recipe.sft, plan.recipe.base.total_batch_size
-    counts = {"identity": 1_000, "smoltalk": 460_000, "mmlu": 100_000, "gsm8k": 8_000, "spelling": 1, "bee": 1}
+    counts = {**CONVERSATIONS, "spelling": 1, "bee": 1}
     tokens = sum(counts[name] * abs(sft.mixture[name]) * TOKENS[name] for name in counts)  # -1: all
     steps = sft.num_iterations if sft.num_iterations > 0 else tokens / batch
     evaluated = (steps / sft.eval_every + 1) * sft.eval_steps * sft.target_examples_per_step * SFT_TOKENS * forward

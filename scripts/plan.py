@@ -11,7 +11,6 @@ what. `bash speedrun.sh` announces the same numbers for the machine it finds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
@@ -23,6 +22,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import meta_model
 from nanochat.memory import usable_memory
 from nanochat.recipe import RECIPES, at_depth, published
+from nanochat.run import RecipeName
 from nanochat.training import clock
 from scripts.estimate import CARDS, EXPECTED, Card, Line, stage_lines, step_lines, step_seconds
 from scripts.speedrun_plan import Machine, RunPlan, accumulation_of, sized_plan
@@ -32,7 +32,7 @@ from scripts.speedrun_plan import Machine, RunPlan, accumulation_of, sized_plan
 class Flags:
     """Flags of plan."""
 
-    recipe: Literal[tuple(RECIPES)] = flag(published.name, "how the model is trained")
+    recipe: RecipeName = flag(published.name, "how the model is trained")
     depth: int = flag(0, "layers of the model, from which the rest follows; 0: the recipe's own", within=Range(0, 1000))
     gpus: int = flag(8, "GPUs of one machine", within=Range(1, 1024))
     card: str = flag("H100", f"kind of GPU: {', '.join(CARDS)}")

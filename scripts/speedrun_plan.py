@@ -30,9 +30,10 @@ from nanochat.distributed import Ranks, compute_dtype, peak_flops
 from nanochat.errors import UserError
 from nanochat.files import base_dir
 from nanochat.gpt import GPTConfig
+from nanochat.logs import available_cores
 from nanochat.memory import MicroBatch, choose_batch, rows_that_divide
 from nanochat.recipe import MOST_ROWS, PROFILES, RECIPES, Recipe, Rows, at_depth, changed_flags, published
-from nanochat.run import BaseRun, flags_of, horizon_of
+from nanochat.run import BaseRun, RecipeName, flags_of, horizon_of, model_shape
 from nanochat.stages import CHAT_STAGES, STAGES, Stage
 from nanochat.training import share_of_micro_batches
 from tasks.hub import MIRROR, find_in_mirror
@@ -67,7 +68,7 @@ class Settings:
     """Settings of a speedrun in the environment, each SPEEDRUN_ and its name in capitals."""
 
     profile: str = flag("", f"what is trained, one of {', '.join(PROFILES)}; unset: what fits the machine")
-    recipe: Literal["", "published", "modern"] = flag("", "how a profile d12 to d32 is trained; unset: published")
+    recipe: Literal[Literal[""], RecipeName] = flag("", "how a profile d12 to d32 is trained; unset: published")
     text: str = flag("", "files and folders of your own text")
     text_flags: str = flag("", "flags of `python -m nanochat.dataset import` for them")
     gpus: int = flag(-1, "GPUs to use; unset: all", within=Range(0, 1024))
@@ -99,8 +100,7 @@ def find_machine() -> Machine:
     if wanted > count:
         raise UserError(f"SPEEDRUN_GPUS is {wanted}, but this machine shows {count} GPU{'s' if count != 1 else ''}.")
     devices = [torch.cuda.get_device_properties(i) for i in range(wanted)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine([d.name for d in devices], min((d.total_memory for d in devices), default=0), cores)
+    return Machine([d.name for d in devices], min((d.total_memory for d in devices), default=0), available_cores())
 
 
 def text_paths(text: str) -> list[str]:
@@ -189,7 +189,7 @@ class RunPlan:
 
     @property
     def model_config(self) -> GPTConfig:
-        return run_of(self.recipe).shape
+        return model_shape(self.recipe.base.shape, self.recipe.tokenizer.vocab_size)
 
     @property
     def tag(self) -> str:

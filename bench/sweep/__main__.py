@@ -68,11 +68,12 @@ from bench.sweep.text import (
     tokenizer_of,
 )
 from nanochat.cli import COUNT, DEPTH, FROM_ZERO, ROW_TOKENS, Range, flag, parser_of, run_main
+from nanochat.distributed import device_of
 from nanochat.errors import UserError
 from nanochat.files import lock_folder
 from nanochat.gpt import meta_model
 from nanochat.launcher import Owner
-from nanochat.logs import print_line
+from nanochat.logs import available_cores, print_line
 from nanochat.run.horizon import scaling_parameters
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -121,14 +122,9 @@ def numbers(name: str, text: str, least: int) -> list[int]:
     return found
 
 
-def best_device(asked: str) -> str:
-    """Return the device type that runs take."""
-    return asked or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def places(config: Config, device_type: str) -> tuple[int, int]:
     """Return how many runs are at work at a time, and how many threads each has."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     most = torch.cuda.device_count() if device_type == "cuda" else 1 if device_type == "mps" else cores
     if device_type == "cuda" and config.jobs > most:
         raise UserError(f"--jobs={config.jobs}, and there are {most} GPUs: one run takes a GPU")
@@ -158,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = Config(**flags)
     if not config.out:
         raise UserError("--out=FOLDER must be given: where the sweep keeps its runs and its report")
-    seeds, device_type = numbers("seeds", config.seeds, 0), best_device(config.device_type)
+    seeds, device_type = numbers("seeds", config.seeds, 0), device_of(config.device_type).type
     jobs, threads = places(config, device_type)
     arms = arms_of(config, said)
     out = Path(config.out).expanduser().resolve()

@@ -14,6 +14,7 @@ beside training (nanochat/saving.py).
 from nanochat.run.flags import (
     ChatData,
     ChatStageFlags,
+    RecipeName,
     TrainingFlags,
     choose_kernels,
     compile_wanted,
@@ -39,8 +40,8 @@ from nanochat.run.origin import (
 )
 from nanochat.run.stage_run import PeriodicAction, StageRun, is_due, open_run
 
-__all__ = ["BaseRun", "ChatData", "ChatDataChoice", "ChatStageFlags", "Origin", "PeriodicAction", "StageRun",
-           "TrainingFlags", "chat_data_choice", "chat_data_of", "checkpoint_to_resume", "choose_kernels", "claim",
-           "compile_wanted", "fit_and_choose", "flags_of", "horizon_of", "is_due", "is_trained", "keep_flag", "launch",
-           "loader_state", "model_shape", "move_aside", "open_run", "save_every_flag", "scaling_parameters",
+__all__ = ["BaseRun", "ChatData", "ChatDataChoice", "ChatStageFlags", "Origin", "PeriodicAction", "RecipeName",
+           "StageRun", "TrainingFlags", "chat_data_choice", "chat_data_of", "checkpoint_to_resume", "choose_kernels",
+           "claim", "compile_wanted", "fit_and_choose", "flags_of", "horizon_of", "is_due", "is_trained", "keep_flag",
+           "launch", "loader_state", "model_shape", "move_aside", "open_run", "save_every_flag", "scaling_parameters",
            "start_from_checkpoint", "steps_state", "tokens_of_row"]

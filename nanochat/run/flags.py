@@ -32,6 +32,7 @@ from nanochat.recipe import (
 )
 
 C = TypeVar("C")
+RecipeName = Literal[tuple(RECIPES)]
 ChatData = Literal["auto", "hub", "small-world", "basics"]  # of the flag --data: tasks/recipes.py
 
 
@@ -65,9 +66,9 @@ class TrainingFlags:
     stage: ClassVar[str] = "mid"
 
     run: str = flag("dummy", "name of the wandb run; dummy means no wandb")
-    recipe: Literal["published", "modern"] = flag("published", "what the other flags default to; "
+    recipe: RecipeName = flag("published", "what the other flags default to; "
                                                   "--recipe=modern --help shows its numbers")
-    optimizer: Literal["", "published", "modern"] = flag("", "recipe whose optimizer groups are used; unset: --recipe")
+    optimizer: Literal[Literal[""], RecipeName] = flag("", "recipe whose optimizer groups are used; unset: --recipe")
     device_type: str = flag("", "cuda, mps or cpu; unset takes the best there is")
     model_tag: str = flag("", "which model to start from; unset takes the only or the deepest one. "
                               "The result has the same name")
@@ -102,7 +103,7 @@ class TrainingFlags:
     @classmethod
     def defaults(cls, argv: Sequence[str]) -> dict[str, Any]:
         """Return the defaults of the flags by name, for a command line that may name a recipe."""
-        asked = _asked(cls, argv)
+        asked = _asked(argv)
         recipe = RECIPES[asked["recipe"]]
         values = {"grad_clip": recipe.grad_clip, **dict(fields_of(getattr(recipe, cls.stage))),
                   **optimizer_flags(RECIPES[asked["optimizer"] or recipe.name])}
@@ -124,7 +125,7 @@ class TrainingFlags:
                         muon_extras=self.muon_extras, lr_frac=lr_factor)
 
 
-def _asked(flags: type, argv: Sequence[str]) -> dict[str, str]:
+def _asked(argv: Sequence[str]) -> dict[str, str]:
     """Return which recipe and optimizer a command line names; what is wrong with it is told later."""
     asked = {"recipe": "published", "optimizer": ""}
     for word, after in zip(argv, [*argv[1:], ""]):
@@ -139,7 +140,7 @@ def _asked(flags: type, argv: Sequence[str]) -> dict[str, str]:
 class ChatStageFlags(TrainingFlags):
     """Flags of every stage after the base model."""
 
-    recipe: Literal["auto", "published", "modern"] = flag("auto", "what the other flags default to; auto is the recipe "
+    recipe: Literal[Literal["auto"], RecipeName] = flag("auto", "what the other flags default to; auto is the recipe "
                                                           "that the base model was trained with")
     model_step: int = flag(-1, "which of its checkpoints; -1 is the last", within=STEP_OR_LAST)
     data: ChatData = flag("auto", "what to train on: the published mixture; conversations about the built-in small "

@@ -4,12 +4,13 @@
     run.num_iterations, run.total_batch_size, run.lr_factor, run.decay_factor
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, meta_model
+from nanochat.optim import parameter_groups
 from nanochat.recipe import Horizon, Shape, fields_of
 from nanochat.recipe.laws import automatic_batch, decay_factor, rate_factor
 
@@ -72,8 +73,7 @@ def horizon_of(config: Any, vocab_size: int) -> BaseRun:
     reference = reference_tokens(config, shape)
     batch = config.total_batch_size
     if batch == "auto":
-        wanted = Horizon(-1, config.target_flops, config.target_param_data_ratio, config.ratio_of).steps(
-            counted, flops, 1)
+        wanted = replace(horizon, num_iterations=-1).steps(counted, flops, 1)  # tokens
         if not wanted or not reference:
             raise UserError("--total-batch-size=auto follows --target-param-data-ratio and --reference-depth, which "
                             "must be above 0: set them, or give the batch in tokens")
@@ -90,9 +90,8 @@ def horizon_of(config: Any, vocab_size: int) -> BaseRun:
 
 def scaling_parameters(model: GPT) -> int:
     """Return how many parameters the matrices of the blocks and the head have: those that cost FLOPs."""
-    blocks = sum(p.numel() for name, p in model.transformer.h.named_parameters()
-                 if p.ndim == 2 and not name.endswith(".value_embed.weight"))
-    return blocks + model.lm_head.weight.numel()
+    matrices = (p for group in parameter_groups(model) if group["kind"] == "muon" for p in group["params"])
+    return sum(p.numel() for p in matrices) + model.lm_head.weight.numel()
 
 
 def reference_tokens(config: Any, shape: GPTConfig) -> float:
