@@ -13,7 +13,6 @@ from nanochat.positions import ROPE_BASE
 from nanochat.slc2 import GATE_INITS, GATES, SLC2
 
 MIXERS = {"S": SLC2, "A": Attention}  # the letters of layer_pattern
-ALWAYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel", "slc_rate")  # in a meta
 
 
 @dataclass
@@ -44,6 +43,9 @@ class GPTConfig:
         (a Canon layer, arXiv 2512.17351); 0 is none.
     """
 
+    # the fields that every meta file has
+    ALWAYS = "sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_kernel", "slc_rate"
+
     sequence_len: int = 1024
     vocab_size: int = 50304
     n_layer: int = 16
@@ -70,7 +72,7 @@ class GPTConfig:
     attn_conv: int = 0
 
     def __post_init__(self) -> None:
-        for name in ALWAYS:
+        for name in self.ALWAYS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
@@ -133,4 +135,4 @@ class GPTConfig:
         makes another model, which code that does not know it has to refuse.
         """
         published = {field.name: field.default for field in fields(self)}
-        return {name: value for name, value in asdict(self).items() if name in ALWAYS or value != published[name]}
+        return {name: value for name, value in asdict(self).items() if name in self.ALWAYS or value != published[name]}
