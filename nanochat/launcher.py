@@ -550,7 +550,7 @@ class Owner:
                 job.elsewhere.stop(job.failed[1])
         elif job.first is not None and job.failed is None:
             job.elsewhere.stop(job.reason)
-            if not job.going_on and (better := job.elsewhere.better_reason(job.reason)) != job.reason:
+            if not job.running and (better := job.elsewhere.better_reason(job.reason)) != job.reason:
                 job.failed = job.code, better, job.mend
 
     def _print_error(self, job: Job, member: _Member) -> None:

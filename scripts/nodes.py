@@ -145,11 +145,16 @@ class Link:
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
 
+    @property
+    def silent(self) -> float:
+        """Seconds since the other node was heard last."""
+        return time.monotonic() - self.heard
+
     def trouble(self, name: str) -> str:
         """Return what is wrong with the connection to the node `name`, "" for nothing; warn where it is silent."""
         if self.lost.is_set():
             return f"{name} has closed its connection: its launcher was killed, or its machine restarted"
-        silent = time.monotonic() - self.heard
+        silent = self.silent
         if silent > self.warn and not self.named:
             self.named = True
             print_line(f"warning: {name} has shown no sign of life for {silent:.0f} s: it is stopped or dead, or the "
@@ -159,7 +164,7 @@ class Link:
     def _read(self) -> None:
         with suppress(OSError, ValueError), self.connection.makefile("rb") as lines:
             for line in lines:
-                message, silent = json.loads(line), time.monotonic() - self.heard
+                message, silent = json.loads(line), self.silent
                 self.heard = time.monotonic()
                 if self.named:
                     self.named = False
@@ -205,8 +210,11 @@ class Elsewhere:
         return None
 
     def ended(self) -> bool:
-        """Return whether no node runs the job any more, or it is not this one that waits for them."""
-        return not self.leads or all(self.attempt in link.results or node in self.gone or link.lost.is_set()
+        """Return whether no node runs the job any more, or it is not this one that waits for them.
+
+        A node that is silent for too long is not waited for, also where a rank here has failed before that was clear.
+        """
+        return not self.leads or all(self.attempt in link.results or node in self.gone or link.trouble(f"node {node}")
                                      for node, link in self.links.items())
 
     def stop(self, why: str) -> None:
@@ -217,9 +225,12 @@ class Elsewhere:
                 link.send(stop=self.attempt, why=why)
 
     def better_reason(self, own: str) -> str:
-        """Return the reason of the node whose failure the others' follows from, as far as reasons tell."""
+        """Return the reason of the node whose failure the others' follows from, as far as reasons tell: what it said,
+        or that it says nothing any more."""
         told = [f"node {node}: {result['reason']}" for node, link in self.links.items()
                 if (result := link.results.get(self.attempt)) and result["code"]]
+        told += [f"node {node} has shown no sign of life for {link.silent:.0f} s" for node, link in self.links.items()
+                 if self.attempt not in link.results and link.silent > link.warn]
         if FOLLOWS.search(own):
             return next((reason for reason in told if not FOLLOWS.search(reason)), own)
         return own

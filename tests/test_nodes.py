@@ -3,7 +3,9 @@
 The "machines" are processes on the loopback interface, or in network namespaces of their own."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from nanochat.checkpoint import latest_step
 from nanochat.errors import UserError
 from nanochat.launcher import Job, Owner
 from nanochat.logs import read_log
-from scripts.nodes import Place, persist, place_of
+from scripts.nodes import Elsewhere, Link, Place, persist, place_of
 from tests.conftest import ROOT
 from tests.helpers import free_port, gone
 from tests.test_all_ranks import own_base, weights
@@ -212,6 +214,25 @@ def namespaces():
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_a_node_that_falls_silent_after_a_rank_here_has_failed_is_named_and_not_waited_for(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_HANG_WARN", "500")
+    monkeypatch.setenv("NANOCHAT_HANG_END", "1000")
+    here, there = socket.socketpair()
+    link = Link(here)
+    elsewhere = Elsewhere({1: link}, "a/1", leads=True)
+    own = "rank 0 of 2 failed first: rank 1 hangs: no sign of life for 1 s"
+    assert not elsewhere.ended() and elsewhere.better_reason(own) == own  # heard just now
+    link.heard -= 700
+    assert not elsewhere.ended() and elsewhere.better_reason("out of memory") == "out of memory"
+    assert re.fullmatch("node 1 has shown no sign of life for 70\\d s", elsewhere.better_reason(own))
+    link.heard -= 700
+    assert elsewhere.ended()
+    link.results["a/1"] = {"code": 1, "reason": "no memory", "mend": False}
+    assert elsewhere.ended() and elsewhere.better_reason(own) == "node 1: no memory"
+    link.close()
+    there.close()
 
 
 @pytest.mark.long
