@@ -11,8 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.kernels import cpu
 from nanochat.kernels.slc2 import (
+    causal_conv,
     causal_conv_step,
     causal_conv_step_twin,
+    causal_conv_twin,
     slc2_core_twin,
     slc2_mix,
     slc2_step,
@@ -164,6 +166,24 @@ def test_slc2_core_is_the_formula_written_out():
                         c += taps[e, j] * silu(silu(alpha[0, s, h]) * A[0, s, d]) * x[0, s, e]
                 wanted[t, e] = B[0, t, e] * silu(c)
     torch.testing.assert_close(slc2_core_twin(x, B, A, alpha, taps)[0], wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(B=st.integers(1, 3), T=st.integers(1, 9), E=st.integers(1, 9), K=st.integers(1, 6),
+       dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), seed=st.integers(0, 99))
+def test_the_causal_conv_and_its_gradients_are_its_twins(B, T, E, K, dtype, seed):
+    """Up to the rounding of each tap's product: rows shorter than the taps, and columns of a wider tensor, included."""
+    torch.manual_seed(seed)
+    found = []
+    for run in (causal_conv, causal_conv_twin):
+        torch.manual_seed(seed)
+        z, taps, weight = torch.randn(B, T, E + 3), torch.randn(E, K), torch.randn(B, T, E)
+        z, taps = (t.to(dtype).requires_grad_() for t in (z, taps))
+        c = run(z[..., 1:E + 1], taps)
+        (c * weight.to(dtype)).sum().backward()
+        found.append((c.detach(), z.grad, taps.grad))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=K * torch.finfo(dtype).eps * 8 * (B * T) ** 0.5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -17,7 +17,7 @@ from nanochat.kernels.rms_norm import cpu as rms_norm_cpu
 from nanochat.kernels.rms_norm import rms_norm, rms_norm_twin
 from nanochat.kernels.rope_norm import cpu as rope_norm_cpu
 from nanochat.kernels.rope_norm import rope_norm, rope_norm_twin
-from nanochat.kernels.slc2 import causal_conv, gated_input
+from nanochat.kernels.slc2 import causal_conv_twin, gated_input
 from nanochat.kernels.slc2 import cpu as slc2_cpu
 
 pytestmark = pytest.mark.skipif(cpu.cpukernels is None, reason="cpukernels is not built here; dev/setup.sh builds it")
@@ -158,7 +158,7 @@ def slc2_inputs(b: int, T: int, H: int, D: int, K: int, dtype: torch.dtype, past
 
 
 def slc2_twin(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor | None) -> Tensor:
-    return B * torch.nn.functional.silu(causal_conv(gated_input(x, A, alpha), taps, past))
+    return B * torch.nn.functional.silu(causal_conv_twin(gated_input(x, A, alpha), taps, past))
 
 
 def slc2_gradients(inputs, dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
