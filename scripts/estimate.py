@@ -87,8 +87,9 @@ class Line:
 # norms, 14 for rotary and norm in an attention layer, 8.3 for the core of an SLC2 layer (dev/LOG.md).
 UNITS = 30.8
 # More of it for optional parts, counted from the definitions: for each layer with lambdas; for each with a value
-# embedding, its gradient in float32 included; for each SLC2 layer with a norm; for backout or smear, once.
-LAMBDAS, VALUE_EMBED, SLC_NORM, ONCE = 10, 14, 5, 8
+# embedding, its gradient in float32 included; for each SLC2 layer with a norm; for each attention layer with a
+# convolution over its queries, keys and values; for backout or smear, once.
+LAMBDAS, VALUE_EMBED, SLC_NORM, ATTN_CONV, ONCE = 10, 14, 5, 18, 8
 CROSS_ENTROPY = 4.1      # passes over the logits, the sums of the head's gradient included
 LAUNCH_SECONDS = 6e-6    # of the host, for a kernel in eager mode
 
@@ -141,7 +142,8 @@ def _units_of_parts(config: GPTConfig) -> float:
     pattern = config.pattern()
     return (LAMBDAS * config.lambdas * len(pattern) + ONCE * (config.backout + config.smear)
             + VALUE_EMBED * sum(letter in config.value_embeds for letter in pattern)
-            + SLC_NORM * config.slc_norm * pattern.count("S") + (config.mlp_ratio - 4) * len(pattern))
+            + SLC_NORM * config.slc_norm * pattern.count("S") + ATTN_CONV * (config.attn_conv > 0) * pattern.count("A")
+            + (config.mlp_ratio - 4) * len(pattern))
 
 
 def step_seconds(lines: list[Line]) -> float:

@@ -162,8 +162,8 @@ def test_modern_batch_rates_and_decay_follow_from_the_horizon(depth, batch):
     with torch.device("meta"):
         model = GPT(run.shape)
     matrices = scaling_parameters(model)
-    assert matrices == (run.flops_per_token - sum(12 * run.shape.n_embd * (2048 - 1024) for a in run.shape.pattern()
-                                                  if a == "A")) / 6
+    E, attends = run.shape.n_embd, run.shape.pattern().count("A")  # over 1,024 keys, and 4 taps over q, k and v
+    assert matrices == (run.flops_per_token - attends * (12 * E * 1024 + 6 * 4 * 3 * E)) / 6
     assert run.total_batch_size == batch and run.num_iterations == 8 * matrices // batch
     assert run.lr_factor == (batch / 2 ** 19) ** 0.5
     assert run.decay_factor == pytest.approx(run.lr_factor * reference.tokens / run.tokens, rel=1e-3)

@@ -31,9 +31,10 @@ modern = replace(
     stages=("base", "sft"),
     base=replace(
         published.base,
-        shape=replace(published.base.shape, depth=24, lambdas=True, backout=True, value_embeds="A", qk_gain=1.2,
-                      rope_base=100_000.0, embed_init=0.8, head_init=0.001, fc_init=0.4, slc_gate_init="unit",
-                      slc_norm=True),
+        # Off, as our trials did not confirm them (each is a flag of base_train): nanochat's lambdas, backout, smear,
+        # qk_gain 1.2 and rope_base 100,000; slc_gate_init "unit" and slc_norm.
+        shape=replace(published.base.shape, depth=24, value_embeds="A", attn_conv=4, embed_init=0.8, head_init=0.001,
+                      fc_init=0.4),
         horizon=replace(published.base.horizon, target_param_data_ratio=8.0, ratio_of="matrices"),
         total_batch_size="auto",
         reference_batch=2 ** 19,
