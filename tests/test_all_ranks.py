@@ -107,7 +107,7 @@ def test_all_scripts_in_order_on_four_ranks(tiny, tmp_path):
     check_chain(base, 4)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_slow_rank_changes_nothing(text, tiny, tmp_path):
     base = own_base(tiny, tmp_path / "slow")
     process = start_scripts(base, [SCRIPTS[1], SCRIPTS[4]], fault="slow")
@@ -197,7 +197,7 @@ def stop_at(process: subprocess.Popen, number: int, beginning: str) -> str:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize("ranks, number", [pytest.param(1, signal.SIGINT, marks=pytest.mark.slow), (2, signal.SIGTERM)])
 def test_a_speedrun_that_is_asked_to_stop_saves_and_starts_nothing_more(tmp_path, monkeypatch, ranks, number):
     base = tmp_path / "speedrun"
     base.mkdir()

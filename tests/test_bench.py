@@ -192,7 +192,7 @@ def test_flags_that_make_no_sense_are_refused_in_words(main, flags, says):
         main(flags)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_real_text_trains_both_models_on_the_same_tokens(capfd, tmp_path):
     from nanochat.tokenizer import tokenizer
     if tokenizer._rustbpe() is None:

@@ -195,7 +195,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tiny_base, base_train_her
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_train_as_one_process_does(tiny_base, base_train_here, ranks):
     """Each rank reads its own documents, so the rows differ. test_optim and the test below check that a step over the
     same rows is equal."""
