@@ -55,6 +55,17 @@ def causal_conv_twin(u: Tensor, taps: Tensor, past: Tensor | None = None) -> Ten
     return sum(taps[:, j] * padded[:, j:j + T] for j in range(K))
 
 
+def _conv_gradients(dc: Tensor, u: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of u (B, T, E), without a past, and of the taps, in float32 or wider."""
+    du, dtaps = dc * taps[:, -1], []
+    for back, tap in enumerate(taps.t().flip(0)):
+        later, earlier = dc[:, back:], u[:, :max(0, u.shape[1] - back)]
+        if back:
+            du[:, :-back].addcmul_(later, tap)
+        dtaps.insert(0, (later * earlier).sum((0, 1), dtype=torch.promote_types(dc.dtype, torch.float32)))
+    return du, torch.stack(dtaps, dim=1)
+
+
 class _CausalConv(torch.autograd.Function):
     """The convolution of whole rows in a third of the passes over memory that autograd makes; it keeps u and the taps
     alone."""
@@ -71,13 +82,8 @@ class _CausalConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dc: Tensor) -> tuple[Tensor, Tensor]:
         u, taps = ctx.saved_tensors
-        du, dtaps = dc * taps[:, -1], torch.empty_like(taps)
-        for back, tap in enumerate(taps.t().flip(0)):
-            later, earlier = dc[:, back:], u[:, :max(0, u.shape[1] - back)]
-            if back:
-                du[:, :-back].addcmul_(later, tap)
-            dtaps[:, -1 - back] = (later * earlier).sum((0, 1))
-        return du, dtaps
+        du, dtaps = _conv_gradients(dc, u, taps)
+        return du, dtaps.to(taps.dtype)
 
 
 def causal_conv(u: Tensor, taps: Tensor, past: Tensor | None = None) -> Tensor:
@@ -122,22 +128,20 @@ def _forward_pytorch(x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tenso
 
 def _backward_pytorch(dy: Tensor, x: Tensor, B: Tensor, A: Tensor, alpha: Tensor, taps: Tensor, past: Tensor | None,
                       dx: Tensor, dB: Tensor, dA: Tensor, dalpha: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Write the gradients of the twin into dx, dB, dA and dalpha; return dtaps in float32, and dpast or None.
+    """Write the gradients of the twin into dx, dB, dA and dalpha; return dtaps in float32 or wider, and dpast or None.
 
     Gate and convolution are computed again from the inputs.
     """
-    K, T, taps = taps.shape[1], x.shape[1], taps.to(x.dtype)
+    taps = taps.to(x.dtype)
     silu_alpha, d_alpha = _silu_and_derivative(alpha)
     gate, d_gate = _silu_and_derivative(silu_alpha.unsqueeze(-1) * A.unsqueeze(-2))  # (B, T, H, D)
     gate, d_gate = gate.flatten(-2), d_gate.flatten(-2)
-    u = F.pad(gate * x, (0, 0, K - 1, 0)) if past is None else torch.cat([past.to(x.dtype), gate * x], dim=1)
-    silu_c, d_c = _silu_and_derivative(sum(taps[:, j] * u[:, j:j + T] for j in range(K)))
+    before, u = 0, gate * x
+    if past is not None:
+        before, u = past.shape[1], torch.cat([past.to(x.dtype), u], dim=1)
+    silu_c, d_c = _silu_and_derivative(causal_conv_twin(u, taps)[:, before:])
     torch.mul(dy, silu_c, out=dB)
-    dc = dy * B * d_c
-    dtaps = torch.stack([(dc * u[:, j:j + T]).sum((0, 1), dtype=torch.float32) for j in range(K)], dim=1)
-    before = 0 if past is None else K - 1
-    dc = F.pad(dc, (0, 0, before, K - 1))
-    du = sum(taps[:, j] * dc[:, K - 1 - j:K - 1 - j + T + before] for j in range(K))  # past's first, where there is one
+    du, dtaps = _conv_gradients(F.pad(dy * B * d_c, (0, 0, before, 0)), u, taps)  # past's first, where there is one
     dpast, du = None if past is None else du[:, :before].to(past.dtype, copy=True), du[:, before:]
     torch.mul(du, gate, out=dx)
     dz = (du * x * d_gate).unflatten(-1, (alpha.shape[-1], A.shape[-1]))  # gradient of silu(alpha) ⊗ A
