@@ -150,16 +150,19 @@ class Link:
         """Seconds since the other node was heard last."""
         return time.monotonic() - self.heard
 
+    def silence(self, name: str) -> str:
+        """Return in words for how long the node `name` has been silent."""
+        return f"{name} has shown no sign of life for {self.silent:.0f} s"
+
     def trouble(self, name: str) -> str:
         """Return what is wrong with the connection to the node `name`, "" for nothing; warn where it is silent."""
         if self.lost.is_set():
             return f"{name} has closed its connection: its launcher was killed, or its machine restarted"
-        silent = self.silent
-        if silent > self.warn and not self.named:
+        if self.silent > self.warn and not self.named:
             self.named = True
-            print_line(f"warning: {name} has shown no sign of life for {silent:.0f} s: it is stopped or dead, or the "
-                       f"network is cut. The job ends after {self.end:.0f} s.", sys.stderr)
-        return f"{name} has shown no sign of life for {silent:.0f} s" if silent > self.end else ""
+            print_line(f"warning: {self.silence(name)}: it is stopped or dead, or the network is cut. The job ends "
+                       f"after {self.end:.0f} s.", sys.stderr)
+        return self.silence(name) if self.silent > self.end else ""
 
     def _read(self) -> None:
         with suppress(OSError, ValueError), self.connection.makefile("rb") as lines:
@@ -229,7 +232,7 @@ class Elsewhere:
         or that it says nothing any more."""
         told = [f"node {node}: {result['reason']}" for node, link in self.links.items()
                 if (result := link.results.get(self.attempt)) and result["code"]]
-        told += [f"node {node} has shown no sign of life for {link.silent:.0f} s" for node, link in self.links.items()
+        told += [link.silence(f"node {node}") for node, link in self.links.items()
                  if self.attempt not in link.results and link.silent > link.warn]
         if FOLLOWS.search(own):
             return next((reason for reason in told if not FOLLOWS.search(reason)), own)
