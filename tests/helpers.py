@@ -16,7 +16,7 @@ from nanochat.recipe import Recipe, small
 
 _ports = itertools.count()
 
-# Shapes that together have all optional parts of a model: those of the modern recipe, and two with what is left.
+# Shapes that together have all optional parts of a model: those of nanochat, and two with what is left.
 PARTS = {
     "modern": {"lambdas": True, "backout": True, "value_embeds": "A", "qk_gain": 1.2, "rope_base": 100_000.0,
                "slc_norm": True, "mlp_ratio": 4.5, "embed_init": 0.8, "head_init": 0.001, "fc_init": 0.4,

@@ -31,8 +31,8 @@ modern = replace(
     stages=("base", "sft"),
     base=replace(
         published.base,
-        # Off, as our trials did not confirm them (each is a flag of base_train): nanochat's lambdas, backout, smear,
-        # qk_gain 1.2 and rope_base 100,000; slc_gate_init "unit" and slc_norm.
+        # attn_conv is ours. Off, as our trials did not confirm them (each is a flag of base_train): nanochat's lambdas,
+        # backout, smear, qk_gain 1.2 and rope_base 100,000; slc_gate_init "unit" and slc_norm.
         shape=replace(published.base.shape, depth=24, value_embeds="A", attn_conv=4, embed_init=0.8, head_init=0.001,
                       fc_init=0.4),
         horizon=replace(published.base.horizon, target_param_data_ratio=8.0, ratio_of="matrices"),
